@@ -1,0 +1,118 @@
+"""Typed, frozen configuration: filled from YAML and `key=value` overrides, unknown keys refused.
+
+Each part of the package owns the `Config` of what it builds; this module only knows how to fill one.
+It reads plain YAML (`yaml.safe_load`): a recipe can name values, never code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from clipdistill.errors import InputError, nearest
+
+
+class Config(pydantic.BaseModel):
+    """Base of every configuration: frozen, typed, unknown keys refused. Declare fields as in a dataclass."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+C = TypeVar("C", bound=Config)
+
+
+def build(cls: type[C], values: Mapping[str, Any], where: str = "configuration") -> C:
+    """Fill the configuration class `cls` from nested mappings.
+
+    Raises InputError that names the key (with the nearest known one), what was expected and `where` it was read.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: expected a mapping of settings, got {values!r}")
+    try:
+        return cls.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        raise InputError(f"{where}: {_first_problem(cls, error)}") from error
+
+
+def _first_problem(cls: type[Config], error: pydantic.ValidationError) -> str:
+    """The first validation error in one sentence."""
+    # unknown keys first: they are usually the cause of the others (a misspelt key is also a missing one)
+    problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    place = [str(part) for part in problem["loc"]]
+    path = ".".join(place)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{path}'{nearest(place[-1], _keys_at(cls, place[:-1]))}"
+    if problem["type"] == "missing":
+        return f"the key '{path}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{path}: {message}, got {problem['input']!r}" if path else message
+
+
+def _keys_at(cls: type[Config], path: Sequence[str]) -> list[str]:
+    """The known keys of the configuration reached from `cls` by `path`."""
+    current: Any = cls
+    for name in path:
+        field = getattr(current, "model_fields", {}).get(name)
+        options = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        current = next((o for o in options if isinstance(o, type) and issubclass(o, Config)), None)
+    return list(getattr(current, "model_fields", {}))
+
+
+def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """A copy of nested `values` with each 'a.b=value' applied; values are read as YAML ('1', 'true', '[1, 2]')."""
+    result: dict[str, Any] = _copy(values)
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator or not path.strip():
+            raise InputError(f"'{assignment}' is not a setting: write  key=value,  for example  train.epochs=10")
+        node = result
+        *parents, leaf = path.strip().split(".")
+        for parent in parents:
+            child = node.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise InputError(f"'{assignment}': '{parent}' is a plain value, it has no setting '{leaf}'")
+            node = child
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"'{assignment}': the value is not readable as YAML ({error})") from error
+    return result
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mapping by mapping; neither is changed."""
+    result = _copy(base)
+    for key, value in over.items():
+        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = _copy(value) if isinstance(value, Mapping) else value
+    return result
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, or an InputError with file and line."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        place = getattr(error, "problem_mark", None)
+        line = f" (line {place.line + 1})" if place else ""
+        raise InputError(f"{path}{line}: not readable as YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected 'key: value' settings, got {type(values).__name__}")
+    return values
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Plain dictionaries, lists and scalars of a configuration, ready for JSON or YAML."""
+    return config.model_dump(mode="json")
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}

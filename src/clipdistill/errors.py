@@ -1,0 +1,46 @@
+"""The errors a user is meant to read: one sentence each, with what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ClipdistillError(Exception):
+    """Base of every error this package raises on purpose. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class InputError(ClipdistillError, ValueError):
+    """Something the user gave (a file, a key, a name, a value) cannot be used."""
+
+    exit_code = 2
+
+
+class MissingExtraError(InputError):
+    """An optional dependency is needed and not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package '{package}': install it with  pip install 'clipdistill[{extra}]'")
+
+
+class BudgetError(ClipdistillError):
+    """A stated budget (bad samples, skipped steps, lost accuracy) was exceeded, so the work stopped."""
+
+    exit_code = 3
+
+
+class Preempted(ClipdistillError):
+    """The run was asked to stop (SIGTERM, SIGINT, SIGUSR1), saved its state, and can be resumed."""
+
+    exit_code = 75
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """' (did you mean 'x'?)' for the option nearest to `name`, or the list of options when none is near."""
+    options = sorted(options)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean '{close[0]}'?)"
+    return f"; known: {', '.join(options)}" if options else ""
