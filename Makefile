@@ -1,0 +1,34 @@
+# Everything here works on a fresh machine with Python 3.11+ and a package index; the environment is made on first use.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PYTEST_WORKERS ?= 2
+
+.PHONY: demo test test-all lint types install clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,export]'
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/clipdistill demo --out demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+test: lint types
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+
+test-all: lint types
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not gpu"
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,47 @@
+"""clipdistill: distil large CLIP models into small, fast ones, prove what was kept, and ship them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from clipdistill.evaluate.evaluate import evaluate
+    from clipdistill.evaluate.retrieval import retrieval
+    from clipdistill.models import load_student
+    from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
+    from clipdistill.train.run import Run, distill
+
+_WHERE = {
+    "Embeddings": "clipdistill.objective",
+    "Objective": "clipdistill.objective",
+    "ObjectiveOutput": "clipdistill.objective",
+    "Run": "clipdistill.train.run",
+    "distill": "clipdistill.train.run",
+    "evaluate": "clipdistill.evaluate.evaluate",
+    "load_student": "clipdistill.models",
+    "retrieval": "clipdistill.evaluate.retrieval",
+}
+
+__all__ = [
+    "Embeddings",
+    "Objective",
+    "ObjectiveOutput",
+    "Run",
+    "__version__",
+    "distill",
+    "evaluate",
+    "load_student",
+    "retrieval",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # imported on first use: `clipdistill --help` must not wait for torch and open_clip
+    if name not in _WHERE:
+        raise AttributeError(f"module 'clipdistill' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value

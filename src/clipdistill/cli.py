@@ -1,0 +1,72 @@
+"""The command line: parse, hand over, report errors in one sentence. Each sub-command lives in the module named here.
+
+A command module has `add_arguments(parser)` and `run(arguments) -> int | None`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from clipdistill import __version__
+from clipdistill.errors import ClipdistillError, nearest
+
+COMMANDS = {
+    "demo": ("clipdistill.demo", "the whole way on built-in data: three students, measured and reported, in minutes"),
+    "train": ("clipdistill.train.command", "distil a student from a teacher on your image-caption pairs"),
+    "eval": ("clipdistill.evaluate.command", "measure retrieval and zero-shot classification under a named protocol"),
+    "bench": ("clipdistill.bench.command", "measure throughput, latency and size"),
+    "report": ("clipdistill.report.command", "one HTML page from any number of runs"),
+    "scenes": ("clipdistill.data.scenes_command", "write the built-in image-caption set to disk"),
+    "list": ("clipdistill.listing", "recipes, students and data sets"),
+    "doctor": ("clipdistill.doctor", "check this machine and say what to do"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 2 unusable input, 75 stopped on request and resumable)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except ClipdistillError as error:
+        print(f"clipdistill: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("clipdistill: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left (`clipdistill list students | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="clipdistill",
+        description="Distil large CLIP models into small, fast ones, prove what was kept, and ship them.",
+        epilog="commands:\n" + "\n".join(f"  {name:<8} {summary}" for name, (_, summary) in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="clipdistill COMMAND [options]   (clipdistill COMMAND --help explains one)",
+    )
+    parser.add_argument("--version", action="version", version=f"clipdistill {__version__}")
+    parser.add_argument("command", metavar="COMMAND", nargs="?", help=argparse.SUPPRESS)
+    known, rest = parser.parse_known_args(arguments[:1])
+    if known.command is None:
+        parser.print_help()
+        return 0 if not arguments else 2
+    if known.command not in COMMANDS:
+        print(f"clipdistill: unknown command '{known.command}'{nearest(known.command, COMMANDS)}", file=sys.stderr)
+        return 2
+    module_name, summary = COMMANDS[known.command]
+    module = importlib.import_module(module_name)
+    command = argparse.ArgumentParser(
+        prog=f"clipdistill {known.command}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(command)
+    return int(module.run(command.parse_args(rest + arguments[1:])) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Checkpoints that are either whole or absent: safetensors and JSON in a folder that appears by one rename.
+
+    checkpoints/step-00000123/
+        student/model.safetensors, student/model.json    an ordinary model folder
+        objective.safetensors                            the objective's scales and projections
+        optimizer.safetensors                            AdamW's moments
+        state.json                                       counters, configuration, sizes and checksums of the files
+
+No random-generator state is stored: everything random is a function of (seed, step, rank, position).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clipdistill.errors import ClipdistillError, InputError
+from clipdistill.models import ClipModel, save_model
+
+FORMAT = 1
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+
+def save_checkpoint(
+    root: Path,
+    student: ClipModel,
+    objective: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write checkpoint `state["step"]` below `root` and remove all but the newest `keep`.
+
+    A crash at any moment leaves either the complete new folder or none of it. Raises ClipdistillError when the disk
+    is too small for it, before anything is written.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(root)
+    final = root / f"{_PREFIX}{state['step']:08d}"
+    moments, groups = _pack_optimiser(optimiser)
+    tensors = {"objective.safetensors": dict(objective.state_dict()), "optimizer.safetensors": moments}
+    _check_space(root, tensors, student.module)
+    temporary = root / f".writing-{final.name}"
+    temporary.mkdir()
+    save_model(student, temporary / "student")
+    for name, content in tensors.items():
+        save_file({k: v.detach().contiguous().cpu() for k, v in content.items()}, temporary / name)
+    files = {str(p.relative_to(temporary)): _digest(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
+    described = {"format": FORMAT, **state, "optimizer_groups": groups, "files": files}
+    (temporary / "state.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+    for path in sorted(temporary.rglob("*")):
+        _flush(path)
+    _flush(temporary)
+    if final.exists():  # the same step written again after a resume: the old one goes only when the new one is there
+        final.rename(root / f".writing-replaced-{final.name}")
+    temporary.rename(final)
+    _flush(root)
+    remove_leftovers(root)
+    for old in sorted(root.glob(f"{_PREFIX}*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest complete checkpoint below `root`, and a sentence for each newer one that had to be passed over."""
+    rejected: list[str] = []
+    for folder in sorted(root.glob(f"{_PREFIX}*"), reverse=True):
+        try:
+            return read_checkpoint(folder), rejected
+        except InputError as error:
+            rejected.append(str(error))
+    return None, rejected
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`, its files checked against the sizes and checksums written with them."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise InputError(
+                f"{folder}: checkpoint format {state['format']}, this version reads {FORMAT}; "
+                "resume it with the version that wrote it"
+            )
+        expected = state["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: not a complete checkpoint (state.json: {error})") from error
+    for name, (size, checksum) in expected.items():
+        path = folder / name
+        if not path.is_file() or [path.stat().st_size, _digest(path)[1]] != [size, checksum]:
+            raise InputError(f"{path}: missing or damaged, so the checkpoint is not used")
+    return Checkpoint(folder, state)
+
+
+def restore(
+    checkpoint: Checkpoint, module: torch.nn.Module, objective: torch.nn.Module, optimiser: torch.optim.Optimizer
+) -> None:
+    """Fill the student, the objective and the optimiser from a checkpoint; raises InputError for another shape."""
+    student = load_file(checkpoint.folder / "student" / "model.safetensors")
+    for name, target, content in (
+        ("student", module, student),
+        ("objective", objective, load_file(checkpoint.folder / "objective.safetensors")),
+    ):
+        try:
+            target.load_state_dict(content)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise InputError(
+                f"{checkpoint.folder}: its {name} has another architecture than this run's ({first})"
+            ) from error
+    _unpack_optimiser(
+        optimiser, load_file(checkpoint.folder / "optimizer.safetensors"), checkpoint.state["optimizer_groups"]
+    )
+
+
+def remove_leftovers(root: Path) -> None:
+    """Delete what a killed writer left half-written."""
+    for path in root.glob(".writing-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _pack_optimiser(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[list[int]]]:
+    state = optimiser.state_dict()
+    tensors = {
+        f"{index}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return tensors, [list(group["params"]) for group in state["param_groups"]]
+
+
+def _unpack_optimiser(
+    optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[list[int]]
+) -> None:
+    current = optimiser.state_dict()
+    if [list(g["params"]) for g in current["param_groups"]] != groups:
+        raise InputError("the checkpoint's optimiser has other parameter groups than this run's")
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+
+
+def _check_space(root: Path, tensors: dict[str, dict[str, Tensor]], module: torch.nn.Module) -> None:
+    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+    needed += sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    needed = int(needed * 1.05) + 1_000_000
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        raise ClipdistillError(
+            f"{root}: a checkpoint needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; "
+            "the last good checkpoint is kept: make room and run the same command again to resume"
+        )
+
+
+def _digest(path: Path) -> list[int]:
+    """Size and CRC-32 of a file: finds truncation and bit flips, not an attacker."""
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return [path.stat().st_size, checksum]
+
+
+def _flush(path: Path) -> None:
+    """Make a file or folder durable before the rename that publishes it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except (OSError, PermissionError):
+        return  # a folder cannot be opened on some systems; the rename still orders the writes there
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

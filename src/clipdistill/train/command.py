@@ -1,0 +1,75 @@
+"""`clipdistill train`: settings from the recipe, the options and `key=value` assignments, then `distill`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from clipdistill.data.pairs import parse_data_name
+from clipdistill.train.config import resolve
+from clipdistill.train.run import distill
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options a run usually needs; everything else is a setting of the recipe, given as key=value."""
+    add = parser.add_argument
+    add("--recipe", required=True, help="a shipped recipe (clipdistill list recipes) or a YAML file")
+    add("--size", help="a named size of the recipe; every recipe has 'debug', which runs in seconds")
+    add("--teacher", help="a model name or path; several, separated by commas, for an ensemble")
+    add("--student", help="an architecture (clipdistill list students), or inherit:...")
+    add("--student-weights", help="a checkpoint to start the student from")
+    add("--data", help="training pairs: a file, folder, pattern of tars, hf:owner/name or scenes")
+    add("--split", help="split of the training data, where the format has splits")
+    add("--image-root", help="folder of the images, where the data file does not say")
+    add("--validation", help="pairs to measure retrieval on, during and after training")
+    add("--validation-split", help="split of the validation data (default: val when the format has splits)")
+    add("--zero-shot", action="append", default=None, help="a labelled set to classify at the end (repeatable)")
+    add("--protocol", choices=("standard", "first-caption"), help="retrieval protocol (docs/protocols.md)")
+    add("--out", help="folder of the run; an interrupted run there is continued")
+    add("--name", help="name in reports (default: the folder's)")
+    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
+    add("--tensorboard", action="store_true", default=None, help="write TensorBoard scalars too")
+    add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project too")
+    add("--explain", action="store_true", help="print the objective with its initial magnitudes and stop")
+    add("--allow-changes", action="store_true", help="continue a run although its settings were changed")
+    add("--quiet", action="store_true", help="no progress on the terminal")
+    add("settings", nargs="*", metavar="key=value", help="any setting: train.batch_size=256 objective.weights.xrd=0")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Resolve the configuration and train."""
+    config = resolve(
+        arguments.recipe, settings_of(arguments), size=arguments.size, assignments=arguments.settings
+    )
+    finished = distill(
+        config, allow_changes=arguments.allow_changes, explain=arguments.explain, quiet=arguments.quiet
+    )
+    if finished.scores is not None and not arguments.quiet:
+        finished.scores.print()
+    if not arguments.explain and not arguments.quiet:
+        print(f"student: {finished.student}")
+    return 0
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options as nested settings; options not given are left to the recipe."""
+    settings: dict[str, Any] = {
+        name: getattr(arguments, name)
+        for name in ("teacher", "student", "student_weights", "name", "device", "tensorboard", "wandb")
+        if getattr(arguments, name) is not None
+    }
+    if arguments.out is not None:
+        settings["out"] = str(Path(arguments.out))
+    for key, name, split in (
+        ("data", arguments.data, arguments.split),
+        ("validation", arguments.validation, arguments.validation_split),
+    ):
+        if name is not None:
+            values = {"split": split, "image_root": arguments.image_root}
+            settings[key] = parse_data_name(name) | {k: v for k, v in values.items() if v is not None}
+    evaluation = {"zero_shot": arguments.zero_shot, "protocol": arguments.protocol}
+    evaluation = {k: v for k, v in evaluation.items() if v is not None}
+    if evaluation:
+        settings["evaluation"] = evaluation
+    return settings

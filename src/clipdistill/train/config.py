@@ -1,0 +1,160 @@
+"""What a run is: the typed form of a recipe plus the names the user gives (teacher, student, data, folder)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from clipdistill.config import Config, build, override
+from clipdistill.data.pairs import DataConfig
+from clipdistill.data.views import ViewPolicy
+from clipdistill.errors import InputError
+from clipdistill.objective.config import ObjectiveConfig
+from clipdistill.recipes import lay, load_recipe
+
+
+class TrainConfig(Config):
+    """How to train. Counts are optimiser steps unless the name says otherwise; batch_size is global (all ranks)."""
+
+    batch_size: int = pydantic.Field(default=1024, ge=1)
+    micro_batch: int | None = pydantic.Field(default=None, ge=1)
+    """Pairs a rank encodes at a time; smaller ones keep the whole batch's negatives by gradient caching."""
+    epochs: float | None = pydantic.Field(default=None, gt=0)
+    steps: int | None = pydantic.Field(default=None, ge=1)
+    learning_rate: float = pydantic.Field(default=1e-3, gt=0)
+    final_learning_rate: float = pydantic.Field(default=0.0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = pydantic.Field(default=0, ge=0)
+    weight_decay: float = pydantic.Field(default=0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    epsilon: float = 1e-6
+    clip_grad_norm: float | None = pydantic.Field(default=None, gt=0)
+    layer_decay: float | None = pydantic.Field(default=None, gt=0, le=1)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = False
+    deterministic: bool = False
+    seed: int = pydantic.Field(default=0, ge=0)
+    workers: int = pydantic.Field(default=0, ge=0)
+    view: ViewPolicy = ViewPolicy()
+    caption: Literal["random", "first"] = "random"
+    mask_ratio: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    """Share of the student's image patches hidden (masked feature distillation)."""
+    freeze: tuple[str, ...] = ()
+    """Parameter name patterns of the student that do not train ('visual.*', 'text', ...)."""
+    max_logit_scale: float = pydantic.Field(default=100.0, gt=0)
+    logit_scale_init: float | None = pydantic.Field(default=None, gt=0)
+    logit_bias_init: float | None = None
+    fixed_logit_scale: float | None = pydantic.Field(default=None, gt=0)
+    """Multiplier of teacher and student at every step, instead of the learned ones (TinyCLIP: 50)."""
+    teacher_logit_scale: float | tuple[float, ...] | None = None
+    """Multiplier of the teacher (one each for several teachers) instead of its own."""
+    log_every: int = pydantic.Field(default=10, ge=1)
+    evaluate_every: int | None = pydantic.Field(default=None, ge=1)
+    checkpoint_every: int | None = pydantic.Field(default=None, ge=1)
+    keep_checkpoints: int = pydantic.Field(default=2, ge=1)
+    max_skipped_steps: int = pydantic.Field(default=3, ge=0)
+    """Steps with a non-finite loss or gradient that are skipped before the run stops."""
+
+
+class EvaluationConfig(Config):
+    """What is measured during and after training."""
+
+    protocol: Literal["standard", "first-caption"] = "standard"
+    batch_size: int = pydantic.Field(default=256, ge=1)
+    curve_images: int = pydantic.Field(default=1000, ge=2)
+    """At most so many images of the validation set for the curve during training; the final evaluation uses all."""
+    zero_shot: tuple[str, ...] = ()
+    """Labelled sets to classify at the end."""
+
+
+class PreflightConfig(Config):
+    """The checks before step 0."""
+
+    enabled: bool = True
+    samples: int = pydantic.Field(default=256, ge=8)
+    allow_weak_teacher: bool = False
+    """Go on even when the teacher does not beat chance on the data (a wrong transform, tokenizer or pairing)."""
+
+
+class RunConfig(Config):
+    """Everything a run depends on."""
+
+    recipe: str
+    student: str
+    data: DataConfig
+    out: Path
+    name: str | None = None
+    teacher: str | tuple[str, ...] | None = None
+    student_weights: str | None = None
+    validation: DataConfig | None = None
+    objective: ObjectiveConfig
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    preflight: PreflightConfig = PreflightConfig()
+    tensorboard: bool = False
+    wandb: str | None = None
+    """Project name on Weights & Biases; None for none."""
+    device: str | None = None
+
+    @pydantic.field_validator("data", "validation", mode="before")
+    @classmethod
+    def _plain_name(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, (str, Path)) else value
+
+    @property
+    def run_name(self) -> str:
+        return self.name or self.out.name
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        if self.teacher is None:
+            return ()
+        return tuple(self.teacher.split(",")) if isinstance(self.teacher, str) else self.teacher
+
+
+def resolve(
+    recipe: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    size: str | None = None,
+    assignments: Sequence[str] = (),
+) -> RunConfig:
+    """The run a recipe, the caller's settings and `key=value` assignments describe, in rising order of precedence.
+
+    A bare training setting in an assignment must be written with its section: `train.batch_size=256`.
+    Raises InputError for unknown recipes and keys, and for settings that contradict each other.
+    """
+    given = {k: v for k, v in (settings or {}).items() if v is not None}
+    values = lay(lay(load_recipe(recipe, size), given), override({}, assignments))
+    values["recipe"] = str(recipe)
+    for key, hint in (("student", "--student ViT-T-16"), ("data", "--data captions.json"), ("out", "--out runs/first")):
+        if key not in values:
+            raise InputError(f"recipe {recipe}: no {key} was named; give one, for example  {hint}")
+    config = build(RunConfig, values, f"recipe {recipe}")
+    _check(config)
+    return config
+
+
+def _check(config: RunConfig) -> None:
+    """Settings that are fine one by one and wrong together."""
+    train = config.train
+    if (train.epochs is None) == (train.steps is None):
+        raise InputError("train: give the length of the run as train.epochs or as train.steps (one of them)")
+    if config.objective.needs_teacher and not config.teachers:
+        raise InputError(
+            f"recipe {config.recipe}: its terms ({', '.join(config.objective.active_terms)}) need a teacher; "
+            "name one, for example  --teacher ViT-B-16/laion400m_e32"
+        )
+    if len(config.teachers) > 1 and not config.objective.accepts_ensemble:
+        raise InputError(
+            f"recipe {config.recipe}: several teachers are only for the term 'reinforced'; "
+            f"name one teacher instead of {len(config.teachers)}"
+        )
+    if isinstance(train.teacher_logit_scale, tuple) and len(train.teacher_logit_scale) != len(config.teachers):
+        raise InputError(
+            f"train.teacher_logit_scale: {len(train.teacher_logit_scale)} values for {len(config.teachers)} teachers; "
+            "give one number, or one for each teacher"
+        )

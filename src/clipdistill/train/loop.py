@@ -1,0 +1,217 @@
+"""The training loop: one pass through the steps, readable from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipdistill.data.loader import Batch
+from clipdistill.data.ledger import BadSampleLedger
+from clipdistill.errors import BudgetError, Preempted
+from clipdistill.objective import ObjectiveOutput
+from clipdistill.train.checkpoint import save_checkpoint
+from clipdistill.train.curve import curve_scores
+from clipdistill.train.distributed import any_rank, average_gradients, is_main, rank, sum_over_ranks
+from clipdistill.train.logs import Display, Sink
+from clipdistill.train.optimiser import learning_rate_factor, set_learning_rate
+from clipdistill.train.setup import Setup
+from clipdistill.train.signals import StopSignal
+from clipdistill.train.step import forward_backward
+
+
+@dataclass
+class Progress:
+    """The counters of a run; what a checkpoint stores beside weights."""
+
+    step: int = 0
+    samples: int = 0
+    skipped_steps: int = 0
+    bad_samples: int = 0
+    truncated_student: int = 0
+    truncated_teacher: int = 0
+    seconds: float = 0.0
+    window: dict[str, float] = field(default_factory=dict)
+    """Sums since the last log line, so that a resumed log continues as if never interrupted."""
+
+
+def train(setup: Setup, progress: Progress, folder: Path, sinks: list[Sink], display: Display) -> Progress:
+    """Run the steps that remain. Raises Preempted after saving on a signal, BudgetError over a stated budget."""
+    config, device = setup.config.train, setup.device
+    ledger = BadSampleLedger(folder / "bad_samples.jsonl", setup.config.data.bad_sample_budget)
+    loader = setup.loader(start_step=progress.step)
+    began = time.monotonic() - progress.seconds
+    with StopSignal() as stop:
+        waiting = time.monotonic()
+        for batch in loader:
+            waited = time.monotonic() - waiting
+            output, gradient_norm = _step(setup, progress.step, batch)
+            finite = not any_rank(not (math.isfinite(gradient_norm) and output.total.isfinite().item()), device)
+            rate = set_learning_rate(
+                setup.optimiser, learning_rate_factor(progress.step, setup.total_steps, config)
+            )
+            if finite:
+                setup.optimiser.step()
+                _limit_logit_scale(setup)
+            else:
+                _record_skipped(setup, progress, batch, folder, output)
+            progress.step += 1
+            seen, bad, cut_student, cut_teacher = sum_over_ranks(
+                (len(batch.keys), len(batch.problems), batch.truncated_student, batch.truncated_teacher), device
+            )
+            progress.samples += int(seen)
+            progress.bad_samples += int(bad)
+            progress.truncated_student += int(cut_student)
+            progress.truncated_teacher += int(cut_teacher)
+            ledger.record(batch.problems, seen=len(batch.keys) + len(batch.problems))
+            now = time.monotonic()
+            step_seconds = now - waiting
+            progress.seconds = now - began
+            _accumulate(progress, output, gradient_norm, seen, waited, step_seconds, finite)
+            line = None
+            if progress.step % config.log_every == 0 or progress.step == setup.total_steps:
+                line = _log_line(setup, progress, rate)
+                for sink in sinks:
+                    sink.record("train", line)
+            display.update(progress.step, line)
+            finished = progress.step == setup.total_steps
+            if _due(progress.step, config.evaluate_every) or (finished and config.evaluate_every):
+                _evaluate(setup, progress, sinks, display)
+            stopping = any_rank(stop.received is not None, device)
+            if _due(progress.step, config.checkpoint_every) or finished or stopping:
+                write_checkpoint(setup, progress, folder)
+            if stopping and not finished:
+                raise Preempted(
+                    f"stopped by {stop.received or 'a signal on another rank'} after step {progress.step}; saved: "
+                    "run the same command again to go on"
+                )
+            waiting = time.monotonic()
+    return progress
+
+
+def write_checkpoint(setup: Setup, progress: Progress, folder: Path) -> None:
+    """Rank 0 writes; the others go on (what they hold is the same)."""
+    if is_main():
+        save_checkpoint(
+            folder / "checkpoints",
+            setup.student,
+            setup.objective,
+            setup.optimiser,
+            {**vars(progress), "window": progress.window, "total_steps": setup.total_steps},
+            keep=setup.config.train.keep_checkpoints,
+        )
+
+
+def _step(setup: Setup, step: int, batch: Batch) -> tuple[ObjectiveOutput, float]:
+    """Gradients of one step, averaged over ranks and clipped; returns the objective and the norm before clipping."""
+    config = setup.config.train
+    setup.optimiser.zero_grad(set_to_none=True)
+    output = forward_backward(
+        setup.towers,
+        setup.objective,
+        batch.student_images.to(setup.device, non_blocking=True),
+        batch.student_tokens.to(setup.device, non_blocking=True),
+        None if setup.teacher is None else setup.teacher(batch),
+        micro_batch=config.micro_batch,
+        precision=config.precision,
+        seed=(config.seed, step, rank()),
+    )
+    average_gradients(setup.objective.parameters())
+    # bf16 needs no loss scaling, so the norm is that of the true gradients
+    parameters = [p for group in setup.optimiser.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm or math.inf)
+    return output, float(norm)
+
+
+def _limit_logit_scale(setup: Setup) -> None:
+    with torch.no_grad():
+        setup.student.module.logit_scale.clamp_(0, math.log(setup.config.train.max_logit_scale))
+
+
+def _record_skipped(
+    setup: Setup, progress: Progress, batch: Batch, folder: Path, output: ObjectiveOutput
+) -> None:
+    """A step whose loss or gradient is not finite changes nothing; what led to it is kept for looking at."""
+    progress.skipped_steps += 1
+    record = {
+        "step": progress.step,
+        "rank": rank(),
+        "seed": setup.config.train.seed,
+        "keys": batch.keys,
+        "indices": batch.indices.tolist(),
+        "captions": batch.captions,
+        "terms": {name: float(value) for name, value in output.terms.items()},
+    }
+    path = folder / "skipped_steps" / f"step-{progress.step:08d}-rank-{rank()}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    if progress.skipped_steps > setup.config.train.max_skipped_steps:
+        raise BudgetError(
+            f"step {progress.step}: the loss or its gradient is not finite for the {progress.skipped_steps}th time "
+            f"(train.max_skipped_steps={setup.config.train.max_skipped_steps}); the batches are listed in {path.parent}; "
+            "try a lower train.learning_rate, train.clip_grad_norm=1 or train.precision=fp32"
+        )
+
+
+def _accumulate(
+    progress: Progress,
+    output: ObjectiveOutput,
+    gradient_norm: float,
+    seen: float,
+    waited: float,
+    seconds: float,
+    finite: bool,
+) -> None:
+    sums = progress.window
+    values = {f"term/{name}": float(value) for name, value in output.terms.items()}
+    values |= {"total": float(output.total), "gradient": gradient_norm}
+    if finite:
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value
+        sums["steps"] = sums.get("steps", 0.0) + 1
+    for name, value in (("seen", seen), ("waited", waited), ("seconds", seconds)):
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def _log_line(setup: Setup, progress: Progress, rate: float) -> dict[str, Any]:
+    """Means since the last line; the window starts anew."""
+    sums, progress.window = progress.window, {}
+    count = max(sums.get("steps", 0.0), 1.0)
+    return {
+        "step": progress.step,
+        "epoch": round(progress.step / setup.steps_per_epoch, 4),
+        "samples": progress.samples,
+        "total": sums.get("total", math.nan) / count,
+        "terms": {k.removeprefix("term/"): v / count for k, v in sums.items() if k.startswith("term/")},
+        "learning_rate": rate,
+        "grad_norm": sums.get("gradient", math.nan) / count,
+        "logit_scale": float(setup.student.module.logit_scale.detach().float().exp()),
+        "scales": setup.objective.effective_scales(),
+        "samples_per_second": sums["seen"] / max(sums["seconds"], 1e-9),
+        "data_wait": sums["waited"] / max(sums["seconds"], 1e-9),
+        "skipped_steps": progress.skipped_steps,
+        "bad_samples": progress.bad_samples,
+        "seconds": round(progress.seconds, 3),
+    }
+
+
+def _evaluate(setup: Setup, progress: Progress, sinks: list[Sink], display: Display) -> None:
+    """One point of the curve, on rank 0 (the others wait at the next collective)."""
+    if setup.validation is None or not is_main():
+        return
+    scores = curve_scores(setup)
+    for sink in sinks:
+        sink.record("eval", {"step": progress.step, "samples": progress.samples, "scores": scores})
+    display.say(
+        f"  step {progress.step}: R@1 text-to-image {scores['t2i_R@1']:.1%}, image-to-text {scores['i2t_R@1']:.1%} "
+        f"on {setup.validation.name}"
+    )
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -1,0 +1,154 @@
+"""One training step's forward and backward pass, whole or in micro-batches that keep the whole batch's negatives.
+
+Gradient caching (Gao et al. 2021, arXiv 2101.06983): contrastive and relational terms compare every pair of the batch,
+so plain accumulation changes the objective. Here the micro-batches are encoded without a graph first, the objective
+sees all embeddings at once, and each micro-batch is then encoded again with the gradient of its embeddings as the
+weight. Gradients equal those of the whole batch up to rounding; the price is a second forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipdistill.models.masking import masked_image_tokens
+from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
+
+
+class Towers(nn.Module):
+    """The student as one module whose forward gives everything the objective needs (so that DDP can wrap it)."""
+
+    def __init__(self, module: nn.Module, fixed_logit_scale: float | None = None, mask_ratio: float | None = None):
+        super().__init__()
+        self.module = module
+        self.fixed_logit_scale = fixed_logit_scale
+        self.mask_ratio = mask_ratio
+        if fixed_logit_scale is not None:
+            module.logit_scale.requires_grad_(False)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """images (B, 3, H, W), tokens (B, L) -> raw features (B, D), (B, D), the logit multiplier, the logit bias."""
+        masking: AbstractContextManager[object] = nullcontext()
+        if self.mask_ratio is not None and self.training:
+            masking = masked_image_tokens(self.module, self.mask_ratio)
+        with masking:
+            image = self.module.encode_image(images)
+        text = self.module.encode_text(tokens)
+        if self.fixed_logit_scale is not None:
+            scale = image.new_tensor(self.fixed_logit_scale, dtype=torch.float32)
+        else:
+            scale = self.module.logit_scale.float().exp()
+        bias = getattr(self.module, "logit_bias", None)
+        return image.float(), text.float(), scale, bias
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """bfloat16 autocast for the encoders, or nothing in float32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def step_seed(seed: int, step: int, rank: int, part: int) -> int:
+    """The seed of all randomness on the device in one part of one step, so that no generator state needs saving."""
+    mixed = (seed * 1_000_003 + step) * 1_000_003 + rank
+    return (mixed * 8191 + part) % (2**63 - 1)
+
+
+def forward_backward(
+    towers: nn.Module,
+    objective: Objective,
+    images: Tensor,
+    tokens: Tensor,
+    teacher: Embeddings | None,
+    *,
+    micro_batch: int | None,
+    precision: str,
+    seed: tuple[int, int, int],
+) -> ObjectiveOutput:
+    """Accumulate the gradients of one step's objective into the parameters.
+
+    images (B, 3, H, W) and tokens (B, L) are this rank's rows, `teacher` its embeddings of the same rows;
+    `seed` is (run seed, step, rank). B may differ between ranks and may be 0.
+    """
+    rows = len(images)
+    if micro_batch is None or micro_batch >= rows:
+        torch.manual_seed(step_seed(*seed, 0))
+        with autocast(images.device, precision):
+            image, text, scale, bias = towers(images, tokens)
+        output = objective(Embeddings(image, text, scale, logit_bias=bias), teacher)
+        (output.total + _touch(scale, bias)).backward()
+        return output
+    parts = list(zip(images.split(micro_batch), tokens.split(micro_batch), strict=True))
+    leaves, scale_leaf, bias_leaf = _embed(towers, parts, precision, seed)
+    output = objective(Embeddings(*leaves, scale_leaf, logit_bias=bias_leaf), teacher)
+    output.total.backward()
+    gradients = [leaf.grad.split(micro_batch) for leaf in leaves if leaf.grad is not None]
+    for index, (part_images, part_tokens) in enumerate(parts):
+        last = index == len(parts) - 1
+        torch.manual_seed(step_seed(*seed, index))
+        with sum_over_microbatches(towers, enabled=not last):
+            with autocast(images.device, precision):
+                image, text, scale, bias = towers(part_images, part_tokens)
+            surrogate = _touch(scale, bias)
+            for features, gradient in zip((image, text), gradients, strict=True):
+                surrogate = surrogate + (features * gradient[index]).sum()
+            if last:  # the scalars entered the objective once
+                for scalar, leaf in ((scale, scale_leaf), (bias, bias_leaf)):
+                    if scalar is not None and leaf is not None and leaf.grad is not None and scalar.requires_grad:
+                        surrogate = surrogate + (scalar * leaf.grad).sum()
+            surrogate.backward()
+    return output
+
+
+def _embed(
+    towers: nn.Module, parts: list[tuple[Tensor, Tensor]], precision: str, seed: tuple[int, int, int]
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor | None]:
+    """The whole batch's embeddings as leaves, encoded part by part without a graph."""
+    images, texts = [], []
+    with torch.no_grad(), frozen_batch_statistics(towers):
+        for index, (part_images, part_tokens) in enumerate(parts):
+            torch.manual_seed(step_seed(*seed, index))
+            with autocast(part_images.device, precision):
+                image, text, scale, bias = towers(part_images, part_tokens)
+            images.append(image)
+            texts.append(text)
+    leaves = (torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_())
+    bias_leaf = None if bias is None else bias.detach().clone().requires_grad_()
+    return leaves, scale.detach().clone().requires_grad_(), bias_leaf
+
+
+def _touch(scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Zero that depends on the scalars: DDP needs a gradient for each parameter even when no term uses it."""
+    zero = 0.0 * scale.sum()
+    return zero if bias is None else zero + 0.0 * bias.sum()
+
+
+@contextmanager
+def sum_over_microbatches(towers: nn.Module, enabled: bool) -> Iterator[None]:
+    """Keep DDP from averaging until the step's last micro-batch."""
+    if enabled and isinstance(towers, DistributedDataParallel):
+        with towers.no_sync():
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def frozen_batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch-norm layers normalise with the batch but leave their running statistics alone (the pass is repeated)."""
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    kept = [(m.momentum, None if m.num_batches_tracked is None else m.num_batches_tracked.clone()) for m in layers]
+    for m in layers:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, (momentum, seen) in zip(layers, kept, strict=True):
+            m.momentum = momentum
+            if seen is not None:
+                m.num_batches_tracked.copy_(seen)

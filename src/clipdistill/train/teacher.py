@@ -1,0 +1,94 @@
+"""The teacher during training: frozen, in evaluation mode, giving unit-length embeddings without a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clipdistill.data.loader import Batch
+from clipdistill.errors import InputError
+from clipdistill.models import ClipModel, load_model
+from clipdistill.objective import Embeddings
+from clipdistill.train.step import autocast
+
+
+class LiveTeacher:
+    """One or more CLIP models run on every batch.
+
+    Several teachers are concatenated in `blocks`, each keeping its own logit multiplier (term `reinforced`).
+    `logit_scale` replaces the models' own multipliers (a number for all, or one each).
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ClipModel],
+        device: torch.device,
+        precision: str,
+        logit_scale: float | Sequence[float] | None = None,
+    ) -> None:
+        first = models[0]
+        for other in models[1:]:
+            if other.image != first.image or other.tokenizer.to_dict() != first.tokenizer.to_dict():
+                raise InputError(
+                    f"teachers '{first.name}' and '{other.name}' want different images or tokens; "
+                    "live teachers must agree on both: use a cache, which stores each teacher's own view"
+                )
+        self.models = list(models)
+        self.device = device
+        self.precision = precision
+        for model in self.models:
+            model.module.requires_grad_(False).eval().to(device)
+        own = [float(m.module.logit_scale.detach().float().exp()) for m in self.models]
+        if isinstance(logit_scale, (int, float)):
+            own = [float(logit_scale)] * len(own)
+        elif logit_scale is not None:
+            own = [float(s) for s in logit_scale]
+        self.scales = own
+
+    @property
+    def model(self) -> ClipModel:
+        """What the loader prepares images and tokens for."""
+        return self.models[0]
+
+    @property
+    def name(self) -> str:
+        return " + ".join(m.name for m in self.models)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(m.embed_dim for m in self.models)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Embeddings:
+        """The teacher's embeddings of this rank's rows: (B, sum of D_k) each."""
+        assert batch.teacher_images is not None and batch.teacher_tokens is not None
+        return self.encode(batch.teacher_images, batch.teacher_tokens)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, tokens: Tensor) -> Embeddings:
+        """images (B, 3, H, W), tokens (B, L), on any device."""
+        images = images.to(self.device, non_blocking=True)
+        tokens = tokens.to(self.device, non_blocking=True)
+        image_blocks, text_blocks = [], []
+        for model in self.models:
+            with autocast(self.device, self.precision):
+                image, text = model.module.encode_image(images), model.module.encode_text(tokens)
+            image_blocks.append(torch.nn.functional.normalize(image.float(), dim=-1))
+            text_blocks.append(torch.nn.functional.normalize(text.float(), dim=-1))
+        single = len(self.models) == 1
+        scale = torch.tensor(self.scales[0] if single else self.scales, device=self.device)
+        return Embeddings(
+            torch.cat(image_blocks, 1), torch.cat(text_blocks, 1), scale, blocks=None if single else self.blocks
+        )
+
+
+def load_teacher(
+    names: Sequence[str],
+    device: torch.device,
+    precision: str,
+    logit_scale: float | Sequence[float] | None = None,
+) -> LiveTeacher:
+    """The live teacher of one or more model names."""
+    return LiveTeacher([load_model(name, teacher=True) for name in names], device, precision, logit_scale)

@@ -1,0 +1,122 @@
+"""Checkpoints: whole or absent, checked when read, restored to the bit."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from clipdistill.errors import ClipdistillError, InputError
+from clipdistill.models import build_student
+from clipdistill.train import checkpoint as cp
+
+
+@pytest.fixture(scope="module")
+def student():
+    return build_student("scenes-student", seed=0)
+
+
+def training_parts(student):
+    objective = nn.Linear(3, 2)
+    optimiser = torch.optim.AdamW([{"params": student.module.parameters()}, {"params": objective.parameters()}])
+    for p in (*student.module.parameters(), *objective.parameters()):
+        p.grad = torch.full_like(p, 0.5)
+    optimiser.step()
+    return objective, optimiser
+
+
+def test_round_trip_is_exact(student, tmp_path):
+    objective, optimiser = training_parts(student)
+    cp.save_checkpoint(tmp_path, student, objective, optimiser, {"step": 5, "window": {}}, keep=2)
+    other = build_student("scenes-student", seed=1)
+    other_objective, other_optimiser = training_parts(other)
+    found, rejected = cp.newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 5
+    assert rejected == []
+    cp.restore(found, other.module, other_objective, other_optimiser)
+    for a, b in zip(student.module.state_dict().values(), other.module.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    before, after = optimiser.state_dict()["state"], other_optimiser.state_dict()["state"]
+    assert before.keys() == after.keys()
+    for index in before:
+        for name in before[index]:
+            assert torch.equal(torch.as_tensor(before[index][name]), torch.as_tensor(after[index][name]))
+
+
+def test_only_the_newest_are_kept(student, tmp_path):
+    objective, optimiser = training_parts(student)
+    for step in (1, 2, 3):
+        cp.save_checkpoint(tmp_path, student, objective, optimiser, {"step": step}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("victim", ["student/model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_passed_over(student, tmp_path, victim):
+    objective, optimiser = training_parts(student)
+    for step in (1, 2):
+        cp.save_checkpoint(tmp_path, student, objective, optimiser, {"step": step}, keep=2)
+    path = tmp_path / "step-00000002" / victim
+    path.write_bytes(path.read_bytes()[:-3])
+    found, rejected = cp.newest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert len(rejected) == 1
+    assert "step-00000002" in rejected[0]
+
+
+def test_one_flipped_bit_is_noticed(student, tmp_path):
+    objective, optimiser = training_parts(student)
+    folder = cp.save_checkpoint(tmp_path, student, objective, optimiser, {"step": 1}, keep=1)
+    path = folder / "student" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    assert cp.newest_checkpoint(tmp_path)[0] is None
+
+
+def test_half_written_folders_are_ignored_and_removed(student, tmp_path):
+    objective, optimiser = training_parts(student)
+    (tmp_path / ".writing-step-00000009" / "student").mkdir(parents=True)
+    assert cp.newest_checkpoint(tmp_path) == (None, [])
+    cp.save_checkpoint(tmp_path, student, objective, optimiser, {"step": 1}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_another_format_version_is_refused(student, tmp_path):
+    objective, optimiser = training_parts(student)
+    folder = cp.save_checkpoint(tmp_path, student, objective, optimiser, {"step": 1}, keep=1)
+    state = json.loads((folder / "state.json").read_text())
+    state["format"] = 99
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="checkpoint format 99"):
+        cp.read_checkpoint(folder)
+
+
+def test_another_architecture_is_refused_in_one_sentence(student, tmp_path):
+    objective, optimiser = training_parts(student)
+    folder = cp.save_checkpoint(tmp_path, student, objective, optimiser, {"step": 1}, keep=1)
+    with pytest.raises(InputError, match="another architecture") as caught:
+        cp.restore(cp.read_checkpoint(folder), nn.Linear(2, 2), objective, optimiser)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_reported_before_anything_is_written(student, tmp_path, monkeypatch):
+    objective, optimiser = training_parts(student)
+    cp.save_checkpoint(tmp_path, student, objective, optimiser, {"step": 1}, keep=1)
+    full = type("Usage", (), {"free": 1000})()
+    monkeypatch.setattr(cp.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(ClipdistillError, match="last good checkpoint is kept"):
+        cp.save_checkpoint(tmp_path, student, objective, optimiser, {"step": 2}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_checkpoints_hold_no_pickle(student, tmp_path):
+    objective, optimiser = training_parts(student)
+    folder = cp.save_checkpoint(tmp_path, student, objective, optimiser, {"step": 1}, keep=1)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert path.suffix in (".safetensors", ".json")
+            with pytest.raises((pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError)):
+                pickle.loads(path.read_bytes())
