@@ -6,7 +6,7 @@ import torch
 
 from clipdistill.data.loader import Batch
 from clipdistill.errors import InputError
-from clipdistill.objective import Embeddings
+from clipdistill.objective import Embeddings, Objective
 from clipdistill.train import preflight
 from clipdistill.train.distributed import is_main, world_size
 from clipdistill.train.logs import Display
@@ -29,7 +29,7 @@ def run(setup: Setup, display: Display, explain: bool) -> None:
     student_cut, teacher_cut = preflight.truncation(batches)
     display.say(f"captions cut at the context length: student {student_cut:.1%}, teacher {teacher_cut:.1%} of a sample")
     _check_memory(setup, batches[0], display)
-    display.say(setup.objective.explain())
+    display.say(setup.objective.explain(config.train.batch_size, setup.device, world_size()))
     if explain and is_main():
         _magnitudes(setup, batches, display)
 
@@ -108,8 +108,21 @@ def _magnitudes(setup: Setup, batches: list[Batch], display: Display) -> None:
     display.say(f"{'term':<12}{'weight':>10}{'value':>12}{'weighted':>12}{'gradient norm':>16}")
     for name, weight in setup.objective.weights.items():
         leaves = [image.clone().requires_grad_(), text.clone().requires_grad_()]
-        output = setup.objective.only(name)(Embeddings(*leaves, scale, logit_bias=bias), teacher)
+        alone = _one_term(setup, name)
+        output = alone(Embeddings(*leaves, scale, logit_bias=bias), teacher)
         gradients = torch.autograd.grad(output.total, leaves, allow_unused=True)
         norm = sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
         value = float(output.terms[name])
         display.say(f"{name:<12}{weight:>10.4g}{value:>12.4g}{weight * value:>12.4g}{norm:>16.4g}")
+
+
+def _one_term(setup: Setup, name: str) -> Objective:
+    """The objective with one term at weight 1 and the same scales and projections."""
+    single = setup.config.objective.model_copy(update={"weights": {name: 1.0}})
+    whole = setup.objective
+    teachers = None if setup.teacher is None else setup.teacher.blocks
+    blocks = teachers if teachers is not None and len(teachers) > 1 else None
+    alone = single.build(whole.student_dim, whole.teacher_dim, teacher_blocks=blocks).to(setup.device)
+    known = whole.state_dict()
+    alone.load_state_dict({key: known[key] for key in alone.state_dict()})
+    return alone

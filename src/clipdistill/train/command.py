@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from clipdistill.data.pairs import parse_data_name
 from clipdistill.train.config import resolve
 from clipdistill.train.run import distill
 
@@ -67,7 +66,7 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     ):
         if name is not None:
             values = {"split": split, "image_root": arguments.image_root}
-            settings[key] = parse_data_name(name) | {k: v for k, v in values.items() if v is not None}
+            settings[key] = {"path": name} | {k: v for k, v in values.items() if v is not None}
     evaluation = {"zero_shot": arguments.zero_shot, "protocol": arguments.protocol}
     evaluation = {k: v for k, v in evaluation.items() if v is not None}
     if evaluation:

@@ -11,6 +11,7 @@ from clipdistill.errors import InputError
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.objective import Embeddings, Objective
 from clipdistill.train.config import RunConfig
+from clipdistill.train.distributed import world_size
 from clipdistill.train.step import Towers, autocast
 
 
@@ -117,7 +118,7 @@ def estimate_memory(
         optimiser=8 * trained,
         activations=int(per_sample * encoded),
         teacher=4 * teacher_parameters,
-        objective=objective.estimate_bytes(global_batch),
+        objective=objective.estimate_bytes(global_batch, device, world_size()),
     )
 
 

@@ -79,10 +79,10 @@ class Setup:
 def build(config: RunConfig, device: torch.device) -> Setup:
     """Open the data, load teacher and student, make objective and optimiser. Raises InputError for unusable input."""
     train = config.train
-    source = open_pairs(config.data)
+    source = open_pairs(config.data, default_split="train")
     if len(source) < 2:
         raise InputError(f"data '{config.data.path}': {len(source)} usable pairs; training needs at least 2")
-    validation = None if config.validation is None else open_pairs(config.validation)
+    validation = None if config.validation is None else open_pairs(config.validation, default_split="val")
     teacher = None
     if config.objective.needs_teacher:
         teacher = load_teacher(config.teachers, device, train.precision, _teacher_scale(config))
