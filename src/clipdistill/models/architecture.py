@@ -1,0 +1,173 @@
+"""Architectures: the plain dictionary that describes a model, its checks, and the open_clip module it builds.
+
+The dictionary is open_clip's own model configuration (`embed_dim`, `vision_cfg`, `text_cfg`, ...) with `quick_gelu` always written
+out, because a wrong activation changes every result and raises no error. It may come from a file of unknown origin, so it can
+name values only: sizes are bounded, keys are known ones, nothing in it downloads or runs code.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from clipdistill.errors import InputError, nearest
+
+_TOP_KEYS = {
+    "embed_dim",
+    "vision_cfg",
+    "text_cfg",
+    "quick_gelu",
+    "custom_text",
+    "init_logit_scale",
+    "init_logit_bias",
+    "nonscalar_logit_scale",
+    "multimodal_cfg",
+}
+# the largest values in any published model are far below; beyond them a description is hostile or broken
+_LIMITS = {
+    "embed_dim": 16_384,
+    "layers": 256,
+    "width": 16_384,
+    "heads": 1_024,
+    "head_width": 16_384,
+    "patch_size": 1_024,
+    "image_size": 4_096,
+    "context_length": 8_192,
+    "vocab_size": 2_000_000,
+    "mlp_ratio": 64,
+    "attn_pooler_queries": 16_384,
+    "attn_pooler_heads": 1_024,
+}
+
+
+def check_architecture(values: Mapping[str, Any], where: str = "architecture") -> dict[str, Any]:
+    """A checked deep copy of an architecture dictionary, `quick_gelu` filled in.
+
+    Raises InputError naming `where` for unknown keys, missing parts, sizes out of bounds, and model names that are not local.
+    """
+    from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: expected a mapping with embed_dim, vision_cfg and text_cfg, got {values!r}")
+    result: dict[str, Any] = copy.deepcopy(dict(values))
+    for key in ("embed_dim", "vision_cfg", "text_cfg"):
+        if key not in result:
+            raise InputError(f"{where}: the key '{key}' is missing")
+    _check_keys(result, _TOP_KEYS, where)
+    for key, known in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        if not isinstance(result[key], dict):
+            raise InputError(f"{where}: '{key}' must be a mapping, got {result[key]!r}")
+        _check_keys(result[key], {field.name for field in dataclasses.fields(known)}, f"{where}: {key}")
+        _check_sizes(result[key], f"{where}: {key}")
+    _check_sizes(result, where)
+    _check_tower_names(result, where)
+    result["quick_gelu"] = bool(result.get("quick_gelu", False))
+    return result
+
+
+def _check_keys(values: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise InputError(f"{where}: unknown key '{key}'{nearest(str(key), known)}")
+
+
+def _check_sizes(values: Mapping[str, Any], where: str) -> None:
+    for key, limit in _LIMITS.items():
+        value = values.get(key)
+        if value is None:
+            continue
+        for number in value if isinstance(value, list | tuple) else [value]:
+            fits = isinstance(number, int | float) and not isinstance(number, bool) and 0 < number <= limit
+            if not fits or (key != "mlp_ratio" and not isinstance(number, int)):
+                raise InputError(f"{where}: '{key}' must be a number from 1 to {limit}, got {value!r}")
+
+
+def _check_tower_names(architecture: dict[str, Any], where: str) -> None:
+    """timm towers by registered name and without a download; Hugging Face text towers by plain 'owner/name'."""
+    vision, text = architecture["vision_cfg"], architecture["text_cfg"]
+    name = vision.get("timm_model_name")
+    if name is not None:
+        check_timm_name(name, where)
+        vision["timm_model_pretrained"] = False
+    if text.get("hf_model_name") is not None:
+        text["hf_model_pretrained"] = False
+
+
+def check_timm_name(name: Any, where: str) -> None:
+    """Raise InputError unless `name` is an architecture registered in timm (no 'hf-hub:' and no path)."""
+    import timm
+
+    base = name.split(".")[0] if isinstance(name, str) else ""
+    if not base or not timm.is_model(base):
+        raise InputError(f"{where}: timm has no architecture {name!r}{_nearest_timm(str(name))}")
+
+
+def _nearest_timm(name: str) -> str:
+    import difflib
+
+    import timm
+
+    close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, device: str = "cpu") -> nn.Module:
+    """The open_clip module of a checked architecture, fp32, in training mode.
+
+    `seed` set: initialised under a generator of its own, the same weights whatever ran before. `device` "meta": shapes only.
+    Returns a CLIP, CustomTextCLIP or CoCa; encode_image and encode_text give raw (not normalised) embeddings (B, embed_dim).
+    """
+    arguments = copy.deepcopy(dict(architecture))
+    custom_text = arguments.pop("custom_text", False) or arguments["text_cfg"].get("hf_model_name") is not None
+    build = _module_class(custom_text, "multimodal_cfg" in arguments)
+    try:
+        with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device(device):
+            if seed is not None:
+                torch.manual_seed(seed)
+            return build(**arguments)
+    except InputError:
+        raise
+    except Exception as error:  # open_clip and timm raise whatever an impossible size leads to
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"this architecture cannot be built: {first_line}") from error
+
+
+@functools.cache
+def _module_class(custom_text: bool, multimodal: bool) -> Any:
+    from open_clip import CLIP, CoCa, CustomTextCLIP
+
+    if not multimodal:
+        return CustomTextCLIP if custom_text else CLIP
+
+    class RawCoCa(CoCa):
+        """CoCa whose encoders give raw embeddings unless asked otherwise, like those of the other classes."""
+
+        def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+            return super().encode_image(images, normalize=normalize)
+
+        def encode_text(self, text: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+            return super().encode_text(text, normalize=normalize)
+
+    return RawCoCa
+
+
+def shapes(architecture: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Name and shape of every tensor in the state dictionary of an architecture, without allocating any."""
+    return {name: tensor.shape for name, tensor in build_module(architecture, device="meta").state_dict().items()}
+
+
+def text_tower(module: nn.Module) -> nn.Module:
+    """The module that owns the text transformer: `module.text`, or the model itself where the text tower lies flat in it."""
+    return getattr(module, "text", module)
+
+
+def image_size(module: nn.Module) -> int:
+    """Side in pixels of the square image the image tower expects."""
+    size = getattr(module.visual, "image_size", 224)
+    return int(size[0] if isinstance(size, tuple | list) else size)

@@ -1,0 +1,97 @@
+"""ClipModel: an image tower and a text tower with everything needed to feed them: image specification, tokenizer, architecture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from clipdistill.config import as_dict
+from clipdistill.data.views import ImageSpec
+from clipdistill.models.architecture import text_tower
+from clipdistill.models.tokenizers import Tokenizer
+
+_CHUNK = 1 << 24  # elements hashed at a time, so that a model on a GPU is never copied whole
+
+
+@dataclass
+class ClipModel:
+    """A CLIP model with its own preprocessing.
+
+    `module.encode_image` maps float images (B, 3, H, W), prepared as `image` says, to raw embeddings (B, embed_dim);
+    `module.encode_text` maps the ids (B, context_length) of `tokenizer` to (B, embed_dim). Neither is normalised.
+    `module.logit_scale` is a parameter holding the logarithm of the multiplier; `module.logit_bias` one or None.
+    `architecture` is open_clip's configuration of the module (see models/architecture.py).
+    """
+
+    name: str
+    module: nn.Module
+    image: ImageSpec
+    tokenizer: Tokenizer
+    embed_dim: int
+    context_length: int
+    architecture: dict[str, Any]
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) over weights, architecture, image specification and tokenizer: the same on every device, for any name.
+
+        Weights count with their names, shapes and number formats: a model rounded to fp16 is another model.
+        """
+        digest = hashlib.sha256()
+        description = {
+            "architecture": self.architecture,
+            "image": as_dict(self.image),
+            "tokenizer": self.tokenizer.to_dict(),
+        }
+        digest.update(json.dumps(description, sort_keys=True).encode())
+        hash_tensors(self.module.state_dict(), digest)
+        return digest.hexdigest()
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters: image, text_transformer, text_total, total.
+
+        "image" is the whole image tower with its projection. "text_transformer" is what the distillation papers quote: the
+        transformer blocks alone, without token and position embeddings, final norm and projection (docs/models.md).
+        "text_total" is the whole text tower. "total" adds the logit scale (and bias).
+        """
+        return count_parameters(self.module)
+
+
+def count_parameters(module: nn.Module) -> dict[str, int]:
+    """See ClipModel.parameter_counts; works on the meta device."""
+    total = sum(p.numel() for p in module.parameters())
+    image = sum(p.numel() for p in module.visual.parameters())
+    scales = sum(p.numel() for name, p in module.named_parameters() if name in ("logit_scale", "logit_bias"))
+    decoder = getattr(module, "text_decoder", None)
+    extra = 0 if decoder is None else sum(p.numel() for p in decoder.parameters())
+    return {
+        "image": image,
+        "text_transformer": sum(p.numel() for p in _text_blocks(module).parameters()),
+        "text_total": total - image - scales - extra,
+        "total": total,
+    }
+
+
+def _text_blocks(module: nn.Module) -> nn.Module:
+    """The stack of transformer blocks of the text tower."""
+    transformer = text_tower(module).transformer
+    if hasattr(transformer, "resblocks"):
+        return transformer.resblocks
+    encoder = getattr(transformer, "encoder", transformer)  # a Hugging Face text tower
+    return getattr(encoder, "layer", encoder)
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor], digest: Any) -> None:
+    """Feed names, number formats, shapes and contents of `tensors` to a hashlib object, in the order of their names."""
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.reshape(-1)
+        for start in range(0, flat.numel(), _CHUNK):
+            part = flat[start : start + _CHUNK].cpu().contiguous()
+            digest.update(part.view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,149 @@
+"""Which parameters train and how: freezing by tower or name, and the parameter groups of the optimiser."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from clipdistill.errors import InputError, nearest
+
+_TOWERS = ("image", "text")
+_SCALES = ("logit_scale", "logit_bias")
+
+
+def tower_of(name: str) -> str:
+    """'image', 'text' or 'scale': the part of an open_clip model that owns the parameter called `name`."""
+    if name.startswith("visual."):
+        return "image"
+    return "scale" if name in _SCALES else "text"
+
+
+def freeze(module: nn.Module, patterns: Sequence[str]) -> int:
+    """Stop the parameters that `patterns` name from training; returns how many numbers are frozen in all.
+
+    A pattern is 'image' or 'text' (a whole tower), the name of a parameter or of a part ('visual.conv1'), or one with wildcards
+    ('visual.transformer.resblocks.[0-5].*'). Raises InputError for a pattern that names nothing, and when nothing is left to train.
+    """
+    parameters = dict(module.named_parameters())
+    for pattern in patterns:
+        matched = [name for name in parameters if _matches(pattern, name)]
+        if not matched:
+            parts = {name.rsplit(".", depth)[0] for name in parameters for depth in (1, 2, 3)}
+            near = nearest(pattern, _TOWERS) if len(pattern) < 8 else _near_part(pattern, parts)
+            raise InputError(f"freeze: no parameter is called '{pattern}'{near}")
+        for name in matched:
+            parameters[name].requires_grad_(False)
+    if patterns and not any(p.requires_grad for p in parameters.values()):
+        raise InputError(f"freeze: {', '.join(patterns)} freezes the whole model, so there is nothing to train")
+    return sum(p.numel() for p in parameters.values() if not p.requires_grad)
+
+
+def _near_part(pattern: str, parts: set[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(pattern, sorted(parts), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern in _TOWERS:
+        return tower_of(name) == pattern
+    return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
+
+
+def hold_frozen_statistics(module: nn.Module) -> nn.Module:
+    """Put the batch normalisations whose parameters are all frozen into evaluation mode; call it after `module.train()`.
+
+    A frozen network whose running statistics go on moving is not frozen: its outputs drift with the training data.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            parameters = list(part.parameters(recurse=False))
+            if parameters and not any(p.requires_grad for p in parameters):
+                part.eval()
+    return module
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies, by open_clip's rule: matrices and kernels only; no norms, biases or logit scale.
+
+    Position embeddings and token embeddings are matrices and do decay, as they do in open_clip.
+    """
+    return parameter.ndim >= 2 and not any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+
+
+def parameter_groups(
+    module: nn.Module, *, weight_decay: float, learning_rate: float, layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser over the trainable parameters: {"name", "params", "weight_decay", "lr"}.
+
+    Two groups, decayed and not (see `decays`). With `layer_decay` d in (0, 1], one pair per depth of each tower: the learning rate of a layer
+    k steps below the output of its tower is learning_rate * d**k; the logit scale has the full rate.
+    """
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        raise InputError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
+    below = _layers_below_output(module) if layer_decay is not None else None
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = below(name) if below is not None else 0
+        decayed = decays(name, parameter)
+        group = groups.setdefault(
+            (depth, not decayed),
+            {
+                "name": ("decay" if decayed else "no decay") + (f", {depth} below output" if depth else ""),
+                "params": [],
+                "weight_decay": weight_decay if decayed else 0.0,
+                "lr": learning_rate * (layer_decay or 1.0) ** depth,
+            },
+        )
+        group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _layers_below_output(module: nn.Module) -> Callable[[str], int]:
+    """A function from parameter name to its number of layers below its tower's output."""
+    depth = {name: _depth(name) for name, _ in module.named_parameters()}
+    depth.update(_timm_depths(module))
+    deepest = {tower: max((d for n, d in depth.items() if tower_of(n) == tower and d < _OUTPUT), default=0) for tower in _TOWERS}
+
+    def below(name: str) -> int:
+        tower = tower_of(name)
+        if tower == "scale" or depth[name] >= _OUTPUT:
+            return 0
+        return deepest[tower] + 1 - depth[name]
+
+    return below
+
+
+_OUTPUT = 1_000_000
+_BLOCK = re.compile(r"(?:resblocks|layers?)\.(\d+)\.")
+_RESNET_STAGE = re.compile(r"^visual\.layer(\d)\.")
+_OUTPUT_PARTS = re.compile(r"(^|\.)(ln_post|proj|attn_pool\w*|attnpool|ln_final|text_projection|head|cls_emb|text_decoder)(\.|$)")
+
+
+def _depth(name: str) -> int:
+    """0 for the input (stem, embeddings), 1... for the blocks, _OUTPUT for final norm and projection."""
+    stage = _RESNET_STAGE.match(name)
+    if stage:
+        return int(stage.group(1))
+    block = _BLOCK.search(name)
+    if block and not name.startswith("text_decoder"):
+        return int(block.group(1)) + 1
+    return _OUTPUT if _OUTPUT_PARTS.search(name) else 0
+
+
+def _timm_depths(module: nn.Module) -> dict[str, int]:
+    """Depths inside a timm trunk, by the grouping that timm defines for each network."""
+    trunk = getattr(module.visual, "trunk", None)
+    if trunk is None:
+        return {}
+    from timm.models import group_parameters
+
+    groups = group_parameters(trunk, trunk.group_matcher(coarse=False))
+    return {f"visual.trunk.{name}": int(layer) for layer, names in groups.items() for name in names}

@@ -1,0 +1,196 @@
+"""Model folders: `model.json` (what the model is) and `model.safetensors` (its weights), written whole or not at all.
+
+The JSON holds everything that must never be guessed when the model is read again: architecture, activation, image specification,
+tokenizer. Neither file can carry code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from clipdistill.config import as_dict, build
+from clipdistill.data.views import ImageSpec
+from clipdistill.errors import InputError
+from clipdistill.models.architecture import build_module, check_architecture, image_size, shapes
+from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.tokenizers import tokenizer_from_dict
+
+FORMAT = 1
+DESCRIPTION, WEIGHTS = "model.json", "model.safetensors"
+_LARGEST_DESCRIPTION = 256 << 20  # bytes; the largest published tokenizer takes 35 MB
+_KEYS = {"format", "name", "architecture", "activation", "image", "tokenizer", "dtype", "weights_sha256", "parameters", "versions"}
+
+
+def save_model(model: ClipModel, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+    """Write `model` as a model folder, atomically: a reader sees the old folder, or the new one, never a part.
+
+    `dtype` torch.float16 or torch.bfloat16 rounds floating-point weights to halve the file; None keeps them to the bit.
+    Raises InputError when the destination is a file or a folder that is not a model folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / DESCRIPTION).exists())):
+        raise InputError(f"{folder}: exists and is not a model folder, so it is not replaced: choose another place")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
+    try:
+        save_file(_stored_tensors(model, dtype), temporary / WEIGHTS)
+        description = _description(model, dtype, file_sha256(temporary / WEIGHTS))
+        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        # safetensors and mkdtemp make them private; a model is to be read by others
+        temporary.chmod(0o755)
+        (temporary / WEIGHTS).chmod(0o644)
+        for part in (temporary / WEIGHTS, temporary / DESCRIPTION, temporary):
+            _flush(part)
+        _replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _stored_tensors(model: ClipModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """The state dictionary on the CPU, each tensor with storage of its own, as safetensors requires."""
+    tensors = {}
+    for name, tensor in model.module.state_dict().items():
+        target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        tensors[name] = tensor.detach().to("cpu", target, copy=True).contiguous()
+    return tensors
+
+
+def _description(model: ClipModel, dtype: torch.dtype | None, weights_sha256: str) -> dict[str, Any]:
+    import open_clip
+    import timm
+
+    versions = {"torch": torch.__version__, "open_clip": open_clip.__version__, "timm": timm.__version__}
+    return {
+        "format": FORMAT,
+        "name": model.name,
+        "architecture": model.architecture,
+        "activation": activation(model.architecture),
+        "image": as_dict(model.image),
+        "tokenizer": model.tokenizer.to_dict(),
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "weights_sha256": weights_sha256,
+        "parameters": model.parameter_counts(),
+        "versions": versions,
+    }
+
+
+def activation(architecture: dict[str, Any]) -> str:
+    """'quick_gelu' or 'gelu'."""
+    return "quick_gelu" if architecture.get("quick_gelu") else "gelu"
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Make a file's or folder's content survive a power cut before it is renamed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    """Put `temporary` in the place of `folder`. A folder cannot be renamed over a full one, so the old one steps aside first."""
+    if folder.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.replaced-", dir=folder.parent))
+        folder.rename(aside / "old")
+        temporary.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        temporary.rename(folder)
+    _flush(folder.parent)
+
+
+def read_model(folder: Path) -> ClipModel:
+    """Read a model folder. The weights are compared, name by name, with the architecture before any memory is allocated.
+
+    Raises InputError for a missing file, an unknown format, a description or weights that do not fit, and damaged content.
+    """
+    where = folder / DESCRIPTION
+    values = read_description(where)
+    architecture = check_architecture(values["architecture"], f"{where}: architecture")
+    if values["activation"] != activation(architecture):
+        raise InputError(
+            f"{where}: the activation is stated as {values['activation']!r} and the architecture says {activation(architecture)!r}: "
+            "the file was edited or damaged, and guessing would change every result"
+        )
+    tensors = read_safetensors(folder / WEIGHTS, shapes(architecture), f"the architecture in {DESCRIPTION}")
+    if file_sha256(folder / WEIGHTS) != values["weights_sha256"]:
+        raise InputError(f"{folder / WEIGHTS}: the content is not what {DESCRIPTION} recorded: copy the folder again")
+    tokenizer = tokenizer_from_dict(values["tokenizer"])
+    image = build(ImageSpec, values["image"], f"{where}: image")
+    module = build_module(architecture)
+    module.load_state_dict(tensors)
+    text = architecture["text_cfg"]
+    if text.get("vocab_size", 49_408) < tokenizer.vocab_size or text.get("context_length", 77) != tokenizer.context_length:
+        raise InputError(f"{where}: the tokenizer does not fit the text tower (vocabulary or context length differ)")
+    if image.size != image_size(module):
+        raise InputError(f"{where}: the image size {image.size} is not that of the image tower, {image_size(module)}")
+    return ClipModel(values["name"], module, image, tokenizer, architecture["embed_dim"], tokenizer.context_length, architecture)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The checked top level of a model.json; raises InputError for anything that is not one of this format."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, so this is not a model folder")
+    if path.stat().st_size > _LARGEST_DESCRIPTION:
+        raise InputError(f"{path}: too large for a model description ({path.stat().st_size >> 20} MB)")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(values, dict) or "format" not in values:
+        raise InputError(f"{path}: not a model description (it has no 'format')")
+    if values["format"] != FORMAT:
+        raise InputError(f"{path}: format {values['format']!r} is not known here (this version reads {FORMAT}): update clipdistill")
+    missing = sorted(_KEYS - values.keys())
+    if missing:
+        raise InputError(f"{path}: the key '{missing[0]}' is missing")
+    if not isinstance(values["name"], str):
+        raise InputError(f"{path}: 'name' must be text, got {values['name']!r}")
+    return values
+
+
+def read_safetensors(path: Path, expected: dict[str, torch.Size], what: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file whose names and shapes must be `expected`; `what` names where that came from."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            require_equal_shapes(found, expected, str(path), what)
+            return {name: file.get_tensor(name) for name in found}
+    except SafetensorError as error:
+        raise InputError(f"{path}: not readable as safetensors ({error}): the file is cut short or is something else") from error
+
+
+def require_equal_shapes(found: dict[str, torch.Size], expected: dict[str, torch.Size], where: str, what: str) -> None:
+    """Raise InputError listing the first differences when names or shapes of `found` are not those `expected`."""
+    differences = [
+        f"{name} is {_size(found.get(name))} instead of {_size(expected.get(name))}"
+        for name in sorted(found.keys() | expected.keys())
+        if found.get(name) != expected.get(name)
+    ]
+    if differences:
+        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise InputError(f"{where}: the weights are not those of {what}: {'; '.join(differences[:5])}{more}")
+
+
+def _size(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else f"({', '.join(str(n) for n in shape)})"

@@ -1,0 +1,266 @@
+"""Tokenizers: captions to fixed-length rows of token ids, with the counts needed to report truncation.
+
+Three kinds. "clip-bpe": the byte-pair vocabulary of CLIP (open_clip's SimpleTokenizer). "words": a small vocabulary of whole
+words built from captions, stored with the model. "hf": a Hugging Face tokenizer, stored whole with the model.
+Each is a plain dictionary in JSON and back without loss; each pickles as that dictionary, so data workers may be spawned.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import unicodedata
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from clipdistill.errors import InputError, MissingExtraError, nearest
+
+CLIP_CONTEXT_LENGTH = 77
+_CACHE_LIMIT = 200_000  # captions remembered per process, about 300 bytes each
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[^\w\s]|_")
+_CLEANINGS = ("lower", "whitespace", "canonicalize")
+
+
+class Tokenizer(ABC):
+    """Captions to ids: BOS, the caption, EOT, then padding; over-long captions are cut and keep their EOT.
+
+    `context_length` is the width of the rows, `vocab_size` one more than the largest id.
+    """
+
+    kind: ClassVar[str]
+    context_length: int
+    vocab_size: int
+
+    @abstractmethod
+    def encode(self, caption: str) -> list[int]:
+        """The ids of one caption, uncut and unpadded, start and end included."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready description from which `tokenizer_from_dict` makes an equal tokenizer."""
+
+    @abstractmethod
+    def with_context_length(self, context_length: int) -> Tokenizer:
+        """The same vocabulary with rows of another width."""
+
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        """Token ids of `captions`: LongTensor (n, context_length)."""
+        rows = np.full((len(captions), self.context_length), self._padding, dtype=np.int64)
+        for row, caption in zip(rows, captions):
+            ids = self._ids(caption)
+            if len(ids) > self.context_length:
+                row[:] = ids[: self.context_length]
+                row[-1] = ids[-1]
+            else:
+                row[: len(ids)] = ids
+        return torch.from_numpy(rows)
+
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """Ids each caption needs before any cut, start and end included; above `context_length` means it is cut."""
+        return [len(self._ids(caption)) for caption in captions]
+
+    _padding: int = 0
+
+    @functools.cached_property
+    def _cache(self) -> dict[str, np.ndarray]:
+        return {}
+
+    def _ids(self, caption: str) -> np.ndarray:
+        """`encode` with memory: every epoch sees the same captions again."""
+        ids = self._cache.get(caption)
+        if ids is None:
+            ids = np.asarray(self.encode(caption), dtype=np.int32)
+            if len(self._cache) < _CACHE_LIMIT:
+                self._cache[caption] = ids
+        return ids
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tokenizer_from_dict, (self.to_dict(),)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.context_length, self.vocab_size))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(context_length={self.context_length}, vocab_size={self.vocab_size})"
+
+
+class ClipBpeTokenizer(Tokenizer):
+    """CLIP's byte-pair vocabulary of 49 408 ids, as open_clip ships it. `clean` is open_clip's text cleaning."""
+
+    kind = "clip-bpe"
+
+    def __init__(self, context_length: int = CLIP_CONTEXT_LENGTH, clean: str = "lower") -> None:
+        if clean not in _CLEANINGS:
+            raise InputError(f"unknown text cleaning '{clean}'{nearest(clean, _CLEANINGS)}")
+        self.context_length = _checked_length(context_length)
+        self.clean = clean
+        self._bpe = _simple_tokenizer(clean)
+        self.vocab_size = self._bpe.vocab_size
+
+    def encode(self, caption: str) -> list[int]:
+        """The ids of one caption, uncut, start and end included."""
+        return [self._bpe.sot_token_id, *self._bpe.encode(caption), self._bpe.eot_token_id]
+
+    def to_dict(self) -> dict[str, Any]:
+        """See Tokenizer."""
+        return {"kind": self.kind, "context_length": self.context_length, "clean": self.clean}
+
+    def with_context_length(self, context_length: int) -> ClipBpeTokenizer:
+        """See Tokenizer."""
+        return ClipBpeTokenizer(context_length, self.clean)
+
+
+@functools.cache
+def _simple_tokenizer(clean: str) -> Any:
+    """One open_clip tokenizer per cleaning and process: building its merge table takes a while."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(clean=clean)
+
+
+class WordsTokenizer(Tokenizer):
+    """Lower-cased words and punctuation marks from a fixed list. Ids: 0 padding, 1 start, 2 unknown, 3... words, last end."""
+
+    kind = "words"
+    START, UNKNOWN, FIRST_WORD = 1, 2, 3
+
+    def __init__(self, words: Sequence[str], context_length: int) -> None:
+        if len(set(words)) != len(words):
+            repeated = next(word for word, count in Counter(words).items() if count > 1)
+            raise InputError(f"the vocabulary lists the word {repeated!r} more than once")
+        if not words:
+            raise InputError("the vocabulary is empty: build it from captions with build_words_tokenizer")
+        self.words = tuple(words)
+        self.context_length = _checked_length(context_length)
+        self._index = {word: self.FIRST_WORD + i for i, word in enumerate(self.words)}
+        self.end = self.FIRST_WORD + len(self.words)
+        self.vocab_size = self.end + 1
+
+    def encode(self, caption: str) -> list[int]:
+        """The ids of one caption, uncut, start and end included."""
+        index, unknown = self._index, self.UNKNOWN
+        return [self.START, *(index.get(word, unknown) for word in split_words(caption)), self.end]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The words of one row of ids, without start, end and padding; unknown words read '?'."""
+        words = (self._word(int(i)) for i in ids if int(i) not in (0, self.START, self.end))
+        return " ".join(words)
+
+    def _word(self, i: int) -> str:
+        return "?" if i == self.UNKNOWN else self.words[i - self.FIRST_WORD]
+
+    def to_dict(self) -> dict[str, Any]:
+        """See Tokenizer."""
+        return {"kind": self.kind, "context_length": self.context_length, "words": list(self.words)}
+
+    def with_context_length(self, context_length: int) -> WordsTokenizer:
+        """See Tokenizer."""
+        return WordsTokenizer(self.words, context_length)
+
+
+def split_words(caption: str) -> list[str]:
+    """Lower-cased words and single punctuation marks of a caption, NFC-normalised ("A dog's red-hot ball!" has 7)."""
+    return _WORD.findall(unicodedata.normalize("NFC", caption).lower())
+
+
+def build_words_tokenizer(
+    captions: Iterable[str], context_length: int | None = None, min_count: int = 1, max_size: int | None = None
+) -> WordsTokenizer:
+    """A "words" tokenizer of the words that occur at least `min_count` times, the `max_size` most frequent at most.
+
+    `context_length` None: the longest caption with its start and end, at most 77. Equally frequent words are ordered alphabetically,
+    so the vocabulary is a function of the set of captions and not of their order.
+    """
+    counts: Counter[str] = Counter()
+    longest = 0
+    for caption in captions:
+        words = split_words(caption)
+        counts.update(words)
+        longest = max(longest, len(words) + 2)
+    kept = sorted((word for word, count in counts.items() if count >= min_count), key=lambda word: (-counts[word], word))
+    if not kept:
+        raise InputError(f"no word occurs {min_count} times or more in the captions: lower min_count or give more captions")
+    return WordsTokenizer(kept[:max_size], context_length or min(longest, CLIP_CONTEXT_LENGTH))
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A fast Hugging Face tokenizer (the content of a tokenizer.json), run by the `tokenizers` library.
+
+    The ids equal those of transformers: the file's own normalisation, start and end tokens; cut rows keep their last token.
+    """
+
+    kind = "hf"
+
+    def __init__(self, definition: Mapping[str, Any], context_length: int, padding: int = 0, clean: str | None = None) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise MissingExtraError("tokenizers", "hf", "this model's tokenizer") from error
+        if clean is not None and clean not in _CLEANINGS:
+            raise InputError(f"unknown text cleaning '{clean}'{nearest(clean, _CLEANINGS)}")
+        self.definition = dict(definition)
+        # cutting and padding are done here, once for every kind: a cut that keeps the end token
+        self.definition["truncation"] = self.definition["padding"] = None
+        try:
+            self._fast = tokenizers.Tokenizer.from_str(json.dumps(self.definition))
+        except Exception as error:  # the library raises bare Exception for a malformed definition
+            raise InputError(f"the tokenizer definition is not one that the tokenizers library reads ({error})") from error
+        self.context_length = _checked_length(context_length)
+        self.clean = clean
+        self._padding = padding
+        self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, caption: str) -> list[int]:
+        """The ids of one caption, uncut, start and end included."""
+        if self.clean is not None:
+            from open_clip.tokenizer import get_clean_fn
+
+            caption = get_clean_fn(self.clean)(caption)
+        return list(self._fast.encode(caption).ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        """See Tokenizer."""
+        return {
+            "kind": self.kind,
+            "context_length": self.context_length,
+            "padding": self._padding,
+            "clean": self.clean,
+            "definition": self.definition,
+        }
+
+    def with_context_length(self, context_length: int) -> HuggingFaceTokenizer:
+        """See Tokenizer."""
+        return HuggingFaceTokenizer(self.definition, context_length, self._padding, self.clean)
+
+
+def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that `to_dict` described. Raises InputError for anything else."""
+    kinds = {"clip-bpe": ClipBpeTokenizer, "words": WordsTokenizer, "hf": HuggingFaceTokenizer}
+    if not isinstance(values, Mapping) or "kind" not in values:
+        raise InputError("the tokenizer's description is not a mapping with a 'kind'")
+    settings = {key: value for key, value in values.items() if key != "kind"}
+    kind = values["kind"]
+    if kind not in kinds:
+        raise InputError(f"unknown tokenizer kind {kind!r}{nearest(str(kind), kinds)}")
+    words = settings.get("words", [])
+    if kind == "words" and not (isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)):
+        raise InputError("the tokenizer's 'words' are not a list of words")
+    try:
+        return kinds[kind](**settings)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"the description of the '{kind}' tokenizer does not fit: {error}") from error
+
+
+def _checked_length(context_length: int) -> int:
+    if not isinstance(context_length, int) or isinstance(context_length, bool) or not 3 <= context_length <= 8192:
+        raise InputError(f"context_length must be a whole number from 3 to 8192, got {context_length!r}")
+    return context_length
