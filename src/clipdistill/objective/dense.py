@@ -1,7 +1,7 @@
 """The plain engine: holds the logit matrices, leaves the gradient to autograd. The reference for the tiled one.
 
-In one process every matrix is N x N and each is multiplied once. With W ranks a rank holds only blocks of N/W x N: its own
-rows of a matrix for row-wise primitives, its own columns (as rows of the transpose) for column-wise ones.
+In one process every matrix is N x N and each is multiplied once. With W ranks a rank holds only blocks of N/W x N: its
+own rows of a matrix for row-wise primitives, its own columns (as rows of the transpose) for column-wise ones.
 """
 
 from __future__ import annotations
@@ -74,10 +74,20 @@ class _Matrices:
         return labels
 
 
-def dense(features: Features, plan: Plan, world: World, options: EngineOptions) -> EngineResult:
-    """The engine of `engine.Engine` that holds its matrices. `options` do not apply: products are always exact."""
-    names = gathered_names(plan, world)
-    whole = dict(zip(names, gather_rows([features.matrices[name] for name in names], world)))
+def dense(
+    features: Features,
+    plan: Plan,
+    world: World,
+    options: EngineOptions,
+    whole: Mapping[str, Tensor] | None = None,
+) -> EngineResult:
+    """The engine of `engine.Engine` that holds its matrices. `options` do not apply: products are always exact.
+
+    whole: the matrices of `gathered_names` with the rows of all ranks, when the caller has exchanged them already.
+    """
+    if whole is None:
+        names = gathered_names(plan, world)
+        whole = dict(zip(names, gather_rows([features.matrices[name] for name in names], world)))
     matrices = _Matrices(features, whole, plan, world)
     partial = torch.stack(
         [

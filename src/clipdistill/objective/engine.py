@@ -39,7 +39,8 @@ class Plan:
 class EngineOptions:
     """How to compute, never what: every setting gives the same value up to the stated rounding.
 
-    products: "exact" multiplies matrices in the features' own precision, "bfloat16" rounds the factors first (tiled only).
+    products: "exact" multiplies matrices in the features' own precision, "bfloat16" rounds the factors first (tiled
+        only).
     tile_rows: rows of a tile; None lets the engine choose. compile: use torch.compile; None lets the engine choose.
     """
 
@@ -59,15 +60,15 @@ class EngineResult:
 class Engine(Protocol):
     """The call that every engine answers.
 
-    features: `features.matrices` hold this process's LOCAL rows (n_local, D), normalised, float32 or float64, all of one
-        type; `features.scales` hold 0-dimensional multipliers and biases. Any of them may require a gradient, and one
-        tensor may stand under two names (exchange it once). n_local may be 0 on some ranks.
+    features: `features.matrices` hold this process's LOCAL rows (n_local, D), normalised, float32 or float64, all of
+        one type; `features.scales` hold 0-dimensional multipliers and biases. Any of them may require a gradient, and
+        one tensor may stand under two names (exchange it once). n_local may be 0 on some ranks.
     plan: what to compute. The average is over all rows of all ranks, `world.total`; row i of rank r is row
         `world.offsets[r] + i` of the whole batch.
     world: rank, number of ranks, rows per rank. With `world.size > 1` the engine itself exchanges the rows, once.
     Returns `total` and `terms`, equal on every rank. For an incoming gradient g (the same on all ranks) backward gives
-        to each local matrix  g * world.size * d(total)/d(its rows)  and to each scale any amount whose MEAN over ranks is
-        g * d(total)/d(scale); so the averaging of DistributedDataParallel gives exactly the one-process gradient.
+        to each local matrix  g * world.size * d(total)/d(its rows)  and to each scale any amount whose MEAN over ranks
+        is g * d(total)/d(scale); so the averaging of DistributedDataParallel gives exactly the one-process gradient.
         Targets of `Divergence` and of `Sigmoid` are constants. Must work when called several times before backward.
     """
 
@@ -101,8 +102,8 @@ def choose_engine(
 ) -> tuple[EngineName, str]:
     """The engine for a whole batch of n rows, and the reason in words.
 
-    memory: bytes this process may use; None asks the device. Dense is taken when its matrices fit in half of that and the
-    batch is too small for tiling to be faster.
+    memory: bytes this process may use; None asks the device. Dense is taken when its matrices fit in half of that and
+    the batch is too small for tiling to be faster.
     """
     if not primitives:
         return "dense", "no term compares all pairs"
@@ -113,7 +114,10 @@ def choose_engine(
     limit = TILED_FROM.get(device.type, TILED_FROM["cpu"])
     if n >= limit:
         return "tiled", f"N={n} is at least {limit}, from where tiling is the faster on {device.type}"
-    return "dense", f"N={n} is below {limit} on {device.type} and its {_gib(need)} fit in the {_gib(available)} available"
+    return (
+        "dense",
+        f"N={n} is below {limit} on {device.type} and its {_gib(need)} fit in the {_gib(available)} available",
+    )
 
 
 def dense_bytes(n: int, primitives: Sequence[Primitive], *, world_size: int = 1, itemsize: int = 4) -> int:

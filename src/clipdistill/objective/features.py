@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,9 @@ def check(who: str, embeddings: Embeddings, width: int) -> int:
         if not matrix.is_floating_point():
             raise InputError(f"the {who}'s {part} embeddings are of type {matrix.dtype}, expected floating point")
     if embeddings.blocks is not None and sum(embeddings.blocks) != width:
-        raise InputError(f"the {who}'s blocks {tuple(embeddings.blocks)} add up to {sum(embeddings.blocks)}, not {width}")
+        raise InputError(
+            f"the {who}'s blocks {tuple(embeddings.blocks)} add up to {sum(embeddings.blocks)}, not {width}"
+        )
     return rows
 
 
@@ -90,10 +93,115 @@ def scalars(name: str, value: Tensor | float | Sequence[float], count: int, like
     tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
     flat = tensor.to(device=like.device, dtype=like.dtype).reshape(-1)
     if len(flat) not in (1, count):
-        raise InputError(f"{name} has {len(flat)} values for {count} teacher{'s' if count > 1 else ''}: give one, or one each")
+        raise InputError(
+            f"{name} has {len(flat)} values for {count} teacher{'s' if count > 1 else ''}: give one, or one each"
+        )
     return [flat[k if len(flat) > 1 else 0] for k in range(count)]
 
 
 def blocks_of(embeddings: Embeddings) -> tuple[int, ...]:
     """Widths of the ensemble's blocks; one block when none are stated."""
     return tuple(embeddings.blocks) if embeddings.blocks else (embeddings.image.shape[1],)
+
+
+def is_matrix(name: str) -> bool:
+    """Whether `name` is a matrix of rows rather than a multiplier or bias."""
+    return "_image" in name or "_text" in name
+
+
+class Owner(Protocol):
+    """What of the objective the features depend on: its layers, scales and their reading."""
+
+    @property
+    def projection(self) -> str: ...
+
+    @property
+    def scales(self) -> str: ...
+
+    image_projection: torch.nn.Linear | None
+    text_projection: torch.nn.Linear | None
+    image_fusion: torch.nn.Linear | None
+    text_fusion: torch.nn.Linear | None
+
+
+class FeatureBuilder:
+    """Makes the named matrices and scalars of one step, each once and only when a term reads it."""
+
+    def __init__(self, owner: Owner, student: Embeddings, teacher: Embeddings | None, teachers: int) -> None:
+        self.owner, self.student, self.teacher, self.teachers = owner, student, teacher, teachers
+        self.dtype = working_dtype(student, teacher)
+        self.like = torch.empty(0, dtype=self.dtype, device=student.image.device)
+        self.made: dict[str, Tensor] = {}
+
+    def features(self, names: Iterable[str]) -> Features:
+        """Everything in `names`: matrices and scalars."""
+        matrices: dict[str, Tensor] = {}
+        scales: dict[str, Tensor] = {}
+        # sorted, because every rank must send its matrices in the same order
+        for name in sorted(names):
+            if is_matrix(name):
+                matrices[name] = self.matrix(name)
+            else:
+                scales[name] = self.scalar(name)
+        return Features(matrices, scales)
+
+    def matrix(self, name: str) -> Tensor:
+        """The normalised rows called `name`."""
+        if name not in self.made:
+            who, _, rest = name.partition("_")
+            make = {
+                "student": self._student,
+                "projected": self._projected,
+                "fused": self._fused,
+                "teacher": self._teacher,
+            }
+            self.made[name] = make[who](rest)
+        return self.made[name]
+
+    def _layer(self, part: str) -> torch.nn.Linear | None:
+        return self.owner.image_projection if part == "image" else self.owner.text_projection
+
+    def _student(self, part: str) -> Tensor:
+        raw = getattr(self.student, part).to(self.dtype)
+        layer = self._layer(part) if self.owner.projection == "before-task" else None
+        return normalised(raw if layer is None else project(layer, raw))
+
+    def _projected(self, part: str) -> Tensor:
+        layer = self._layer(part)
+        if layer is None or self.owner.projection == "before-task":
+            return self.matrix(f"student_{part}")  # the same tensor, so that it is exchanged once
+        return normalised(project(layer, getattr(self.student, part).to(self.dtype)))
+
+    def _fused(self, part: str) -> Tensor:
+        layer = self.owner.image_fusion if part == "image" else self.owner.text_fusion
+        assert layer is not None
+        both = torch.cat([self.matrix(f"projected_{part}"), self.matrix(f"teacher_{part}")], dim=1)
+        return normalised(project(layer, both))
+
+    def _teacher(self, rest: str) -> Tensor:
+        assert self.teacher is not None
+        part, _, number = rest.rpartition("_") if rest[-1].isdigit() else (rest, "", "")
+        whole = getattr(self.teacher, part).detach().to(self.dtype)
+        if number:
+            widths = blocks_of(self.teacher)
+            whole = whole.split(list(widths), dim=1)[int(number)]
+        return normalised(whole)
+
+    def scalar(self, name: str) -> Tensor:
+        """The multiplier or bias called `name`, 0-dimensional, in the working precision."""
+        if name == "student":
+            return scalars("the student's logit_scale", self.student.logit_scale, 1, self.like)[0]
+        if name == "student_bias":
+            bias = 0.0 if self.student.logit_bias is None else self.student.logit_bias
+            return scalars("the student's logit_bias", bias, 1, self.like)[0]
+        if name.startswith("teacher"):
+            assert self.teacher is not None
+            index = int(name.rpartition("_")[2]) if name[-1].isdigit() else 0
+            if name.startswith("teacher_bias"):
+                bias = 0.0 if self.teacher.logit_bias is None else self.teacher.logit_bias
+                return scalars("the teacher's logit_bias", bias, self.teachers, self.like)[index].detach()
+            return scalars("the teacher's logit_scale", self.teacher.logit_scale, self.teachers, self.like)[
+                index
+            ].detach()
+        parameter: Tensor = getattr(self.owner, f"{name}_scale").to(device=self.like.device, dtype=self.dtype)
+        return parameter.exp() if self.owner.scales == "exponential" else parameter

@@ -1,8 +1,9 @@
 """The exchange of rows between ranks: differentiable, for row counts that differ, one collective a step.
 
-Convention: each rank computes its partial sum of the loss from its own rows and everybody's columns; `sum_over_ranks` adds
-the partial sums and, backward, multiplies by the number of ranks. The encoder's gradient on a rank is then W times the
-gradient of its own rows, and the mean taken by DistributedDataParallel is the gradient of one process with the whole batch.
+Convention: each rank computes its partial sum of the loss from its own rows and everybody's columns; `sum_over_ranks`
+adds the partial sums and, backward, multiplies by the number of ranks. The encoder's gradient on a rank is then W times
+the gradient of its own rows, and the mean taken by DistributedDataParallel is the gradient of one process with the
+whole batch.
 """
 
 from __future__ import annotations

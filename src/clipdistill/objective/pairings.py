@@ -1,7 +1,7 @@
 """Every N x N logit matrix the published terms use, by name.
 
-A0, B0: student image and text rows as the task sees them; A, B: the same in the teacher's space (projected when the sizes
-differ); u, v the teacher's rows; F, G the fused rows of AFD. All rows are L2-normalised.
+A0, B0: student image and text rows as the task sees them; A, B: the same in the teacher's space (projected when the
+sizes differ); u, v the teacher's rows; F, G the fused rows of AFD. All rows are L2-normalised.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from clipdistill.objective.plan import CrossEntropy, Divergence, Pairing, Primit
 class Setting:
     """What a term's form depends on beside its weight.
 
-    teachers: number of teachers in the ensemble (1: a single one). synthetic: the step carries a synthetic caption per image.
-    sigmoid_targets: "pairs" (SigLIP) or "teacher" (distilled). vrd_target: the modality that is copied, not trained, by
-    vrd_kl. feature_units: "released" (mean over N and D) or "cosine" (1 - cos). gd_temperature: "released" (inverted) or "fixed".
+    teachers: number of teachers in the ensemble (1: a single one).
+    synthetic: the step carries a synthetic caption for each image.
+    sigmoid_targets: "pairs" (SigLIP) or "teacher" (distilled).
+    vrd_target: the modality that is copied, not trained, by vrd_kl.
+    feature_units: "released" (mean over N and D) or "cosine" (1 - cos).
+    gd_temperature: "released" (inverted) or "fixed".
+    reinforced_lambda: MobileCLIP's share of distillation inside `reinforced`; the rest is the contrastive loss.
     """
 
     teachers: int = 1
@@ -27,6 +31,7 @@ class Setting:
     vrd_target: Literal["text", "image"] = "text"
     feature_units: Literal["released", "cosine"] = "released"
     gd_temperature: Literal["released", "fixed"] = "released"
+    reinforced_lambda: float = 1.0
 
 
 def teacher_names(setting: Setting, synthetic: bool = False) -> tuple[str, ...]:
@@ -42,9 +47,7 @@ def all_pairings(setting: Setting) -> dict[str, Pairing]:
         Pairing("student", "student_image", "student_text", "student"),
         Pairing("student_sigmoid", "student_image", "student_text", "student", bias="student_bias"),
         Pairing("student_synthetic", "student_image", "student_synthetic_text", "student"),
-        Pairing(
-            "student_synthetic_sigmoid", "student_image", "student_synthetic_text", "student", bias="student_bias"
-        ),
+        Pairing("student_synthetic_sigmoid", "student_image", "student_synthetic_text", "student", bias="student_bias"),
         Pairing("image", "teacher_image", "projected_image", "image"),
         Pairing("text", "teacher_text", "projected_text", "text"),
         Pairing("image_text", "teacher_image", "projected_text", "cross"),
@@ -63,11 +66,6 @@ def all_pairings(setting: Setting) -> dict[str, Pairing]:
             Pairing(f"teacher_synthetic_sigmoid_{k}", image, synthetic, scale, bias=bias, trained=False),
         ]
     return {pairing.name: pairing for pairing in found}
-
-
-def trained_logits(primitive: Primitive) -> str:
-    """The pairing of a primitive that receives a gradient."""
-    return primitive.logits
 
 
 def named_logits(primitive: Primitive) -> tuple[str, ...]:

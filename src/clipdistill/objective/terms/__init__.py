@@ -5,8 +5,8 @@ from __future__ import annotations
 from clipdistill.errors import InputError, nearest
 from clipdistill.objective.term import Term
 from clipdistill.objective.terms import (
-    affinity,
     afd,
+    affinity,
     cosine,
     crd,
     cross_kd,

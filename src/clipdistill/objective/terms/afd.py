@@ -5,8 +5,8 @@ Formula: F = rownorm(W_v [A; u] + c_v), G = rownorm(W_t [B; v] + c_t);  afd = 1/
 Gradient: both student towers, the two fusion layers and k_f; the teacher's rows are constants.
 Source: CLIP-KD (arXiv 2307.12732), weight 1 on its own; not part of the final mix.
 Default weight: 1.
-Released code: builds the fusion layers for D_s + D_t inputs but feeds 2 D_t, so it fails when the sizes differ; its script
-    sets CRD's weight instead of AFD's. k_f is a direct multiplier (`scales="released"`).
+Released code: builds the fusion layers for D_s + D_t inputs but feeds 2 D_t, so it fails when the sizes differ; its
+    script sets CRD's weight instead of AFD's. k_f is a direct multiplier (`scales="released"`).
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
 Formula: S = s A0 B0^T, T = t u v^T;  affinity = 1/2 [softCE(T, S) + softCE(T^T, S^T)],
     softCE(T, S) = -(1/N) sum_ij softmax(T)_ij log softmax(S)_ij.
-Gradient: both student towers and s, the same as crd's (the two differ by the teacher's entropy, a constant); T detached.
-Source: TinyCLIP (arXiv 2309.12314), weight 1 with task 0; open_clip's DistillClipLoss is task + affinity, both weight 1.
+Gradient: both student towers and s, the same as crd's (the two differ by the teacher's entropy, a constant); T
+    detached.
+Source: TinyCLIP (arXiv 2309.12314), weight 1 with task 0; open_clip's DistillClipLoss is task + affinity, both weight
+    1.
 Default weight: 1.
-Released code: TinyCLIP's scripts set s and t back to 50 at every step (`student_scale=50, teacher_scale=50` here);
-    it works only with local losses, and called "distillation" it is a cross-entropy, not a divergence. No projection is
-    needed when the sizes differ: only N x N similarities are compared.
+Released code: TinyCLIP's scripts set s and t back to 50 at every step (hand both over as `logit_scale`); it works only
+    with local losses. No projection is needed when the sizes differ: only N x N similarities are compared.
 """
 
 from __future__ import annotations

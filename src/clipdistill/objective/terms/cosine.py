@@ -1,10 +1,10 @@
 """cosine: DCLIP's distance of the student's embeddings to the region-aware teacher's.
 
 Formula: cosine = [1 - mean_N cos(A, u)] + [1 - mean_N cos(B, v)].
-    u is the teacher's cross-modal global embedding, v its plain sentence embedding; which embedding the teacher hands over
-    is the teacher's business, the term only compares rows.
+    u is the teacher's cross-modal global embedding, v its plain sentence embedding; which embedding the teacher hands
+    over is the teacher's business, the term only compares rows.
 Gradient: both student towers (through the projections when the sizes differ); the teacher's rows are constants.
-Source: DCLIP (arXiv 2505.21549), weight 1 beside a contrastive loss at the fixed temperature 0.05 (`student_scale=20`).
+Source: DCLIP (arXiv 2505.21549), weight 1 beside a contrastive loss at the fixed temperature 0.05 (`logit_scale` 20).
 Default weight: 1.
 Released code: half of its "image" target u is pooled from the caption, so the term leaks text into the image tower; the
     region weights described in the paper are never applied. Equal to `fd` with feature_units="cosine".
@@ -20,10 +20,9 @@ from clipdistill.objective.term import LocalBatch, Term
 def feature_loss(batch: LocalBatch) -> Tensor:
     """This rank's share of the sum of both distances."""
     rows = batch.features.matrices
-    cosines = sum(
-        (1 - (rows[f"projected_{part}"] * rows[f"teacher_{part}"]).sum(dim=1)).sum() for part in ("image", "text")
-    )
-    return cosines / max(batch.world.total, 1)
+    image = (1 - (rows["projected_image"] * rows["teacher_image"]).sum(dim=1)).sum()
+    text = (1 - (rows["projected_text"] * rows["teacher_text"]).sum(dim=1)).sum()
+    return (image + text) / max(batch.world.total, 1)
 
 
 TERM = Term(

@@ -4,11 +4,12 @@ Formula: for anchors p, candidates k and inverse temperature s: E = softmax(p k^
     g_k = E^T p / (tau N);  gd = sum of the four mean squares over N and D of g(student) - g(teacher): anchors and
     candidates, image -> text (p = A, k = B) and text -> image (p = B, k = A).
     gd_temperature="released": tau = s (and t for the teacher), as the released code has it; "fixed": tau = 1/s and 1/t.
-Gradient: both student towers (through the projections when the sizes differ) and the student's logit scale, also through
-    the softmax; the teacher's gradients are constants.
+Gradient: both student towers (through the projections when the sizes differ) and the student's logit scale, also
+    through the softmax; the teacher's gradients are constants.
 Source: CLIP-KD (arXiv 2307.12732), weight 1e8, not part of the final mix.
 Default weight: 1e8 (released temperature). The fixed temperature makes the term larger by up to s^2 t^2; tune it anew.
-Released code: passes the scale where a temperature is expected, so logits are cos/100 instead of 100 cos and the gradients are
+Released code: passes the scale where a temperature is expected, so logits are cos/100 instead of 100 cos and the
+    gradients are
     divided by 100: hence the weight 1e8.
 """
 
@@ -21,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from clipdistill.objective.gather import World, reduce_rows
 from clipdistill.objective.term import LocalBatch, Term
 
-# Elements of one stripe of the N x N matrix E; stripes are recomputed in the backward pass, so memory stays linear in N.
+# Elements of one stripe of the N x N matrix E; stripes are recomputed in the backward pass, so memory stays linear in
+# N.
 STRIPE_ELEMENTS = 1 << 22
 
 
@@ -45,7 +47,9 @@ def _gradients(batch: LocalBatch, who: str, scale: Tensor) -> list[Tensor]:
     return found
 
 
-def contrastive_gradients(anchors: Tensor, candidates: Tensor, temperature: Tensor, world: World) -> tuple[Tensor, Tensor]:
+def contrastive_gradients(
+    anchors: Tensor, candidates: Tensor, temperature: Tensor, world: World
+) -> tuple[Tensor, Tensor]:
     """Gradients of the one-way contrastive loss w.r.t. unit rows.
 
     anchors: own rows (n_local, D); candidates: all rows (N, D). Returns own rows of both gradients.
@@ -80,7 +84,8 @@ def _stripe(rows: Tensor, candidates: Tensor, temperature: Tensor, first: int) -
 TERM = Term(
     name="gd",
     title="gradient distillation",
-    formula="sum of 4 mean_ND (g_student - g_teacher)^2,  E = softmax(p k^T / tau) - 1, g_p = E k / (tau N), g_k = E^T p / (tau N)",
+    formula="sum of 4 mean_ND (g_student - g_teacher)^2,  "
+    "E = softmax(p k^T / tau) - 1, g_p = E k / (tau N), g_k = E^T p / (tau N)",
     gradient="student image, student text, s (also through the softmax); the teacher's gradients detached",
     source="CLIP-KD, arXiv 2307.12732",
     default_weight=1e8,

@@ -5,8 +5,8 @@ Formula: L = s A0 B0^T + b;  sigmoid = (1/N) sum_ij softplus(-y_ij L_ij): a sum 
     sigmoid_targets="teacher": y_ij = 2 mean_k sigmoid(t_k u_k v_k^T + b_k)_ij - 1 over the teachers of the ensemble.
     When the step carries synthetic captions the same loss on them is added.
 Gradient: both student towers, s and b; the labels are detached.
-Source: SigLIP (arXiv 2303.15343), s starts at 10 and b at -10; the distilled labels from MobileCLIP2's patch to open_clip
-    (arXiv 2508.20691).
+Source: SigLIP (arXiv 2303.15343), s starts at 10 and b at -10; the distilled labels from MobileCLIP2's patch to
+    open_clip (arXiv 2508.20691).
 Default weight: 1.
 Released code: the distilled labels assume teachers trained with a sigmoid loss; a teacher without `logit_bias` gives
     labels near +1 for every pair of positive cosine.

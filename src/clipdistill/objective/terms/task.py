@@ -5,8 +5,8 @@ Formula: S = s A0 B0^T;  task = 1/2 [CE(S) + CE(S^T)],  CE(L) = -(1/N) sum_i log
 Gradient: both student towers and the student's logit scale; nothing is detached.
 Source: CLIP (arXiv 2103.00020); weight 1 in CLIP-RD and CLIP-KD, 1 - lambda in MobileCLIP, 0 in TinyCLIP.
 Default weight: 1.
-Released code: with unequal sizes CLIP-RD projects the features first, so the evaluated space never sees this loss; CLIP-KD
-    does not project them. `projection` chooses; "after-task" (CLIP-KD) is the default.
+Released code: with unequal sizes CLIP-RD projects the features first, so the evaluated space never sees this loss;
+    CLIP-KD does not project them. `projection` chooses; "after-task" (CLIP-KD) is the default.
 """
 
 from __future__ import annotations

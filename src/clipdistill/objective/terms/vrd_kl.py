@@ -8,8 +8,8 @@ Source: CLIP-RD (arXiv 2603.25383), weight 1, always together with `vrd_ce` unde
 Default weight: 1.
 Released code: one flag scales vrd_kl and both cross-entropies, so they cannot be told apart there; here `vrd_kl` and
     `vrd_ce` are separate. Alone, vrd_kl has a trivial minimum (both distributions uniform); vrd_ce excludes it. On one
-    process the released code fails, and with unequal sizes it mixes projected and unprojected features; here the projected
-    ones are used throughout.
+    process the released code fails, and with unequal sizes it mixes projected and unprojected features; here the
+    projected ones are used throughout.
 """
 
 from __future__ import annotations

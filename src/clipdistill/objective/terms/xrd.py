@@ -5,8 +5,8 @@ Formula: P = k_c u B^T (teacher image x student text), Q = k_c v A^T (teacher te
 Gradient: both student towers and k_c; in each of the four divergences the first argument is detached.
 Source: CLIP-RD (arXiv 2603.25383), weight 1.
 Default weight: 1.
-Released code: shares k_c with icl, not exponentiated (`scales="released"`); on one process with unequal sizes it multiplies
-    matrices of different width and stops.
+Released code: shares k_c with icl, not exponentiated (`scales="released"`); on one process with unequal sizes it
+    multiplies matrices of different width and stops.
 """
 
 from __future__ import annotations
