@@ -1,7 +1,7 @@
 """The published methods as YAML files, one per method, and the function that reads them.
 
 A recipe is plain settings: `about` (where it comes from, what was published), `objective`, `train`, and `sizes`
-(named overlays; every recipe has `debug`, which runs in seconds on a CPU on built-in data).
+(named overlays; every recipe has `debug`, which runs in seconds on a CPU on built-in data, and `demo`).
 A user's own YAML file has the same form and may start `from: clip-rd` to lay its settings over a shipped recipe.
 """
 
@@ -15,7 +15,7 @@ from clipdistill.config import Config, build, merge, read_yaml
 from clipdistill.errors import InputError, nearest
 
 FOLDER = Path(__file__).parent
-_DEBUG_SIZE = "_debug.yaml"  # what `--size debug` means unless a recipe says otherwise
+_SHARED_SIZES = ("debug", "demo")  # `--size debug`: seconds on built-in data; `--size demo`: what the demo trains
 
 
 class About(Config):
@@ -41,6 +41,7 @@ def load_recipe(name: str | Path, size: str | None = None) -> dict[str, Any]:
     """
     values, sizes, path = _resolve(name, seen=())
     if size is not None:
+        sizes = {**{shared: read_yaml(FOLDER / f"_{shared}.yaml") for shared in _SHARED_SIZES}, **sizes}
         if size not in sizes:
             raise InputError(f"{path}: no size '{size}'{nearest(size, sizes)}")
         values = lay(values, sizes[size])
@@ -68,7 +69,7 @@ def _resolve(name: str | Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
         raise InputError(f"{path}: 'from:' leads back to the same recipe")
     values = read_yaml(path)
     values.pop("about", None)
-    sizes = {"debug": read_yaml(FOLDER / _DEBUG_SIZE), **values.pop("sizes", {})}
+    sizes = values.pop("sizes", {})
     parent = values.pop("from", None)
     if parent is not None:
         base, base_sizes, _ = _resolve(parent, (*seen, path))

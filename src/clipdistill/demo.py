@@ -1,0 +1,113 @@
+"""`clipdistill demo`: the whole way on built-in data, no network, minutes on two cores.
+
+A small teacher ships with the package. Three students of one architecture are trained with the same budget, data
+order and starting weights: contrastive only, CLIP-KD, CLIP-RD. Then teacher and students are measured (retrieval,
+zero-shot classification of attribute combinations that were never trained on, throughput) and reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from clipdistill.bench.throughput import throughput
+from clipdistill.data.pairs import open_pairs
+from clipdistill.data.subset import Subset
+from clipdistill.evaluate.encode import encode_pairs
+from clipdistill.evaluate.scores import Scores
+from clipdistill.models import load_model
+from clipdistill.report.gallery import build_gallery
+from clipdistill.report.report import write_report
+from clipdistill.train.config import RunConfig, resolve
+from clipdistill.train.run import Run, distill
+
+RECIPES = ("clip", "clip-kd", "clip-rd")
+console = Console()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to write, and how much to do."""
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for runs and report (default: demo)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of starting weights and data order")
+    parser.add_argument("--recipes", default=",".join(RECIPES), help="recipes to compare, separated by commas")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of the runs: train.steps=50")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, measure, report; an interrupted demo continues where it stopped."""
+    began = time.monotonic()
+    out: Path = arguments.out
+    recipes = arguments.recipes.split(",")
+    runs, configs = [], []
+    for number, recipe in enumerate(recipes, start=1):
+        console.print(f"[bold]{number}/{len(recipes)}  {recipe}[/bold]")
+        config = resolve(
+            recipe,
+            {"out": str(out / recipe), "train": {"seed": arguments.seed}},
+            size="demo",
+            assignments=arguments.settings,
+        )
+        configs.append(config)
+        runs.append(distill(config))
+    console.print("[bold]measuring speed[/bold]")
+    measure_speed(runs, configs)
+    console.print("[bold]drawing the report[/bold]")
+    draw_gallery(runs, configs)
+    report = out / "report.html"
+    summary = write_report([r.folder for r in runs], report, title="clipdistill demo")
+    print_summary(runs)
+    console.print(summary.headline)
+    console.print(f"\nreport: {report}   ({time.monotonic() - began:.0f} s)")
+    return 0
+
+
+def measure_speed(runs: Sequence[Run], configs: Sequence[RunConfig]) -> None:
+    """Teacher and every student in one alternating run, so that the ratios hold on a busy machine; bench.json each."""
+    models = {run.folder.name: load_model(str(run.student)) for run in runs}
+    teachers = [name for config in configs for name in config.teachers]
+    if teachers:
+        models["teacher"] = load_model(teachers[0], teacher=True)
+    result = throughput(models, batch_sizes=(1, 64), seconds=1.0)
+    for run in runs:
+        (run.folder / "bench.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def draw_gallery(runs: Sequence[Run], configs: Sequence[RunConfig], images: int = 300) -> None:
+    """What teacher and each student retrieve for the same queries."""
+    validation = configs[0].validation
+    if validation is None:
+        return
+    source = open_pairs(validation, default_split="val")
+    if len(source) > images:
+        source = Subset(source, images)
+    encoded = {}
+    teachers = [name for config in configs for name in config.teachers]
+    if teachers:
+        encoded["teacher"] = encode_pairs(load_model(teachers[0], teacher=True), source, progress=False)
+    for run in runs:
+        encoded[run.folder.name] = encode_pairs(load_model(str(run.student)), source, progress=False)
+    gallery = build_gallery(encoded, source, queries=8, top=5)
+    for run in runs:
+        (run.folder / "gallery.json").write_text(json.dumps(gallery), encoding="utf-8")
+
+
+def print_summary(runs: Sequence[Run]) -> None:
+    """One line a model: the same numbers as the report's table."""
+    shown = ("t2i_R@1", "i2t_R@1", "top1")
+    table = Table("model", *shown, title="teacher and students")
+    rows: dict[str, dict[str, float]] = {}
+    for run in runs:
+        scores = run.scores or Scores([])
+        for score in scores:
+            name = "teacher" if score.model == "teacher" else run.folder.name
+            if score.metric in shown:
+                rows.setdefault(name, {}).setdefault(score.metric, score.value)
+    for name, values in sorted(rows.items(), key=lambda item: item[0] != "teacher"):
+        table.add_row(name, *(f"{values[m]:.1%}" if m in values else "" for m in shown))
+    console.print(table)

@@ -1,0 +1,109 @@
+"""The command line: every bad input is one sentence and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+
+from clipdistill import __version__
+from clipdistill.cli import COMMANDS, main
+
+
+def test_help_lists_every_command(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([name, "--help"])
+    assert left.value.code == 0
+    assert f"clipdistill {name}" in capsys.readouterr().out
+
+
+def test_version_and_help_are_quick_to_import():
+    """Neither may import torch: that is seconds on a cold machine."""
+    code = "import sys, clipdistill.cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert __version__.count(".") == 2
+
+
+@pytest.mark.parametrize("what", ["recipes", "students", "datasets"])
+def test_lists(what, capsys):
+    assert main(["list", what]) == 0
+    shown = capsys.readouterr().out
+    assert {"recipes": "clip-rd", "students": "ViT-T-16", "datasets": "scenes"}[what] in shown
+
+
+BAD = {
+    "unknown command": (["trian"], "did you mean 'train'"),
+    "unknown recipe": (["train", "--recipe", "clip-dr"], "unknown recipe 'clip-dr'"),
+    "unknown key": (["train", "--recipe", "clip", "--size", "debug", "--out", "{out}", "train.stesp=3"], "'steps'"),
+    "unknown term": (
+        ["train", "--recipe", "clip", "--size", "debug", "--out", "{out}", "objective.weights.vrdkl=1"],
+        "vrd_kl",
+    ),
+    "unknown student": (["train", "--recipe", "clip", "--size", "debug", "--out", "{out}", "--student", "ViT-T16"], "ViT-T-16"),
+    "unknown teacher": (
+        ["train", "--recipe", "clip-rd", "--size", "debug", "--out", "{out}", "--teacher", "ViT-B16/laion400m_e32"],
+        "ViT-B-16",
+    ),
+    "missing data": (["train", "--recipe", "clip", "--size", "debug", "--out", "{out}", "--data", "absent.json"], "absent.json"),
+    "not a setting": (["train", "--recipe", "clip", "--size", "debug", "--out", "{out}", "steps"], "key=value"),
+    "no student": (["train", "--recipe", "clip", "--data", "scenes", "--out", "{out}"], "no student"),
+    "missing model": (["eval", "absent-run", "--data", "scenes:val"], "absent-run"),
+    "missing run": (["report", "absent-run", "--out", "{out}.html"], "absent-run"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_bad_input_is_one_sentence_and_exit_code_2(case, tmp_path, capsys):
+    arguments, fragment = BAD[case]
+    assert main([a.replace("{out}", str(tmp_path / "run")) for a in arguments]) == 2
+    shown = capsys.readouterr().err.strip()
+    assert fragment in shown
+    assert len(shown.splitlines()) == 1
+    assert "Traceback" not in shown
+
+
+CONTENT = {
+    "empty.json": ("", "empty.json"),
+    "list.json": ("[1, 2, 3]", "list.json"),
+    "broken.json": ('{"images": [', "broken.json"),
+    "html.json": ("<html><body>not found</body></html>", "html.json"),
+    "wrong_columns.csv": ("a,b\n1,2\n", "filepath"),
+    "empty.csv": ("filepath,title\n", "empty.csv"),
+    "not_a_tar.tar": ("plainly not a tar archive" * 100, "not_a_tar.tar"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CONTENT))
+def test_files_that_are_not_what_they_say(name, tmp_path, capsys):
+    content, fragment = CONTENT[name]
+    path = tmp_path / name
+    path.write_text(content)
+    arguments = ["train", "--recipe", "clip", "--size", "debug", "--out", str(tmp_path / "run"), "--data", str(path)]
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err.strip()
+    assert fragment in shown
+    assert len(shown.splitlines()) == 1
+
+
+def test_doctor_examines_this_machine(capsys):
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("Python", "torch", "device", "disk", "extra"):
+        assert word in shown
+
+
+def test_doctor_names_a_mismatched_pair(monkeypatch):
+    from clipdistill import doctor
+
+    versions = {"torch": "2.6.0", "torchvision": "0.22.1"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    [finding] = doctor._torch()
+    assert finding.state == "problem"
+    assert "needs torchvision 0.21" in finding.what
+    assert "pip install" in finding.advice
