@@ -15,6 +15,7 @@ from clipdistill.data.sampler import steps_per_epoch
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, build_student, load_model
 from clipdistill.models.parameters import freeze
+from clipdistill.models.students import needs_vocabulary
 from clipdistill.objective import Embeddings, Objective
 from clipdistill.train.config import RunConfig
 from clipdistill.train.distributed import broadcast_module, rank, world_size
@@ -125,12 +126,13 @@ def _student(config: RunConfig, source: PairSource, teacher: Teacher | None) -> 
     if config.student_weights is not None:
         student = load_model(config.student_weights)
     else:
-        captions = (caption for i in range(len(source)) for caption in source.captions(i))
+        # a student whose vocabulary is made from words shares the teacher's, so that both read the same captions
+        shared = teacher.model.tokenizer if teacher is not None and teacher.model is not None else None
         student = build_student(
             config.student,
             seed=train.seed,
-            tokenizer=None if teacher is None or teacher.model is None else teacher.model.tokenizer,
-            captions=captions,
+            tokenizer=shared if needs_vocabulary(config.student) else None,
+            captions=(caption for i in range(len(source)) for caption in source.captions(i)),
         )
     with torch.no_grad():
         if train.logit_scale_init is not None:
