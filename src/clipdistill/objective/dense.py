@@ -62,7 +62,8 @@ class _Matrices:
             trained = self.log_softmax(primitive.logits, primitive.axis)
             return (target.exp() * (target - trained if primitive.entropy else -trained)).sum()
         logits, _ = self.oriented(primitive.logits, "rows")
-        return F.softplus(-self.labels(primitive, logits) * logits).sum()
+        # softplus(-x) as -logsigmoid(x): torch's softplus turns linear above 20 and loses 2e-9 there
+        return -F.logsigmoid(self.labels(primitive, logits) * logits).sum()
 
     def labels(self, primitive: Sigmoid, logits: Tensor) -> Tensor:
         """y of the sigmoid loss, (n_local, N): +-1, or from the teachers' probabilities."""
