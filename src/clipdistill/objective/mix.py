@@ -93,12 +93,12 @@ class Mix:
             names |= {f"student_{modality}"}
         return not names.isdisjoint(self.trained)
 
-    def check_ensemble(self) -> None:
+    def check_ensemble(self, teachers: int) -> None:
         """InputError when a term of the mix has no meaning for several teachers."""
         names = [*self.plan.primitives, *self.feature_terms]
         wrong = [name for name in names if find_term(name).single_teacher]
         if wrong:
             raise InputError(
                 f"objective: the term '{wrong[0]}' compares with one teacher, the embeddings given hold "
-                f"{self.setting.teachers}; use 'reinforced' for an ensemble"
+                f"{teachers}; use 'reinforced' for an ensemble"
             )

@@ -280,25 +280,25 @@ class Objective(nn.Module):
     def _setting(self, student: Embeddings, teacher: Embeddings | None, rows: int) -> Setting:
         """How this step's terms are set, after checking that teacher and student fit."""
         synthetic = student.synthetic_text is not None
-        if teacher is None:
-            if self.mix(self.setting).reads_teacher:
-                raise InputError(
-                    f"objective: the terms {', '.join(self.weights)} need the teacher's embeddings, none given"
-                )
+        one = self.mix(self.setting)
+        if not one.reads_teacher:
             return replace(self.setting, synthetic=synthetic)
+        if teacher is None:
+            raise InputError(
+                f"objective: the terms {', '.join(self.weights)} need the teacher's embeddings, none given"
+            )
+        teacher_rows = check("teacher", teacher, self.teacher_dim)
+        if teacher_rows != rows:
+            raise InputError(f"objective: {rows} rows from the student and {teacher_rows} from the teacher")
         teachers = len(blocks_of(teacher))
+        if teachers > 1:
+            one.check_ensemble(teachers)
         setting = replace(self.setting, synthetic=synthetic, teachers=teachers)
-        if self.mix(setting).reads_teacher:
-            teacher_rows = check("teacher", teacher, self.teacher_dim)
-            if teacher_rows != rows:
-                raise InputError(f"objective: {rows} rows from the student and {teacher_rows} from the teacher")
         if synthetic and teacher.synthetic_text is None and self.mix(setting).reads_teacher_synthetic:
             raise InputError(
-                "objective: the student's embeddings carry a synthetic caption, the teacher's do not; the term "
-                "'reinforced' needs both"
+                "objective: the student's embeddings carry a synthetic caption, the teacher's do not; "
+                f"the terms {', '.join(self.weights)} need both"
             )
-        if teachers > 1:
-            self.mix(setting).check_ensemble()
         return setting
 
     def extra_repr(self) -> str:
