@@ -1,0 +1,134 @@
+"""Encoded bytes to an RGB picture, or BadSample with the reason; nothing in between.
+
+Defined results: EXIF orientation is applied; CMYK and other colour spaces are converted to RGB; 16-bit grey keeps its high
+byte (as Pillow does with 16-bit RGB); transparency is laid on white; of animations the first frame is taken.
+The header is read first: a picture with more than `max_pixels` is refused before anything is decompressed.
+Not detectable: bytes changed inside a JPEG's compressed data so that it still decodes to its full size.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from clipdistill.data.problems import BadSample
+
+MAX_PIXELS = 64_000_000
+"""Above Pillow's own limit (179 million) a larger `max_pixels` has no effect."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF")  # not PIL's more than forty (EPS runs Ghostscript)
+
+# damage is reported through BadSample, once per sample, not as thousands of warnings from Pillow's readers
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Image.Image:
+    """The RGB picture in `data`. Raises BadSample (empty, not an image, too many pixels, truncated, corrupt).
+
+    at_least: a JPEG with both sides at least twice as long may be decoded at 1/2, 1/4 or 1/8 of its size, as long as both
+    sides keep this many pixels: several times faster, but other pixels than a full decode followed by resizing. The
+    full size (oriented width, height) is then in `info["source_size"]`.
+    """
+    if not data:
+        raise BadSample("empty image file")
+    # whatever the process has set: Pillow would otherwise fill the missing part of a truncated picture with grey
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        picture = _open(data, max_pixels)
+        full_size = picture.size
+        if at_least is not None and picture.format == "JPEG":
+            picture.draft(None, (at_least, at_least))
+        picture.load()
+        _refuse_zero_filled(picture.format, data)
+        orientation = _orientation(picture)
+        reduced = picture.size != full_size and picture.format == "JPEG"
+        rgb = _to_rgb(picture)
+        if orientation in _ORIENTATIONS:
+            rgb = rgb.transpose(_ORIENTATIONS[orientation])
+            full_size = full_size[::-1] if orientation >= 5 else full_size
+    except BadSample:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadSample(f"too many pixels: {_words(error)}") from error
+    except Exception as error:  # Pillow's readers raise almost any type on damaged input
+        truncated = "truncat" in str(error).lower() or isinstance(error, EOFError)
+        raise BadSample(f"{'truncated' if truncated else 'corrupt'} image: {_words(error)}") from error
+    rgb.info = {"source_size": full_size} if reduced else {}
+    return rgb
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    """The picture with only its header read, of at most `max_pixels` pixels."""
+    try:
+        picture = Image.open(io.BytesIO(data), formats=_formats())
+    except UnidentifiedImageError as error:
+        start = data[:64].lstrip().lower()
+        kind = "it is a web page" if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")) else "unknown format"
+        raise BadSample(f"not an image: {kind}, {len(data)} bytes") from error
+    width, height = picture.size
+    if width < 1 or height < 1:
+        raise BadSample(f"corrupt image: its size is {width} x {height}")
+    if width * height > max_pixels:
+        raise BadSample(f"too many pixels: {width} x {height}, at most {max_pixels} are allowed")
+    return picture
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _refuse_zero_filled(format_name: str | None, data: bytes) -> None:
+    """A JPEG cut short and filled up with zeros (a crashed copy) decodes to its full size, the rest grey."""
+    if format_name in ("JPEG", "MPO") and data.endswith(bytes(16)) and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise BadSample("truncated image: the file ends in zeros")
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation 1 to 8; 1 when there is none or the EXIF data is damaged (the pixels are still good)."""
+    try:
+        if "exif" not in picture.info and picture.format in ("JPEG", "MPO"):
+            return 1  # spares the search through other metadata for nearly every photograph
+        return int(picture.getexif().get(0x0112, 1))
+    except Exception:
+        return 1
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    """The RGB of a loaded picture of any mode, transparency on white."""
+    mode = picture.mode
+    if mode.startswith("I;16") or mode == "I":
+        # "I" is how 16-bit PGM (and, in older versions of Pillow, PNG) arrives
+        high_byte = np.clip(np.asarray(picture).astype(np.int64), 0, 65535) >> 8
+        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
+    if mode == "F":
+        values = np.nan_to_num(np.asarray(picture), nan=0.0, posinf=255.0, neginf=0.0)
+        scale = 255.0 if values.size and values.max() <= 1 else 1.0
+        return Image.fromarray(np.clip(np.rint(values * scale), 0, 255).astype(np.uint8)).convert("RGB")
+    if mode in ("La", "LA", "PA", "RGBa", "RGBA") or "transparency" in picture.info:
+        if mode == "La":
+            picture = picture.convert("LA")
+        layer = picture.convert("RGBA")
+        paper = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(paper, layer).convert("RGB")
+    return picture if mode == "RGB" else picture.convert("RGB")
+
+
+def _words(error: Exception) -> str:
+    """The error's first words on one line (they end up in a list that people read)."""
+    text = " ".join(str(error).split())[:120]
+    return text or type(error).__name__

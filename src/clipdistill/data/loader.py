@@ -1,0 +1,308 @@
+"""Batches for training: images and captions prepared for student and teacher, in an order that nothing disturbs.
+
+Which samples a step holds, which caption and which view each gets, depends on (seed, epoch, index) alone: not on the
+number of workers or ranks, not on where a run was interrupted. Workers send 8-bit pixels; they are normalised once they
+have arrived (on the GPU when there is one), to the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipdistill.data.pairs import PairSource
+from clipdistill.data.problems import BadSample
+from clipdistill.data.sampler import StepSampler, sample_generator
+from clipdistill.data.views import ImageSpec, View, ViewPolicy, normalise, render_pixels, sample_view
+from clipdistill.errors import InputError
+
+CHUNK = 64
+"""Samples that a worker prepares at a time: a step's batch is shared out among the workers."""
+
+
+class Tokenizes(Protocol):
+    """What the loader needs of a tokenizer."""
+
+    def __call__(self, captions: Sequence[str]) -> Tensor: ...
+
+    def lengths(self, captions: Sequence[str]) -> list[int]: ...
+
+
+class FedModel(Protocol):
+    """What the loader needs of a model (clipdistill.models.ClipModel has it): how it wants images and captions."""
+
+    @property
+    def image(self) -> ImageSpec: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+
+@dataclass
+class Batch:
+    """One step's samples of one rank. B is smaller than the rank's share when samples were bad (`problems` lists them).
+
+    indices, caption_indices: int64 (B,): which sample of the source, which of its captions; images: float32
+    (B, 3, size, size); tokens: int64 (B, context length); truncated_*: captions whose tokens were cut.
+    The teacher's tensors are the student's own objects where both models want the same, None without a teacher.
+    """
+
+    indices: Tensor
+    keys: list[str]
+    caption_indices: Tensor
+    student_images: Tensor
+    student_tokens: Tensor
+    teacher_images: Tensor | None
+    teacher_tokens: Tensor | None
+    captions: list[str]
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    truncated_student: int = 0
+    truncated_teacher: int = 0
+    views: list[View] = field(default_factory=list)
+    step: int = 0
+    epoch: int = 0
+
+
+class PairLoader:
+    """Batches of steps `start_step` to `steps` - 1 (global steps, counted from 0 over all epochs).
+
+    batch_size: over all ranks. caption: which of an image's captions. device: where the batch is wanted.
+    exact: False takes faster, slightly different pixels (views.render_pixels, images.decode with `at_least`).
+    start_method: of the workers; None is fork where the system has it safely (Linux), else spawn.
+    Raises InputError for impossible sizes; an unreadable sample is never an error here but listed in its batch.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        *,
+        batch_size: int,
+        student: FedModel,
+        teacher: FedModel | None = None,
+        view: ViewPolicy | None = None,
+        caption: Literal["random", "first"] = "random",
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        start_step: int = 0,
+        steps: int,
+        device: torch.device | str = "cpu",
+        exact: bool = True,
+        start_method: str | None = None,
+    ) -> None:
+        if not 0 <= start_step <= steps:
+            raise InputError(f"cannot start at step {start_step} of {steps}")
+        self.sampler = StepSampler(len(source), batch_size, seed, rank, world)
+        self.start_step = start_step
+        self.steps = steps
+        self.workers = workers
+        self.device = torch.device(device)
+        self.start_method = start_method or ("fork" if sys.platform == "linux" else "spawn")
+        self._specs = (student.image, None if teacher is None else teacher.image)
+        self._preparation = _Preparation(
+            source, self.sampler, student, teacher, view or ViewPolicy(), caption, exact
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.sampler.steps_per_epoch
+
+    def __len__(self) -> int:
+        """Batches that iterating yields."""
+        return self.steps - self.start_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        preparation = self._preparation
+        parts = preparation.parts
+        tasks = range(self.start_step * parts, self.steps * parts)
+        settings: dict[str, Any] = {}
+        if self.workers > 0:
+            settings = {
+                "multiprocessing_context": self.start_method,
+                "worker_init_fn": _init_worker,
+                # enough for two steps ahead, however many parts a step has
+                "prefetch_factor": max(2, min(16, math.ceil(2 * parts / self.workers))),
+            }
+        chunks = iter(
+            torch.utils.data.DataLoader(
+                preparation,
+                batch_size=None,
+                sampler=tasks,  # type: ignore[arg-type]
+                num_workers=self.workers,
+                pin_memory=self.device.type == "cuda",
+                generator=torch.Generator(),  # its own: the global one must not depend on how often loaders were made
+                **settings,
+            )
+        )
+        for step in range(self.start_step, self.steps):
+            yield self._assemble(step, [next(chunks) for _ in range(parts)])
+
+    def _assemble(self, step: int, chunks: list[dict[str, Any]]) -> Batch:
+        student_spec, teacher_spec = self._specs
+        student_images = self._images([c["student_pixels"] for c in chunks], student_spec)
+        student_tokens = self._tokens([c["student_tokens"] for c in chunks])
+        teacher_images = teacher_tokens = None
+        if teacher_spec is not None:
+            if teacher_spec == student_spec:
+                teacher_images = student_images
+            else:
+                shared = self._preparation.share_pixels
+                teacher_images = self._images(
+                    [c["student_pixels" if shared else "teacher_pixels"] for c in chunks], teacher_spec
+                )
+            teacher_tokens = (
+                student_tokens
+                if self._preparation.share_tokens
+                else self._tokens([c["teacher_tokens"] for c in chunks])
+            )
+        cut_student = sum(c["truncated_student"] for c in chunks)
+        return Batch(
+            indices=torch.cat([c["indices"] for c in chunks]),
+            keys=[key for c in chunks for key in c["keys"]],
+            caption_indices=torch.cat([c["caption_indices"] for c in chunks]),
+            student_images=student_images,
+            student_tokens=student_tokens,
+            teacher_images=teacher_images,
+            teacher_tokens=teacher_tokens,
+            captions=[caption for c in chunks for caption in c["captions"]],
+            problems=[problem for c in chunks for problem in c["problems"]],
+            truncated_student=cut_student,
+            truncated_teacher=cut_student
+            if self._preparation.share_tokens
+            else sum(c["truncated_teacher"] for c in chunks),
+            views=[View.from_json(view) for c in chunks for view in c["views"]],
+            step=step,
+            epoch=self.sampler.epoch(step),
+        )
+
+    def _images(self, parts: list[Tensor], spec: ImageSpec) -> Tensor:
+        """Chunks of pixels (b, H, W, 3) normalised into one float tensor (B, 3, H, W) on the device."""
+        count = sum(len(part) for part in parts)
+        images = torch.empty((count, 3, spec.size, spec.size), device=self.device)
+        row = 0
+        for part in parts:
+            if self.device.type == "cpu":
+                for pixels in part:  # one at a time: all passes over a picture stay in the processor's cache
+                    images[row] = normalise(pixels, spec)
+                    row += 1
+            else:
+                pixels = part.to(self.device, non_blocking=True)
+                images[row : row + len(part)] = normalise(pixels, spec)
+                row += len(part)
+        return images
+
+    def _tokens(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts).to(self.device, non_blocking=True)
+
+
+class _Preparation(torch.utils.data.Dataset):
+    """What runs in the workers: item t is part t % parts of step t // parts."""
+
+    def __init__(
+        self,
+        source: PairSource,
+        sampler: StepSampler,
+        student: FedModel,
+        teacher: FedModel | None,
+        view: ViewPolicy,
+        caption: str,
+        exact: bool,
+    ) -> None:
+        if caption not in ("random", "first"):
+            raise InputError(f"caption must be 'random' or 'first', got {caption!r}")
+        self.source = source
+        self.sampler = sampler
+        self.parts = max(1, math.ceil(sampler.local_batch_size / CHUNK))
+        self.view = view
+        self.caption = caption
+        self.exact = exact
+        self.student_spec, self.student_tokenizer = student.image, student.tokenizer
+        self.teacher_spec: ImageSpec | None = None
+        self.teacher_tokenizer: Any = None
+        self.share_pixels = self.share_tokens = False
+        if teacher is not None:
+            self.teacher_spec, self.teacher_tokenizer = teacher.image, teacher.tokenizer
+            self.share_pixels = _geometry(teacher.image) == _geometry(student.image)
+            self.share_tokens = teacher.tokenizer is student.tokenizer or teacher.tokenizer == student.tokenizer
+        specs = [spec for spec in (self.student_spec, self.teacher_spec) if spec is not None]
+        least_area = view.scale[0] if view.random else 1.0
+        self.at_least = None if exact else math.ceil(max(spec.size for spec in specs) / math.sqrt(least_area))
+
+    def __getitem__(self, task: int) -> dict[str, Any]:
+        step, part = divmod(task, self.parts)
+        mine = np.array_split(self.sampler.indices(step), self.parts)[part]
+        epoch = self.sampler.epoch(step)
+        count = len(mine)
+        student_size, teacher_spec = self.student_spec.size, None if self.share_pixels else self.teacher_spec
+        student_pixels = np.empty((count, student_size, student_size, 3), dtype=np.uint8)
+        teacher_pixels = None
+        if teacher_spec is not None:
+            teacher_pixels = np.empty((count, teacher_spec.size, teacher_spec.size, 3), dtype=np.uint8)
+        kept: list[tuple[int, str, int, str, View]] = []
+        problems: list[tuple[str, str]] = []
+        for index in mine.tolist():
+            key = self.source.key(index)
+            rng = sample_generator(self.sampler.seed, epoch, index)
+            captions = self.source.captions(index)
+            drawn = int(rng.integers(len(captions)))  # drawn even if unused: the view must not depend on the mode
+            chosen = drawn if self.caption == "random" else 0
+            try:
+                image = self.source.image(index, self.at_least)
+            except BadSample as error:
+                problems.append((key, error.reason))
+                continue
+            width, height = image.info.get("source_size", image.size)
+            view = sample_view(self.view, width, height, rng)
+            row = len(kept)
+            student_pixels[row] = render_pixels(image, view, self.student_spec, exact=self.exact)
+            if teacher_pixels is not None and teacher_spec is not None:
+                teacher_pixels[row] = render_pixels(image, view, teacher_spec, exact=self.exact)
+            kept.append((index, key, chosen, captions[chosen], view))
+        texts = [caption for _, _, _, caption, _ in kept]
+        result: dict[str, Any] = {
+            "indices": torch.tensor([index for index, *_ in kept], dtype=torch.int64),
+            "keys": [key for _, key, *_ in kept],
+            "caption_indices": torch.tensor([chosen for _, _, chosen, *_ in kept], dtype=torch.int64),
+            "captions": texts,
+            "views": [view.to_json() for *_, view in kept],
+            "problems": problems,
+            "student_pixels": torch.from_numpy(student_pixels[: len(kept)]),
+            "student_tokens": self.student_tokenizer(texts),
+            "truncated_student": truncated(self.student_tokenizer, texts),
+        }
+        if teacher_pixels is not None:
+            result["teacher_pixels"] = torch.from_numpy(teacher_pixels[: len(kept)])
+        if self.teacher_spec is not None and not self.share_tokens:
+            result["teacher_tokens"] = self.teacher_tokenizer(texts)
+            result["truncated_teacher"] = truncated(self.teacher_tokenizer, texts)
+        return result
+
+
+def truncated(tokenizer: Any, captions: Sequence[str]) -> int:
+    """How many of `captions` the tokenizer cuts."""
+    limit = tokenizer.context_length
+    # plain text has at most one token a character, beside start and end: most captions need no counting
+    long = [caption for caption in captions if len(caption) + 2 > limit or not caption.isascii()]
+    return sum(length > limit for length in tokenizer.lengths(long)) if long else 0
+
+
+def _geometry(spec: ImageSpec) -> tuple[Any, ...]:
+    return spec.size, spec.interpolation, spec.resize_mode
+
+
+def _init_worker(_: int) -> None:
+    """Workers leave signals to the parent, which decides when to stop, and do not compete for its cores."""
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,231 @@
+"""One view of an image: which region, mirrored or not, which colour operations; rendered for any model.
+
+A `View` is drawn once, in pixels of the source image, and rendered for each model at its own resolution and
+normalisation, so that teacher and student look at the same region. The evaluation view (no box) gives the bits of
+open_clip's `image_transform(is_train=False)`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+
+from clipdistill.config import Config
+from clipdistill.data.colours import apply_operations, sample_operations
+from clipdistill.errors import InputError
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Triple = tuple[float, float, float]
+
+
+class ImageSpec(Config):
+    """What a model wants to be fed: square size in pixels, normalisation, and how the evaluation view is resized."""
+
+    size: int = Field(default=224, gt=0, le=4096)
+    mean: Triple = OPENAI_MEAN
+    std: Triple = OPENAI_STD
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+
+    @model_validator(mode="after")
+    def _positive_std(self) -> ImageSpec:
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0 in every channel, got {self.std}")
+        return self
+
+
+class ViewPolicy(Config):
+    """How training views are drawn. `evaluation` is the deterministic view; `crop` draws a region and colours.
+
+    scale: area of the crop as a fraction of the image; ratio: width / height; flip: probability of mirroring;
+    color_jitter: strength s of brightness, contrast and saturation (factors in [1 - s, 1 + s]) and hue (+- s / 4);
+    randaugment_ops, randaugment_magnitude (0 to 30): RandAugment's operations (Cubuk et al. 2020).
+    """
+
+    kind: Literal["evaluation", "crop"] = "evaluation"
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = Field(default=0.0, ge=0, le=1)
+    color_jitter: float = Field(default=0.0, ge=0, le=1)
+    randaugment_ops: int = Field(default=0, ge=0, le=16)
+    randaugment_magnitude: int = Field(default=9, ge=0, le=30)
+
+    @model_validator(mode="after")
+    def _ranges(self) -> ViewPolicy:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be two fractions with 0 < low <= high <= 1, got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be two numbers with 0 < low <= high, got {self.ratio}")
+        return self
+
+    @property
+    def random(self) -> bool:
+        """Whether two draws can differ."""
+        return self.kind == "crop"
+
+
+@dataclass(frozen=True)
+class View:
+    """One view: `box` = (top, left, height, width) in source pixels (None: the evaluation view), mirrored or not,
+    colour operations as (name, magnitude) in the order in which they are applied."""
+
+    box: tuple[int, int, int, int] | None = None
+    flip: bool = False
+    operations: tuple[tuple[str, float], ...] = ()
+
+    def to_json(self) -> list[Any]:
+        """[box or null, flip, [[name, magnitude], ...]]."""
+        return [list(self.box) if self.box else None, self.flip, [[name, value] for name, value in self.operations]]
+
+    @classmethod
+    def from_json(cls, values: Any) -> View:
+        """The inverse of `to_json`; InputError when `values` is something else."""
+        try:
+            box, flip, operations = values
+            box = None if box is None else tuple(int(v) for v in box)
+            if box is not None and (len(box) != 4 or min(box[0], box[1]) < 0 or min(box[2], box[3]) < 1):
+                raise ValueError(f"the box {box} is not (top, left, height, width)")
+            return cls(box, bool(flip), tuple((str(name), float(value)) for name, value in operations))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{values!r:.200} is not a stored view: {error}") from error
+
+
+EVALUATION_VIEW = View()
+
+
+def sample_view(policy: ViewPolicy, width: int, height: int, rng: np.random.Generator) -> View:
+    """Draw a view of an image of `width` x `height` pixels; the same generator state gives the same view."""
+    if policy.kind == "evaluation":
+        return EVALUATION_VIEW
+    box = _sample_box(policy, width, height, rng)
+    flip = bool(rng.random() < policy.flip)
+    operations = sample_operations(policy.color_jitter, policy.randaugment_ops, policy.randaugment_magnitude, rng)
+    return View(box, flip, operations)
+
+
+def _sample_box(policy: ViewPolicy, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A region with area and aspect ratio drawn as in Inception's crop (Szegedy et al. 2015): ten tries, then the centre."""
+    low, high = math.log(policy.ratio[0]), math.log(policy.ratio[1])
+    for _ in range(10):
+        area = width * height * rng.uniform(*policy.scale)
+        ratio = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(rng.integers(0, height - h + 1))
+            left = int(rng.integers(0, width - w + 1))
+            return top, left, h, w
+    ratio = min(max(width / height, policy.ratio[0]), policy.ratio[1])
+    w = max(1, min(width, round(height * ratio)))
+    h = max(1, min(height, round(width / ratio)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def render(image: Image.Image, view: View, spec: ImageSpec, *, exact: bool = True) -> torch.Tensor:
+    """`image` (RGB) as the model sees it: float32 (3, size, size), normalised. See `render_pixels`."""
+    return normalise(torch.from_numpy(render_pixels(image, view, spec, exact=exact)), spec)
+
+
+def render_pixels(image: Image.Image, view: View, spec: ImageSpec, *, exact: bool = True) -> np.ndarray:
+    """The view before normalisation: uint8 (size, size, 3). Crop, resize, mirror, colour operations, in this order.
+
+    exact: resize as Pillow does (open_clip's bits). Otherwise by torch's faster integer kernel, whose values differ from
+    Pillow's by rounding (mostly 0 or 1 of 255) and may differ between kinds of processors.
+    An image decoded at reduced size (images.decode with `at_least`) is understood: the box stays in source pixels.
+    """
+    resample = _torch_resize if not exact else _pillow_resize
+    if view.box is None:
+        picture = _evaluation(image, spec, resample)
+    else:
+        picture = resample(image, (spec.size, spec.size), spec.interpolation, _scaled_box(image, view.box))
+    if view.flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(apply_operations(picture, view.operations))
+
+
+def normalise(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
+    """uint8 (..., H, W, 3) to float32 (..., 3, H, W): the same bits as torchvision's ToTensor and Normalize, on any device."""
+    mean, std, whole = _constants(spec.mean, spec.std, pixels.device)
+    # the divisor is a tensor: CUDA would multiply by the reciprocal of a plain number, one bit off
+    scaled = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format).div_(whole)
+    return scaled.sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=16)
+def _constants(mean: Triple, std: Triple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def column(values: Triple) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+
+    return column(mean), column(std), torch.full((1,), 255.0, device=device)
+
+
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_MOST_PIXELS = 1 << 26  # a resized picture larger than this is never made: a strip of 1 x 100 000 would become gigabytes
+
+Box = tuple[float, float, float, float]
+
+
+def _evaluation(image: Image.Image, spec: ImageSpec, resample: Any) -> Image.Image:
+    """open_clip's geometry: 'shortest' resizes the shorter side and crops the centre, 'longest' pads with black."""
+    size, (width, height) = spec.size, image.size
+    if spec.resize_mode == "squash":
+        return resample(image, (size, size), spec.interpolation, None)
+    if spec.resize_mode == "longest":
+        ratio = max(height, width) / size
+        target = (max(1, round(width / ratio)), max(1, round(height / ratio)))
+        picture = resample(image, target, spec.interpolation, None)
+        canvas = Image.new("RGB", (size, size))
+        canvas.paste(picture, ((size - target[0]) // 2, (size - target[1]) // 2))
+        return canvas
+    long = int(size * max(width, height) / min(width, height))
+    target = (size, long) if width <= height else (long, size)
+    if target[0] * target[1] > _MOST_PIXELS:
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return resample(image, (size, size), spec.interpolation, (left, top, left + side, top + side))
+    picture = resample(image, target, spec.interpolation, None)
+    left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
+    return picture.crop((left, top, left + size, top + size))
+
+
+def _scaled_box(image: Image.Image, box: tuple[int, int, int, int]) -> Box:
+    """(left, top, right, bottom) in pixels of `image`, which may have been decoded at reduced size."""
+    top, left, height, width = box
+    source_width, source_height = image.info.get("source_size", image.size)
+    if top < 0 or left < 0 or left + width > source_width or top + height > source_height:
+        raise InputError(
+            f"the view's box (top {top}, left {left}, {height} x {width}) lies outside the image of "
+            f"{source_height} x {source_width}: the view was stored for another image"
+        )
+    x, y = image.width / source_width, image.height / source_height
+    return left * x, top * y, (left + width) * x, (top + height) * y
+
+
+def _pillow_resize(image: Image.Image, size: tuple[int, int], interpolation: str, box: Box | None) -> Image.Image:
+    if box is not None and all(edge == int(edge) for edge in box):
+        # a whole-pixel region is cut out first, as torchvision does: its neighbours do not leak into the border
+        image, box = image.crop(tuple(int(edge) for edge in box)), None  # type: ignore[arg-type]
+    if box is None and image.size == size:
+        return image
+    return image.resize(size, _FILTERS[interpolation], box)
+
+
+def _torch_resize(image: Image.Image, size: tuple[int, int], interpolation: str, box: Box | None) -> Image.Image:
+    pixels = np.asarray(image)
+    if box is not None:
+        left, top = int(box[0]), int(box[1])
+        right, bottom = max(left + 1, round(box[2])), max(top + 1, round(box[3]))
+        pixels = pixels[top:bottom, left:right]
+    if pixels.shape[:2] != size[::-1]:
+        planes = torch.from_numpy(pixels.copy() if not pixels.flags.writeable else pixels).permute(2, 0, 1)[None]
+        planes = torch.nn.functional.interpolate(planes, size=size[::-1], mode=interpolation, antialias=True)
+        pixels = planes[0].permute(1, 2, 0).numpy()
+    return Image.fromarray(np.ascontiguousarray(pixels))
