@@ -14,7 +14,7 @@ from clipdistill.train import checkpoint as cp
 
 @pytest.fixture(scope="module")
 def student():
-    return build_student("scenes-student", seed=0)
+    return build_student("scenes-student", seed=0, captions=["a red circle"])
 
 
 def training_parts(student):
@@ -29,7 +29,7 @@ def training_parts(student):
 def test_round_trip_is_exact(student, tmp_path):
     objective, optimiser = training_parts(student)
     cp.save_checkpoint(tmp_path, student, objective, optimiser, {"step": 5, "window": {}}, keep=2)
-    other = build_student("scenes-student", seed=1)
+    other = build_student("scenes-student", seed=1, captions=["a red circle"])
     other_objective, other_optimiser = training_parts(other)
     found, rejected = cp.newest_checkpoint(tmp_path)
     assert found is not None

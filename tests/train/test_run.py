@@ -103,7 +103,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
 def test_a_teacher_at_chance_stops_the_run(tmp_path):
     from clipdistill.models import build_student, save_model
 
-    save_model(build_student("scenes-student", seed=3), tmp_path / "random")
+    save_model(build_student("scenes-student", seed=3, captions=["a red circle"]), tmp_path / "random")
     with pytest.raises(InputError, match="guessing"):
         distill(settings(tmp_path / "run", "clip-rd", f"teacher={tmp_path / 'random'}"), quiet=True)
 

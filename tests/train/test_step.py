@@ -33,7 +33,7 @@ class DoubleTowers(Towers):
     """The towers without the rounding to float32, so that equality can be asked for to 1e-10."""
 
     def forward(self, images, tokens):
-        scale = self.module.logit_scale.exp() if self.fixed_logit_scale is None else torch.tensor(self.fixed_logit_scale)
+        scale = self.module.logit_scale.exp() if self.fixed_logit_scale is None else torch.tensor(float(self.fixed_logit_scale))
         return self.module.encode_image(images), self.module.encode_text(tokens), scale, self.module.logit_bias
 
 
@@ -57,7 +57,7 @@ def gradients(recipe: str, micro_batch: int | None) -> tuple[float, dict[str, to
         seed=(0, 0, 0),
     )
     named = [*towers.named_parameters(), *objective.named_parameters()]
-    return float(output.total), {name: p.grad for name, p in named if p.grad is not None}
+    return output.total.item(), {name: p.grad for name, p in named if p.grad is not None}
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

@@ -38,6 +38,8 @@ class TrainConfig(Config):
     deterministic: bool = False
     seed: int = pydantic.Field(default=0, ge=0)
     workers: int = pydantic.Field(default=0, ge=0)
+    keep_in_memory: bool = False
+    """Decode each picture once per process (small sets that are passed many times)."""
     view: ViewPolicy = ViewPolicy()
     caption: Literal["random", "first"] = "random"
     mask_ratio: float | None = pydantic.Field(default=None, gt=0, lt=1)

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,10 +103,10 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
             parameter.grad /= world_size()
 
 
-def share_object(value: object) -> object:
-    """Rank 0's `value` on every rank (plain data only)."""
+def gather_lists(values: Sequence[Any]) -> list[Any]:
+    """The items of every rank's list (plain data), in the order of the ranks, on every rank."""
     if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+        return list(values)
+    boxes: list[list[Any]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(boxes, list(values))
+    return [item for box in boxes for item in box]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from clipdistill.errors import BudgetError, Preempted
 from clipdistill.objective import ObjectiveOutput
 from clipdistill.train.checkpoint import save_checkpoint
 from clipdistill.train.curve import curve_scores
-from clipdistill.train.distributed import any_rank, average_gradients, is_main, rank, sum_over_ranks
+from clipdistill.train.distributed import any_rank, average_gradients, gather_lists, is_main, rank, sum_over_ranks
 from clipdistill.train.logs import Display, Sink
 from clipdistill.train.optimiser import learning_rate_factor, set_learning_rate
 from clipdistill.train.setup import Setup
@@ -38,12 +39,14 @@ class Progress:
     seconds: float = 0.0
     window: dict[str, float] = field(default_factory=dict)
     """Sums since the last log line, so that a resumed log continues as if never interrupted."""
+    ledger: dict[str, Any] = field(default_factory=dict)
+    """Counters of the bad-sample ledger."""
 
 
 def train(setup: Setup, progress: Progress, folder: Path, sinks: list[Sink], display: Display) -> Progress:
     """Run the steps that remain. Raises Preempted after saving on a signal, BudgetError over a stated budget."""
     config, device = setup.config.train, setup.device
-    ledger = BadSampleLedger(folder / "bad_samples.jsonl", setup.config.data.bad_sample_budget)
+    ledger = _open_ledger(setup, progress, folder)
     loader = setup.loader(start_step=progress.step)
     began = time.monotonic() - progress.seconds
     with StopSignal() as stop:
@@ -68,7 +71,9 @@ def train(setup: Setup, progress: Progress, folder: Path, sinks: list[Sink], dis
             progress.bad_samples += int(bad)
             progress.truncated_student += int(cut_student)
             progress.truncated_teacher += int(cut_teacher)
-            ledger.record(batch.problems, seen=len(batch.keys) + len(batch.problems))
+            problems = gather_lists(batch.problems) if bad else []
+            ledger.record(problems, seen=int(seen + bad))
+            progress.ledger = ledger.state()
             now = time.monotonic()
             step_seconds = now - waiting
             progress.seconds = now - began
@@ -94,6 +99,17 @@ def train(setup: Setup, progress: Progress, folder: Path, sinks: list[Sink], dis
     return progress
 
 
+def _open_ledger(setup: Setup, progress: Progress, folder: Path) -> BadSampleLedger:
+    """The list of bad samples; every rank counts all of them, rank 0 writes."""
+    path = folder / "bad_samples.jsonl" if is_main() else Path(os.devnull)
+    ledger = BadSampleLedger(path, setup.config.data.bad_sample_budget, shard_of=setup.source.shard_of)
+    if progress.ledger:
+        ledger.restore(progress.ledger)
+    else:
+        ledger.record_opening(setup.source.problems, len(setup.source) + setup.source.problems.dropped)
+    return ledger
+
+
 def write_checkpoint(setup: Setup, progress: Progress, folder: Path) -> None:
     """Rank 0 writes; the others go on (what they hold is the same)."""
     if is_main():
@@ -102,7 +118,7 @@ def write_checkpoint(setup: Setup, progress: Progress, folder: Path) -> None:
             setup.student,
             setup.objective,
             setup.optimiser,
-            {**vars(progress), "window": progress.window, "total_steps": setup.total_steps},
+            {**vars(progress), "total_steps": setup.total_steps},
             keep=setup.config.train.keep_checkpoints,
         )
 

@@ -32,7 +32,7 @@ from clipdistill.train.setup import build as build_setup
 FORMAT = 1
 
 _FREE = {"out", "name", "device", "tensorboard", "wandb", "evaluation", "preflight"}
-_FREE_TRAIN = {"workers", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "micro_batch"}
+_FREE_TRAIN = {"workers", "keep_in_memory", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "micro_batch"}
 """Settings that a resumed run may change: none of them changes what is learned."""
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipdistill.data.loader import Batch, PairLoader
+from clipdistill.data.memory import KeptInMemory
 from clipdistill.data.pairs import PairSource, open_pairs
 from clipdistill.data.sampler import steps_per_epoch
 from clipdistill.errors import InputError
@@ -81,6 +82,8 @@ def build(config: RunConfig, device: torch.device) -> Setup:
     """Open the data, load teacher and student, make objective and optimiser. Raises InputError for unusable input."""
     train = config.train
     source = open_pairs(config.data, default_split="train")
+    if train.keep_in_memory:
+        source = KeptInMemory(source)
     if len(source) < 2:
         raise InputError(f"data '{config.data.path}': {len(source)} usable pairs; training needs at least 2")
     validation = None if config.validation is None else open_pairs(config.validation, default_split="val")
