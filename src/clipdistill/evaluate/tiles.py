@@ -1,0 +1,265 @@
+"""One tile of the score matrix after another: how many of its scores lie above, or tie with, each positive pair.
+
+The engine room of `ranking.py`. A tile is a float32 product. Each of its scores is compared with two limits, the
+positive's score plus and minus the rounding bound; what lies between the two is scored again in float64.
+On a GPU the comparisons run over the whole tile in float32. On the CPU they run over blocks that fit the cache, in
+16-bit fixed point: cutting off digits keeps the order, widens the uncertain band a little, and is three times faster.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from clipdistill.errors import InputError
+
+TIE_TOLERANCE = 1e-12
+"""Two float64 cosines closer than this are tied; float64 rounding of a dot product stays far below it."""
+
+# A block with more than this share of its pairs inside the float32 error bound is computed in float64 as a whole:
+# collapsed embeddings (all scores alike) would otherwise be scored again pair by pair.
+_DENSE_SHARE = 1 / 64
+# CPU blocks fit the second-level cache, and at most 255 rows and 128 x 8 columns let byte-wide counters hold a sum
+_BLOCK_ROWS, _BLOCK_COLUMNS = 240, 1024
+_CHUNK = 1024
+"""Rows or pairs converted to float64 at a time: bounds memory and stays in the cache."""
+
+
+class UnitRows:
+    """Rows of an embedding matrix at length 1: float32 (times `scale`) for products, float64 for exact scores.
+
+    A zero row stays zero: its score with everything is 0, so a dead encoder scores chance.
+    """
+
+    def __init__(self, values: torch.Tensor, name: str, order: torch.Tensor | None = None, scale: float = 1.0) -> None:
+        """values: (n, D), any floating dtype. order: (n,) the row order to use. scale: length of the float32 rows.
+
+        Raises InputError on a non-finite row.
+        """
+        self.source = values
+        self.order = torch.arange(len(values), device=values.device) if order is None else order.to(values.device)
+        self.inverse = torch.empty(len(values), dtype=torch.float64, device=values.device)
+        self.single = torch.empty(values.shape, dtype=torch.float32, device=values.device)
+        for start in range(0, len(values), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            rows = values[self.order[chunk]].double()
+            norm = rows.norm(dim=1)
+            bad = ~torch.isfinite(norm)
+            if bad.any():
+                row = int(self.order[chunk][bad][0])
+                raise InputError(
+                    f"row {row} of the {name} embeddings is not finite (NaN or infinity), so it has no rank:"
+                    " check the encoder's precision and its input"
+                )
+            self.inverse[chunk] = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
+            self.single[chunk] = rows * (scale * self.inverse[chunk, None])
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def double(self, index: slice) -> torch.Tensor:
+        """Rows `index` (in the row order of this object) at length 1, float64."""
+        return self.source[self.order[index]].double() * self.inverse[index, None]
+
+
+def exact_scores(rows: UnitRows, columns: UnitRows, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """Cosines of the pairs (rows[i], columns[j]), float64, each from its two rows alone."""
+    scores = torch.empty(len(i), dtype=torch.float64, device=i.device)
+    chunk_size = _CHUNK if i.device.type == "cpu" else 64 * _CHUNK
+    for start in range(0, len(i), chunk_size):
+        a, b = i[start : start + chunk_size], j[start : start + chunk_size]
+        product = rows.source[rows.order[a]].double() * columns.source[columns.order[b]].double()
+        scores[start : start + chunk_size] = product.sum(dim=1) * rows.inverse[a] * columns.inverse[b]
+    return scores
+
+
+def float32_bound(dimensions: int) -> float:
+    """Largest difference of a float32 product of two unit rows from their cosine, whatever the order of summation.
+
+    D u from the sum (u = 2^-24), and 5 u for rounding the rows, their scale and the result.
+    """
+    return (dimensions + 5) * 2.0**-24
+
+
+class TileCounter:
+    """Adds the comparisons of one tile after another to `counts`, (4, M) int64: image >, image =, text >, text =.
+
+    A subclass compares: see `CpuCounter` and `GpuCounter`.
+    """
+
+    tile_shape: tuple[int, int]
+    """Images and texts a tile."""
+
+    def __init__(
+        self, images: torch.Tensor, order: torch.Tensor, texts: torch.Tensor, row_of_text: torch.Tensor
+    ) -> None:
+        """images (N, D) in the row order `order` (N,); texts (M, D); row_of_text: (M,) row of each text's image."""
+        self.bound = float32_bound(images.shape[1])
+        # 16-bit fixed point holds scores up to 1 + bound at this scale
+        self.scale = 32767 / (1 + 2 * self.bound)
+        self.rows, self.columns = UnitRows(images, "image", order, self.scale), UnitRows(texts, "text")
+        self.row_of_text = row_of_text
+        device = images.device
+        self.threshold = exact_scores(self.rows, self.columns, row_of_text, torch.arange(len(texts), device=device))
+        self.counts = torch.zeros(4, len(texts), dtype=torch.int64, device=device)
+        self.buffer = torch.empty(0, dtype=torch.float32, device=device)
+
+    def add_tile(self, top: int, bottom: int, left: int, right: int, pairs: torch.Tensor) -> None:
+        """Compare images top..bottom with texts left..right.
+
+        pairs: (bottom - top, G) the own texts of each image, -1 for none; images with more texts come first.
+        """
+        shape = (bottom - top, right - left)
+        if self.buffer.numel() < shape[0] * shape[1]:
+            self.buffer = torch.empty(shape[0] * shape[1], dtype=torch.float32, device=self.threshold.device)
+        tile = self.buffer[: shape[0] * shape[1]].view(shape)
+        torch.mm(self.rows.single[top:bottom], self.columns.single[left:right].T, out=tile)
+        # text-to-image first (None), then image-to-text with each of the images' own texts in turn
+        own = [None, *(pairs[: int((pairs[:, g] >= 0).sum()), g] for g in range(pairs.shape[1]))]
+        near: tuple[list[_Near], list[_Near]] = ([], [])
+        self.compare(tile, top, left, own, near)
+        for direction in (0, 1):
+            if near[direction]:
+                self._rescore(direction, *(torch.cat(parts) for parts in zip(*near[direction], strict=True)))
+
+    def compare(
+        self, tile: torch.Tensor, top: int, left: int, own: list[torch.Tensor | None], near: tuple[list, list]
+    ) -> None:
+        """Count what is surely above each limit, and append (i, j, text) of what is uncertain to `near`."""
+        raise NotImplementedError
+
+    def _rescore(self, direction: int, i: torch.Tensor, j: torch.Tensor, text: torch.Tensor) -> None:
+        """Compare the scores of images i with texts j with those of the positive pairs `text`, in float64."""
+        itself = (j == text) & (i == self.row_of_text[text])
+        self._add(2 * direction + 1, text[itself], torch.ones_like(text[itself]))
+        i, j, text = i[~itself], j[~itself], text[~itself]
+        difference = exact_scores(self.rows, self.columns, i, j) - self.threshold[text]
+        self._add(2 * direction, text, difference > TIE_TOLERANCE)
+        self._add(2 * direction + 1, text, difference.abs() <= TIE_TOLERANCE)
+
+    def _add_dense(self, tile: torch.Tensor, left: int, own: torch.Tensor | None) -> None:
+        """Compare a block of exact scores."""
+        axis = 0 if own is None else 1
+        texts = torch.arange(left, left + tile.shape[1], device=tile.device) if own is None else own
+        threshold = self.threshold[texts]
+        difference = tile[: len(texts)] - threshold[:, None] if axis else tile - threshold
+        self._add(2 * axis, texts, (difference > TIE_TOLERANCE).sum(dim=axis))
+        self._add(2 * axis + 1, texts, (difference.abs() <= TIE_TOLERANCE).sum(dim=axis))
+
+    def _dense_tile(self, top: int, left: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.rows.double(slice(top, top + shape[0])) @ self.columns.double(slice(left, left + shape[1])).T
+
+    def _add(self, line: int, texts: torch.Tensor, values: torch.Tensor) -> None:
+        self.counts[line].index_add_(0, texts, values.long())
+
+
+_Near = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class GpuCounter(TileCounter):
+    """Compares whole tiles in float32."""
+
+    tile_shape = (4096, 16384)
+
+    def compare(
+        self, tile: torch.Tensor, top: int, left: int, own: list[torch.Tensor | None], near: tuple[list, list]
+    ) -> None:
+        upper = ((self.threshold + self.bound) * self.scale).float()
+        lower = ((self.threshold - self.bound) * self.scale).float()
+        dense: torch.Tensor | None = None
+        for texts in own:
+            if texts is None:
+                span = slice(left, left + tile.shape[1])
+                above, reach = tile > upper[span], tile > lower[span]
+            else:
+                above, reach = (tile[: len(texts)] > limit[texts, None] for limit in (upper, lower))
+            uncertain = above ^ reach
+            if int(uncertain.sum()) > max(256, _DENSE_SHARE * uncertain.numel()):
+                dense = self._dense_tile(top, left, tile.shape) if dense is None else dense
+                self._add_dense(dense, left, texts)
+                continue
+            i, j = torch.nonzero(uncertain, as_tuple=True)
+            if texts is None:
+                self.counts[0, span] += above.sum(dim=0)
+                near[0].append((i + top, j + left, j + left))
+            else:
+                self._add(2, texts, above.sum(dim=1))
+                near[1].append((i + top, j + left, texts[i]))
+
+
+class CpuCounter(TileCounter):
+    """Compares blocks of a tile in 16-bit fixed point, and counts booleans eight at a time.
+
+    Eight booleans are one 64-bit word of eight byte-wide counters, which can be added up 255 times before a byte
+    overflows; that makes counting nearly free beside the comparison.
+    """
+
+    tile_shape = (2 * _BLOCK_ROWS, 4 * _BLOCK_COLUMNS)
+
+    def __init__(self, *arguments: torch.Tensor) -> None:
+        super().__init__(*arguments)
+        # a score is surely above when its digits are above those of threshold + bound, and uncertain when they are at
+        # or above those of threshold - bound
+        self.upper = ((self.threshold + self.bound) * self.scale).numpy().astype(np.int16)
+        self.reach = ((self.threshold - self.bound) * self.scale).numpy().astype(np.int16) - np.int16(1)
+        self.masks = np.zeros((2, _BLOCK_ROWS * _BLOCK_COLUMNS), dtype=np.bool_)
+        self.digits = np.empty(_BLOCK_ROWS * _BLOCK_COLUMNS, dtype=np.int16)
+        self.width = 0
+
+    def compare(
+        self, tile: torch.Tensor, top: int, left: int, own: list[torch.Tensor | None], near: tuple[list, list]
+    ) -> None:
+        counts, scores = self.counts.numpy(), tile.numpy()
+        for r in range(0, tile.shape[0], _BLOCK_ROWS):
+            for c in range(0, tile.shape[1], _BLOCK_COLUMNS):
+                block = scores[r : r + _BLOCK_ROWS, c : c + _BLOCK_COLUMNS]
+                digits = self.digits[: block.size].reshape(block.shape)
+                np.copyto(digits, block, casting="unsafe")  # towards zero, which keeps the order
+                dense: torch.Tensor | None = None
+                for texts in own:
+                    part = None if texts is None else texts[r : r + _BLOCK_ROWS].numpy()
+                    found = self._compare_block(digits, left + c, part)
+                    if found is None:
+                        dense = self._dense_tile(top + r, left + c, block.shape) if dense is None else dense
+                        self._add_dense(dense, left + c, None if part is None else torch.from_numpy(part))
+                        continue
+                    greater, i, j = found
+                    if part is None:
+                        counts[0, left + c : left + c + block.shape[1]] += greater
+                    else:
+                        counts[2, part] += greater  # an image's own text occurs once, so no index repeats
+                    if len(i):
+                        text = left + c + j if part is None else part[i]
+                        triple = (i + top + r, j + left + c, text)
+                        near[0 if part is None else 1].append(tuple(map(torch.from_numpy, triple)))
+
+    def _compare_block(
+        self, digits: np.ndarray, left: int, own: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """How many scores are surely above each text's positive, and row and column of each uncertain score.
+
+        own: the texts to compare the rows with; None to compare the columns with their own positives. None is
+        returned when the uncertain scores are too many to list.
+        """
+        width = digits.shape[1]
+        words = -(-width // 8)
+        if width != self.width:
+            self.masks[:] = False  # columns that only fill up a word must stay False
+            self.width = width
+        height = len(digits) if own is None else len(own)
+        place: slice | np.ndarray = slice(left, left + width) if own is None else own[:, None]
+        above, reach = (mask[: height * 8 * words].reshape(height, 8 * words) for mask in self.masks)
+        np.greater(digits[:height], self.upper[place], out=above[:, :width])
+        np.greater(digits[:height], self.reach[place], out=reach[:, :width])
+        above_words, uncertain = above.view(np.uint64), reach.view(np.uint64)
+        uncertain ^= above_words
+        found = np.flatnonzero(uncertain)
+        k, byte = np.nonzero(uncertain.ravel()[found][:, None].view(np.uint8))
+        if len(k) > max(256, _DENSE_SHARE * height * width):
+            return None
+        if own is None:
+            greater = np.add.reduce(above_words, axis=0).view(np.uint8)[:width]
+        else:
+            greater = np.add.reduce(above_words, axis=1)[:, None].view(np.uint8).sum(axis=1)
+        row, word = np.divmod(found[k], words)
+        return greater.astype(np.int64), row, 8 * word + byte
