@@ -1,0 +1,137 @@
+"""The report: one self-contained HTML page about some runs, with Markdown and CSV beside it.
+
+It reads run folders only, computes no embedding and needs no accelerator. See data.py for what it reads, tables.py
+for how differences are judged and words.py for what it says about them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipdistill.errors import InputError
+from clipdistill.report.context import VERDICTS, Report
+from clipdistill.report.data import Run, read_optional, read_runs
+from clipdistill.report.gallery import read_galleries
+from clipdistill.report.html import render
+from clipdistill.report.tables import Entry, ScoreTable, build_table, compare
+from clipdistill.report.text import to_csv, to_markdown
+from clipdistill.report.trade import read_trade
+from clipdistill.report.words import headline
+
+
+@dataclass(frozen=True)
+class ReportSummary:
+    """Where the three files are, the headline's sentences, and what could not be shown."""
+
+    html: Path
+    markdown: Path
+    csv: Path
+    headline: tuple[str, ...]
+    notices: tuple[str, ...]
+    size: int
+
+
+def write_report(runs: Sequence[Path | str], out: Path | str, *, title: str | None = None) -> ReportSummary:
+    """Write a report on run folders to `out` (.html), with the same name ending in .md and .csv beside it.
+
+    Read beside or in the run folders when present: bench.json, gallery.json, geometry.json, claims.json.
+    Raises InputError for a folder that is no run, a broken file, or an `out` that is a folder.
+    """
+    out = Path(out)
+    if out.is_dir():
+        raise InputError(f"{out}: this is a folder; name the file to write, for example {out / 'report.html'}")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{out}: the report is an HTML file; end its name in .html")
+    report = collect([Path(run) for run in runs], title)
+    markdown, csv = out.with_suffix(".md"), out.with_suffix(".csv")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    html = render(report)
+    _write(markdown, to_markdown(report))
+    _write(csv, to_csv(report))
+    _write(out, html)
+    sentences = tuple(sentence.text for sentence in report.headline)
+    return ReportSummary(out, markdown, csv, sentences, tuple(report.notices), len(html.encode()))
+
+
+def collect(folders: Sequence[Path], title: str | None = None) -> Report:
+    """Read the run folders and work out everything that the three forms of the report say."""
+    runs = read_runs(folders)
+    table = build_table(runs)
+    comparisons = compare(table)
+    trade = read_trade(runs, table)
+    gallery = read_galleries(runs, table)
+    return Report(
+        title=title or _title(table),
+        runs=runs,
+        table=table,
+        comparisons=comparisons,
+        trade=trade,
+        gallery=gallery,
+        headline=headline(table, comparisons, trade),
+        claims=_claims(runs),
+        geometry=_geometry(runs, table),
+        notices=[*table.notices, *(gallery.notices if gallery else [])],
+    )
+
+
+def _title(table: ScoreTable) -> str:
+    names = [entry.label for entry in table.students]
+    shown = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
+    listed = ", ".join(shown[:-1]) + (" and " if len(shown) > 1 else "") + shown[-1]
+    return f"Distilling CLIP: {listed}"
+
+
+def _claims(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The verdicts of claims.json, with an unknown verdict shown as undecided."""
+    found = []
+    for path, _, stored in read_optional(runs, "claims.json"):
+        rows = stored.get("claims")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise InputError(f"{path}: expected a list of objects under the key 'claims'")
+        for row in rows:
+            verdict = str(row.get("verdict", "undecided"))
+            kind = verdict if verdict in VERDICTS else "undecided"
+            text, evidence = (
+                str(row.get("claim") or row.get("text") or ""),
+                str(row.get("evidence") or row.get("why") or ""),
+            )
+            found.append({"kind": kind, "verdict": kind, "text": text, "evidence": evidence})
+    return found
+
+
+def _geometry(runs: Sequence[Run], table: ScoreTable) -> list[tuple[Entry, dict[str, Any]]]:
+    """(entry, measures) of geometry.json: {"models": {name: {measure: number, "histograms": {...}}}}."""
+    found: list[tuple[Entry, dict[str, Any]]] = []
+    for path, owner, stored in read_optional(runs, "geometry.json"):
+        models = stored.get("models")
+        if not isinstance(models, dict):
+            raise InputError(f"{path}: expected an object under the key 'models'")
+        for name, facts in models.items():
+            entry = _named(str(name), owner, table)
+            if entry is not None and isinstance(facts, dict) and all(known is not entry for known, _ in found):
+                found.append((entry, facts))
+    return sorted(found, key=lambda item: table.entries.index(item[0]))
+
+
+def _named(name: str, owner: Run | None, table: ScoreTable) -> Entry | None:
+    for entry in table.entries:
+        for run in entry.runs:
+            if entry.role == "teacher" and name in {"teacher", run.teacher}:
+                return entry
+            if entry.role == "student" and (name in {run.name, entry.label} or (owner is run and name == "student")):
+                return entry
+    return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write under another name first, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,278 @@
+"""A small generator of inline SVG: axes, lines, points with intervals, bars, all coloured by the page's CSS.
+
+Written by hand rather than drawn by a plotting library, because inline SVG that inherits `color` follows light and
+dark mode, prints well, shows its numbers on hover and costs a few kilobytes. Nothing is fetched. Every text is escaped.
+
+Sizes are in units of the view box, chosen so that a chart is readable at the width of a phone (about 360 pixels)
+and two stand side by side on a desk. Classes: `s0` the teacher, `s1` ... `s8` the students (see style.css).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+WIDTH, HEIGHT = 440.0, 290.0
+SMALL_WIDTH, SMALL_HEIGHT = 320.0, 210.0
+COLOURS = 8
+
+
+def number(value: float) -> str:
+    """A coordinate with one decimal at most: "12", "12.5"."""
+    text = f"{value:.1f}"
+    return text[:-2] if text.endswith(".0") else text
+
+
+def compact(value: float) -> str:
+    """A number for an axis or a table: "0.05", "12", "1.5k", "40M"."""
+    if value == 0:
+        return "0"
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit * 0.9995:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def rate(value: float) -> str:
+    """A measured rate with three digits: "2.41", "48.6", "2,910"."""
+    if value == 0:
+        return "0"
+    digits = 2 - math.floor(math.log10(abs(value)))
+    return f"{round(value, digits):,.{max(0, digits)}f}"
+
+
+def colour_class(index: int) -> str:
+    """CSS class of the entry with this colour index (0 is the teacher)."""
+    return f"s{0 if index == 0 else (index - 1) % COLOURS + 1}"
+
+
+@dataclass
+class Axis:
+    """A linear or logarithmic scale from data to the unit interval, with round ticks.
+
+    show: how a tick is written. pad: share of the range added at both ends.
+    """
+
+    low: float
+    high: float
+    label: str
+    log: bool = False
+    show: Callable[[float], str] = compact
+    pad: float = 0.06
+    floor: float | None = None
+    ticks: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.log:
+            low, high = math.log10(self.low), math.log10(self.high)
+            reach = max(high - low, 0.3)
+            middle = (low + high) / 2
+            self._a, self._b = middle - reach * (0.5 + self.pad), middle + reach * (0.5 + self.pad)
+            self.ticks = _log_ticks(10**self._a, 10**self._b)
+        else:
+            reach = (self.high - self.low) or abs(self.high) * 0.1 or 1.0
+            self._a, self._b = self.low - reach * self.pad, self.high + reach * self.pad
+            if self.floor is not None:
+                self._a = max(self._a, self.floor)
+            self.ticks = _linear_ticks(self._a, self._b)
+
+    def __call__(self, value: float) -> float:
+        """Position of a value, 0 at the start of the axis and 1 at its end (clipped a little outside)."""
+        scaled = math.log10(max(value, 1e-300)) if self.log else value
+        return min(1.02, max(-0.02, (scaled - self._a) / (self._b - self._a)))
+
+
+def _linear_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    raw = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [s * 10.0**p for p in powers for s in steps if low <= s * 10.0**p <= high]
+        if len(ticks) >= 3:
+            break
+    while len(ticks) > 6:
+        ticks = ticks[::2]
+    return ticks
+
+
+class Chart:
+    """One framed plot: create it with two axes, draw, then `render()`.
+
+    name: what a screen reader says. Drawing methods take data coordinates.
+    """
+
+    def __init__(self, x: Axis, y: Axis, name: str, *, width: float = WIDTH, height: float = HEIGHT) -> None:
+        self.x, self.y, self.name = x, y, name
+        self.width, self.height = width, height
+        widest = max([len(y.show(t)) for t in y.ticks] or [2])
+        self.left, self.right, self.bottom = 16.0 + 7.0 * widest, width - 12.0, height - 42.0
+        self.top = 26.0 if y.label else 12.0
+        self.parts: list[str] = []
+        self._boxes: list[tuple[float, float, float, float]] = []
+
+    def px(self, value: float) -> float:
+        """Horizontal position of a value of x."""
+        return self.left + self.x(value) * (self.right - self.left)
+
+    def py(self, value: float) -> float:
+        """Vertical position of a value of y."""
+        return self.bottom - self.y(value) * (self.bottom - self.top)
+
+    def line(self, xs: Sequence[float], ys: Sequence[float], colour: int, tip: str, *, style: str = "line") -> None:
+        """A polyline in the colour of an entry; `tip` shows on hover."""
+        points = " ".join(f"{number(self.px(x))},{number(self.py(y))}" for x, y in zip(xs, ys))
+        self.parts.append(
+            f'<g class="{colour_class(colour)} hover"><polyline class="{style}" points="{points}"/>'
+            f'<polyline class="reach" points="{points}"/>{_title(tip)}</g>'
+        )
+
+    def point(
+        self,
+        x: float,
+        y: float,
+        colour: int,
+        tip: str,
+        *,
+        size: float = 5.5,
+        x_range: tuple[float, float] | None = None,
+        y_range: tuple[float, float] | None = None,
+        focus: bool = True,
+        hollow: bool = False,
+    ) -> None:
+        """A marker in the colour and shape of an entry, with whiskers for the intervals; `tip` shows on hover."""
+        cx, cy = self.px(x), self.py(y)
+        whiskers = ""
+        if y_range is not None:
+            whiskers += (
+                f'<path class="whisker" d="M{number(cx)} {number(self.py(y_range[0]))}V{number(self.py(y_range[1]))}"/>'
+            )
+        if x_range is not None:
+            whiskers += (
+                f'<path class="whisker" d="M{number(self.px(x_range[0]))} {number(cy)}H{number(self.px(x_range[1]))}"/>'
+            )
+        reach = f'<circle class="reach" cx="{number(cx)}" cy="{number(cy)}" r="12"/>' if focus else ""
+        tab = ' tabindex="0"' if focus else ""
+        self.parts.append(
+            f'<g class="{colour_class(colour)} hover{" hollow" if hollow else ""}"{tab}>'
+            f"{whiskers}{marker(colour, cx, cy, size)}{reach}{_title(tip)}</g>"
+        )
+        self._boxes.append((cx - size - 2, cy - size - 2, cx + size + 2, cy + size + 2))
+
+    def path(self, xs: Sequence[float], ys: Sequence[float], style: str) -> None:
+        """A line that belongs to no entry (a front, a reference)."""
+        points = " ".join(f"{number(self.px(x))},{number(self.py(y))}" for x, y in zip(xs, ys))
+        self.parts.insert(0, f'<polyline class="{style}" points="{points}"/>')
+
+    def label(self, x: float, y: float, text: str, colour: int) -> None:
+        """A name beside a point, on the side where it covers nothing drawn so far."""
+        shown = text if len(text) <= 26 else text[:25] + "…"
+        cx, cy, wide = self.px(x), self.py(y), 6.6 * len(shown)
+        sides = [
+            ("start", 10, 4),
+            ("end", -10, 4),
+            ("middle", 0, -11),
+            ("middle", 0, 20),
+            ("start", 8, -9),
+            ("end", -8, -9),
+        ]
+        sides += [("start", 8, 17), ("end", -8, 17), ("middle", 0, -24), ("middle", 0, 33)]
+        best: tuple[float, str, float, float] | None = None
+        for anchor, dx, dy in sides:
+            start = cx + dx - {"start": 0.0, "end": wide, "middle": wide / 2}[anchor]
+            box = (start, cy + dy - 11, start + wide, cy + dy + 3)
+            cost = sum(_overlap(box, other) for other in self._boxes)
+            cost += 40 * max(
+                0.0, self.left - box[0], box[2] - self.right + 2, self.top - 12 - box[1], box[3] - self.bottom
+            )
+            if best is None or cost < best[0]:
+                best = (cost, anchor, cx + dx, cy + dy)
+                chosen = box
+        assert best is not None
+        self._boxes.append(chosen)
+        _, anchor, tx, ty = best
+        self.parts.append(_text(tx, ty, shown, anchor, f"name {colour_class(colour)}"))
+
+    def note(self, x: float, y: float, text: str, colour: int, anchor: str) -> None:
+        """A line of text above a point."""
+        at = f'x="{number(self.px(x))}" y="{number(self.py(y) - 11)}" text-anchor="{anchor}"'
+        self.parts.append(f'<text class="name {colour_class(colour)}" {at}>{escape(text)}</text>')
+
+    def bars(self, edges: Sequence[float], heights: Sequence[float], colour: int, tip: str) -> None:
+        """A filled step outline (a histogram)."""
+        base = number(self.bottom)
+        steps = [f"M{number(self.px(edges[0]))} {base}"]
+        for start, end, height in zip(edges[:-1], edges[1:], heights):
+            steps.append(f"L{number(self.px(start))} {number(self.py(height))}H{number(self.px(end))}")
+        steps.append(f"V{base}")
+        self.parts.append(
+            f'<g class="{colour_class(colour)} hover"><path class="area" d="{"".join(steps)}"/>{_title(tip)}</g>'
+        )
+
+    def render(self) -> str:
+        """The chart as an <svg> element."""
+        grid, text = [], []
+        for tick in self.y.ticks:
+            at = number(self.py(tick))
+            grid.append(f'<path d="M{number(self.left)} {at}H{number(self.right)}"/>')
+            text.append(_text(self.left - 7, self.py(tick) + 4, self.y.show(tick), "end"))
+        for tick in self.x.ticks:
+            at = number(self.px(tick))
+            grid.append(f'<path d="M{at} {number(self.bottom)}v5"/>')
+            text.append(_text(self.px(tick), self.bottom + 18, self.x.show(tick), "middle"))
+        if self.x.label:
+            text.append(_text((self.left + self.right) / 2, self.height - 6, self.x.label, "middle", "axis"))
+        if self.y.label:
+            text.append(_text(2, 13, self.y.label, "start", "axis"))
+        return (
+            f'<svg class="chart" viewBox="0 0 {number(self.width)} {number(self.height)}" role="img" '
+            f'aria-label="{escape(self.name)}"><g class="grid">{"".join(grid)}'
+            f'<path class="base" d="M{number(self.left)} {number(self.bottom)}H{number(self.right)}"/></g>'
+            f'<g class="ticks">{"".join(text)}</g>{"".join(self.parts)}</svg>'
+        )
+
+
+def marker(colour: int, cx: float, cy: float, r: float) -> str:
+    """The shape of an entry: the teacher a star, students circle, square, triangle, diamond, ... in turn."""
+    if colour == 0:
+        return _polygon(cx, cy, [(r * (1.45 if i % 2 == 0 else 0.62), i * 36.0) for i in range(10)])
+    kind = (colour - 1) % 6
+    if kind == 0:
+        return f'<circle class="mark" cx="{number(cx)}" cy="{number(cy)}" r="{number(r)}"/>'
+    corners = {1: (4, 45.0, 1.3), 2: (3, 0.0, 1.35), 3: (4, 0.0, 1.35), 4: (3, 180.0, 1.35), 5: (6, 0.0, 1.15)}[kind]
+    count, turn, scale = corners
+    return _polygon(cx, cy, [(r * scale, turn + 360.0 * i / count) for i in range(count)])
+
+
+def legend_mark(colour: int) -> str:
+    """A small inline drawing of an entry's marker, for keys and tables."""
+    shape = marker(colour, 8, 8, 5)
+    return f'<svg class="key {colour_class(colour)}" viewBox="0 0 16 16" aria-hidden="true">{shape}</svg>'
+
+
+def _polygon(cx: float, cy: float, polar: Sequence[tuple[float, float]]) -> str:
+    points = " ".join(
+        f"{number(cx + r * math.sin(math.radians(a)))},{number(cy - r * math.cos(math.radians(a)))}" for r, a in polar
+    )
+    return f'<polygon class="mark" points="{points}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str, css: str = "") -> str:
+    kind = f' class="{css}"' if css else ""
+    return f'<text{kind} x="{number(x)}" y="{number(y)}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _title(tip: str) -> str:
+    return f"<title>{escape(tip)}</title>" if tip else ""
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return wide * high if wide > 0 and high > 0 else 0.0

@@ -1,0 +1,381 @@
+"""What the report says in numbers: one entry per method, one column per protocol and metric, and who beat whom.
+
+Numbers under different protocols never share a column. Several runs that differ only in their seed become one entry,
+whose interval then comes from the seeds; a single run's interval comes from the test queries alone, and the words
+say so. Formulas: retention as in docs/methods.md 7.5; differences are unpaired (conservative for two models that
+answer the same queries), with Holm's correction over the pairs of a column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from scipy import stats
+
+from clipdistill.report.data import METHOD_NAMES, Run, ScoreRow
+
+LEAD_METRICS = ("t2i_R@1", "i2t_R@1", "top1")
+"""The measures that the headline, the trade-off and the comparisons are about, the first available one in front."""
+
+MAIN_METRICS = ("i2t_R@1", "t2i_R@1", "i2t_mAP@10", "t2i_mAP@10", "top1", "top5")
+"""The columns of the short table; all others are in the full one."""
+
+_METRIC_ORDER = [f"{d}_{m}" for m in ("R@1", "R@5", "R@10", "mAP@10", "MRR", "median_rank") for d in ("i2t", "t2i")]
+_METRIC_ORDER += ["top1", "top5", "mean_per_class"]
+_PLAIN_METRICS = ("ties", "median_rank", "gap", "loss")  # not shares of one, so not shown in per cent
+_Z = float(stats.norm.ppf(0.975))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with a 95 % interval; `standard_error` is None when nothing is known about its uncertainty."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    standard_error: float | None = None
+    n: int = 0
+    seeds: int = 1
+    per_seed: tuple[float, ...] = ()
+
+
+@dataclass(eq=False)
+class Entry:
+    """A line of the table: the teacher, or the student(s) of one method. `colour` numbers its colour and marker."""
+
+    label: str
+    role: str
+    method: str
+    runs: list[Run]
+    colour: int = 0
+
+    @property
+    def first(self) -> Run:
+        """The run that stands for the entry where only one can be shown (curves of a single seed, commands)."""
+        return self.runs[0]
+
+
+@dataclass(eq=False)
+class Column:
+    """One protocol and one metric. `number` counts protocols, so that a header can refer to the list of protocols."""
+
+    metric: str
+    protocol: tuple[tuple[str, Any], ...]
+    label: str
+    number: int
+    cells: dict[str, Estimate] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The metric in words."""
+        return metric_name(self.metric)
+
+    @property
+    def is_share(self) -> bool:
+        """Whether values are shares of one, shown in per cent."""
+        return is_share(self.metric)
+
+    def best(self, entries: Sequence[Entry]) -> Entry | None:
+        """The student with the best value (larger is better, except for ranks)."""
+        scored = [e for e in entries if e.role == "student" and e.label in self.cells]
+        if not scored:
+            return None
+        sign = -1 if "rank" in self.metric else 1
+        return max(scored, key=lambda e: sign * self.cells[e.label].value)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """challenger minus baseline in one column: difference with a 95 % interval and a Holm-corrected p-value.
+
+    decided: the corrected p-value is below 0.05. basis: what the interval covers ("queries" or "seeds").
+    unequal: what differs between the two besides the method (budget, data, teacher, student), in words.
+    """
+
+    challenger: Entry
+    baseline: Entry
+    column: Column
+    difference: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+    decided: bool
+    basis: str
+    unequal: tuple[str, ...]
+
+
+@dataclass
+class ScoreTable:
+    """All entries (teachers first, then students in the order given) and all columns (protocol by protocol)."""
+
+    entries: list[Entry]
+    columns: list[Column]
+    notices: list[str]
+
+    @property
+    def students(self) -> list[Entry]:
+        """The entries that were trained."""
+        return [e for e in self.entries if e.role == "student"]
+
+    @property
+    def teachers(self) -> list[Entry]:
+        """The entries that were distilled from."""
+        return [e for e in self.entries if e.role == "teacher"]
+
+    @property
+    def lead(self) -> list[Column]:
+        """The headline columns, the leading one first."""
+        found = [(LEAD_METRICS.index(c.metric), c.number, c) for c in self.columns if c.metric in LEAD_METRICS]
+        # one protocol's R@1 leads; a second protocol on the same data repeats the same news, so it comes later
+        return [
+            column for _, _, column in sorted(found, key=lambda item: (item[1] > 1 and item[0] < 2, item[0], item[1]))
+        ]
+
+    @property
+    def protocols(self) -> list[tuple[int, str, tuple[tuple[str, Any], ...]]]:
+        """(number, label, conditions) of each protocol."""
+        return list({c.number: (c.number, c.label, c.protocol) for c in self.columns}.values())
+
+    def title_of(self, column: Column) -> str:
+        """The metric in words, with the protocol's number when it was measured under several."""
+        several = sum(other.metric == column.metric for other in self.columns) > 1
+        return f"{column.title} [{column.number}]" if several else column.title
+
+    def teacher_of(self, entry: Entry) -> Entry | None:
+        """The teacher whose scores an entry's retention refers to: its own, or the only one that was measured.
+
+        A student trained without a teacher is still compared with the teacher of its rivals.
+        """
+        own = next((t for t in self.teachers if t.first.teacher == entry.first.teacher and entry.first.teacher), None)
+        return own or (self.teachers[0] if len(self.teachers) == 1 else None)
+
+    def retention(self, entry: Entry, column: Column) -> Estimate | None:
+        """Student / teacher in one column, interval by the delta method, the two taken as independent."""
+        teacher = self.teacher_of(entry)
+        if teacher is None or entry.role != "student" or not column.is_share:
+            return None
+        mine, reference = column.cells.get(entry.label), column.cells.get(teacher.label)
+        if mine is None or reference is None or reference.value <= 0:
+            return None
+        ratio = mine.value / reference.value
+        if mine.standard_error is None or reference.standard_error is None:
+            return Estimate(ratio)
+        error = math.hypot(mine.standard_error / reference.value, ratio * reference.standard_error / reference.value)
+        return Estimate(ratio, max(0.0, ratio - _Z * error), ratio + _Z * error, error)
+
+
+def metric_name(metric: str) -> str:
+    """ "Text→image R@1" for "t2i_R@1"."""
+    names = {"top1": "Zero-shot top-1", "top5": "Zero-shot top-5", "mean_per_class": "Zero-shot mean per class"}
+    for short, long in (("i2t_", "Image→text "), ("t2i_", "Text→image ")):
+        if metric.startswith(short):
+            return long + metric.removeprefix(short).replace("_", " ")
+    return names.get(metric, metric.replace("_", " "))
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of one, shown in per cent."""
+    return not any(part in metric for part in _PLAIN_METRICS)
+
+
+def build_table(runs: Sequence[Run]) -> ScoreTable:
+    """Group runs into entries and their scores into columns. Runs without scores still appear as entries."""
+    notices: list[str] = []
+    students = _student_entries(runs)
+    teachers = _teacher_entries(runs)
+    _colour(students)
+    table = ScoreTable([*teachers, *students], [], notices)
+    columns: dict[tuple[str, Any], Column] = {}
+    numbers: dict[tuple[tuple[str, Any], ...], int] = {}
+    for run in runs:
+        for row in run.scores:
+            number = numbers.setdefault(row.protocol, len(numbers) + 1)
+            columns.setdefault((row.metric, row.protocol), Column(row.metric, row.protocol, row.label, number))
+    order = {metric: position for position, metric in enumerate(_METRIC_ORDER)}
+    table.columns = sorted(columns.values(), key=lambda c: (c.number, order.get(c.metric, 99), c.metric))
+    for column in table.columns:
+        for entry in table.entries:
+            rows = [_rows(run, entry.role, column) for run in entry.runs]
+            found = [row[0] for row in rows if row]
+            if not found:
+                continue
+            if entry.role == "teacher":
+                column.cells[entry.label] = _single(found[0])
+                if len({round(row.value, 6) for row in found}) > 1:
+                    values = ", ".join(f"{100 * row.value:.2f}" for row in found)
+                    notices.append(
+                        f"{entry.label} was measured with different results ({values}) in {column.title} "
+                        f"under the same protocol; the first is shown."
+                    )
+            else:
+                column.cells[entry.label] = _single(found[0]) if len(found) == 1 else _over_seeds(found)
+    for run in runs:
+        if run.status and run.status != "finished":
+            notices.append(f"The run {run.name} is not finished (status: {run.status}): its figures are preliminary.")
+        if not run.scores:
+            notices.append(f"The run {run.name} has no scores.json: it was not evaluated, so it is not in the table.")
+        lost = sum(curve.not_finite for curve in run.losses.values())
+        if lost:
+            notices.append(
+                f"The run {run.name} logged {lost} loss values that are not finite; the curves leave them out."
+            )
+    table.notices = list(dict.fromkeys(notices))
+    return table
+
+
+def compare(table: ScoreTable) -> list[Comparison]:
+    """Every pair of students in every lead column, Holm-corrected over the pairs of a column."""
+    result: list[Comparison] = []
+    for column in table.lead:
+        entries = [e for e in table.students if e.label in column.cells]
+        family = []
+        for first, second in combinations(entries, 2):
+            baseline, challenger = (first, second) if _rank(first) <= _rank(second) else (second, first)
+            family.append(_difference(challenger, baseline, column))
+        corrected = holm([c.p_value for c in family])
+        for comparison, p_value in zip(family, corrected):
+            decided = p_value is not None and p_value < 0.05
+            result.append(Comparison(**{**comparison.__dict__, "p_value": p_value, "decided": decided}))
+    return result
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down correction; None (nothing known) stays None and is not counted."""
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    result: list[float | None] = [None] * len(p_values)
+    running = 0.0
+    for position, (p, index) in enumerate(known):
+        running = max(running, min(1.0, p * (len(known) - position)))
+        result[index] = running
+    return result
+
+
+def _student_entries(runs: Sequence[Run]) -> list[Entry]:
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        key = (run.method, run.student, run.teacher, run.data, run.samples_seen, _recipe_without_seed(run))
+        group = groups.setdefault(key, [])
+        if run.seed is None or any(run.seed == other.seed for other in group):  # the same seed twice is not two seeds
+            groups[(*key, str(run.folder))] = [run]
+            if not group:
+                del groups[key]
+        else:
+            group.append(run)
+    entries = [Entry(group[0].method_name, "student", group[0].method, group) for group in groups.values()]
+    taken: dict[str, int] = {}
+    for entry in entries:
+        taken[entry.label] = taken.get(entry.label, 0) + 1
+    for entry in entries:
+        if taken[entry.label] > 1:
+            entry.label = f"{entry.label} ({entry.first.name})"
+    return entries
+
+
+def _colour(students: Sequence[Entry]) -> None:
+    """Number the colours: 1 (grey) for plain contrastive training, the natural baseline, 2 and on for the others."""
+    following = 2
+    for entry in students:
+        if entry.method == "contrastive" and all(other.colour != 1 for other in students):
+            entry.colour = 1
+        else:
+            entry.colour, following = following, following + 1
+
+
+def _teacher_entries(runs: Sequence[Run]) -> list[Entry]:
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if any(row.role == "teacher" for row in run.scores):
+            name = run.teacher or next(row.model for row in run.scores if row.role == "teacher")
+            groups.setdefault(name, []).append(run)
+    if len(groups) == 1:
+        return [Entry("teacher", "teacher", "teacher", group) for group in groups.values()]
+    return [Entry(f"teacher {name}", "teacher", "teacher", group) for name, group in groups.items()]
+
+
+def _recipe_without_seed(run: Run) -> str:
+    """The recipe's text without the lines that name the seed or the run, so that seeds of one recipe compare equal."""
+    ignored = ("seed:", "out:", "name:", "folder:")
+    return "\n".join(line for line in run.recipe.splitlines() if not line.strip().startswith(ignored))
+
+
+def _rows(run: Run, role: str, column: Column) -> list[ScoreRow]:
+    return [r for r in run.scores if r.role == role and r.metric == column.metric and r.protocol == column.protocol]
+
+
+def _single(row: ScoreRow) -> Estimate:
+    """One run's score; the standard error is read off its interval, or is the binomial one when there is none."""
+    error: float | None = None
+    low, high = row.low, row.high
+    if low is not None and high is not None:
+        error = (high - low) / (2 * _Z)
+    elif (
+        row.n > 0
+        and is_share(row.metric)
+        and 0 <= row.value <= 1
+        and row.metric.endswith(("R@1", "R@5", "R@10", "top1", "top5"))
+    ):
+        low, high = stats.binomtest(round(row.value * row.n), row.n).proportion_ci(method="wilson")
+        low, high = float(low), float(high)
+        error = (high - low) / (2 * _Z)
+    return Estimate(row.value, low, high, error, row.n)
+
+
+def _over_seeds(rows: Sequence[ScoreRow]) -> Estimate:
+    """Mean over seeds with Student's interval."""
+    values = [row.value for row in rows]
+    mean = sum(values) / len(values)
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    reach = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return Estimate(mean, mean - reach, mean + reach, error, rows[0].n, len(values), tuple(values))
+
+
+def _difference(challenger: Entry, baseline: Entry, column: Column) -> Comparison:
+    a, b = column.cells[challenger.label], column.cells[baseline.label]
+    difference = a.value - b.value
+    unequal = tuple(_unequal(challenger, baseline))
+    basis = "seeds" if a.seeds > 1 and b.seeds > 1 else "queries"
+    if a.standard_error is None or b.standard_error is None:
+        return Comparison(challenger, baseline, column, difference, None, None, None, False, basis, unequal)
+    error = math.hypot(a.standard_error, b.standard_error)
+    if error == 0:
+        p_value = 1.0 if difference == 0 else 0.0
+        return Comparison(
+            challenger, baseline, column, difference, difference, difference, p_value, False, basis, unequal
+        )
+    if basis == "seeds":  # Welch
+        freedom = error**4 / (a.standard_error**4 / (a.seeds - 1) + b.standard_error**4 / (b.seeds - 1))
+        reach, p_value = (
+            float(stats.t.ppf(0.975, freedom)) * error,
+            2 * float(stats.t.sf(abs(difference) / error, freedom)),
+        )
+    else:
+        reach, p_value = _Z * error, 2 * float(stats.norm.sf(abs(difference) / error))
+    low, high = difference - reach, difference + reach
+    return Comparison(challenger, baseline, column, difference, low, high, p_value, False, basis, unequal)
+
+
+def _unequal(a: Entry, b: Entry) -> list[str]:
+    """In words, what differs between two entries besides the method."""
+    found = []
+    x, y = a.first, b.first
+    if x.samples_seen != y.samples_seen:
+        found.append(f"budget ({x.samples_seen:,} and {y.samples_seen:,} samples seen)")
+    if x.data != y.data:
+        found.append(f"training data ({x.data} and {y.data})")
+    if x.student != y.student:
+        found.append(f"student ({x.student} and {y.student})")
+    if x.teacher and y.teacher and x.teacher != y.teacher:
+        found.append(f"teacher ({x.teacher} and {y.teacher})")
+    return found
+
+
+def _rank(entry: Entry) -> int:
+    """Where a method stands in the natural question "does X beat Y": plain training, then the methods by age."""
+    order = ["contrastive", *(m for m in METHOD_NAMES if m not in ("contrastive", "clip-kd", "clip-rd")), "clip-kd"]
+    if entry.method == "clip-rd":
+        return len(order) + 1
+    return order.index(entry.method) if entry.method in order else len(order)

@@ -1,0 +1,234 @@
+"""What a student buys and what it cost: measured speed from bench.json, size, and the cost of training.
+
+A point of the trade-off belongs to one device: measurements are grouped by the device's fingerprint and no chart
+ever mixes two. A model in bench.json is matched to an entry of the report by its weights, its name, or (students of
+one architecture run equally fast) its architecture; what matches nothing is listed under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clipdistill.errors import InputError
+from clipdistill.report.data import Run, read_optional
+from clipdistill.report.tables import Entry, Estimate, ScoreTable
+
+
+@dataclass
+class Speed:
+    """How fast one model runs in one setting (back end, dtype, batch) of one device.
+
+    rates: tower ("image", "text", "pair", "end-to-end") -> items per second. latency: tower -> (median, p95) in ms.
+    borrowed: measured on another student of the same architecture.
+    """
+
+    name: str
+    entry: Entry | None
+    backend: str
+    dtype: str
+    batch: int
+    rates: dict[str, Estimate] = field(default_factory=dict)
+    latency: dict[str, tuple[float, float]] = field(default_factory=dict)
+    peak_bytes: float | None = None
+    borrowed: str = ""
+
+    @property
+    def setting(self) -> tuple[str, str, int]:
+        """(back end, dtype, batch): what must be equal to compare two models fairly."""
+        return self.backend, self.dtype, self.batch
+
+
+@dataclass
+class Device:
+    """All speeds measured on one device."""
+
+    key: str
+    label: str
+    speeds: list[Speed] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    libraries: dict[str, str] = field(default_factory=dict)
+
+    def best_setting(self) -> tuple[str, str, int] | None:
+        """The setting in which most entries have pairs per second; among equals float32, eager, the largest batch."""
+        settings: dict[tuple[str, str, int], set[str]] = {}
+        for speed in self.speeds:
+            if speed.entry is not None and "pair" in speed.rates:
+                settings.setdefault(speed.setting, set()).add(speed.entry.label)
+        if not settings:
+            return None
+        return max(settings, key=lambda s: (len(settings[s]), s[1] == "float32", s[0] == "eager", s[2]))
+
+
+@dataclass
+class Size:
+    """Parameters (total and by tower), bytes on disk and FLOPs of one item; None where nothing is known."""
+
+    parameters: float | None = None
+    image_parameters: float | None = None
+    text_parameters: float | None = None
+    bytes: float | None = None
+    image_flops: float | None = None
+    text_flops: float | None = None
+
+
+@dataclass
+class Trade:
+    """Everything about speed and size: by device, and by entry label."""
+
+    devices: list[Device]
+    sizes: dict[str, Size]
+    failures: list[str]
+
+
+def read_trade(runs: Sequence[Run], table: ScoreTable) -> Trade:
+    """Collect every bench.json in or beside the run folders, and the sizes known from the runs themselves."""
+    devices: dict[str, Device] = {}
+    sizes: dict[str, Size] = {}
+    failures: list[str] = []
+    for entry in table.students:
+        counts = entry.first.facts.get("parameters")
+        if isinstance(counts, dict):
+            sizes[entry.label] = _size_from_counts(counts)
+    for path, owner, bench in read_optional(runs, "bench.json"):
+        _read_bench(path, owner, bench, table, devices, sizes, failures)
+    for device in devices.values():
+        _lend(device, table, sizes)
+        device.speeds.sort(key=lambda s: (s.backend, s.dtype, -s.batch, _position(table, s.entry), s.name))
+    return Trade(list(devices.values()), sizes, failures)
+
+
+def _read_bench(
+    path: Path,
+    owner: Run | None,
+    bench: dict[str, Any],
+    table: ScoreTable,
+    devices: dict[str, Device],
+    sizes: dict[str, Size],
+    failures: list[str],
+) -> None:
+    where, models, rows = bench.get("device"), bench.get("models"), bench.get("measurements")
+    if not isinstance(where, dict) or not isinstance(models, dict) or not isinstance(rows, list):
+        raise InputError(
+            f"{path}: expected the keys 'device', 'models' and 'measurements' of `clipdistill bench --json`"
+        )
+    label = str(where.get("label") or where.get("name") or "unknown device")
+    device = devices.setdefault(
+        str(where.get("fingerprint") or label), Device(str(where.get("fingerprint") or label), label)
+    )
+    device.sources.append(path.name if owner is None else f"{owner.name}/{path.name}")
+    device.warnings += [str(w) for w in bench.get("warnings", [])]
+    device.libraries.update({str(k): str(v) for k, v in (bench.get("libraries") or {}).items()})
+    if bench.get("command"):
+        device.commands.append(str(bench["command"]))
+    matched = {name: _match(name, facts, owner, table) for name, facts in models.items() if isinstance(facts, dict)}
+    for name, entry in matched.items():
+        if entry is not None:
+            sizes[entry.label] = _size_from_bench(models[name], sizes.get(entry.label))
+    speeds = {(s.name, *s.setting): s for s in device.speeds}
+    for position, row in enumerate(rows):
+        try:
+            name, tower, setting = (
+                str(row["model"]),
+                str(row["tower"]),
+                (str(row["backend"]), str(row["dtype"]), int(row["batch"])),
+            )
+            rate = Estimate(float(row["value"]), float(row["low"]), float(row["high"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} (measurement {position + 1}): not a measurement of `clipdistill bench`: {error}"
+            ) from error
+        entry = matched.get(name)
+        shown = entry.label if entry is not None else name
+        speed = speeds.get((shown, *setting))
+        if speed is None:
+            speed = speeds[(shown, *setting)] = Speed(shown, entry, *setting)
+            device.speeds.append(speed)
+        speed.rates[tower] = rate
+        if row.get("median_ms") is not None and row.get("p95_ms") is not None:
+            speed.latency[tower] = (float(row["median_ms"]), float(row["p95_ms"]))
+        if row.get("peak_bytes"):
+            speed.peak_bytes = max(speed.peak_bytes or 0.0, float(row["peak_bytes"]))
+    for failure in bench.get("failures", []):
+        failures.append(
+            f"{failure.get('model')} with {failure.get('backend')} ({failure.get('dtype')}): {failure.get('reason')}"
+        )
+
+
+def _match(name: str, facts: dict[str, Any], owner: Run | None, table: ScoreTable) -> Entry | None:
+    """The entry that a model of bench.json is: by weights, then by name, then by architecture (students only)."""
+    prints = {str(facts.get("fingerprint") or "")} - {""}
+    for entry in table.entries:
+        for run in entry.runs:
+            if any(row.role == entry.role and row.fingerprint in prints for row in run.scores):
+                return entry
+    path = name.rstrip("/")
+    for entry in table.entries:
+        for run in entry.runs:
+            if entry.role == "teacher":
+                if path in {run.teacher, "teacher"}:
+                    return entry
+            else:
+                known = {entry.label, run.name, str(run.folder), run.folder.name, str(run.folder.resolve())}
+                known |= {"student", run.student} if owner is run else set()
+                if path in known:
+                    return entry
+    shape = str(facts.get("architecture") or "")
+    return next((e for e in table.students if shape and e.first.architecture == shape), None)
+
+
+def _lend(device: Device, table: ScoreTable, sizes: dict[str, Size]) -> None:
+    """Students that were not measured take the speed of a measured one with the same architecture, marked so."""
+    measured = {s.entry.label for s in device.speeds if s.entry is not None}
+    for entry in table.students:
+        if entry.label in measured or not entry.first.architecture:
+            continue
+        donors = [s for s in device.speeds if s.entry is not None and s.entry.role == "student"]
+        donor = next(
+            (s.entry for s in donors if s.entry and s.entry.first.architecture == entry.first.architecture), None
+        )
+        if donor is None:
+            continue
+        sizes.setdefault(entry.label, sizes.get(donor.label, Size()))
+        for speed in donors:
+            if speed.entry is donor:
+                device.speeds.append(
+                    Speed(entry.label, entry, *speed.setting, speed.rates, speed.latency, speed.peak_bytes, donor.label)
+                )
+
+
+def _size_from_counts(counts: dict[str, Any]) -> Size:
+    def pick(*names: str) -> float | None:
+        return next((float(counts[n]) for n in names if isinstance(counts.get(n), int | float)), None)
+
+    return Size(pick("total"), pick("image"), pick("text_total", "text", "text_transformer"))
+
+
+def _size_from_bench(facts: dict[str, Any], known: Size | None) -> Size:
+    counts = facts.get("parameters")
+    size = _size_from_counts(counts) if isinstance(counts, dict) else (known or Size())
+    flops = facts.get("flops")
+    flops = flops if isinstance(flops, dict) else {}
+    size.bytes = float(facts["size_bytes"]) if facts.get("size_bytes") else None
+    size.image_flops = float(flops["image"]) if flops.get("image") else None
+    size.text_flops = float(flops["text"]) if flops.get("text") else None
+    return size
+
+
+def _position(table: ScoreTable, entry: Entry | None) -> int:
+    return table.entries.index(entry) if entry is not None else len(table.entries)
+
+
+def pareto(points: Sequence[tuple[float, float]], *, larger_x: bool) -> list[int]:
+    """Indices of the points that no other beats on both axes (y larger is better), ordered by x."""
+    sign = 1.0 if larger_x else -1.0
+    front = [
+        i
+        for i, (x, y) in enumerate(points)
+        if not any(sign * a >= sign * x and b >= y and (sign * a > sign * x or b > y) for a, b in points)
+    ]
+    return sorted(front, key=lambda i: points[i])
