@@ -6,4 +6,13 @@ from clipdistill.models.save import save_model
 from clipdistill.models.students import build_student, list_students
 from clipdistill.models.tokenizers import Tokenizer, build_words_tokenizer
 
-__all__ = ["ClipModel", "Tokenizer", "build_student", "build_words_tokenizer", "list_students", "load_model", "load_student", "save_model"]
+__all__ = [
+    "ClipModel",
+    "Tokenizer",
+    "build_student",
+    "build_words_tokenizer",
+    "list_students",
+    "load_model",
+    "load_student",
+    "save_model",
+]

@@ -1,8 +1,9 @@
 """Architectures: the plain dictionary that describes a model, its checks, and the open_clip module it builds.
 
-The dictionary is open_clip's own model configuration (`embed_dim`, `vision_cfg`, `text_cfg`, ...) with `quick_gelu` always written
-out, because a wrong activation changes every result and raises no error. It may come from a file of unknown origin, so it can
-name values only: sizes are bounded, keys are known ones, nothing in it downloads or runs code.
+The dictionary is open_clip's own model configuration (`embed_dim`, `vision_cfg`, `text_cfg`, ...) with `quick_gelu`
+always written out, because a wrong activation changes every result and raises no error. It may come from a file of
+unknown origin, so it can name values only: sizes are bounded, keys are known ones, nothing in it downloads or runs
+code.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from clipdistill.errors import InputError, nearest
+from clipdistill.models.hub import fetch
 
 _TOP_KEYS = {
     "embed_dim",
@@ -49,7 +51,8 @@ _LIMITS = {
 def check_architecture(values: Mapping[str, Any], where: str = "architecture") -> dict[str, Any]:
     """A checked deep copy of an architecture dictionary, `quick_gelu` filled in.
 
-    Raises InputError naming `where` for unknown keys, missing parts, sizes out of bounds, and model names that are not local.
+    Raises InputError naming `where` for unknown keys, missing parts, sizes out of bounds, and model names that are not
+    local.
     """
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
@@ -120,22 +123,37 @@ def _nearest_timm(name: str) -> str:
 def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, device: str = "cpu") -> nn.Module:
     """The open_clip module of a checked architecture, fp32, in training mode.
 
-    `seed` set: initialised under a generator of its own, the same weights whatever ran before. `device` "meta": shapes only.
-    Returns a CLIP, CustomTextCLIP or CoCa; encode_image and encode_text give raw (not normalised) embeddings (B, embed_dim).
+    `seed` set: initialised under a generator of its own, the same weights whatever ran before. `device` "meta": shapes
+    only. Returns a CLIP, CustomTextCLIP or CoCa; encode_image and encode_text give raw (not normalised) embeddings (B,
+    embed_dim).
     """
     arguments = copy.deepcopy(dict(architecture))
     custom_text = arguments.pop("custom_text", False) or arguments["text_cfg"].get("hf_model_name") is not None
+    text_model = arguments["text_cfg"].get("hf_model_name")
+    if text_model is not None:  # said beforehand, because building the tower would fetch it silently
+        fetch(text_model, ("config.json",), f"the configuration of the text tower {text_model}")
     build = _module_class(custom_text, "multimodal_cfg" in arguments)
     try:
         with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device(device):
             if seed is not None:
                 torch.manual_seed(seed)
-            return build(**arguments)
+            module = build(**arguments)
+            _match_trunk_size(module)
+            return module
     except InputError:
         raise
     except Exception as error:  # open_clip and timm raise whatever an impossible size leads to
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"this architecture cannot be built: {first_line}") from error
+
+
+def _match_trunk_size(module: nn.Module) -> None:
+    """Make a timm transformer take the architecture's image size; open_clip builds it at timm's own."""
+    trunk = getattr(module.visual, "trunk", None)
+    native = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    if native is not None and hasattr(trunk, "set_input_size") and native[0] != image_size(module):
+        set_input_size: Any = module.get_submodule("visual").set_input_size
+        set_input_size(image_size(module))
 
 
 @functools.cache
@@ -163,7 +181,7 @@ def shapes(architecture: Mapping[str, Any]) -> dict[str, torch.Size]:
 
 
 def text_tower(module: nn.Module) -> nn.Module:
-    """The module that owns the text transformer: `module.text`, or the model itself where the text tower lies flat in it."""
+    """The module that owns the text transformer: `module.text`, or the model itself where it lies flat in it."""
     return getattr(module, "text", module)
 
 

@@ -1,4 +1,4 @@
-"""ClipModel: an image tower and a text tower with everything needed to feed them: image specification, tokenizer, architecture."""
+"""ClipModel: an image tower and a text tower, with what is needed to feed them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ClipModel:
     architecture: dict[str, Any]
 
     def fingerprint(self) -> str:
-        """sha256 (hex) over weights, architecture, image specification and tokenizer: the same on every device, for any name.
+        """sha256 (hex) over weights, architecture, image specification and tokenizer; the same on every device.
 
         Weights count with their names, shapes and number formats: a model rounded to fp16 is another model.
         """
@@ -55,8 +55,8 @@ class ClipModel:
     def parameter_counts(self) -> dict[str, int]:
         """Numbers of parameters: image, text_transformer, text_total, total.
 
-        "image" is the whole image tower with its projection. "text_transformer" is what the distillation papers quote: the
-        transformer blocks alone, without token and position embeddings, final norm and projection (docs/models.md).
+        "image" is the whole image tower with its projection. "text_transformer" is what the distillation papers quote:
+        the transformer blocks alone, without token and position embeddings, final norm and projection (docs/models.md).
         "text_total" is the whole text tower. "total" adds the logit scale (and bias).
         """
         return count_parameters(self.module)
@@ -65,7 +65,7 @@ class ClipModel:
 def count_parameters(module: nn.Module) -> dict[str, int]:
     """See ClipModel.parameter_counts; works on the meta device."""
     total = sum(p.numel() for p in module.parameters())
-    image = sum(p.numel() for p in module.visual.parameters())
+    image = sum(p.numel() for name, p in module.named_parameters() if name.startswith("visual."))
     scales = sum(p.numel() for name, p in module.named_parameters() if name in ("logit_scale", "logit_bias"))
     decoder = getattr(module, "text_decoder", None)
     extra = 0 if decoder is None else sum(p.numel() for p in decoder.parameters())
@@ -79,11 +79,13 @@ def count_parameters(module: nn.Module) -> dict[str, int]:
 
 def _text_blocks(module: nn.Module) -> nn.Module:
     """The stack of transformer blocks of the text tower."""
-    transformer = text_tower(module).transformer
+    transformer: Any = text_tower(module).transformer
     if hasattr(transformer, "resblocks"):
-        return transformer.resblocks
-    encoder = getattr(transformer, "encoder", transformer)  # a Hugging Face text tower
-    return getattr(encoder, "layer", encoder)
+        blocks: nn.Module = transformer.resblocks
+        return blocks
+    encoder: Any = getattr(transformer, "encoder", transformer)  # a Hugging Face text tower
+    blocks = getattr(encoder, "layer", encoder)
+    return blocks
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor], digest: Any) -> None:

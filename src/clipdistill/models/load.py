@@ -1,7 +1,17 @@
-"""Models by name: one way to name a model everywhere, and one function that reads it."""
+"""Models by name: one way to name a model everywhere, and one function that reads it.
+
+ViT-B-16/laion400m_e32      open_clip's architecture and pretrained weights
+ViT-T-16                    a registered student or an open_clip architecture, random weights
+ViT-B-16@weights.pt         a checkpoint file with the architecture named; weights.pt alone where the shapes tell
+hf:owner/name, timm:name    a model of the Hugging Face hub; a timm image tower with the default text tower, random
+weights runs/x, runs/x/student, runs/x/checkpoints/step-00000100, any model folder, Hugging Face CLIP folder or
+open_clip folder
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,47 +19,182 @@ import torch
 from PIL import Image
 from torch import nn
 
-from clipdistill.data.views import ImageSpec
+from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, render
 from clipdistill.errors import InputError
+from clipdistill.models import hub, hugging_face, open_clip_models
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG
+from clipdistill.models.resolution import with_image_size
 from clipdistill.models.save import DESCRIPTION, read_model
-from clipdistill.models.students import build_student
+from clipdistill.models.students import build_student, known_architectures, near, timm_student
 from clipdistill.models.tokenizers import Tokenizer
+from clipdistill.models.weights import WEIGHT_SUFFIXES
+
+logger = logging.getLogger("clipdistill")
 
 
-def load_model(name: str | Path, *, device: str | torch.device = "cpu", teacher: bool = False) -> ClipModel:
-    """The model called `name`, on `device`. `teacher` True: in evaluation mode and without gradients."""
-    path = Path(name)
-    if (path / DESCRIPTION).exists():
-        model = read_model(path)
-    elif (path / "student" / DESCRIPTION).exists():
-        model = read_model(path / "student")
-    elif path.exists():
-        raise InputError(f"{path}: not a model folder")
-    else:
-        model = build_student(str(name), seed=0)
+def load_model(
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    teacher: bool = False,
+    image_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+    seed: int = 0,
+) -> ClipModel:
+    """The model called `name` (see the module's docstring for the forms), weights in fp32, on `device`.
+
+    `teacher` True: in evaluation mode and without gradients. `image_size`: another resolution in pixels than the
+    model's own; position embeddings are interpolated. `tokenizer`, `seed`: for models with random weights only, as in
+    build_student. Raises InputError, one sentence, for a name that is nothing known (with the nearest one), a file that
+    is not what it should be, weights of another architecture, or weights that are not on this machine when the hub is
+    forbidden or out of reach.
+    """
+    model = _read(str(name), tokenizer, seed)
+    if image_size is not None:
+        model = with_image_size(model, image_size)
     model.module.to(device)
     if teacher:
         model.module.eval().requires_grad_(False)
     return model
 
 
+def _read(name: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in _PREFIXES:
+        return _PREFIXES[prefix](rest, tokenizer, seed)
+    architecture, at, file = name.partition("@")
+    if at:
+        return open_clip_models.read_checkpoint(Path(file).expanduser(), architecture)
+    if name in known_architectures():
+        return build_student(name, seed=seed, tokenizer=tokenizer)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return read_folder(path, name)
+    if path.is_file():
+        return read_file(path)
+    architecture, slash, tag = name.partition("/")
+    if slash and tag and "/" not in tag and not _looks_like_path(name):
+        return open_clip_models.read_pretrained(architecture, tag)
+    if _looks_like_path(name):
+        raise InputError(f"{name}: no such file or folder")
+    raise InputError(
+        f"'{name}' is no model: not an architecture, a student or a path{near(name, known_architectures())}"
+    )
+
+
+def _looks_like_path(name: str) -> bool:
+    first = name.split("/")[0]
+    return (
+        name.startswith(("/", "./", "../", "~"))
+        or name.endswith(WEIGHT_SUFFIXES)
+        or name.count("/") > 1
+        or Path(first).is_dir()
+    )
+
+
+def _from_hub(repository: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
+    """`hf:owner/name`: a model folder, an open_clip model or a CLIP of transformers, told apart by their files."""
+    name = f"hf:{repository}"
+    if Path(repository).is_dir():
+        return read_folder(Path(repository), name)
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise InputError(f"'{name}': expected  hf:owner/name  or  hf:  and the path of a folder")
+    for files in _HUB_FORMS:
+        folder = _cached_folder(repository, files)
+        if folder is not None:
+            return read_folder(folder, name)
+    listed = set(hub.list_files(repository, f"the model {name}"))
+    for files in _HUB_FORMS:
+        wanted = [next((file for file in choices if file in listed), None) for choices in files]
+        if all(wanted):
+            extra = listed & {*hugging_face.TOKENIZER_FILES, *hugging_face.PREPROCESSOR_FILES}
+            paths = [hub.fetch(repository, (file,), f"{file} of {name}") for file in [*wanted, *sorted(extra)] if file]
+            return read_folder(paths[0].parent, name)
+    raise InputError(
+        f"'{name}': the repository holds no CLIP model "
+        f"(no {DESCRIPTION}, {OPEN_CLIP_CONFIG} or {hugging_face.CONFIG} with weights)"
+    )
+
+
+# for each form of model: groups of files, one of each group is needed
+_HUB_FORMS = (
+    ((DESCRIPTION,), ("model.safetensors",)),
+    ((OPEN_CLIP_CONFIG,), (open_clip_models.SAFE_WEIGHTS, open_clip_models.PICKLED_WEIGHTS)),
+    ((hugging_face.CONFIG,), ("model.safetensors", "pytorch_model.bin")),
+)
+
+
+def _cached_folder(repository: str, files: tuple[tuple[str, ...], ...]) -> Path | None:
+    """The cached snapshot that holds one file of each group, or None."""
+    found = [next((path for file in choices if (path := hub.cached(repository, file))), None) for choices in files]
+    return found[0].parent if all(found) and found[0] is not None else None
+
+
+def _from_timm(network: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
+    return timm_student(network, seed=seed, tokenizer=tokenizer)
+
+
+def _from_onnx(folder: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
+    raise InputError(f"'onnx:{folder}': an exported model is no PyTorch model: name the one it was made from")
+
+
+_PREFIXES: dict[str, Callable[[str, Tokenizer | None, int], ClipModel]] = {
+    "hf": _from_hub,
+    "timm": _from_timm,
+    "onnx": _from_onnx,
+}
+
+
+def read_folder(folder: Path, name: str) -> ClipModel:
+    """The model in a folder: model folder, run, checkpoint of a run, open_clip or Hugging Face CLIP folder."""
+    if (folder / DESCRIPTION).exists():
+        return read_model(folder)
+    if (folder / "student" / DESCRIPTION).exists():
+        return read_model(folder / "student")
+    if (folder / "checkpoints").is_dir():
+        return _newest_checkpoint(folder)
+    if (folder / OPEN_CLIP_CONFIG).exists():
+        return open_clip_models.read_open_clip_folder(folder, name)
+    if (folder / hugging_face.CONFIG).exists():
+        return hugging_face.read_hugging_face(folder, name)
+    raise InputError(
+        f"{folder}: holds no model: expected {DESCRIPTION} (a model folder), student/ (a run or checkpoint), "
+        f"{OPEN_CLIP_CONFIG} or {hugging_face.CONFIG}"
+    )
+
+
+def _newest_checkpoint(run: Path) -> ClipModel:
+    """The student of the newest checkpoint of a run that has not finished."""
+    for checkpoint in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        if (checkpoint / "student" / DESCRIPTION).exists():
+            logger.warning("%s has not finished: reading its newest checkpoint, %s", run, checkpoint.name)
+            return read_model(checkpoint / "student")
+    raise InputError(f"{run}: this run has neither a finished student nor a checkpoint")
+
+
+def read_file(path: Path) -> ClipModel:
+    """The model in a checkpoint file; a file of a model folder stands for its folder."""
+    if (path.parent / DESCRIPTION).exists() and path.name in ("model.safetensors", DESCRIPTION):
+        return read_model(path.parent)
+    return open_clip_models.read_checkpoint(path)
+
+
 @dataclass(frozen=True)
 class Preprocess:
-    """Picture to tensor, as a model expects it: PIL image to float (3, size, size). The evaluation view, no augmentation."""
+    """The evaluation view of a picture as a model expects it: PIL image to float (3, size, size)."""
 
     image: ImageSpec
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
-        from clipdistill.data.views import EVALUATION_VIEW, render
-
         return render(picture.convert("RGB"), EVALUATION_VIEW, self.image)
 
 
 def load_student(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[nn.Module, Preprocess, Tokenizer]:
     """A trained model ready for use: (module in evaluation mode, preprocess, tokenizer). `path` may be any model name.
 
-    module.encode_image(preprocess(picture)[None]) and module.encode_text(tokenizer(["a caption"])) give (1, embed_dim), not normalised.
+    module.encode_image(preprocess(picture)[None]) and module.encode_text(tokenizer(["a caption"])) give (1, embed_dim),
+    not normalised.
     """
     model = load_model(path, device=device, teacher=True)
     return model.module, Preprocess(model.image), model.tokenizer

@@ -14,8 +14,9 @@ from clipdistill.errors import InputError
 class KeepRandomTokens(nn.Module):
     """Keeps `int(L * (1 - mask_ratio))` randomly chosen patch tokens of each image, and all prefix (class) tokens.
 
-    Input (B, prefix + L, width) with positions already added; output (B, prefix + kept, width), kept tokens in their order.
-    Random numbers come from `generator`, or from torch's global generator on the CPU: the same tokens on every device.
+    Input (B, prefix + L, width) with positions already added; output (B, prefix + kept, width), kept tokens in their
+    order. Random numbers come from `generator`, or from torch's global generator on the CPU: the same tokens on every
+    device.
     """
 
     def __init__(self, mask_ratio: float, prefix: int = 1, generator: torch.Generator | None = None) -> None:
@@ -37,11 +38,11 @@ class KeepRandomTokens(nn.Module):
 def masked_image_tokens(
     module: nn.Module, mask_ratio: float = 0.75, *, generator: torch.Generator | None = None
 ) -> Iterator[nn.Module]:
-    """Inside the context, `module.encode_image` drops a random `mask_ratio` of the patches of each image, class token kept.
+    """Inside the context, `module.encode_image` drops a random part of each image's patches, never the class token.
 
-    The patches are dropped after the positional embedding, as in CLIP-KD (mask ratio 0.75: 49 of 196 kept), in training and in evaluation
-    mode alike. A ratio of 0 changes nothing. Raises InputError for a ratio outside [0, 1) and for image towers without tokens
-    (ResNets and other convolutional networks), for which dropping patches has no meaning.
+    The patches are dropped after the positional embedding, as in CLIP-KD (mask ratio 0.75: 49 of 196 kept), in training
+    and in evaluation mode alike. A ratio of 0 changes nothing. Raises InputError for a ratio outside [0, 1) and for
+    image towers without tokens (ResNets and other convolutional networks), for which dropping patches has no meaning.
     """
     if not 0 <= mask_ratio < 1:
         raise InputError(f"mask_ratio must be at least 0 and below 1, got {mask_ratio}")
@@ -67,7 +68,7 @@ def supports_masking(module: nn.Module) -> bool:
 
 
 def _dropping_place(module: nn.Module) -> tuple[nn.Module, str, int]:
-    """The module and the name of the attribute every vision transformer passes its tokens through, and its number of prefix tokens."""
+    """Owner and name of the module that all tokens pass through, and the number of prefix tokens."""
     from open_clip.transformer import VisionTransformer
 
     visual = module.visual
@@ -80,4 +81,6 @@ def _dropping_place(module: nn.Module) -> tuple[nn.Module, str, int]:
         if isinstance(trunk, TimmVisionTransformer):
             return trunk, "patch_drop", trunk.num_prefix_tokens
     kind = type(visual if trunk is None else trunk).__name__
-    raise InputError(f"masked images need a vision transformer, and this image tower is a {kind}: use the term without a mask ratio")
+    raise InputError(
+        f"masked images need a vision transformer, and this image tower is a {kind}: use the term without a mask ratio"
+    )

@@ -25,8 +25,9 @@ def tower_of(name: str) -> str:
 def freeze(module: nn.Module, patterns: Sequence[str]) -> int:
     """Stop the parameters that `patterns` name from training; returns how many numbers are frozen in all.
 
-    A pattern is 'image' or 'text' (a whole tower), the name of a parameter or of a part ('visual.conv1'), or one with wildcards
-    ('visual.transformer.resblocks.[0-5].*'). Raises InputError for a pattern that names nothing, and when nothing is left to train.
+    A pattern is 'image' or 'text' (a whole tower), the name of a parameter or of a part ('visual.conv1'), or one with
+    wildcards ('visual.transformer.resblocks.[0-5].*'). Raises InputError for a pattern that names nothing, and when
+    nothing is left to train.
     """
     parameters = dict(module.named_parameters())
     for pattern in patterns:
@@ -56,7 +57,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def hold_frozen_statistics(module: nn.Module) -> nn.Module:
-    """Put the batch normalisations whose parameters are all frozen into evaluation mode; call it after `module.train()`.
+    """Put batch normalisations whose parameters are all frozen into evaluation mode; call it after `module.train()`.
 
     A frozen network whose running statistics go on moving is not frozen: its outputs drift with the training data.
     """
@@ -81,8 +82,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimiser over the trainable parameters: {"name", "params", "weight_decay", "lr"}.
 
-    Two groups, decayed and not (see `decays`). With `layer_decay` d in (0, 1], one pair per depth of each tower: the learning rate of a layer
-    k steps below the output of its tower is learning_rate * d**k; the logit scale has the full rate.
+    Two groups, decayed and not (see `decays`). With `layer_decay` d in (0, 1], one pair per depth of each tower: the
+    learning rate of a layer k steps below the output of its tower is learning_rate * d**k; the logit scale has the full
+    rate.
     """
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise InputError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
@@ -110,7 +112,10 @@ def _layers_below_output(module: nn.Module) -> Callable[[str], int]:
     """A function from parameter name to its number of layers below its tower's output."""
     depth = {name: _depth(name) for name, _ in module.named_parameters()}
     depth.update(_timm_depths(module))
-    deepest = {tower: max((d for n, d in depth.items() if tower_of(n) == tower and d < _OUTPUT), default=0) for tower in _TOWERS}
+    deepest = {
+        tower: max((d for n, d in depth.items() if tower_of(n) == tower and d < _OUTPUT), default=0)
+        for tower in _TOWERS
+    }
 
     def below(name: str) -> int:
         tower = tower_of(name)
@@ -124,7 +129,9 @@ def _layers_below_output(module: nn.Module) -> Callable[[str], int]:
 _OUTPUT = 1_000_000
 _BLOCK = re.compile(r"(?:resblocks|layers?)\.(\d+)\.")
 _RESNET_STAGE = re.compile(r"^visual\.layer(\d)\.")
-_OUTPUT_PARTS = re.compile(r"(^|\.)(ln_post|proj|attn_pool\w*|attnpool|ln_final|text_projection|head|cls_emb|text_decoder)(\.|$)")
+_OUTPUT_PARTS = re.compile(
+    r"(^|\.)(ln_post|proj|attn_pool\w*|attnpool|ln_final|text_projection|head|cls_emb|text_decoder)(\.|$)"
+)
 
 
 def _depth(name: str) -> int:

@@ -1,7 +1,7 @@
 """Model folders: `model.json` (what the model is) and `model.safetensors` (its weights), written whole or not at all.
 
-The JSON holds everything that must never be guessed when the model is read again: architecture, activation, image specification,
-tokenizer. Neither file can carry code.
+The JSON holds everything that must never be guessed when the model is read again: architecture, activation, image
+specification, tokenizer. Neither file can carry code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,18 @@ from clipdistill.models.tokenizers import tokenizer_from_dict
 FORMAT = 1
 DESCRIPTION, WEIGHTS = "model.json", "model.safetensors"
 _LARGEST_DESCRIPTION = 256 << 20  # bytes; the largest published tokenizer takes 35 MB
-_KEYS = {"format", "name", "architecture", "activation", "image", "tokenizer", "dtype", "weights_sha256", "parameters", "versions"}
+_KEYS = {
+    "format",
+    "name",
+    "architecture",
+    "activation",
+    "image",
+    "tokenizer",
+    "dtype",
+    "weights_sha256",
+    "parameters",
+    "versions",
+}
 
 
 def save_model(model: ClipModel, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
@@ -45,7 +56,9 @@ def save_model(model: ClipModel, folder: Path | str, *, dtype: torch.dtype | Non
     try:
         save_file(_stored_tensors(model, dtype), temporary / WEIGHTS)
         description = _description(model, dtype, file_sha256(temporary / WEIGHTS))
-        (temporary / DESCRIPTION).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (temporary / DESCRIPTION).write_text(
+            json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         # safetensors and mkdtemp make them private; a model is to be read by others
         temporary.chmod(0o755)
         (temporary / WEIGHTS).chmod(0o644)
@@ -106,7 +119,7 @@ def _flush(path: Path) -> None:
 
 
 def _replace(temporary: Path, folder: Path) -> None:
-    """Put `temporary` in the place of `folder`. A folder cannot be renamed over a full one, so the old one steps aside first."""
+    """Put `temporary` in the place of `folder`; a folder cannot be renamed over a full one, so that steps aside."""
     if folder.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.replaced-", dir=folder.parent))
         folder.rename(aside / "old")
@@ -118,16 +131,17 @@ def _replace(temporary: Path, folder: Path) -> None:
 
 
 def read_model(folder: Path) -> ClipModel:
-    """Read a model folder. The weights are compared, name by name, with the architecture before any memory is allocated.
+    """Read a model folder; weights are compared with the architecture before any memory is allocated.
 
-    Raises InputError for a missing file, an unknown format, a description or weights that do not fit, and damaged content.
+    Raises InputError for a missing file, an unknown format, a description or weights that do not fit, and damaged
+    content.
     """
     where = folder / DESCRIPTION
     values = read_description(where)
     architecture = check_architecture(values["architecture"], f"{where}: architecture")
     if values["activation"] != activation(architecture):
         raise InputError(
-            f"{where}: the activation is stated as {values['activation']!r} and the architecture says {activation(architecture)!r}: "
+            f"{where}: activation {values['activation']!r} contradicts the architecture's {activation(architecture)!r}: "
             "the file was edited or damaged, and guessing would change every result"
         )
     tensors = read_safetensors(folder / WEIGHTS, shapes(architecture), f"the architecture in {DESCRIPTION}")
@@ -138,11 +152,16 @@ def read_model(folder: Path) -> ClipModel:
     module = build_module(architecture)
     module.load_state_dict(tensors)
     text = architecture["text_cfg"]
-    if text.get("vocab_size", 49_408) < tokenizer.vocab_size or text.get("context_length", 77) != tokenizer.context_length:
+    if (
+        text.get("vocab_size", 49_408) < tokenizer.vocab_size
+        or text.get("context_length", 77) != tokenizer.context_length
+    ):
         raise InputError(f"{where}: the tokenizer does not fit the text tower (vocabulary or context length differ)")
     if image.size != image_size(module):
         raise InputError(f"{where}: the image size {image.size} is not that of the image tower, {image_size(module)}")
-    return ClipModel(values["name"], module, image, tokenizer, architecture["embed_dim"], tokenizer.context_length, architecture)
+    return ClipModel(
+        values["name"], module, image, tokenizer, architecture["embed_dim"], tokenizer.context_length, architecture
+    )
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -158,7 +177,9 @@ def read_description(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or "format" not in values:
         raise InputError(f"{path}: not a model description (it has no 'format')")
     if values["format"] != FORMAT:
-        raise InputError(f"{path}: format {values['format']!r} is not known here (this version reads {FORMAT}): update clipdistill")
+        raise InputError(
+            f"{path}: format {values['format']!r} is not known here (this version reads {FORMAT}): update clipdistill"
+        )
     missing = sorted(_KEYS - values.keys())
     if missing:
         raise InputError(f"{path}: the key '{missing[0]}' is missing")
@@ -168,7 +189,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path, expected: dict[str, torch.Size], what: str) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file whose names and shapes must be `expected`; `what` names where that came from."""
+    """The tensors of a safetensors file, whose names and shapes must be those `expected` of `what`."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -177,7 +198,9 @@ def read_safetensors(path: Path, expected: dict[str, torch.Size], what: str) -> 
             require_equal_shapes(found, expected, str(path), what)
             return {name: file.get_tensor(name) for name in found}
     except SafetensorError as error:
-        raise InputError(f"{path}: not readable as safetensors ({error}): the file is cut short or is something else") from error
+        raise InputError(
+            f"{path}: not readable as safetensors ({error}): the file is cut short or is something else"
+        ) from error
 
 
 def require_equal_shapes(found: dict[str, torch.Size], expected: dict[str, torch.Size], where: str, what: str) -> None:

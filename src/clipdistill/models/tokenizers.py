@@ -1,8 +1,9 @@
 """Tokenizers: captions to fixed-length rows of token ids, with the counts needed to report truncation.
 
-Three kinds. "clip-bpe": the byte-pair vocabulary of CLIP (open_clip's SimpleTokenizer). "words": a small vocabulary of whole
-words built from captions, stored with the model. "hf": a Hugging Face tokenizer, stored whole with the model.
-Each is a plain dictionary in JSON and back without loss; each pickles as that dictionary, so data workers may be spawned.
+Three kinds. "clip-bpe": the byte-pair vocabulary of CLIP (open_clip's SimpleTokenizer). "words": a small vocabulary of
+whole words built from captions, stored with the model. "hf": a Hugging Face tokenizer, stored whole with the model.
+Each is a plain dictionary in JSON and back without loss; each pickles as that dictionary, so data workers may be
+spawned.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Tokenizer(ABC):
             ids = self._ids(caption)
             if len(ids) > self.context_length:
                 row[:] = ids[: self.context_length]
-                row[-1] = ids[-1]
+                if self._keeps_end:
+                    row[-1] = ids[-1]
             else:
                 row[: len(ids)] = ids
         return torch.from_numpy(rows)
@@ -66,6 +68,7 @@ class Tokenizer(ABC):
         return [len(self._ids(caption)) for caption in captions]
 
     _padding: int = 0
+    _keeps_end: bool = True  # whether a cut row ends with the end token, as every CLIP expects
 
     @functools.cached_property
     def _cache(self) -> dict[str, np.ndarray]:
@@ -128,7 +131,10 @@ def _simple_tokenizer(clean: str) -> Any:
 
 
 class WordsTokenizer(Tokenizer):
-    """Lower-cased words and punctuation marks from a fixed list. Ids: 0 padding, 1 start, 2 unknown, 3... words, last end."""
+    """Lower-cased words and punctuation marks from a fixed list.
+
+    Ids: 0 padding, 1 start, 2 unknown, 3... the words, last end.
+    """
 
     kind = "words"
     START, UNKNOWN, FIRST_WORD = 1, 2, 3
@@ -177,8 +183,8 @@ def build_words_tokenizer(
 ) -> WordsTokenizer:
     """A "words" tokenizer of the words that occur at least `min_count` times, the `max_size` most frequent at most.
 
-    `context_length` None: the longest caption with its start and end, at most 77. Equally frequent words are ordered alphabetically,
-    so the vocabulary is a function of the set of captions and not of their order.
+    `context_length` None: the longest caption with its start and end, at most 77. Equally frequent words are ordered
+    alphabetically, so the vocabulary is a function of the set of captions and not of their order.
     """
     counts: Counter[str] = Counter()
     longest = 0
@@ -186,38 +192,67 @@ def build_words_tokenizer(
         words = split_words(caption)
         counts.update(words)
         longest = max(longest, len(words) + 2)
-    kept = sorted((word for word, count in counts.items() if count >= min_count), key=lambda word: (-counts[word], word))
+    kept = sorted(
+        (word for word, count in counts.items() if count >= min_count), key=lambda word: (-counts[word], word)
+    )
     if not kept:
-        raise InputError(f"no word occurs {min_count} times or more in the captions: lower min_count or give more captions")
+        raise InputError(
+            f"no word occurs {min_count} times or more in the captions: lower min_count or give more captions"
+        )
     return WordsTokenizer(kept[:max_size], context_length or min(longest, CLIP_CONTEXT_LENGTH))
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A fast Hugging Face tokenizer (the content of a tokenizer.json), run by the `tokenizers` library.
 
-    The ids equal those of transformers: the file's own normalisation, start and end tokens; cut rows keep their last token.
+    The ids equal those of transformers with truncation and padding to `context_length`. `padding` is the id that fills
+    rows, `clean` open_clip's text cleaning before the tokenizer's own, `blank` an id replaced by 0 in the rows
+    (open_clip's `strip_sep_token`).
     """
 
     kind = "hf"
 
-    def __init__(self, definition: Mapping[str, Any], context_length: int, padding: int = 0, clean: str | None = None) -> None:
+    def __init__(
+        self,
+        definition: Mapping[str, Any],
+        context_length: int,
+        padding: int = 0,
+        clean: str | None = None,
+        blank: int | None = None,
+    ) -> None:
         try:
             import tokenizers
         except ImportError as error:
             raise MissingExtraError("tokenizers", "hf", "this model's tokenizer") from error
         if clean is not None and clean not in _CLEANINGS:
             raise InputError(f"unknown text cleaning '{clean}'{nearest(clean, _CLEANINGS)}")
-        self.definition = dict(definition)
-        # cutting and padding are done here, once for every kind: a cut that keeps the end token
-        self.definition["truncation"] = self.definition["padding"] = None
+        # cutting and padding are done by __call__, the same for every kind
+        self.definition = {**definition, "truncation": None, "padding": None}
         try:
             self._fast = tokenizers.Tokenizer.from_str(json.dumps(self.definition))
         except Exception as error:  # the library raises bare Exception for a malformed definition
-            raise InputError(f"the tokenizer definition is not one that the tokenizers library reads ({error})") from error
+            raise InputError(
+                f"the tokenizer definition is not one that the tokenizers library reads ({error})"
+            ) from error
         self.context_length = _checked_length(context_length)
-        self.clean = clean
+        self.clean, self.blank = clean, blank
         self._padding = padding
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
+        empty = self._fast.encode("").ids
+        self._keeps_end = bool(empty) and self._fast.encode("a").ids[-1] == empty[-1]
+
+    @classmethod
+    def from_transformers(
+        cls, tokenizer: Any, context_length: int, clean: str | None = None, strip_sep_token: bool = False
+    ) -> HuggingFaceTokenizer:
+        """The same tokenizer as a fast one of transformers."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or getattr(tokenizer, "padding_side", "right") != "right":
+            raise InputError(
+                f"the tokenizer {type(tokenizer).__name__} cannot be stored: not a fast one that pads on the right"
+            )
+        blank = tokenizer.sep_token_id if strip_sep_token else None
+        return cls(json.loads(backend.to_str()), context_length, tokenizer.pad_token_id or 0, clean, blank)
 
     def encode(self, caption: str) -> list[int]:
         """The ids of one caption, uncut, start and end included."""
@@ -227,6 +262,11 @@ class HuggingFaceTokenizer(Tokenizer):
             caption = get_clean_fn(self.clean)(caption)
         return list(self._fast.encode(caption).ids)
 
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        """See Tokenizer."""
+        rows = super().__call__(captions)
+        return rows if self.blank is None else rows.masked_fill(rows == self.blank, 0)
+
     def to_dict(self) -> dict[str, Any]:
         """See Tokenizer."""
         return {
@@ -234,12 +274,13 @@ class HuggingFaceTokenizer(Tokenizer):
             "context_length": self.context_length,
             "padding": self._padding,
             "clean": self.clean,
+            "blank": self.blank,
             "definition": self.definition,
         }
 
     def with_context_length(self, context_length: int) -> HuggingFaceTokenizer:
         """See Tokenizer."""
-        return HuggingFaceTokenizer(self.definition, context_length, self._padding, self.clean)
+        return HuggingFaceTokenizer(self.definition, context_length, self._padding, self.clean, self.blank)
 
 
 def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
