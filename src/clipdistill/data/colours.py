@@ -1,7 +1,8 @@
 """Operations on a rendered picture: colour jitter and RandAugment, each one a name and a magnitude that can be stored.
 
 Drawing and applying are apart: a drawn operation applied to the same picture gives the same bits, so a stored view can
-be rendered again, and teacher and student get the same operation at their own resolution (shifts are fractions of the size).
+be rendered again, and teacher and student get the same operation at their own resolution (shifts are fractions
+of the size).
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def sample_operations(
 
 
 def apply_operations(picture: Image.Image, operations: Sequence[tuple[str, float]]) -> Image.Image:
-    """`picture` (RGB) after the operations in order. Raises InputError for an unknown name (a stored view may be damaged)."""
+    """`picture` (RGB) after the operations in order. InputError for an unknown name (a stored view may be damaged)."""
     for name, magnitude in operations:
         if name not in _OPERATIONS:
             raise InputError(f"unknown image operation '{name}'{nearest(name, _OPERATIONS)}")

@@ -1,7 +1,7 @@
 """Encoded bytes to an RGB picture, or BadSample with the reason; nothing in between.
 
-Defined results: EXIF orientation is applied; CMYK and other colour spaces are converted to RGB; 16-bit grey keeps its high
-byte (as Pillow does with 16-bit RGB); transparency is laid on white; of animations the first frame is taken.
+Defined results: EXIF orientation is applied; CMYK and other colour spaces are converted to RGB; 16-bit grey keeps its
+high byte (as Pillow does with 16-bit RGB); transparency is laid on white; of animations the first frame is taken.
 The header is read first: a picture with more than `max_pixels` is refused before anything is decompressed.
 Not detectable: bytes changed inside a JPEG's compressed data so that it still decodes to its full size.
 """
@@ -19,7 +19,17 @@ from clipdistill.data.problems import BadSample
 
 MAX_PIXELS = 64_000_000
 """Above Pillow's own limit (179 million) a larger `max_pixels` has no effect."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF")  # not PIL's more than forty (EPS runs Ghostscript)
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "MPO",
+    "AVIF",
+)  # not PIL's more than forty (EPS runs Ghostscript)
 
 # damage is reported through BadSample, once per sample, not as thousands of warnings from Pillow's readers
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -38,9 +48,9 @@ _ORIENTATIONS = {
 def decode(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Image.Image:
     """The RGB picture in `data`. Raises BadSample (empty, not an image, too many pixels, truncated, corrupt).
 
-    at_least: a JPEG with both sides at least twice as long may be decoded at 1/2, 1/4 or 1/8 of its size, as long as both
-    sides keep this many pixels: several times faster, but other pixels than a full decode followed by resizing. The
-    full size (oriented width, height) is then in `info["source_size"]`.
+    at_least: a JPEG with both sides at least twice as long may be decoded at 1/2, 1/4 or 1/8 of its size, as long as
+    both sides keep this many pixels: several times faster, but other pixels than a full decode and a resize. The full
+    size (oriented width, height) is then in `info["source_size"]`.
     """
     if not data:
         raise BadSample("empty image file")
@@ -76,7 +86,9 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         picture = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError as error:
         start = data[:64].lstrip().lower()
-        kind = "it is a web page" if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")) else "unknown format"
+        kind = (
+            "it is a web page" if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")) else "unknown format"
+        )
         raise BadSample(f"not an image: {kind}, {len(data)} bytes") from error
     width, height = picture.size
     if width < 1 or height < 1:
@@ -94,7 +106,11 @@ def _formats() -> tuple[str, ...]:
 
 def _refuse_zero_filled(format_name: str | None, data: bytes) -> None:
     """A JPEG cut short and filled up with zeros (a crashed copy) decodes to its full size, the rest grey."""
-    if format_name in ("JPEG", "MPO") and data.endswith(bytes(16)) and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+    if (
+        format_name in ("JPEG", "MPO")
+        and data.endswith(bytes(16))
+        and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")
+    ):
         raise BadSample("truncated image: the file ends in zeros")
 
 

@@ -54,7 +54,7 @@ class BadSampleLedger:
             raise BudgetError(self.message())
 
     def record_opening(self, problems: Problems, total: int) -> None:
-        """List what opening the data found; the `problems.dropped` samples left out of `total` count against the budget."""
+        """List what opening the data found; of `total` samples, `problems.dropped` were left out and count as bad."""
         self.seen += total
         self.bad += problems.dropped
         self.by_reason.update(problems.counts)

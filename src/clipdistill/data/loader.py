@@ -109,9 +109,7 @@ class PairLoader:
         self.device = torch.device(device)
         self.start_method = start_method or ("fork" if sys.platform == "linux" else "spawn")
         self._specs = (student.image, None if teacher is None else teacher.image)
-        self._preparation = _Preparation(
-            source, self.sampler, student, teacher, view or ViewPolicy(), caption, exact
-        )
+        self._preparation = _Preparation(source, self.sampler, student, teacher, view or ViewPolicy(), caption, exact)
 
     @property
     def steps_per_epoch(self) -> int:

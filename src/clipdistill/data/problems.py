@@ -1,4 +1,4 @@
-"""What went wrong with single samples: one exception for a sample that cannot be used, one tally for what opening found."""
+"""What went wrong with single samples: an exception for one that cannot be used, a tally for what opening found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ROWS_KEPT = 1000
 """Rows remembered per reason; the counts are always complete."""
 
 
-class BadSample(Exception):
+class BadSample(Exception):  # noqa: N818 - it is what it is called everywhere
     """One sample cannot be used (undecodable, truncated, missing): the loader skips, counts and lists it.
 
     `reason` is a short class such as "truncated image", optionally followed by ': detail'; counts are per class.

@@ -1,4 +1,4 @@
-"""Sample order as a function of (seed, epoch, position): the same for any number of ranks and workers, resumable anywhere.
+"""Sample order as a function of (seed, epoch, position): the same for any number of ranks and workers.
 
 The state of a run's data is one integer, the step; epoch and position follow from it.
 Tail policy: an epoch has floor(n / batch) steps and at least one; the samples left over by an epoch's permutation are

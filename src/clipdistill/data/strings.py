@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -33,7 +34,7 @@ class Strings:
     def __iter__(self) -> Iterator[str]:
         data = self.buffer.tobytes()
         bounds = self.offsets.tolist()
-        return (data[a:b].decode("utf-8") for a, b in zip(bounds, bounds[1:]))
+        return (data[a:b].decode("utf-8") for a, b in itertools.pairwise(bounds))
 
     def hash_into(self, digest: hashlib._Hash) -> None:
         """Feed lengths and contents to a hashlib object: equal only for equal sequences."""

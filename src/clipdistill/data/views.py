@@ -113,7 +113,7 @@ def sample_view(policy: ViewPolicy, width: int, height: int, rng: np.random.Gene
 
 
 def _sample_box(policy: ViewPolicy, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A region with area and aspect ratio drawn as in Inception's crop (Szegedy et al. 2015): ten tries, then the centre."""
+    """A region of area and aspect drawn as in Inception's crop (Szegedy et al. 2015): ten tries, then the centre."""
     low, high = math.log(policy.ratio[0]), math.log(policy.ratio[1])
     for _ in range(10):
         area = width * height * rng.uniform(*policy.scale)
@@ -137,8 +137,8 @@ def render(image: Image.Image, view: View, spec: ImageSpec, *, exact: bool = Tru
 def render_pixels(image: Image.Image, view: View, spec: ImageSpec, *, exact: bool = True) -> np.ndarray:
     """The view before normalisation: uint8 (size, size, 3). Crop, resize, mirror, colour operations, in this order.
 
-    exact: resize as Pillow does (open_clip's bits). Otherwise by torch's faster integer kernel, whose values differ from
-    Pillow's by rounding (mostly 0 or 1 of 255) and may differ between kinds of processors.
+    exact: resize as Pillow does (open_clip's bits). Otherwise by torch's faster integer kernel, whose values differ
+    from Pillow's by rounding (mostly 0 or 1 of 255) and may differ between kinds of processors.
     An image decoded at reduced size (images.decode with `at_least`) is understood: the box stays in source pixels.
     """
     resample = _torch_resize if not exact else _pillow_resize
@@ -152,7 +152,7 @@ def render_pixels(image: Image.Image, view: View, spec: ImageSpec, *, exact: boo
 
 
 def normalise(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
-    """uint8 (..., H, W, 3) to float32 (..., 3, H, W): the same bits as torchvision's ToTensor and Normalize, on any device."""
+    """uint8 (..., H, W, 3) to float32 (..., 3, H, W): the bits of torchvision's ToTensor and Normalize, on any device."""
     mean, std, whole = _constants(spec.mean, spec.std, pixels.device)
     # the divisor is a tensor: CUDA would multiply by the reciprocal of a plain number, one bit off
     scaled = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format).div_(whole)
@@ -168,7 +168,9 @@ def _constants(mean: Triple, std: Triple, device: torch.device) -> tuple[torch.T
 
 
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-_MOST_PIXELS = 1 << 26  # a resized picture larger than this is never made: a strip of 1 x 100 000 would become gigabytes
+_MOST_PIXELS = (
+    1 << 26
+)  # a resized picture larger than this is never made: a strip of 1 x 100 000 would become gigabytes
 
 Box = tuple[float, float, float, float]
 

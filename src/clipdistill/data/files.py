@@ -1,0 +1,198 @@
+"""Image files on disk: finding the folder they lie in, reading them without being caught by what is no file."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from clipdistill.data.pairs import IndexedPairs
+from clipdistill.data.problems import BadSample, Problems
+from clipdistill.data.strings import Strings
+from clipdistill.errors import InputError
+
+LARGEST_FILE = 1 << 29
+"""Bytes; a larger image file is refused rather than read."""
+
+MISSING_FILE = "missing image file"
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+_PROBES = 50  # names tried in each candidate folder
+
+
+def read_image_file(path: str | Path) -> bytes:
+    """The bytes of a regular file. Raises BadSample for all that cannot be read whole; devices and pipes never block."""
+    try:
+        # O_NONBLOCK: opening a named pipe would wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise BadSample(MISSING_FILE) from error
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise BadSample(f"unreadable image file: {getattr(error, 'strerror', None) or error}") from error
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadSample("unreadable image file: not a regular file")
+        if status.st_size > LARGEST_FILE:
+            raise BadSample(f"unreadable image file: {status.st_size} bytes, at most {LARGEST_FILE} are read")
+        try:
+            return file.read()
+        except OSError as error:
+            raise BadSample(f"unreadable image file: {error.strerror or error}") from error
+
+
+class FilePairs(IndexedPairs):
+    """Pairs whose images are files below `root`; `paths` are relative to it (or absolute, in tables)."""
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        paths: Sequence[str],
+        captions: Sequence[Sequence[str]],
+        problems: Problems,
+        max_pixels: int,
+        keys: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(name, paths if keys is None else keys, captions, problems, max_pixels)
+        self._root = str(root)
+        self._paths = self._keys if keys is None else Strings.pack(paths)
+
+    def path(self, i: int) -> str:
+        """Where the image of sample i lies."""
+        return os.path.join(self._root, self._paths[i])  # noqa: PTH118 - a Path costs more than the rest of this call
+
+    def image_bytes(self, i: int) -> bytes:
+        return read_image_file(self.path(i))
+
+
+def find_image_root(names: Iterable[str], declared: str | None, beside: Path) -> Path:
+    """The folder that relative image `names` start from.
+
+    A declared folder is taken; otherwise the folder of the description file, its sub-folders (two levels) and the
+    current folder are tried with the first names, and the one that holds most of them is taken.
+    """
+    probes = [name for name, _ in zip(names, range(_PROBES))]
+    if declared is not None:
+        root = Path(declared)
+        if not root.is_dir():
+            raise InputError(f"image_root '{declared}' is not a folder")
+        if not any(_exists(root, name) for name in probes):
+            raise InputError(
+                f"image_root '{declared}' holds none of the first {len(probes)} images ('{probes[0]}', ...)"
+            )
+        return root
+    best, most = None, 0
+    for root in _candidates(beside):
+        hits = sum(_exists(root, name) for name in probes)
+        if hits > most:
+            best, most = root, hits
+        if most == len(probes):
+            break
+    if best is None:
+        raise InputError(
+            f"the images of '{beside.name}' are not found ('{probes[0]}' is neither in '{beside.parent}' nor in a "
+            "folder below it): say where they are with image_root"
+        )
+    return best
+
+
+def _candidates(beside: Path) -> Iterable[Path]:
+    folder = beside.parent
+    yield folder
+    above = [folder, folder.parent]  # COCO keeps annotations/ beside train2017/
+    for parent in above:
+        first = _folders(parent)
+        yield from first
+        if parent == folder:
+            for child in first:
+                yield from _folders(child)
+    yield folder.parent
+    yield Path()
+
+
+def _folders(parent: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in parent.iterdir() if entry.is_dir())[:200]
+    except OSError:
+        return []
+
+
+def _exists(root: Path, name: str) -> bool:
+    try:
+        return (root / name).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def safe_relative(name: object) -> str | None:
+    """`name` as a relative path that stays below its folder, or None: a description file may come from anywhere."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return None
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        return None
+    return str(path)
+
+
+class Presence:
+    """Whether image files exist, with one listing a folder rather than one question a file."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = str(root)
+        self._listings: dict[str, set[str]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        folder, file = os.path.split(os.path.join(self._root, name))  # noqa: PTH118
+        listing = self._listings.get(folder)
+        if listing is None:
+            try:
+                listing = set(os.listdir(folder or "."))  # noqa: PTH208
+            except (OSError, ValueError):
+                listing = set()
+            self._listings[folder] = listing
+        return file in listing
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises InputError that says where it stops being JSON."""
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig", errors="surrogateescape"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not JSON (line {error.lineno}: {error.msg})") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: nested too deeply to be read") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def collect(
+    name: str,
+    entries: Iterable[tuple[str, list[str]]],
+    root: Path,
+    problems: Problems,
+    max_pixels: int,
+    where: Path | str,
+) -> FilePairs:
+    """FilePairs of the (image path, captions) whose file exists and that have a caption; the rest is counted.
+
+    Raises InputError when nothing is left.
+    """
+    present = Presence(root)
+    paths, captions = [], []
+    for path, texts in entries:
+        if not texts:
+            problems.add("image without caption", path, dropped=True)
+        elif path not in present:
+            problems.add(MISSING_FILE, path, dropped=True)
+        else:
+            paths.append(path)
+            captions.append(texts)
+    if not paths:
+        found = problems.summary()
+        raise InputError(f"{where}: no usable image-caption pair" + (f" ({found})" if found else ""))
+    return FilePairs(name, root, paths, captions, problems, max_pixels)
