@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipdistill.objective import Embeddings
@@ -75,6 +76,7 @@ def worker(rank: int, size: int, folder: Path, cases: list[Case]) -> None:
     torch.save(results, folder / f"rank{rank}.pt")
     if size == 2:
         torch.save(watch(rank), folder / f"watch{rank}.pt")
+        torch.save(through_encoder(rank, wrap=True), folder / f"encoder{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -86,6 +88,24 @@ def watch(rank: int) -> tuple[int, int]:
     with Watch() as seen:
         objective(own, theirs)
     return seen.largest, sum(count for name, count in seen.collectives.items() if "allgather" in name)
+
+
+def through_encoder(rank: int | None, *, wrap: bool) -> dict[str, torch.Tensor]:
+    """Gradients of an encoder's parameters on this rank's share of seven rows (None: all of them)."""
+    student, teacher = make_input(EVERYTHING, 7, STUDENT, TEACHER)
+    start, stop = {None: (0, 7), 0: (0, 5), 1: (5, 7)}[rank]
+    own, theirs = (part(given, start, stop) for given in (student, teacher))
+    torch.manual_seed(3)
+    encoder: torch.nn.Module = torch.nn.Linear(STUDENT, STUDENT).double()
+    if wrap:
+        encoder = DistributedDataParallel(encoder)
+    # one forward call for everything, as DistributedDataParallel wants it
+    assert own.synthetic_text is not None
+    image, text, synthetic = encoder(torch.cat([own.image, own.text, own.synthetic_text])).chunk(3)
+    objective = make_objective(EVERYTHING, STUDENT, TEACHER, "dense")
+    objective(replace(own, image=image, text=text, synthetic_text=synthetic), theirs).total.backward()
+    gradients = {name.removeprefix("module."): parameter.grad for name, parameter in encoder.named_parameters()}
+    return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
 
 def run_ranks(folder: Path, size: int, cases: list[Case]) -> list[Any]:
@@ -110,6 +130,9 @@ def test_equals_one_process(size: int, tmp_path: Path) -> None:
             largest, gathers = torch.load(tmp_path / f"watch{rank}.pt", weights_only=True)
             assert largest <= WATCHED * WATCHED // 2  # a block of own rows, never N x N
             assert gathers == 2  # the row counts, then everybody's rows of every matrix together
+            found = torch.load(tmp_path / f"encoder{rank}.pt", weights_only=True)
+            for name, expected in through_encoder(None, wrap=False).items():
+                assert close(found[name], expected, expected.abs().max().item()), name
 
 
 @pytest.mark.slow

@@ -315,6 +315,7 @@ def test_explain_names_what_matters() -> None:
     assert "10 here is 2560 in released units at D=512" in text
     assert "gd_temperature=released" in text
     assert "no term compares all pairs" in text
+    assert "trivial minimum" in Objective({"vrd_kl": 1}, 4, 4).explain()
     assert "exp of the parameter" in Objective({"icl": 1}, 4, 4, scales="exponential").explain()
 
 

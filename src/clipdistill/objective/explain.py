@@ -23,6 +23,8 @@ def explain(objective: Objective, n: int | None, device: torch.device, world_siz
         lines += [f"{name}: {term.title}", f"    {term.formula}", f"    gradient: {term.gradient}"]
         if name == "fd":
             lines.append(f"    {_feature_units(objective)}")
+        if name == "vrd_kl" and "vrd_ce" not in objective.weights:
+            lines.append("    note: without vrd_ce its trivial minimum, both distributions uniform, is not excluded")
         if term.differs:
             lines.append(f"    released code: {term.differs}")
         lines.append(f"    source: {term.source}; published weight {term.default_weight:g}")

@@ -82,40 +82,37 @@ def sum_own_rows(whole: Tensor, world: World) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of all ranks of two local matrices, exchanged together; only the first one is differentiable."""
+    """Rows of all ranks of several local matrices, exchanged together, in the order given."""
 
     @staticmethod
-    def forward(ctx: Any, trained: Tensor, fixed: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, world: World, *matrices: Tensor) -> tuple[Tensor, ...]:
         ctx.world = world
-        whole = all_rows(torch.cat([trained, fixed], dim=1), world)
-        first, second = whole[:, : trained.shape[1]].contiguous(), whole[:, trained.shape[1] :].contiguous()
-        ctx.mark_non_differentiable(second)
-        return first, second
+        whole = all_rows(torch.cat(matrices, dim=1), world)
+        pieces = [piece.contiguous() for piece in whole.split([matrix.shape[1] for matrix in matrices], dim=1)]
+        ctx.mark_non_differentiable(*[p for p, m in zip(pieces, matrices) if not m.requires_grad])
+        return tuple(pieces)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return sum_own_rows(gradients[0], ctx.world), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        own = sum_own_rows(torch.cat([gradients[i] for i in wanted], dim=1), ctx.world)
+        found: list[Tensor | None] = [None] * len(gradients)
+        for i, piece in zip(wanted, own.split([gradients[i].shape[1] for i in wanted], dim=1)):
+            found[i] = piece
+        return None, *found
 
 
 def gather_rows(local: Sequence[Tensor], world: World) -> list[Tensor]:
     """Each local matrix (n_local, D_k) as rows of all ranks (N, D_k), differentiable, in one exchange.
 
-    A tensor given twice is sent once. Backward sums the gradients over ranks and keeps the own rows. With one rank the
-    input itself is returned.
+    A tensor given twice is sent once. Backward sums the gradients over ranks and keeps the own rows; every rank must
+    have given the same matrices in the same order, and the same ones with a gradient. With one rank the input itself is
+    returned.
     """
     if world.size == 1 or not local:
         return list(local)
     distinct = list({id(matrix): matrix for matrix in local}.values())
-    trained = [matrix for matrix in distinct if matrix.requires_grad]
-    fixed = [matrix for matrix in distinct if not matrix.requires_grad]
-    nothing = distinct[0].new_empty((distinct[0].shape[0], 0))
-    first, second = _GatherRows.apply(
-        torch.cat(trained, dim=1) if trained else nothing, torch.cat(fixed, dim=1) if fixed else nothing, world
-    )
-    pieces: dict[int, Tensor] = {}
-    for whole, group in ((first, trained), (second, fixed)):
-        for matrix, piece in zip(group, whole.split([matrix.shape[1] for matrix in group], dim=1) if group else ()):
-            pieces[id(matrix)] = piece
+    pieces = dict(zip(map(id, distinct), _GatherRows.apply(world, *distinct)))
     return [pieces[id(matrix)] for matrix in local]
 
 
