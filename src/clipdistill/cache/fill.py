@@ -1,0 +1,350 @@
+"""Filling a store: claim a block, prepare its samples in the workers, run the teachers, write the block whole.
+
+Any number of processes (or torchrun ranks, or machines that share the disk) may fill one store at a time, and one that
+is killed loses at most the block it was working on. What is written does not depend on how the work was shared: batches
+never cross the edge of a block.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipdistill.cache.blocks import remove_leftovers, write_block
+from clipdistill.cache.claims import Claims
+from clipdistill.cache.config import CacheConfig
+from clipdistill.cache.create import open_for_filling
+from clipdistill.cache.onnx_teacher import load_fill_teacher
+from clipdistill.cache.prepare import Item, Preparation, Prepared, geometry, init_worker
+from clipdistill.cache.rows import pack
+from clipdistill.cache.sizes import check_space, readable
+from clipdistill.cache.store import Part, Store
+from clipdistill.cache.stored_views import pack_views
+from clipdistill.data.ledger import BadSampleLedger
+from clipdistill.data.pairs import PairSource, open_pairs
+from clipdistill.data.views import normalise
+from clipdistill.errors import InputError
+from clipdistill.models import ClipModel
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class FillReport:
+    """What one process did: samples of finished blocks, seconds, samples whose image was bad, captions cut."""
+
+    store: Store
+    samples: int = 0
+    seconds: float = 0.0
+    bad: int = 0
+    truncated: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Images a second."""
+        return self.samples / max(self.seconds, 1e-9)
+
+
+@dataclass
+class _Work:
+    """One claimed block: what it lacks, and what has been computed of it so far."""
+
+    number: int
+    parts: list[tuple[Part, int]]
+    indices: list[int]
+    done: int = 0
+    views: list[Any] = field(default_factory=list)
+    problems: list[str | None] = field(default_factory=list)
+    images: dict[int, list[Tensor]] = field(default_factory=dict)
+    texts: dict[tuple[Part, int], list[Tensor]] = field(default_factory=dict)
+    counts: dict[Part, list[int]] = field(default_factory=lambda: {"pairs": [], "synthetic": []})
+
+
+def fill(
+    config: CacheConfig,
+    *,
+    say: Say = lambda _: None,
+    progress: Callable[[int, int, float], None] = lambda done, total, rate: None,
+    source: PairSource | None = None,
+    teachers: Sequence[ClipModel] | None = None,
+) -> FillReport:
+    """Fill the store that `config` describes and return when every block of this process's share is there.
+
+    `source` and `teachers` may be given when they are already open. `progress` gets samples done and to do, and the rate
+    in images a second. Raises InputError for unusable input or a store that differs, ClipdistillError when the disk is
+    too small, BudgetError above the budget of bad samples.
+    """
+    source = open_pairs(config.data, default_split="train") if source is None else source
+    device = _device(config.device)
+    precision = config.precision if config.precision != "auto" else ("bf16" if device.type == "cuda" else "fp32")
+    models = [load_fill_teacher(name) for name in config.teachers] if teachers is None else list(teachers)
+    store = open_for_filling(config, source, models, precision)
+    _announce(store, say)
+    for model in models:
+        model.module.requires_grad_(False).eval().to(device)
+    filling = _Filling(config, store, source, models, device, precision, progress)
+    try:
+        return filling.run()
+    finally:
+        filling.claims.give_back_all()
+
+
+def _announce(store: Store, say: Say) -> None:
+    """Size, what is left to do, and whether it fits; before anything is computed."""
+    manifest, missing = store.manifest, store.missing_blocks()
+    size = manifest.pair_bytes()
+    rows = sum(stop - start for start, stop in (store.layout.bounds(block) for block in missing))
+    extra = "" if manifest.synthetic is None else f" + {manifest.synthetic.captions} added"
+    say(
+        f"{store.folder}: {manifest.data.samples} images, {manifest.data.captions} captions{extra}, "
+        f"{1 + manifest.views} view{'s' if manifest.views else ''}, {manifest.dtype}, "
+        f"{' + '.join(f'{t.name} ({t.dim})' for t in manifest.teachers)}: {readable(size)} an image, "
+        f"{readable(size * manifest.data.samples)} in all"
+    )
+    if len(missing) < len(store.layout):
+        say(f"{len(store.layout) - len(missing)} of {len(store.layout)} blocks are there, {len(missing)} to fill")
+    check_space(store.folder, int(size * rows))
+
+
+class _Filling:
+    """The state of one process's work."""
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        store: Store,
+        source: PairSource,
+        models: list[ClipModel],
+        device: torch.device,
+        precision: str,
+        progress: Callable[[int, int, float], None],
+    ) -> None:
+        self.config, self.store, self.source, self.models = config, store, source, models
+        self.device, self.precision, self.progress = device, precision, progress
+        self.claims = Claims(store.folder / "locks")
+        self.queue: deque[_Work] = deque()
+        self.report = FillReport(store)
+        self.ledger = BadSampleLedger(
+            store.folder / "bad_samples.jsonl", config.data.bad_sample_budget, source.shard_of
+        )
+        # what earlier processes found counts, so that starting again is no way around the budget
+        self.ledger.bad = len(read_ledger(store))
+        self.ledger.seen = len(store) - sum(self._size(block) for block in store.missing_blocks())
+        geometries = [geometry(model.image) for model in models]
+        specs = {g: m.image for g, m in zip(geometries, models)}
+        self.pixels_of = [list(specs).index(g) for g in geometries]
+        tokenizers: list[Any] = []
+        self.tokens_of = []
+        for model in models:
+            if model.tokenizer not in tokenizers:
+                tokenizers.append(model.tokenizer)
+            self.tokens_of.append(tokenizers.index(model.tokenizer))
+        manifest = store.manifest
+        self.preparation = Preparation(
+            source, list(specs.values()), tokenizers, manifest.view_policy, manifest.views, manifest.view_seed
+        )
+        self.chunk = max(1, config.batch_size // (1 + manifest.views))
+        self.began = time.monotonic()
+        self.to_do = 0
+
+    def run(self) -> FillReport:
+        """Work until nothing of this process's share is missing, taking over from processes that died."""
+        while True:
+            missing = self._mine()
+            if not missing:
+                break
+            self.to_do = self.report.samples + sum(self._size(block) for block in missing)
+            before = self.report.samples
+            with torch.inference_mode():
+                for prepared in self._loader(missing):
+                    self._take(prepared)
+            if self.report.samples == before:
+                time.sleep(1.0)  # the rest is claimed by others: wait for them, or for their claims to go stale
+        self.report.seconds = time.monotonic() - self.began
+        return self.report
+
+    def _mine(self) -> list[int]:
+        """The missing blocks of this process's share, beginning at a place of its own so that claims rarely collide."""
+        share, of = self.config.share
+        missing = [block for block in self.store.missing_blocks() if block % of == share]
+        rank, world = int(os.environ.get("RANK", "0")), max(int(os.environ.get("WORLD_SIZE", "1")), 1)
+        turn = len(missing) * (rank % world) // world
+        return missing[turn:] + missing[:turn]
+
+    def _size(self, block: int) -> int:
+        start, stop = self.store.layout.bounds(block)
+        return stop - start
+
+    def _indices(self, block: int) -> list[int]:
+        start, stop = self.store.layout.bounds(block)
+        return self.store.samples.in_row_order[start:stop].tolist()
+
+    def _loader(self, missing: list[int]) -> Iterator[Prepared]:
+        workers = self.config.workers
+        if workers is None:
+            workers = min(8, os.cpu_count() or 1) if self.device.type == "cuda" else 0
+        settings: dict[str, Any] = {}
+        if workers:
+            method = "fork" if os.name == "posix" and hasattr(os, "fork") else "spawn"
+            settings = {"multiprocessing_context": method, "worker_init_fn": init_worker}
+        return iter(
+            torch.utils.data.DataLoader(
+                self.preparation,
+                batch_size=None,
+                sampler=self._plan(missing),  # type: ignore[arg-type]
+                num_workers=workers,
+                generator=torch.Generator(),
+                **settings,
+            )
+        )
+
+    def _plan(self, missing: list[int]) -> Iterator[list[Item]]:
+        """Claim one block after the other, just ahead of the work, and cut each into batches."""
+        for number in missing:
+            if not self.store.missing(number) or not self.claims.take(f"{number:06d}"):
+                continue
+            parts = self.store.missing(number)  # its last owner may have finished it before we got the claim
+            if not parts:
+                self.claims.give_back(f"{number:06d}")
+                continue
+            for part in parts:
+                remove_leftovers(self.store.path(*part, number))
+            work = _Work(number, parts, self._indices(number))
+            self.queue.append(work)
+            kinds = {part for part, _ in parts}
+            known = self.store.manifest.views > 0 and "views" not in kinds
+            for first in range(0, len(work.indices), self.chunk):
+                yield [self._item(i, kinds, known) for i in work.indices[first : first + self.chunk]]
+
+    def _item(self, index: int, kinds: set[Part], views_known: bool) -> Item:
+        views = None
+        if views_known and "pairs" in kinds:
+            views = tuple(self.store.view(index, n) for n in range(1, self.store.manifest.views + 1))
+        texts: tuple[str, ...] = ()
+        if "pairs" in kinds:
+            texts = self.source.captions(index)[: int(self.store.samples.captions[index])]
+        synthetic = self.store.samples.synthetic(index) if "synthetic" in kinds else ()
+        return Item(index, views, bool(kinds & {"pairs", "views"}), texts, synthetic)
+
+    def _take(self, prepared: Prepared) -> None:
+        """Run the teachers on one batch; write the block when it was its last."""
+        work = self.queue[0]
+        for part, teacher in work.parts:
+            if part == "pairs":
+                work.images.setdefault(teacher, []).append(self._encode_images(teacher, prepared))
+                work.texts.setdefault((part, teacher), []).append(self._encode_texts(teacher, prepared.tokens))
+            elif part == "synthetic":
+                work.texts.setdefault((part, teacher), []).append(self._encode_texts(teacher, prepared.synthetic))
+        work.views.extend(prepared.views)
+        work.problems.extend(prepared.problems)
+        work.counts["pairs"].extend(len(item.texts) for item in prepared.items)
+        work.counts["synthetic"].extend(len(item.synthetic) for item in prepared.items)
+        work.done += len(prepared.items)
+        self.report.truncated += prepared.truncated
+        self.claims.renew()
+        if work.done == len(work.indices):
+            self._finish(work)
+            self.queue.popleft()
+        finished = self.report.samples + (self.queue[0].done if self.queue else 0)
+        self.progress(finished, self.to_do, finished / max(time.monotonic() - self.began, 1e-9))
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _encode_images(self, teacher: int, prepared: Prepared) -> Tensor:
+        """Unit rows (samples x (1 + views), D), on the device."""
+        model = self.models[teacher]
+        pixels = prepared.pixels[self.pixels_of[teacher]].to(self.device, non_blocking=True)
+        rows = []
+        for part in pixels.split(max(self.config.batch_size, 1)):
+            with self._autocast():
+                rows.append(model.module.encode_image(normalise(part, model.image)))
+        return torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
+
+    def _encode_texts(self, teacher: int, tokens: list[Tensor]) -> Tensor:
+        """Unit rows (texts, D), on the device."""
+        model = self.models[teacher]
+        if not tokens:
+            return torch.zeros(0, model.embed_dim, device=self.device)
+        rows = []
+        for part in tokens[self.tokens_of[teacher]].split(4 * self.config.batch_size):
+            with self._autocast():
+                rows.append(model.module.encode_text(part.to(self.device, non_blocking=True)))
+        return torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
+
+    def _finish(self, work: _Work) -> None:
+        """Write what the block lacked, give the claim back, record bad samples."""
+        store, number = self.store, work.number
+        bad = [
+            (self.source.key(index), problem) for index, problem in zip(work.indices, work.problems) if problem is not None
+        ]
+        for part, teacher in work.parts:
+            metadata = store.block_metadata(part, teacher, number)
+            if part == "views":
+                tensors, extra = pack_views(work.views, store.manifest.views)
+                metadata |= extra
+            else:
+                tensors = self._tensors(work, part, teacher)
+                if part == "synthetic":
+                    metadata["synthetic"] = store.synthetic_digest(number)
+            write_block(store.path(part, teacher, number), tensors, metadata)
+        self.claims.give_back(f"{number:06d}")
+        self.report.samples += len(work.indices)
+        self.report.bad += len(bad)
+        self.ledger.record(bad, seen=len(work.indices))
+
+    def _tensors(self, work: _Work, part: Part, teacher: int) -> dict[str, Tensor]:
+        """The tensors of one part of a block: image rows (n, 1 + views, D), text rows (texts, D) and where each begins."""
+        dtype = self.store.manifest.dtype
+        texts = torch.cat(work.texts[part, teacher])
+        if not bool(texts.isfinite().all()):
+            raise self._not_finite(teacher, "captions", work)
+        values, scale = pack(texts, dtype)
+        starts = np.concatenate([[0], np.cumsum(work.counts[part])]).astype(np.int64)
+        tensors = {"text": values, "text_start": torch.from_numpy(starts)}
+        if scale is not None:
+            tensors["text_scale"] = scale
+        if part == "pairs":
+            good = torch.tensor([problem is None for problem in work.problems], dtype=torch.uint8)
+            images = torch.cat(work.images[teacher]).reshape(len(good), -1, self.models[teacher].embed_dim)
+            images = images * good.to(images.device)[:, None, None]  # nothing is stored for a picture that was not seen
+            if not bool(images.isfinite().all()):
+                raise self._not_finite(teacher, "images", work)
+            tensors["image"], image_scale = pack(images, dtype)
+            tensors["valid"] = good
+            if image_scale is not None:
+                tensors["image_scale"] = image_scale
+        return tensors
+
+    def _not_finite(self, teacher: int, what: str, work: _Work) -> InputError:
+        return InputError(
+            f"teacher '{self.config.teachers[teacher]}' gives NaN or infinite embeddings for {what} of block "
+            f"{work.number} (samples from '{self.source.key(work.indices[0])}' on): check its weights, or try --precision fp32"
+        )
+
+
+def _device(name: str | None) -> torch.device:
+    """The device asked for, or this process's GPU when there is one (LOCAL_RANK under torchrun), else the CPU."""
+    if name is None:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device '{name}': no CUDA device is visible; leave the device out to run on the CPU")
+    return torch.device(name)
+
+
+def read_ledger(store: Store) -> list[dict[str, str]]:
+    """The samples whose image could not be read while filling."""
+    path = store.folder / "bad_samples.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []

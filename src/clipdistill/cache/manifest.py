@@ -1,0 +1,163 @@
+"""manifest.json: what a store holds and what it was made from. See docs/cache.md for the format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+
+from clipdistill.cache.blocks import flush
+from clipdistill.cache.rows import Dtype
+from clipdistill.config import Config, as_dict, build
+from clipdistill.data.views import ImageSpec, ViewPolicy
+from clipdistill.errors import InputError
+
+FORMAT = 1
+KIND = "clipdistill cache"
+MANIFEST = "manifest.json"
+
+
+class TeacherEntry(Config):
+    """One teacher: everything its numbers depend on.
+
+    weights: sha256 over the architecture and all weights; tokenizer: sha256 of teacher-N/tokenizer.json;
+    precision: of the forward pass; logit_scale: the multiplier itself.
+    """
+
+    name: str
+    weights: str
+    transform: ImageSpec
+    tokenizer: str
+    precision: str
+    dim: int = pydantic.Field(gt=0)
+    logit_scale: float = pydantic.Field(gt=0)
+    parameters: dict[str, int] = {}
+
+
+class DataEntry(Config):
+    """The pairs: `fingerprint` is PairSource.fingerprint(), a sha256 over keys and captions in order."""
+
+    name: str
+    path: str
+    fingerprint: str
+    samples: int = pydantic.Field(ge=1)
+    captions: int = pydantic.Field(ge=1)
+
+
+class SyntheticEntry(Config):
+    """Added captions: `fingerprint` is a sha256 over (key, captions) in the order of the data."""
+
+    fingerprint: str
+    captions: int = pydantic.Field(ge=1)
+
+
+class Manifest(Config):
+    """The whole description. Rows are cut into blocks of `block` rows, separately in each segment.
+
+    segments: number of rows after each growth (rising; the last is the number of samples). samples: file name of the
+    table of samples. versions: of the libraries whose change can change the numbers.
+    """
+
+    kind: str = KIND
+    format: int = FORMAT
+    dtype: Dtype
+    views: int = pydantic.Field(default=0, ge=0)
+    view_policy: ViewPolicy | None = None
+    view_seed: int = 0
+    captions: str = "all"
+    block: int = pydantic.Field(ge=1)
+    segments: tuple[int, ...]
+    samples: str
+    data: DataEntry
+    synthetic: SyntheticEntry | None = None
+    teachers: tuple[TeacherEntry, ...]
+    versions: dict[str, str] = {}
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.block, self.segments)
+
+    def pair_bytes(self) -> float:
+        """Bytes of embeddings and views per image, averaged."""
+        from clipdistill.cache.sizes import sample_bytes
+
+        data, extra = self.data, 0 if self.synthetic is None else self.synthetic.captions
+        stored = data.captions if self.captions == "all" else data.samples
+        dims = [teacher.dim for teacher in self.teachers]
+        return sample_bytes(dims, self.dtype, self.views, (stored + extra) / data.samples)
+
+
+class Layout:
+    """Which block a row lies in."""
+
+    def __init__(self, block: int, segments: Sequence[int]) -> None:
+        self.block = block
+        starts: list[int] = []
+        begin = 0
+        for end in segments:
+            starts.extend(range(begin, end, block))
+            begin = end
+        self.starts = np.asarray(starts, dtype=np.int64)
+        self.rows = begin
+        self.stops = np.append(self.starts[1:], begin)
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self.starts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and self.rows == other.rows and np.array_equal(self.starts, other.starts)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def bounds(self, block: int) -> tuple[int, int]:
+        """First row of a block and the row after its last."""
+        return int(self.starts[block]), int(self.stops[block])
+
+    def find(self, rows: np.ndarray) -> np.ndarray:
+        """The block of each row."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    @cached_property
+    def largest(self) -> int:
+        """Rows of the fullest block."""
+        return int((self.stops - self.starts).max(initial=0))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the store in `folder`; raises InputError when there is none or it cannot be used."""
+    path = folder / MANIFEST
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder}: no {MANIFEST}, so this is not a cache: make one with `clipdistill cache`") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(values, dict) or values.get("kind") != KIND:
+        raise InputError(f"{path}: not the manifest of a cache")
+    if values.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: format {values.get('format')!r}, this version reads {FORMAT}: use the version that wrote it"
+        )
+    manifest = build(Manifest, values, str(path))
+    ends = list(manifest.segments)
+    if not ends or ends != sorted(set(ends)) or ends[0] < 1 or ends[-1] != manifest.data.samples:
+        raise InputError(f"{path}: segments {ends} do not rise to the number of samples, {manifest.data.samples}")
+    if not manifest.teachers:
+        raise InputError(f"{path}: teachers: the list is empty")
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest in one step."""
+    temporary = folder / f".{MANIFEST}.{os.getpid()}.writing"
+    temporary.write_text(json.dumps(as_dict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    flush(temporary)
+    temporary.replace(folder / MANIFEST)
+    flush(folder)

@@ -1,0 +1,150 @@
+"""The table of samples: key, place, digest and added captions of each, in the order of the data.
+
+An uncompressed Arrow IPC file, memory-mapped: a store of ten million samples opens at once and costs no memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clipdistill.cache.blocks import flush
+from clipdistill.data.pairs import PairSource
+from clipdistill.errors import InputError
+
+_BATCH = 65_536
+DIGEST_BYTES = 16
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.large_string()),
+        ("row", pa.int64()),
+        ("captions", pa.int32()),
+        ("digest", pa.binary(DIGEST_BYTES)),
+        ("synthetic", pa.large_list(pa.large_string())),
+    ]
+)
+
+
+def sample_digest(key: str, captions: Sequence[str]) -> bytes:
+    """BLAKE2b (16 bytes) of the key and the captions, each preceded by its length in UTF-8 bytes (8, little-endian)."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for text in (key, *captions):
+        encoded = text.encode("utf-8")
+        digest.update(len(encoded).to_bytes(8, "little"))
+        digest.update(encoded)
+    return digest.digest()
+
+
+class SampleTable:
+    """The samples of a store by data index. Picklable: another process maps the file anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except FileNotFoundError:
+            raise InputError(f"{path}: the table of samples is missing, so the cache cannot be used") from None
+        except (OSError, pa.ArrowInvalid) as error:
+            raise InputError(f"{path}: not readable as an Arrow file ({error}), so the cache cannot be used") from error
+        if self._table.schema != _SCHEMA:
+            raise InputError(f"{path}: columns {self._table.schema.names} instead of {_SCHEMA.names}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SampleTable, (self.path,)
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def key(self, index: int) -> str:
+        return str(self._table["key"][index].as_py())
+
+    def keys(self) -> list[str]:
+        """All keys in the order of the data."""
+        return self._table["key"].to_pylist()
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """(N,) int64: the row of each sample in the store."""
+        return self._table["row"].to_numpy()
+
+    @cached_property
+    def captions(self) -> np.ndarray:
+        """(N,) int32: number of stored captions of each sample."""
+        return self._table["captions"].to_numpy()
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """(N, 16) uint8: digest of each sample's key and captions."""
+        chunks = []
+        for chunk in self._table["digest"].chunks:
+            flat = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
+            chunks.append(flat[chunk.offset * DIGEST_BYTES : (chunk.offset + len(chunk)) * DIGEST_BYTES])
+        return np.concatenate(chunks).reshape(-1, DIGEST_BYTES)
+
+    @cached_property
+    def in_row_order(self) -> np.ndarray:
+        """(N,) int64: the data index of each row."""
+        order = np.empty(len(self), dtype=np.int64)
+        order[self.rows] = np.arange(len(self))
+        return order
+
+    def synthetic(self, index: int) -> tuple[str, ...]:
+        """The added captions of a sample; empty when there are none."""
+        return tuple(self._table["synthetic"][index].as_py() or ())
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every sample as a dictionary of the columns (for merging and growing)."""
+        return self._table.to_pylist()
+
+
+def write_samples(folder: Path, records: Iterable[dict[str, Any]]) -> str:
+    """Write a table and return its file name, which carries the content's sha256: a table is never changed in place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".samples.writing"
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
+        batch: list[dict[str, Any]] = []
+        for record in records:
+            batch.append(record)
+            if len(batch) == _BATCH:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+                batch = []
+        if batch:
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+    name = f"samples-{file_digest(temporary)}.arrow"
+    flush(temporary)
+    temporary.replace(folder / name)
+    flush(folder)
+    return name
+
+
+def file_digest(path: Path) -> str:
+    """The first 16 hexadecimal digits of a file's sha256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def describe_difference(table: SampleTable, source: PairSource, stored_captions: str = "all") -> str:
+    """One clause that names the first difference between the data and the samples a store was made from."""
+    known = {key: index for index, key in enumerate(table.keys())}
+    keys = [source.key(i) for i in range(len(source))]
+    new = [key for key in keys if key not in known]
+    gone = len(known) - (len(keys) - len(new))
+    if new and gone:
+        return f"data keys: {len(new)} are not in the cache (the first is '{new[0]}') and {gone} of the cache's are gone"
+    if new:
+        return f"data keys: {len(new)} are not in the cache (the first is '{new[0]}')"
+    if gone:
+        present = set(keys)
+        first = next(key for key in known if key not in present)
+        return f"data keys: the cache has {gone} that the data has not (the first is '{first}')"
+    for index, key in enumerate(keys):
+        if sample_digest(key, source.captions(index)) != table.digests[known[key]].tobytes():
+            return f"data captions: those of '{key}' have changed"
+    first = next((key for index, key in enumerate(keys) if known[key] != index), keys[0])
+    return f"data order: the keys are the same in another order (the first out of place is '{first}')"

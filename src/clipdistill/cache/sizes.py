@@ -1,0 +1,43 @@
+"""How large a store becomes, before anything is computed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipdistill.cache.rows import Dtype, row_bytes
+from clipdistill.errors import ClipdistillError
+
+VIEW_BYTES = 4 * 4 + 1 + 2 * 9
+"""One stored view with two colour operations: box, flip, and a name and magnitude for each operation."""
+INDEX_BYTES = 64
+"""Key, digest and counters of one sample in the table of samples (keys of about 30 characters)."""
+
+
+def sample_bytes(dims: Sequence[int], dtype: Dtype, views: int, captions: float) -> float:
+    """Bytes one image takes: 1 + `views` image rows and `captions` text rows for each teacher, and the views.
+
+    dims: embedding width of each teacher; captions: texts an image, real and synthetic.
+    """
+    rows = 1 + views + captions
+    return sum(rows * row_bytes(dtype, dim) for dim in dims) + views * VIEW_BYTES + INDEX_BYTES
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises ClipdistillError when `needed` bytes (and a reserve of 2 %) do not fit on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.02 + 1_000_000:
+        raise ClipdistillError(
+            f"{folder}: the cache needs {readable(needed)} more and {readable(free)} are free: make room, choose another "
+            "disk, or store less (--dtype int8 halves it; fewer --views; --captions first)"
+        )
+
+
+def readable(size: float) -> str:
+    """1_500_000 -> '1.5 MB' (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,267 @@
+"""The store on disk: where its blocks lie, which are missing, and random access to what they hold.
+
+    DIR/manifest.json                            what it holds and what it was made from
+    DIR/samples-HASH.arrow                       the table of samples
+    DIR/views/000000.safetensors                 stored views, when there are any
+    DIR/teacher-0/000000.safetensors             image and text embeddings of one block
+    DIR/teacher-0/synthetic-000000.safetensors   embeddings of its added captions, when there are any
+    DIR/teacher-0/tokenizer.json                 the teacher's tokenizer
+
+docs/cache.md describes each file so that others can write them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from clipdistill.cache.blocks import Block
+from clipdistill.cache.manifest import FORMAT, Manifest, read_manifest
+from clipdistill.cache.rows import TORCH_DTYPE, unpack
+from clipdistill.cache.samples import SampleTable, sample_digest
+from clipdistill.cache.stored_views import read_view
+from clipdistill.config import as_dict
+from clipdistill.data.views import EVALUATION_VIEW, View
+from clipdistill.errors import InputError
+
+Part = Literal["pairs", "synthetic", "views"]
+STORED_NAME = {"fp16": "F16", "bf16": "BF16", "int8": "I8"}
+_NUMPY = {"fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16), "int8": np.dtype(np.int8)}
+
+
+def digest_of(values: Any) -> str:
+    """A short digest of plain data."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Store:
+    """A store, read through memory maps. Picklable: another process opens the files anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.manifest: Manifest = read_manifest(self.folder)
+        self.samples = SampleTable(self.folder / self.manifest.samples)
+        if len(self.samples) != self.manifest.data.samples:
+            raise InputError(
+                f"{self.samples.path}: {len(self.samples)} samples, the manifest says {self.manifest.data.samples}"
+            )
+        self.layout = self.manifest.layout
+        self._blocks: dict[tuple[Part, int, int], Block] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return tuple(teacher.dim for teacher in self.manifest.teachers)
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def path(self, part: Part, teacher: int, block: int) -> Path:
+        """The file of one block; `teacher` does not matter for views."""
+        if part == "views":
+            return self.folder / "views" / f"{block:06d}.safetensors"
+        prefix = "synthetic-" if part == "synthetic" else ""
+        return self.folder / f"teacher-{teacher}" / f"{prefix}{block:06d}.safetensors"
+
+    def parts(self) -> list[tuple[Part, int]]:
+        """What each block consists of, in the order of writing."""
+        found: list[tuple[Part, int]] = [("views", 0)] if self.manifest.views else []
+        for teacher in range(len(self.manifest.teachers)):
+            found.append(("pairs", teacher))
+            if self.manifest.synthetic is not None:
+                found.append(("synthetic", teacher))
+        return found
+
+    def missing(self, block: int) -> list[tuple[Part, int]]:
+        """The parts of a block that are not filled."""
+        return [part for part in self.parts() if not self.path(*part, block).exists()]
+
+    def missing_blocks(self) -> list[int]:
+        """Numbers of the blocks of which some part is not filled."""
+        present = {}
+        for part, teacher in self.parts():
+            folder = self.path(part, teacher, 0).parent
+            if folder not in present:
+                present[folder] = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+        return [
+            block
+            for block in range(len(self.layout))
+            if any((path := self.path(*part, block)).name not in present[path.parent] for part in self.parts())
+        ]
+
+    def require_complete(self) -> None:
+        """Raises InputError when a block is missing."""
+        missing = self.missing_blocks()
+        if missing:
+            raise InputError(
+                f"cache {self.folder}: {len(missing)} of {len(self.layout)} blocks are not filled (the first is "
+                f"{missing[0]}): run the same `clipdistill cache` command again to fill them"
+            )
+
+    def require_fields(self) -> None:
+        """Read the header of every block and compare it with the manifest; raises InputError that names the field."""
+        for part, teacher in self.parts():
+            for block in range(len(self.layout)):
+                self._open(part, teacher, block)
+
+    # --- what a block must say ---------------------------------------------------------------------------------------
+
+    def keys_digest(self, block: int) -> str:
+        """Digest of the keys and captions of a block's samples."""
+        start, stop = self.layout.bounds(block)
+        chosen = self.samples.digests[self.samples.in_row_order[start:stop]]
+        return hashlib.sha256(np.ascontiguousarray(chosen).tobytes()).hexdigest()[:16]
+
+    def synthetic_digest(self, block: int) -> str:
+        """Digest of the added captions of a block's samples."""
+        start, stop = self.layout.bounds(block)
+        digest = hashlib.sha256()
+        for index in self.samples.in_row_order[start:stop].tolist():
+            digest.update(sample_digest(self.samples.key(index), self.samples.synthetic(index)))
+        return digest.hexdigest()[:16]
+
+    def block_metadata(self, part: Part, teacher: int, block: int) -> dict[str, str]:
+        """The metadata a block of this store carries, without its checksum (and the digest of added captions)."""
+        manifest = self.manifest
+        start, stop = self.layout.bounds(block)
+        views = [manifest.views, manifest.view_seed, as_dict(manifest.view_policy) if manifest.view_policy else None]
+        fields = {"format": str(FORMAT), "part": part, "rows": f"{start}-{stop}", "keys": self.keys_digest(block)}
+        if part != "synthetic":
+            fields["views"] = digest_of(views)
+        if part != "views":
+            entry = manifest.teachers[teacher]
+            fields |= {
+                "weights": entry.weights,
+                "transform": digest_of(as_dict(entry.transform)),
+                "tokenizer": entry.tokenizer,
+                "precision": entry.precision,
+                "logit_scale": repr(entry.logit_scale),
+                "captions": manifest.captions,
+                "dtype": manifest.dtype,
+            }
+        return fields
+
+    def _open(self, part: Part, teacher: int, number: int) -> Block:
+        block = Block(self.path(part, teacher, number))
+        for field, expected in self.block_metadata(part, teacher, number).items():
+            found = block.metadata.get(field)
+            if found != expected:
+                raise InputError(
+                    f"{block.path}: {field}: the block was written with {found!r}, the manifest says {expected!r}: it "
+                    "belongs to another cache"
+                )
+        self._check_shapes(block, part, teacher, number)
+        return block
+
+    def _check_shapes(self, block: Block, part: Part, teacher: int, number: int) -> None:
+        start, stop = self.layout.bounds(number)
+        rows, manifest = stop - start, self.manifest
+        counts = self.samples.in_row_order[start:stop]
+        shapes: dict[str, tuple[int, ...]]
+        if part == "views":
+            shapes = {"box": (rows, manifest.views, 4), "flip": (rows, manifest.views)}
+        else:
+            dim = manifest.teachers[teacher].dim
+            texts = block.arrays["text"].shape[0] if part == "synthetic" and "text" in block.arrays else None
+            texts = int(self.samples.captions[counts].sum()) if texts is None else texts
+            shapes = {"text": (texts, dim), "text_start": (rows + 1,)}
+            if part == "pairs":
+                shapes |= {"image": (rows, 1 + manifest.views, dim), "valid": (rows,)}
+            scaled = {f"{name}_scale": shape[:-1] for name, shape in shapes.items() if name in ("image", "text")}
+            shapes |= scaled if manifest.dtype == "int8" else {}
+            for name in ("image", "text"):
+                if name in shapes and block.dtype(name) != STORED_NAME[manifest.dtype]:
+                    raise InputError(
+                        f"{block.path}: dtype: '{name}' is stored as {block.dtype(name) or 'nothing'}, the manifest says "
+                        f"{manifest.dtype}"
+                    )
+        for name, shape in shapes.items():
+            found = block.arrays[name].shape if name in block.arrays else None
+            if found != shape:
+                raise InputError(f"{block.path}: '{name}' has the shape {found} instead of {shape}")
+
+    def block(self, part: Part, teacher: int, number: int) -> Block:
+        """One block, opened once in a process; its metadata must be this store's."""
+        key = (part, teacher, number)
+        if key not in self._blocks:
+            self._blocks[key] = self._open(part, teacher, number)
+        return self._blocks[key]
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def place(self, index: int) -> tuple[int, int]:
+        """(block, position in it) of a sample."""
+        row = int(self.samples.rows[index])
+        block = int(self.layout.find(np.asarray(row)))
+        return block, row - int(self.layout.starts[block])
+
+    def valid(self, index: int) -> bool:
+        """Whether the sample's image could be read when the store was filled."""
+        block, position = self.place(index)
+        return bool(self.block("pairs", 0, block).arrays["valid"][position])
+
+    def view(self, index: int, number: int) -> View:
+        """The stored view 1..k of a sample; number 0 is the evaluation view."""
+        if number == 0:
+            return EVALUATION_VIEW
+        block, position = self.place(index)
+        return read_view(self.block("views", 0, block), position, number)
+
+    def read(
+        self, teacher: int, indices: Sequence[int], captions: Sequence[int], views: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Image rows of the given views and text rows of the given captions: float32 (B, D) each, unit length as stored."""
+        dtype, dim = self.manifest.dtype, self.dims[teacher]
+        image, text = (np.empty((len(indices), dim), _NUMPY[dtype]) for _ in range(2))
+        scales = np.ones((2, len(indices)), np.float32) if dtype == "int8" else None
+        rows = self.samples.rows[np.asarray(indices, dtype=np.int64)]
+        blocks = self.layout.find(rows)
+        positions = rows - self.layout.starts[blocks]
+        for i, (number, position, caption, view) in enumerate(
+            zip(blocks.tolist(), positions.tolist(), captions, views, strict=True)
+        ):
+            arrays = self.block("pairs", teacher, number).arrays
+            place = self._text_row(arrays, position, caption, indices[i])
+            image[i] = arrays["image"][position, view]
+            text[i] = arrays["text"][place]
+            if scales is not None:
+                scales[:, i] = arrays["image_scale"][position, view], arrays["text_scale"][place]
+        image_scale, text_scale = (None, None) if scales is None else scales
+        return unpack(image, image_scale, dtype), unpack(text, text_scale, dtype)
+
+    def read_synthetic(self, teacher: int, indices: Sequence[int], captions: Sequence[int]) -> Tensor:
+        """Text rows of the given added captions: float32 (B, D)."""
+        dtype = self.manifest.dtype
+        text = np.empty((len(indices), self.dims[teacher]), _NUMPY[dtype])
+        scale = np.ones(len(indices), np.float32) if dtype == "int8" else None
+        for i, (index, caption) in enumerate(zip(indices, captions, strict=True)):
+            number, position = self.place(index)
+            arrays = self.block("synthetic", teacher, number).arrays
+            place = self._text_row(arrays, position, caption, index)
+            text[i] = arrays["text"][place]
+            if scale is not None:
+                scale[i] = arrays["text_scale"][place]
+        return unpack(text, scale, dtype)
+
+    def _text_row(self, arrays: dict[str, np.ndarray], position: int, caption: int, index: int) -> int:
+        first, last = arrays["text_start"][position : position + 2].tolist()
+        if not 0 <= caption < last - first:
+            raise InputError(
+                f"cache {self.folder}: '{self.samples.key(index)}' has {last - first} stored captions, number {caption} was asked for"
+            )
+        return int(first + caption)
+
+
+def torch_dtype_of(manifest: Manifest) -> Any:
+    """The torch type of the stored values."""
+    return TORCH_DTYPE[manifest.dtype]
