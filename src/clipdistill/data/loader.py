@@ -177,7 +177,7 @@ class PairLoader:
             truncated_student=cut_student,
             truncated_teacher=cut_student
             if self._preparation.share_tokens
-            else sum(c["truncated_teacher"] for c in chunks),
+            else sum(c.get("truncated_teacher", 0) for c in chunks),
             views=[View.from_json(view) for c in chunks for view in c["views"]],
             step=step,
             epoch=self.sampler.epoch(step),
