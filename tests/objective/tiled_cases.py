@@ -1,4 +1,4 @@
-"""Random features and plans, and a naive reference written from the definitions in plan.py, for the tests of `tiled`."""
+"""Random features and plans, and a naive reference written from the definitions in plan.py, for tests of `tiled`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCALES = {
 
 
 def width(name: str) -> int:
-    """Columns of a feature matrix: the student's, the teacher's (also the projected student's), or an ensemble block's."""
+    """Columns of a feature matrix: the student's, the teacher's (also of projected rows), or an ensemble block's."""
     if name[-1].isdigit():
         return DIMS["k"]
     if name.startswith("fused"):
@@ -42,7 +42,12 @@ def width(name: str) -> int:
 
 
 def make_features(
-    n: int, *, seed: int = 0, dtype: torch.dtype = torch.float64, dims: Mapping[str, int] | None = None, noise: float = 1.0
+    n: int,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    dims: Mapping[str, int] | None = None,
+    noise: float = 1.0,
 ) -> Features:
     """Leaf tensors under every name a pairing uses: student and fused rows, and all scales, want a gradient."""
     generator = torch.Generator().manual_seed(seed)
@@ -120,7 +125,10 @@ def reference(features: Features, plan: Plan) -> tuple[Tensor, dict[str, Tensor]
         if isinstance(primitive, Sigmoid):
             y = 2 * torch.eye(n, dtype=z.dtype) - 1
             if primitive.targets:
-                y = 2 * sum(torch.sigmoid(matrix(name).detach()) for name in primitive.targets) / len(primitive.targets) - 1
+                y = (
+                    2 * sum(torch.sigmoid(matrix(name).detach()) for name in primitive.targets) / len(primitive.targets)
+                    - 1
+                )
             return torch.logaddexp(-y * z, torch.zeros_like(z)).sum() / n
         if primitive.axis == "columns":
             z = z.T

@@ -89,63 +89,112 @@ def _compute(
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Total, terms and the gradient of every tensor that needs one, in the convention of `engine.Engine`."""
     world, like = job.world, tensors[0].new_empty(0)
-    wide = torch.float32 if like.device.type == "mps" else torch.float64
     products = Products(like.device, like.dtype, job.options.products == "bfloat16")
     local = [products.factor(matrix.contiguous()) for matrix in tensors[: job.matrices]]
-    column_places = sorted({job.place[name] for name in job.column_names})
-    whole = {place: local[place] if world.size == 1 else all_rows(local[place], world) for place in column_places}
-
-    of_rows = {job.place[n]: torch.zeros_like(tensors[job.place[n]]) for n in job.row_names if needed[job.place[n]]}
-    of_columns = {}
-    for place in (place for place in column_places if needed[place]):
-        # in a single process own rows are everybody's rows: both sides of a product add to one matrix
-        shared = of_rows.get(place) if world.size == 1 else None
-        of_columns[place] = torch.zeros_like(whole[place], dtype=like.dtype) if shared is None else shared
-    scale_places = [job.place["scale " + name] for name in job.scale_names]
-    of_scales = {place: torch.zeros((), dtype=wide, device=like.device) for place in scale_places if needed[place]}
-
-    lengths = _row_lengths(tensors[: job.matrices], world)
-    numbers = torch.cat([torch.stack([tensors[place].to(wide) for place in scale_places]), lengths.to(wide)]).tolist()
-    scales, bounds = numbers[: len(scale_places)], numbers[len(scale_places) :]
+    whole = _everybodys_rows({k: local[k] for k in sorted({job.place[name] for name in job.column_names})}, world)
+    scales, bounds = _numbers(job, tensors)
     inputs = Inputs(
         local={name: local[job.place[name]] for name in job.row_names},
         whole={name: whole[job.place[name]] for name in job.column_names},
-        scales=dict(zip(job.scale_names, scales)),
-        bounds={name: bounds[job.place[name]] for name in (*job.row_names, *job.column_names)},
+        scales=scales,
+        bounds=bounds,
         like=like,
         world=world,
         products=products,
         shape=Shape.choose(like.device, job.options),
     )
-    gradients = Gradients(
-        rows={name: of_rows[job.place[name]] for name in job.row_names if needed[job.place[name]]},
-        columns={name: of_columns[job.place[name]] for name in job.column_names if needed[job.place[name]]},
-        scales={name: of_scales[place] for name, place in zip(job.scale_names, scale_places) if needed[place]},
-    )
+    buffers = _Buffers(job, tensors, needed)
     sums: dict[tuple[int, Key], Tensor] = {}
     with products.context():
         for index, component in enumerate(job.components):
-            walk = Walk(component, inputs, gradients if any(needed) else None)
+            walk = Walk(component, inputs, buffers.by_name(job) if any(needed) else None)
             sums |= {(index, key): value for key, value in walk.run().items()}
     terms = _terms(job, sums)
     weights = terms.new_tensor([job.plan.weights[term] for term in job.plan.primitives])
-    collected: list[Tensor | None] = [None] * len(tensors)
-    for place in (place for place, need in enumerate(needed) if need):
-        if place < job.matrices:
-            collected[place] = _own_gradient(of_rows.get(place), of_columns.get(place), world)
-        else:
-            collected[place] = (of_scales[place] * world.size).to(like.dtype)
-    return (terms @ weights).to(like.dtype), terms.to(like.dtype), collected
-
-
-def _row_lengths(matrices: Sequence[Tensor], world: World) -> Tensor:
-    """Largest Euclidean length of a row of each matrix, over all ranks."""
-    lengths = torch.stack(
-        [torch.linalg.vector_norm(m, dim=1).amax() if m.shape[0] else m.new_zeros(()) for m in matrices]
+    own = buffers.own(world)
+    return (
+        (terms @ weights).to(like.dtype),
+        terms.to(like.dtype),
+        [own.get(place) for place in range(len(tensors))],
     )
-    if world.size > 1:
+
+
+class _Buffers:
+    """Gradients being added up, by place: of own rows, of everybody's rows (this rank's contribution), of scales."""
+
+    def __init__(self, job: _Job, tensors: Sequence[Tensor], needed: Sequence[bool]) -> None:
+        like, world = tensors[0], job.world
+        places = sorted({job.place[name] for name in job.column_names if needed[job.place[name]]})
+        scales = sorted({job.place["scale " + name] for name in job.scale_names if needed[job.place["scale " + name]]})
+        self.rows = {
+            job.place[name]: torch.zeros_like(tensors[job.place[name]], memory_format=torch.contiguous_format)
+            for name in job.row_names
+            if needed[job.place[name]]
+        }
+        self.together: Tensor | None = None
+        if world.size == 1:
+            # own rows are everybody's rows: both roles of a matrix add to the same gradient
+            self.columns = {place: self.rows.get(place, torch.zeros_like(tensors[place])) for place in places}
+        else:
+            # beside each other, so that one exchange serves all
+            widths = [tensors[place].shape[1] for place in places]
+            self.together = like.new_zeros((world.total, sum(widths)))
+            self.columns = dict(zip(places, self.together.split(widths, dim=1) if widths else ()))
+        self.scales = {place: torch.zeros((), dtype=_wide(like), device=like.device) for place in scales}
+        self.dtype = like.dtype
+
+    def by_name(self, job: _Job) -> Gradients:
+        """The buffers under the names of the features."""
+        scales = {name: job.place["scale " + name] for name in job.scale_names}
+        return Gradients(
+            rows={name: self.rows[job.place[name]] for name in job.row_names if job.place[name] in self.rows},
+            columns={
+                name: self.columns[job.place[name]] for name in job.column_names if job.place[name] in self.columns
+            },
+            scales={name: self.scales[place] for name, place in scales.items() if place in self.scales},
+        )
+
+    def own(self, world: World) -> dict[int, Tensor]:
+        """The gradient of every place, in the convention of `engine.Engine`; exchanges the columns' once."""
+        scales = {place: (gradient * world.size).to(self.dtype) for place, gradient in self.scales.items()}
+        if self.together is None:
+            return self.rows | self.columns | scales
+        own = dict(self.rows)
+        if self.columns:
+            widths = [part.shape[1] for part in self.columns.values()]
+            for place, part in zip(self.columns, sum_own_rows(self.together, world).split(widths, dim=1)):
+                own[place] = own[place] + part if place in own else part
+        return {place: gradient * world.size for place, gradient in own.items()} | scales
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    """The type of sums over tiles; torch has no float64 on Apple's GPU."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def _numbers(job: _Job, tensors: Sequence[Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+    """Scales and biases, and the largest length of a row of each matrix on any rank, in one transfer to the host."""
+    lengths = torch.stack(
+        [torch.linalg.vector_norm(m, dim=1).amax() if m.shape[0] else m.new_zeros(()) for m in tensors[: job.matrices]]
+    )
+    if job.world.size > 1:
         dist.all_reduce(lengths, dist.ReduceOp.MAX)
-    return lengths
+    wide = _wide(tensors[0])
+    scales = [tensors[job.place["scale " + name]].to(wide) for name in job.scale_names]
+    numbers = torch.cat([torch.stack(scales), lengths.to(wide)]).tolist()
+    bounds = numbers[len(scales) :]
+    return (
+        dict(zip(job.scale_names, numbers)),
+        {name: bounds[job.place[name]] for name in (*job.row_names, *job.column_names)},
+    )
+
+
+def _everybodys_rows(local: dict[int, Tensor], world: World) -> dict[int, Tensor]:
+    """(n_local, D) -> (N, D) for every matrix, in one exchange."""
+    if world.size == 1:
+        return local
+    together = all_rows(torch.cat(list(local.values()), dim=1), world)
+    return dict(zip(local, together.split([matrix.shape[1] for matrix in local.values()], dim=1)))
 
 
 def _terms(job: _Job, sums: dict[tuple[int, Key], Tensor]) -> Tensor:
@@ -161,13 +210,6 @@ def _terms(job: _Job, sums: dict[tuple[int, Key], Tensor]) -> Tensor:
     together = torch.stack(list(sums.values()))
     if job.world.size > 1:
         dist.all_reduce(together)
-    return together.new_tensor(coefficients) @ together
-
-
-def _own_gradient(rows: Tensor | None, columns: Tensor | None, world: World) -> Tensor | None:
-    """The gradient of a matrix of own rows from its two roles: as rows of products, and as columns on every rank."""
-    if world.size == 1:
-        return columns if rows is None else rows
-    own = [] if rows is None else [rows]
-    own += [] if columns is None else [sum_own_rows(columns, world)]
-    return torch.stack(own).sum(0) * world.size
+    shares = together.new_tensor(coefficients)
+    # not a product of matrices: a sum that is not a number must not reach terms that do not contain it
+    return torch.where(shares == 0, 0.0, shares * together).sum(1)

@@ -13,11 +13,11 @@ from clipdistill.objective.engine import EngineOptions
 
 # Tile shapes (rows, columns), measured with benchmarks/objective.py. On a CPU a tile and its exponential stay in the
 # second-level cache; on a GPU a tile has to be large enough to fill the device.
-TILES = {"cpu": (256, 1024), "cuda": (2048, 8192)}
+TILES = {"cpu": (512, 1024), "cuda": (2048, 8192)}
 
 # Bytes of logits kept from the pass that sums for the pass that differentiates, so that they need not be multiplied
 # again. A constant, so memory stays linear in N.
-KEPT = {"cpu": 192 * 2**20, "cuda": 2**30}
+KEPT = {"cpu": 256 * 2**20, "cuda": 2**30}
 
 Range = tuple[int, int]
 

@@ -157,8 +157,8 @@ class Walk:
     def sums_of_all(self) -> None:
         for stripe in self.stripes:
             self.sums(stripe)
-        self.reduce(self.column_sums, dist.ReduceOp.SUM)
-        self.reduce({key: sums for key, sums in self.cross.items() if key[2] == "columns"}, dist.ReduceOp.SUM)
+        crosses = {key: sums for key, sums in self.cross.items() if key[2] == "columns"}
+        self.reduce({**self.column_sums, **crosses}, dist.ReduceOp.SUM)
 
     def start(self) -> None:
         """Zero sums. Per row: own rows; per column: all columns."""
