@@ -154,6 +154,25 @@ def test_scales(reading: Any) -> None:
     assert objective.effective_scales() == pytest.approx({"image": 2.0, "text": 3.0, "cross": 4.0}, rel=1e-6)
 
 
+def test_scales_are_exact_in_whatever_order() -> None:
+    """Four numbers in float64 beside float32 layers: an optimiser and gradient clipping take both."""
+    student, teacher = random_embeddings(5, 4, 9.0, 1), random_embeddings(5, 6, 9.0, 2)
+    values = []
+    for late in (True, False):
+        torch.manual_seed(0)
+        objective = Objective({"icl": 1, "vrd_ce": 1}, 4, 6)
+        objective = objective if late else objective.double()
+        objective.set_scales(image=2.1, text=5.3, cross=3.9)
+        values.append(objective.double()(student, teacher).total.item())
+    assert values[0] == values[1]
+    objective = Objective({"icl": 1, "vrd_ce": 1}, 4, 6)
+    optimiser = torch.optim.AdamW(objective.parameter_groups(0.1), lr=0.01)
+    objective(random_embeddings(5, 4, 9.0, 1, dtype=torch.float32), teacher).total.backward()
+    assert torch.nn.utils.clip_grad_norm_(objective.parameters(), 1e-3).item() > 0
+    optimiser.step()
+    assert objective.effective_scales()["cross"] != pytest.approx(math.log(1 / 0.07), abs=1e-4)
+
+
 def test_parameter_groups_never_decay_scales() -> None:
     objective = Objective({**CLIP_RD, "afd": 1}, 4, 6)
     groups = objective.parameter_groups(weight_decay=0.1)

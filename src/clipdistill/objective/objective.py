@@ -25,6 +25,11 @@ INITIAL_SCALE = math.log(1 / 0.07)
 SCALES = ("image", "text", "cross", "fusion")
 
 
+def _scale_dtype() -> torch.dtype:
+    """float64 for the scales, so that setting one and then calling .double() loses no digit; Apple's GPUs have none."""
+    return torch.float32 if torch.backends.mps.is_available() else torch.float64
+
+
 @dataclass(frozen=True)
 class ObjectiveOutput:
     """total: weighted sum over the whole batch, 0-dimensional, differentiable, the same on every rank.
@@ -133,7 +138,8 @@ class Objective(nn.Module):
         for name in SCALES:
             parameter = None
             if name in mix.reads:
-                parameter = nn.Parameter(torch.tensor(INITIAL_SCALE), requires_grad=name in mix.trained)
+                start = torch.tensor(INITIAL_SCALE, dtype=_scale_dtype())
+                parameter = nn.Parameter(start, requires_grad=name in mix.trained)
             self.register_parameter(f"{name}_scale", parameter)
 
     @classmethod
