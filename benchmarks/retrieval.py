@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from clipdistill.evaluate import retrieval
+from clipdistill.evaluate.retrieval import retrieval
 
 KS = (1, 5, 10)
 

@@ -20,7 +20,6 @@ _WHERE = {
     "ObjectiveOutput": "clipdistill.objective",
     "Run": "clipdistill.train.run",
     "distill": "clipdistill.train.run",
-    "evaluate": "clipdistill.evaluate.evaluate",
     "load_student": "clipdistill.models",
     "retrieval": "clipdistill.evaluate.retrieval",
 }
@@ -40,6 +39,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # imported on first use: `clipdistill --help` must not wait for torch and open_clip
+    if name == "evaluate":  # the package of that name, which can be called (see its docstring)
+        return importlib.import_module("clipdistill.evaluate")
     if name not in _WHERE:
         raise AttributeError(f"module 'clipdistill' has no attribute '{name}'")
     value = getattr(importlib.import_module(_WHERE[name]), name)

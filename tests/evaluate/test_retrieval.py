@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipdistill.errors import InputError
-from clipdistill.evaluate import retrieval, tiles
-from clipdistill.evaluate.retrieval import retrieval_ranks
+from clipdistill.evaluate import tiles
+from clipdistill.evaluate.retrieval import retrieval, retrieval_ranks
 
 KS = (1, 2, 5, 10)
 

@@ -137,7 +137,8 @@ class RetrievalRanks:
         """Expected AP@k = (1 / min(k, G)) sum_{r <= k} Prec(r) rel(r)."""
         c = self.counts
         if direction == "t2i":
-            above, group, before, positives = c.image_greater, c.image_equal, np.zeros_like(c.image_greater), 1
+            above, group = c.image_greater, c.image_equal
+            before, positives = np.zeros_like(above), np.ones_like(above)
         else:
             above, group, before, positives = c.text_greater, c.text_equal, c.positive_greater, c.positive_equal
         # one positive of a group of T items with P positives stands at its x-th place with probability 1 / T, and

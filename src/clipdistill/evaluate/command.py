@@ -1,0 +1,119 @@
+"""`clipdistill eval`: retrieval and zero-shot scores of a model, as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from clipdistill.errors import InputError
+from clipdistill.evaluate.evaluate import evaluate
+from clipdistill.evaluate.protocol import RETRIEVAL_PROTOCOLS
+from clipdistill.evaluate.scores import Scores
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure, on what, and how."""
+    add = parser.add_argument
+    add("model", help="a run folder, a model folder or file, or a model name (ViT-B-16/laion400m_e32)")
+    add("--data", action="append", required=True, help="pairs or a labelled set; repeat for several")
+    add("--teacher", help="measure this model too and print what the student keeps of it")
+    add(
+        "--protocol",
+        choices=RETRIEVAL_PROTOCOLS,
+        default="standard",
+        help="retrieval: all captions, or only the first of each image as CLIP-KD and CLIP-RD do (docs/protocols.md)",
+    )
+    add("--split", help="split of the data (default: test, else val)")
+    add("--k", default="1,5,10", help="the K of R@K, separated by commas")
+    add("--templates", help="prompt templates: a set's name or a file (default: what fits the set)")
+    add("--classes", help="file with the class names of a labelled set")
+    add("--batch-size", type=int, default=256)
+    add("--workers", type=int, default=0, help="processes that decode images")
+    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
+    add("--dtype", default="float32", help="float32, bfloat16 or float16")
+    add("--strict-counts", action="store_true", help="refuse a published set that is not complete")
+    add("--no-intervals", action="store_true", help="leave out the bootstrap intervals")
+    add("--json", type=Path, help="write the scores here; per-query results go beside it as .npz")
+    add("--markdown", action="store_true", help="print the tables as Markdown")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, write."""
+    try:
+        ks = tuple(int(k) for k in arguments.k.split(","))
+    except ValueError as error:
+        raise InputError(f"--k {arguments.k}: give whole numbers separated by commas, as in 1,5,10") from error
+    run_eval(
+        arguments.model,
+        arguments.data,
+        teacher=arguments.teacher,
+        protocol=arguments.protocol,
+        split=arguments.split,
+        ks=ks,
+        templates=arguments.templates,
+        classes=arguments.classes,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        strict_counts=arguments.strict_counts,
+        intervals=not arguments.no_intervals,
+        json_path=arguments.json,
+        markdown=arguments.markdown,
+        progress=not arguments.quiet,
+    )
+    return 0
+
+
+def run_eval(
+    model: str,
+    data: Sequence[str],
+    *,
+    teacher: str | None = None,
+    protocol: str = "standard",
+    split: str | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    templates: str | None = None,
+    classes: str | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: str | None = None,
+    dtype: str = "float32",
+    strict_counts: bool = False,
+    intervals: bool = True,
+    json_path: Path | None = None,
+    markdown: bool = False,
+    progress: bool = True,
+    console: Console | None = None,
+) -> Scores:
+    """`evaluate`, then a table on the terminal (or Markdown) and, with json_path, files. See `evaluate`."""
+    scores = evaluate(
+        model,
+        list(data),
+        protocol=protocol,
+        teacher=teacher,
+        ks=ks,
+        batch_size=batch_size,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        workers=workers,
+        templates=templates,
+        classes=classes,
+        split=split,
+        progress=progress,
+        intervals=intervals,
+        dtype=dtype,
+        strict_counts=strict_counts,
+    )
+    if json_path is not None:
+        scores.save(json_path)
+    console = console or Console()
+    if markdown:
+        console.print(scores.to_markdown(), markup=False, soft_wrap=True)
+    else:
+        scores.print(console)
+    return scores

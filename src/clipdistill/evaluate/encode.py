@@ -1,0 +1,360 @@
+"""From images and captions to unit-length embeddings: batches, workers, progress, and a count of everything lost.
+
+    encoded = encode_pairs(model, source)          # EncodedPairs, on the CPU
+    encoder = Encoder(model, device="cuda")        # keeps the text features it has computed
+
+Images are prepared exactly as in deployment (the evaluation view). An image that cannot be decoded is left out with
+its captions and listed; a caption that is too long for the model is cut and counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from torch import Tensor
+
+from clipdistill.data.loader import truncated
+from clipdistill.data.pairs import PairSource
+from clipdistill.data.problems import BadSample
+from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, normalise, render_pixels
+from clipdistill.errors import InputError, nearest
+from clipdistill.models.clip_model import ClipModel
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CHUNK = 32
+"""Images a worker prepares at a time."""
+
+
+class Pictures(Protocol):
+    """What images are read from: a PairSource or a LabelledSource."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def key(self, i: int) -> str: ...
+
+    def image(self, i: int) -> Any: ...
+
+
+@dataclass
+class EncodedPairs:
+    """Unit-length float32 embeddings of a pair source, on the CPU.
+
+    image: (N, D) of the images that could be read; text: (M, D); text_to_image: (M,) int64 row of `image`;
+    keys: N sample keys; captions: M texts; caption_indices: (M,) which caption of its image;
+    problems: (key, reason) of the images left out; truncated: captions that were cut; seconds: time it took.
+    """
+
+    image: Tensor
+    text: Tensor
+    text_to_image: Tensor
+    keys: list[str]
+    captions: list[str]
+    caption_indices: Tensor
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    truncated: int = 0
+    seconds: float = 0.0
+
+
+def encode_pairs(
+    model: ClipModel,
+    source: PairSource,
+    *,
+    batch_size: int = 256,
+    captions: str = "all",
+    device: str | torch.device | None = None,
+    workers: int = 0,
+    progress: bool = True,
+    dtype: str = "float32",
+    distributed: bool = False,
+) -> EncodedPairs:
+    """Embed every image of `source` and its captions with `model`. See `Encoder` for the settings.
+
+    captions: "all", "first", or "first 5" (at most so many of each image).
+    """
+    encoder = Encoder(
+        model,
+        batch_size=batch_size,
+        device=device,
+        workers=workers,
+        progress=progress,
+        dtype=dtype,
+        distributed=distributed,
+    )
+    return encoder.pairs(source, captions)
+
+
+class Encoder:
+    """Embeds images and texts with one model. Texts are embedded once: the features are kept for the encoder's life.
+
+    batch_size: images (texts) a forward pass; device: where (None: where the model is); workers: processes that
+    decode images; dtype: "float32", "bfloat16" or "float16" (autocast); progress: a bar on the terminal's error
+    stream; distributed: the ranks of torch.distributed share the work and all get the whole result.
+    The model is put into evaluation mode for each pass and left as it was found.
+    """
+
+    def __init__(
+        self,
+        model: ClipModel,
+        *,
+        batch_size: int = 256,
+        device: str | torch.device | None = None,
+        workers: int = 0,
+        progress: bool = True,
+        dtype: str = "float32",
+        distributed: bool = False,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise InputError(f"unknown number format '{dtype}'{nearest(dtype, DTYPES)}")
+        if batch_size < 1 or workers < 0:
+            raise InputError(f"batch_size must be at least 1 and workers at least 0, got {batch_size} and {workers}")
+        self.model = model
+        self.batch_size = batch_size
+        self.workers = workers
+        self.progress = progress
+        self.dtype = dtype
+        parameter = next(iter(getattr(model.module, "parameters", list)()), None)
+        self.device = torch.device(device or (parameter.device if parameter is not None else "cpu"))
+        self.rank, self.world = 0, 1
+        if distributed and torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            self.progress = progress and self.rank == 0
+        self._rows: dict[str, int] = {}
+        self._texts: list[Tensor] = []
+        self._cut: set[str] = set()
+
+    def pairs(self, source: PairSource, captions: str = "all") -> EncodedPairs:
+        """Embed a pair source; see `encode_pairs`."""
+        start = time.perf_counter()
+        most = _most_captions(captions)
+        image, kept, problems = self.images(source)
+        texts: list[str] = []
+        owner: list[int] = []
+        place: list[int] = []
+        for row, i in enumerate(kept):
+            own = source.captions(i)[:most]
+            texts += own
+            owner += [row] * len(own)
+            place += range(len(own))
+        text = self.texts(texts, f"captions of {source.name}")
+        return EncodedPairs(
+            image=image,
+            text=text,
+            text_to_image=torch.tensor(owner, dtype=torch.int64),
+            keys=[source.key(i) for i in kept],
+            captions=texts,
+            caption_indices=torch.tensor(place, dtype=torch.int64),
+            problems=problems,
+            truncated=sum(caption in self._cut for caption in texts),
+            seconds=time.perf_counter() - start,
+        )
+
+    def images(self, source: Pictures) -> tuple[Tensor, list[int], list[tuple[str, str]]]:
+        """(unit-length embeddings (N, D), the indices they belong to, (key, reason) of images left out)."""
+        if len(source) == 0:
+            raise InputError(f"{source.name} holds no images")
+        mine = range(self.rank, len(source), self.world)
+        found = torch.zeros(len(source), self.model.embed_dim)
+        readable = torch.zeros(len(source), dtype=torch.int32)
+        problems: list[tuple[str, str]] = []
+        loader = self._loader(source, mine)
+        with self._forward(), self._bar(f"images of {source.name}", len(mine)) as advance:
+            for pixels, indices, bad in _batches(loader, self.batch_size):
+                problems += [(source.key(i), reason) for i, reason in bad]
+                if len(indices):
+                    images = normalise(pixels.to(self.device, non_blocking=True), self.model.image)
+                    found[indices] = _unit(self._run(self.model.module.encode_image, images), source.name)
+                    readable[indices] = 1
+                advance(len(indices) + len(bad))
+        if self.world > 1:
+            found, readable = self._summed(found), self._summed(readable)
+            problems = self._gathered(problems)
+        kept = torch.nonzero(readable)[:, 0]
+        if len(kept) == 0:
+            key, reason = problems[0]
+            raise InputError(f"no image of {source.name} can be read (the first, {key}: {reason})")
+        return found[kept], kept.tolist(), problems
+
+    def texts(self, texts: Sequence[str], what: str = "texts") -> Tensor:
+        """Unit-length embeddings (M, D) of `texts`; each distinct text is embedded once in the encoder's life."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
+        if new:
+            tokenizer = self.model.tokenizer
+            self._cut |= {text for text in new if truncated(tokenizer, [text])}
+            mine = new[self.rank :: self.world]
+            rows = torch.zeros(len(new), self.model.embed_dim)
+            embedded: list[Tensor] = []
+            with self._forward(), self._bar(what, len(mine)) as advance:
+                for start in range(0, len(mine), self.batch_size):
+                    batch = mine[start : start + self.batch_size]
+                    tokens = tokenizer(batch).to(self.device)
+                    embedded.append(_unit(self._run(self.model.module.encode_text, tokens), what))
+                    advance(len(batch))
+            if mine:
+                rows[self.rank :: self.world] = torch.cat(embedded)
+            if self.world > 1:
+                rows = self._summed(rows)
+            self._rows |= {text: len(self._rows) + i for i, text in enumerate(new)}
+            self._texts.append(rows)
+        if len(self._texts) > 1:
+            self._texts = [torch.cat(self._texts)]
+        return self._texts[0][[self._rows[text] for text in texts]] if texts else torch.zeros(0, self.model.embed_dim)
+
+    def truncated(self, texts: Sequence[str]) -> int:
+        """How many of these texts (embedded before) the model's context length cuts."""
+        return sum(text in self._cut for text in texts)
+
+    def _loader(self, source: Pictures, indices: Sequence[int]) -> torch.utils.data.DataLoader:
+        settings: dict[str, Any] = {}
+        if self.workers:
+            settings = {
+                "multiprocessing_context": "fork" if sys.platform == "linux" else "spawn",
+                "worker_init_fn": _start_worker,
+                "prefetch_factor": 4,
+            }
+        chunks = [indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)]
+        return torch.utils.data.DataLoader(
+            _Prepared(source, self.model.image, chunks),
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),
+            **settings,
+        )
+
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        module = self.model.module
+        training = getattr(module, "training", False)
+        if hasattr(module, "to"):
+            module.to(self.device)
+        if training:
+            module.eval()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            if training:
+                module.train()
+
+    def _run(self, function: Any, batch: Tensor) -> Tensor:
+        number_format = DTYPES[self.dtype]
+        if number_format is None:
+            return function(batch)
+        with torch.autocast(self.device.type, dtype=number_format):
+            return function(batch)
+
+    @contextlib.contextmanager
+    def _bar(self, what: str, total: int) -> Iterator[Any]:
+        if not self.progress:
+            yield lambda count: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda count: bar.advance(task, count)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """The sum over ranks; each row is non-zero on one rank only, so the sum is exact."""
+        cuda = torch.distributed.get_backend() == "nccl"
+        values = values.to(self.device) if cuda else values
+        torch.distributed.all_reduce(values)
+        return values.cpu()
+
+    def _gathered(self, problems: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The problems of all ranks, as JSON in byte tensors (nothing is unpickled)."""
+        data = json.dumps(problems).encode()
+        sizes = torch.zeros(self.world, dtype=torch.int64)
+        sizes[self.rank] = len(data)
+        sizes = self._summed(sizes)
+        table = torch.zeros(self.world, int(sizes.max()), dtype=torch.int32)
+        table[self.rank, : len(data)] = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).astype(np.int32))
+        table = self._summed(table)
+        rows = [bytes(row[:size].to(torch.uint8).tolist()) for row, size in zip(table, sizes.tolist(), strict=True)]
+        return [(key, reason) for row in rows for key, reason in json.loads(row)]
+
+
+class _Prepared(torch.utils.data.Dataset):
+    """Item t: the pixels of chunk t (n, size, size, 3) uint8, their indices, and (index, reason) of unreadable ones."""
+
+    def __init__(self, source: Pictures, spec: ImageSpec, chunks: Sequence[Sequence[int]]) -> None:
+        self.source, self.spec, self.chunks = source, spec, chunks
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, t: int) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
+        pixels: list[np.ndarray] = []
+        indices: list[int] = []
+        bad: list[tuple[int, str]] = []
+        for i in self.chunks[t]:
+            try:
+                pixels.append(render_pixels(self.source.image(i), EVALUATION_VIEW, self.spec))
+                indices.append(i)
+            except BadSample as error:
+                bad.append((i, error.reason))
+        size = self.spec.size
+        stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), dtype=np.uint8)
+        return torch.from_numpy(stacked), indices, bad
+
+
+def _batches(loader: Any, batch_size: int) -> Iterator[tuple[Tensor, list[int], list[tuple[int, str]]]]:
+    """Chunks put together to batches of `batch_size` readable images (the last is smaller)."""
+    pixels: list[Tensor] = []
+    indices: list[int] = []
+    bad: list[tuple[int, str]] = []
+    for chunk, chunk_indices, chunk_bad in loader:
+        pixels.append(chunk)
+        indices += chunk_indices
+        bad += chunk_bad
+        while len(indices) >= batch_size:
+            whole = torch.cat(pixels)
+            yield whole[:batch_size], indices[:batch_size], bad
+            pixels, indices, bad = [whole[batch_size:]], indices[batch_size:], []
+    if indices or bad:
+        yield torch.cat(pixels), indices, bad
+
+
+def _unit(features: Tensor, what: str) -> Tensor:
+    """Rows at length 1, float32, on the CPU; InputError when the model gave NaN or infinity."""
+    features = features.float()
+    if not torch.isfinite(features).all():
+        raise InputError(
+            f"the model's embeddings of {what} are not finite (NaN or infinity): its weights are damaged,"
+            " or the number format is too narrow for it (try float32)"
+        )
+    return torch.nn.functional.normalize(features, dim=1).cpu()
+
+
+def _most_captions(rule: str) -> int | None:
+    """How many captions of each image a rule keeps: None for "all", 1 for "first", 5 for "first 5"."""
+    if rule == "all":
+        return None
+    word, _, number = rule.partition(" ")
+    if word == "first" and (not number or (number.isdecimal() and int(number) > 0)):
+        return int(number or 1)
+    raise InputError(f"captions must be 'all', 'first' or 'first 5', got '{rule}'")
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+class _Rate(ProgressColumn):
+    """Items a second, in a progress bar."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f}/s" if task.speed else "")

@@ -1,0 +1,256 @@
+"""`cd.evaluate`: models on data sets, under a named protocol, with intervals, teacher and student side by side.
+
+scores = clipdistill.evaluate("runs/rd", ["flickr8k.json", "cifar10_test.npz"], teacher="ViT-B-16/laion400m_e32")
+scores.print()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipdistill.data.labelled import LabelledSource, is_labelled_name, open_labelled
+from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
+from clipdistill.errors import InputError
+from clipdistill.evaluate.encode import Encoder
+from clipdistill.evaluate.protocol import (
+    Protocol,
+    captions_rule,
+    check_known_pairs,
+    check_retrieval_protocol,
+    describe_transform,
+    digest,
+    known_name,
+)
+from clipdistill.evaluate.retrieval import retrieval
+from clipdistill.evaluate.scores import Queries, Score, Scores
+from clipdistill.evaluate.statistics import bootstrap
+from clipdistill.evaluate.zero_shot import zero_shot
+from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.load import load_model
+
+REPLICATES = 1000
+"""Bootstrap replicates of the intervals in tables."""
+
+Data = str | Path | DataConfig | PairSource | LabelledSource
+
+
+def evaluate(
+    model: str | Path | ClipModel,
+    data: Data | Sequence[Data],
+    *,
+    protocol: str = "standard",
+    teacher: str | Path | ClipModel | None = None,
+    ks: Sequence[int] = (1, 5, 10),
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+    workers: int = 0,
+    templates: str | Sequence[str] | None = None,
+    classes: str | Path | None = None,
+    split: str | None = None,
+    progress: bool = True,
+    intervals: bool = True,
+    dtype: str = "float32",
+    captions: str | None = None,
+    strict_counts: bool = False,
+    distributed: bool = False,
+) -> Scores:
+    """Measure a model, and its teacher where given, on image-caption pairs (retrieval) and labelled sets (zero-shot).
+
+    model, teacher: names (see load_model) or loaded models. data: one set or several; names or opened sources.
+    protocol: "standard" (all captions, any of an image's captions is a hit) or "first-caption" (the released CLIP-KD
+    and CLIP-RD: one caption an image, one positive both ways); only retrieval is concerned.
+    ks: K of R@K. templates, classes: prompt templates and class-name file of labelled sets (None: the set's own).
+    split: of data sets that have splits (None: test, else val). intervals: 95 % bootstrap intervals, clustered by
+    image. dtype: "float32", "bfloat16" or "float16". captions: overrides the protocol's rule ("all", "first",
+    "first 5"). strict_counts: a published set with other than its published counts is an error, not a note.
+    distributed: share the work between the ranks of torch.distributed; every rank must call and gets everything.
+
+    Returns Scores: models "student" and "teacher" (or only the model's own scores, as "student", without a teacher),
+    per-query results kept for paired tests. Raises InputError for what cannot be scored.
+    """
+    check_retrieval_protocol(protocol)
+    sources = [_open(item, split, classes) for item in _listed(data)]
+    models: dict[str, ClipModel] = {"student": _loaded(model, device)}
+    if teacher is not None:
+        models["teacher"] = _loaded(teacher, device)
+    result = Scores()
+    measured: dict[str, Scores] = {}
+    for name, one in models.items():
+        encoder = Encoder(
+            one,
+            batch_size=batch_size,
+            device=device,
+            workers=workers,
+            progress=progress,
+            dtype=dtype,
+            distributed=distributed,
+        )
+        fingerprint = one.fingerprint()
+        own = measured[name] = Scores()
+        for source in sources:
+            if isinstance(source, PairSource):
+                rule = captions or captions_rule(protocol, source.name)
+                own.add(
+                    _retrieval_scores(encoder, source, protocol, rule, name, fingerprint, ks, intervals, strict_counts)
+                )
+            else:
+                own.add(_zero_shot_scores(encoder, source, templates, name, fingerprint, intervals))
+    for own in measured.values():
+        result.add(own)
+    result.notes = list(dict.fromkeys(result.notes))
+    return result
+
+
+def _retrieval_scores(
+    encoder: Encoder,
+    source: PairSource,
+    protocol_name: str,
+    rule: str,
+    model: str,
+    fingerprint: str,
+    ks: Sequence[int],
+    intervals: bool,
+    strict: bool,
+) -> Scores:
+    encoded = encoder.pairs(source, rule)
+    dataset, split = known_name(source.name)
+    deviation = check_known_pairs(source.name, len(encoded.keys), len(encoded.captions), rule, strict=strict)
+    protocol = Protocol(
+        name=protocol_name,
+        task="retrieval",
+        dataset=dataset,
+        split=split,
+        images=len(encoded.keys),
+        captions=len(encoded.captions),
+        captions_per_image=rule,
+        positives="one to one" if rule == "first" else "any caption of the image",
+        transform=describe_transform(encoder.model.image),
+        dtype=encoder.dtype,
+        keys_sha256=digest([*encoded.keys, *encoded.captions, *encoded.text_to_image.tolist()]),
+        model_fingerprint=fingerprint,
+        deviation=deviation,
+    )
+    found = retrieval(
+        encoded.image.to(encoder.device),
+        encoded.text.to(encoder.device),
+        encoded.text_to_image,
+        ks=ks,
+        per_query=True,
+        distributed=encoder.world > 1,
+    )
+    queries: dict[str, np.ndarray] = found.pop("per_query")
+    owner = encoded.text_to_image.numpy()
+    clusters = {name: owner for name in queries if name.startswith("t2i")}
+    scores = Scores(_with_intervals(found, queries, clusters, protocol, model, intervals))
+    scores.queries[model, protocol.question()] = Queries(queries, clusters)
+    if encoded.problems:
+        key, reason = encoded.problems[0]
+        scores.notes.append(
+            f"{source.name}: {len(encoded.problems)} of {len(source)} images could not be read and were left out"
+            f" (first: {key}, {reason})"
+        )
+    if encoded.truncated:
+        scores.notes.append(
+            f"{source.name}: {encoded.truncated} of {len(encoded.captions)} captions are longer than the"
+            f" {encoder.model.context_length} tokens of the {model} and were cut"
+        )
+    if deviation:
+        scores.notes.append(f"{dataset}/{split}: {deviation}; not comparable with published numbers")
+    return scores
+
+
+def _zero_shot_scores(
+    encoder: Encoder,
+    source: LabelledSource,
+    prompts: str | Sequence[str] | None,
+    model: str,
+    fingerprint: str,
+    intervals: bool,
+) -> Scores:
+    found = zero_shot(encoder, source, prompts)
+    protocol = Protocol(
+        name="zero-shot",
+        task="zero-shot",
+        dataset=source.name,
+        images=len(found.labels),
+        classes=len(found.class_names),
+        templates=found.template_name,
+        prompts_sha256=digest([*found.template_list, "classes", *found.class_names]),
+        transform=describe_transform(encoder.model.image),
+        dtype=encoder.dtype,
+        keys_sha256=digest([*found.keys, *found.labels.tolist()]),
+        model_fingerprint=fingerprint,
+        deviation=source.deviation(),
+    )
+    # mean per class as a mean over samples: each counts 1 / (samples of its class), scaled to average 1
+    share = np.bincount(found.labels, minlength=len(found.class_names))[found.labels].astype(np.float64)
+    queries = {"top1": found.top1, "top5": found.top5}
+    queries["mean_per_class"] = found.top1 * len(found.labels) / (share * len(np.unique(found.labels)))
+    values = found.scores()
+    queries = {name: queries[name] for name in values}
+    scores = Scores(_with_intervals(values, queries, {}, protocol, model, intervals))
+    scores.queries[model, protocol.question()] = Queries(queries, {})
+    if found.problems:
+        key, reason = found.problems[0]
+        scores.notes.append(
+            f"{source.name}: {len(found.problems)} of {len(source)} images could not be read and were left out"
+            f" (first: {key}, {reason})"
+        )
+    if protocol.deviation:
+        scores.notes.append(f"{source.name}: {protocol.deviation}; not comparable with published numbers")
+    return scores
+
+
+def _with_intervals(
+    values: dict[str, Any],
+    queries: dict[str, np.ndarray],
+    clusters: dict[str, np.ndarray],
+    protocol: Protocol,
+    model: str,
+    intervals: bool,
+) -> list[Score]:
+    scores = []
+    for metric, value in values.items():
+        low = high = None
+        n = len(queries[metric]) if metric in queries else sum(len(v) for k, v in queries.items() if k.endswith("_MRR"))
+        if intervals and metric in queries:
+            interval = bootstrap(
+                queries[metric],
+                clusters.get(metric),
+                statistic="median" if metric.endswith("median_rank") else "mean",
+                replicates=REPLICATES,
+            )
+            low, high = interval.low, interval.high
+        scores.append(Score(metric, float(value), n, protocol, low, high, model))
+    return scores
+
+
+def _listed(data: Data | Sequence[Data]) -> list[Data]:
+    items = [data] if isinstance(data, str | Path | DataConfig | PairSource | LabelledSource) else list(data)
+    if not items:
+        raise InputError("no data to evaluate on: name at least one set of pairs or labelled images")
+    return items
+
+
+def _open(item: Data, split: str | None, classes: str | Path | None) -> PairSource | LabelledSource:
+    if isinstance(item, PairSource | LabelledSource):
+        return item
+    if isinstance(item, str | Path) and is_labelled_name(str(item)):
+        return open_labelled(item, classes=classes, split=split)
+    config = item if isinstance(item, DataConfig) else DataConfig(path=str(item))
+    try:
+        return open_pairs(config, split=split, default_split="test")
+    except InputError:
+        # the set may have no test split; if that was not it, the same error comes again
+        return open_pairs(config, split=split, default_split="val")
+
+
+def _loaded(model: str | Path | ClipModel, device: str | torch.device | None) -> ClipModel:
+    if isinstance(model, str | Path):
+        return load_model(model, device=device or "cpu", teacher=True)
+    return model
