@@ -27,33 +27,53 @@ _OPEN_FILES = 64  # per process
 _MOST_SHARDS = 1_000_000
 _log = logging.getLogger(__name__)
 
-_INNERMOST = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)$")
 
 
 def expand_braces(pattern: str) -> list[str]:
     """The names that a pattern with '{000..331}' and '{a,b}' stands for, in order. InputError for a senseless range."""
-    match = _INNERMOST.search(pattern)
-    if match is None:
-        return [pattern]
-    body = match.group(1)
-    interval = _RANGE.match(body)
-    if interval:
-        first, last = interval.groups()
-        low, high = int(first), int(last)
-        if high < low or high - low >= _MOST_SHARDS:
-            raise InputError(f"'{pattern}': the range {{{body}}} names no shards or far too many")
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        options: Iterator[str] = (str(number).zfill(width) for number in range(low, high + 1))
-    elif "," in body:
-        options = iter(body.split(","))
-    else:
-        raise InputError(f"'{pattern}': {{{body}}} is neither a range like {{00000..00331}} nor a list like {{a,b}}")
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    names = [name for option in options for name in expand_braces(f"{before}{option}{after}")]
+    names = list(itertools.islice(_expanded(pattern, pattern), _MOST_SHARDS + 1))
     if len(names) > _MOST_SHARDS:
         raise InputError(f"'{pattern}' names more than {_MOST_SHARDS} shards")
     return names
+
+
+def _expanded(part: str, pattern: str) -> Iterator[str]:
+    before, brace, rest = part.partition("{")
+    if not brace:
+        yield part
+        return
+    depth, cuts = 1, [-1]
+    for position, character in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0 or (depth == 1 and character == ","):
+            cuts.append(position)
+        if depth == 0:
+            break
+    else:
+        raise InputError(f"'{pattern}': a brace is opened and never closed")
+    options = [rest[a + 1 : b] for a, b in itertools.pairwise(cuts)]
+    after = rest[cuts[-1] + 1 :]
+    interval = _RANGE.match(options[0])
+    if len(options) == 1 and interval:
+        names = _numbers(*interval.groups(), pattern)
+    elif len(options) > 1:
+        names = (name for option in options for name in _expanded(option, pattern))
+    else:
+        body = options[0]
+        raise InputError(
+            f"'{pattern}': {{{body}}} is neither a range like {{00000..00331}} nor a list like {{a,b}} of shards"
+        )
+    for name in names:
+        yield from (f"{before}{name}{end}" for end in _expanded(after, pattern))
+
+
+def _numbers(first: str, last: str, pattern: str) -> Iterator[str]:
+    low, high = int(first), int(last)
+    if high < low or high - low >= _MOST_SHARDS:
+        raise InputError(f"'{pattern}': the range {{{first}..{last}}} names no shards or far too many")
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    return (str(number).zfill(width) for number in range(low, high + 1))
 
 
 class TarPairs(IndexedPairs):
