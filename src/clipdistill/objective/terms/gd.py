@@ -8,7 +8,7 @@ Gradient: both student towers (through the projections when the sizes differ) an
     through the softmax; the teacher's gradients are constants.
 Source: CLIP-KD (arXiv 2307.12732), weight 1e8, not part of the final mix.
 Default weight: 1e8 (released temperature). The fixed temperature changes the term's size by a factor that depends on
-    the features (4e6 to 2e7 on the released fixtures, 7 to 100 on random rows of N = 256 to 1024): tune its weight anew.
+    the features (4e6 to 2e7 on the released fixtures, 7 to 100 on random rows of N = 256 to 1024): tune the weight.
 Released code: passes the scale where a temperature is expected, so logits are cos/100 instead of 100 cos and the
     gradients are
     divided by 100: hence the weight 1e8.
