@@ -50,7 +50,7 @@ _OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
     "sharpness": lambda picture, factor: ImageEnhance.Sharpness(picture).enhance(factor),
     "hue": _hue,
     "posterize": lambda picture, bits: ImageOps.posterize(picture, int(bits)),
-    "solarize": lambda picture, threshold: ImageOps.solarize(picture, threshold),
+    "solarize": lambda picture, threshold: ImageOps.solarize(picture, round(threshold)),
     "autocontrast": lambda picture, _: ImageOps.autocontrast(picture),
     "equalize": lambda picture, _: ImageOps.equalize(picture),
     "rotate": _rotate,

@@ -23,7 +23,7 @@ _PROBES = 50  # names tried in each candidate folder
 
 
 def read_image_file(path: str | Path) -> bytes:
-    """The bytes of a regular file. Raises BadSample for all that cannot be read whole; devices and pipes never block."""
+    """The bytes of a regular file. Raises BadSample for all that cannot be read whole; pipes never block."""
     try:
         # O_NONBLOCK: opening a named pipe would wait for a writer
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))

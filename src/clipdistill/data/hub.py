@@ -75,7 +75,8 @@ def open_saved(folder: Path, config: DataConfig, default_split: str | None) -> P
 def _pairs(parts: Mapping[str, Any], name: str, config: DataConfig) -> PairSource:
     datasets = _library(f"data '{name}'")
     rows = Rows(Path(name), config)
-    tables, places, keys, captions = [], [], [], []
+    tables: list[tuple[Any, str]] = []
+    places, keys, captions = [], [], []
     for split, part in parts.items():
         columns = list(part.column_names)
         image = guessed_column(config.image_column, "filepath", IMAGE_NAMES, columns, "image_column", name)

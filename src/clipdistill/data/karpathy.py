@@ -1,4 +1,4 @@
-"""Karpathy's JSON (Flickr8k, Flickr30k, COCO): images with a split and several sentences each, beside an image folder."""
+"""Karpathy's JSON (Flickr8k, Flickr30k, COCO): images with a split and several sentences each, and a folder."""
 
 from __future__ import annotations
 

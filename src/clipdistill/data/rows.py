@@ -58,8 +58,8 @@ class Rows:
         if self._missing_count and self.config.missing_captions == "error":
             more = ", ..." if self._missing_count > len(self._missing) else ""
             raise InputError(
-                f"{self.where}: {self._missing_count} rows have no caption: {', '.join(self._missing)}{more}; fill them "
-                "in, or leave them out with missing_captions=skip"
+                f"{self.where}: {self._missing_count} rows have no caption: {', '.join(self._missing)}{more}; fill "
+                "them in, or leave them out with missing_captions=skip"
             )
 
     def source(self, default_split: str | None, has_splits: bool) -> PairSource:

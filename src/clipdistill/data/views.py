@@ -152,7 +152,7 @@ def render_pixels(image: Image.Image, view: View, spec: ImageSpec, *, exact: boo
 
 
 def normalise(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
-    """uint8 (..., H, W, 3) to float32 (..., 3, H, W): the bits of torchvision's ToTensor and Normalize, on any device."""
+    """uint8 (..., H, W, 3) to float32 (..., 3, H, W): torchvision's ToTensor and Normalize to the bit, anywhere."""
     mean, std, whole = _constants(spec.mean, spec.std, pixels.device)
     # the divisor is a tensor: CUDA would multiply by the reciprocal of a plain number, one bit off
     scaled = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format).div_(whole)
