@@ -16,12 +16,14 @@ import torch
 from clipdistill.errors import InputError, MissingExtraError
 from clipdistill.models.architecture import build_module, check_architecture, image_size
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.hub import cached, require_network
 from clipdistill.models.tokenizers import CLIP_CONTEXT_LENGTH, ClipBpeTokenizer, HuggingFaceTokenizer, Tokenizer
 from clipdistill.models.weights import fit, read_state_dict
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 WEIGHT_FILES = ("model.safetensors", INDEX, "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+_SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.txt")
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # transformers writes only what differs from these; they are the values of CLIPTextConfig and CLIPVisionConfig
 _TEXT_DEFAULTS = {
@@ -288,3 +290,22 @@ def transformers_tokenizer(
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{source}: the tokenizer cannot be read ({first})") from error
     return HuggingFaceTokenizer.from_transformers(tokenizer, context_length, clean, strip_sep_token)
+
+
+def tokenizer_for(architecture: Mapping[str, Any], name: str, folder: Path | None = None) -> Tokenizer:
+    """The tokenizer an open_clip architecture was made for, from `folder`, the hub's cache or the hub."""
+    text = architecture["text_cfg"]
+    context_length = text.get("context_length", 77)
+    settings = text.get("tokenizer_kwargs") or {}
+    repository = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+    if repository is None:
+        return ClipBpeTokenizer(context_length, settings.get("clean", "lower"))
+    if text.get("tokenizer_mode"):
+        raise InputError(f"{name}: the tokenizer mode {text['tokenizer_mode']!r} is not supported")
+    options = {"clean": settings.get("clean", "whitespace"), "strip_sep_token": settings.get("strip_sep_token", False)}
+    if folder is not None and any((folder / file).is_file() for file in TOKENIZER_FILES[:2]):
+        return transformers_tokenizer(str(folder), context_length, local=True, **options)
+    local = any(cached(repository, file) is not None for file in (*TOKENIZER_FILES[:2], *_SENTENCEPIECE_FILES))
+    if not local:
+        require_network(f"the tokenizer of {name}", repository)
+    return transformers_tokenizer(repository, context_length, local=local, **options)

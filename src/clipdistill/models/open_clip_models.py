@@ -15,15 +15,14 @@ from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError
 from clipdistill.models.architecture import build_module, check_architecture, image_size
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.hub import cached, fetch, require_network
-from clipdistill.models.hugging_face import TOKENIZER_FILES, read_json, transformers_tokenizer
+from clipdistill.models.hub import fetch, require_network
+from clipdistill.models.hugging_face import read_json, tokenizer_for
 from clipdistill.models.students import known_architectures, named_architecture, near, registry
-from clipdistill.models.tokenizers import ClipBpeTokenizer, Tokenizer
+from clipdistill.models.tokenizers import Tokenizer
 from clipdistill.models.weights import fit, read_state_dict
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 SAFE_WEIGHTS, PICKLED_WEIGHTS = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
-_SENTENCEPIECE = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.txt")
 
 
 def read_pretrained(architecture_name: str, tag: str) -> ClipModel:
@@ -76,25 +75,6 @@ def _weights_path(settings: Mapping[str, Any], name: str) -> Path:
     if not target.is_file():
         require_network(what, settings["url"])
     return Path(download_pretrained_from_url(settings["url"]))
-
-
-def tokenizer_for(architecture: Mapping[str, Any], name: str, folder: Path | None = None) -> Tokenizer:
-    """The tokenizer an open_clip architecture was made for, from `folder`, the hub's cache or the hub."""
-    text = architecture["text_cfg"]
-    context_length = text.get("context_length", 77)
-    settings = text.get("tokenizer_kwargs") or {}
-    repository = text.get("hf_tokenizer_name") or text.get("hf_model_name")
-    if repository is None:
-        return ClipBpeTokenizer(context_length, settings.get("clean", "lower"))
-    if text.get("tokenizer_mode"):
-        raise InputError(f"{name}: the tokenizer mode {text['tokenizer_mode']!r} is not supported")
-    options = {"clean": settings.get("clean", "whitespace"), "strip_sep_token": settings.get("strip_sep_token", False)}
-    if folder is not None and any((folder / file).is_file() for file in TOKENIZER_FILES[:2]):
-        return transformers_tokenizer(str(folder), context_length, local=True, **options)
-    local = any(cached(repository, file) is not None for file in (*TOKENIZER_FILES[:2], *_SENTENCEPIECE))
-    if not local:
-        require_network(f"the tokenizer of {name}", repository)
-    return transformers_tokenizer(repository, context_length, local=local, **options)
 
 
 def _with_weights(

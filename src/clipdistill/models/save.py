@@ -141,7 +141,7 @@ def read_model(folder: Path) -> ClipModel:
     architecture = check_architecture(values["architecture"], f"{where}: architecture")
     if values["activation"] != activation(architecture):
         raise InputError(
-            f"{where}: activation {values['activation']!r} contradicts the architecture's {activation(architecture)!r}: "
+            f"{where}: '{values['activation']}' contradicts the architecture ('{activation(architecture)}'): "
             "the file was edited or damaged, and guessing would change every result"
         )
     tensors = read_safetensors(folder / WEIGHTS, shapes(architecture), f"the architecture in {DESCRIPTION}")

@@ -22,6 +22,7 @@ from clipdistill.errors import InputError, nearest
 from clipdistill.models.architecture import build_module, check_architecture, check_timm_name, image_size
 from clipdistill.models.clip_model import ClipModel, count_parameters
 from clipdistill.models.hub import fetch
+from clipdistill.models.hugging_face import tokenizer_for
 from clipdistill.models.save import require_equal_shapes
 from clipdistill.models.tokenizers import ClipBpeTokenizer, Tokenizer, build_words_tokenizer, tokenizer_from_dict
 
@@ -271,7 +272,7 @@ def _chosen_tokenizer(
                 f"the student '{name}' takes its vocabulary from its training captions: give captions or a tokenizer"
             )
         return build_words_tokenizer(captions, context_length, max_size=text["vocab_size"] - 4)
-    return ClipBpeTokenizer(context_length)
+    return tokenizer_for(architecture, name)
 
 
 def assemble(

@@ -79,7 +79,7 @@ def _load_pytorch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" in str(error):
+        if "global" in str(error).lower():  # torch names the class or function that was to be imported
             raise InputError(
                 f"{path}: refused, because it holds Python objects besides tensors and unpickling them could run code: "
                 "save the state dictionary alone, best as safetensors, where you trust the file"
