@@ -188,11 +188,10 @@ PLACES_TWO = (
 )
 PROMPTS: dict[str, tuple[str, ...]] = {
     "thing": ("{}", "a picture of {}", "an image of {}", "there is {}", "only {}"),
-    "look": ("a {} shape", "a {} object", "a {} thing", "a picture of a {} shape", "an image of a {} figure"),
     "ground": ("a shape {}", "a picture of a thing {}", "{} there is an object", "objects {}"),
-    "count": ("{} shapes", "{} objects", "a picture of {} things", "there are {} figures"),
+    "count": ("{}", "a picture of {}", "an image of {}", "there are {}"),
 }
-"""Templates for zero-shot classification: of things ("a red star"), looks ("striped"), backgrounds and counts."""
+"""Templates for zero-shot classification: of things ("a red star"), backgrounds and counts."""
 NO_PLACE = ("the picture shows {thing}", "this is a picture of {thing}", "a drawing of {thing}")
 _GLUE = ("a", "an", "and", ",")
 

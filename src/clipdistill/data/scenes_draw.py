@@ -278,7 +278,8 @@ _TEXTURES: dict[str, Callable[[_Patch, Dice], Image.Image]] = {
 def _grain() -> NDArray[np.float32]:
     """A tile of noise, -4..4 grey values, that repeats every 128 pixels."""
     raw = np.random.PCG64(20240229).random_raw(128 * 128 // 8)
-    return (raw.view(np.uint8).reshape(128, 128).astype(np.float32) / 255 - 0.5) * 8
+    values = raw.view(np.uint8).reshape(128, 128).astype(np.float64)
+    return ((values / 255 - 0.5) * 8).astype(np.float32)
 
 
 def _expose(canvas: Canvas) -> Image.Image:

@@ -1,0 +1,257 @@
+"""Images with one class label each, behind one interface, for zero-shot classification.
+
+`open_labelled` finds the reader. A set is named by a path (folder per class, .npz, .tar or a folder or brace pattern of
+tars), `imagenet-r@PATH` to say which known set lies there, `torchvision:CIFAR10@ROOT`, `hf:owner/name?split=test`, or
+`scenes:zeroshot`. Classes may be sparse: a sample of 500 images of 1,000 classes is scored against all 1,000 names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from clipdistill.data.class_names import KNOWN_SETS, Rule, deviation, is_wnids, read_labels, recognise
+from clipdistill.data.files import read_json
+from clipdistill.data.images import MAX_PIXELS
+from clipdistill.data.problems import BadSample, Problems
+from clipdistill.data.strings import Strings
+from clipdistill.errors import InputError, nearest
+
+__all__ = ["BadSample", "LabelledSource", "Naming", "is_labelled_name", "open_labelled", "read_class_file"]
+
+Naming = Literal["readable", "stored"]
+
+
+class LabelledSource(ABC):
+    """Random access to images with one label each. Picklable; keys are unique and stable.
+
+    name: of the set, for tables; class_names: what prompts are made of, indexed by label; known: the known set it was
+    recognised or declared as (see class_names.KNOWN_SETS); templates: name of the prompt templates that fit, or the
+    templates themselves; metric: the customary headline number; problems: what opening found.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        keys: Sequence[str],
+        labels: Sequence[int] | NDArray[np.int64],
+        class_labels: Sequence[str],
+        *,
+        problems: Problems | None = None,
+        naming: Naming = "readable",
+        known: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        """Raises InputError when there is no image or no class, or a label has no name."""
+        self.name = name
+        self.problems = problems or Problems()
+        self.max_pixels = max_pixels
+        self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
+        self.class_labels = tuple(class_labels)
+        self._keys = Strings.pack(keys)
+        if not len(self.labels):
+            found = self.problems.summary()
+            raise InputError(f"{name}: no labelled image in it" + (f" ({found})" if found else ""))
+        if not self.class_labels:
+            raise InputError(f"{name}: no class names: give them as a file with classes=FILE")
+        outside = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_labels)))
+        if len(outside):
+            first = int(outside[0])
+            raise InputError(
+                f"{name}: the label {self.labels[first]} of '{self._keys[first]}' (and of {len(outside) - 1} more) is "
+                f"outside 0..{len(self.class_labels) - 1}: {len(self.class_labels)} class names are known"
+            )
+        self.known = known or recognise(self.class_labels, len(self.labels))
+        self.class_names = read_labels(self.class_labels, self.known) if naming == "readable" else self.class_labels
+        blank = next((label for label, text in enumerate(self.class_names) if not text.strip()), None)
+        if blank is not None:
+            raise InputError(f"{name}: class {blank} has an empty name")
+        seen: set[str] = set()
+        for text in self.class_names:
+            if text in seen:
+                self.problems.add("repeated class name", text)
+            seen.add(text)
+        self.templates: str | tuple[str, ...] = KNOWN_SETS[self.known].templates if self.known else "imagenet"
+        self.metric: Rule = KNOWN_SETS[self.known].metric if self.known else "accuracy"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def label(self, i: int) -> int:
+        """The class of image i, an index into `class_names`."""
+        self._check(i)
+        return int(self.labels[i])
+
+    def key(self, i: int) -> str:
+        """A name of image i, the same every time the set is opened."""
+        return self._keys[i]
+
+    def image(self, i: int, at_least: int | None = None) -> Image.Image:
+        """The RGB picture (see images.decode for `at_least`). Raises BadSample."""
+        from clipdistill.data.images import decode
+
+        self._check(i)
+        try:
+            return decode(self._bytes(i), max_pixels=self.max_pixels, at_least=at_least)
+        except BadSample as error:
+            raise BadSample(error.reason, self.key(i)) from error
+
+    @abstractmethod
+    def _bytes(self, i: int) -> bytes:
+        """The encoded image i. Raises BadSample."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 over keys, labels and class names, and over the pixels where the keys are mere numbers."""
+        digest = hashlib.sha256(b"clipdistill labelled 1")
+        self._keys.hash_into(digest)
+        digest.update(self.labels.astype("<i8").tobytes())
+        Strings.pack(self.class_names).hash_into(digest)
+        self._hash_content(digest)
+        return digest.hexdigest()
+
+    def _hash_content(self, digest: hashlib._Hash) -> None:  # noqa: B027 - most sources have nothing to add
+        """What fingerprint() covers beyond keys, labels and names: nothing where the keys are file names."""
+
+    def deviation(self) -> str | None:
+        """How this set differs from the known set it claims or seems to be, in one sentence; None when it does not."""
+        return deviation(self.known, len(self), len(self.class_names)) if self.known else None
+
+    def _check(self, i: int) -> None:
+        if not 0 <= i < len(self.labels):
+            raise IndexError(f"image {i} of {len(self.labels)}")
+
+
+_PREFIXES = ("torchvision:", "hf:", "scenes:zeroshot")
+
+
+def open_labelled(
+    path: str | Path,
+    *,
+    classes: str | Path | None = None,
+    names: Naming = "readable",
+    split: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> LabelledSource:
+    """Open a classification set by name (see the module's text).
+
+    Args:
+        path: name of the set.
+        classes: file with the class names: text, one a line in label order; or JSON: a list of names, a list of
+            {"index", "name"}, or a mapping of folder name (or number) to name. None: found in or beside the data.
+        names: "readable" turns stored labels into plain words ('apple_pie' -> 'apple pie', wnids -> ImageNet's curated
+            names); "stored" takes them as they are (the rule of CLIP-RD's released evaluation). Names from `classes`
+            are never changed.
+        split: for sets that have several.
+    Raises: InputError (nothing there, no class names, a label without a name, ...).
+    """
+    text = str(path)
+    own_names = None if classes is None else read_class_file(Path(classes))
+    if own_names is not None:
+        names = "stored"
+    if text.split("?")[0].split("/")[0] == "scenes:zeroshot":
+        from clipdistill.data.scenes_zeroshot import open_scenes_zeroshot
+
+        return open_scenes_zeroshot(text)
+    if text.startswith("torchvision:"):
+        from clipdistill.data.labelled_libraries import open_torchvision
+
+        return open_torchvision(text.removeprefix("torchvision:"), own_names, names, split)
+    if text.startswith("hf:"):
+        from clipdistill.data.labelled_libraries import open_hub_labelled
+
+        return open_hub_labelled(text.removeprefix("hf:"), own_names, names, split, max_pixels)
+    known, text = _declared(text)
+    from clipdistill.data.labelled_files import open_files
+
+    return open_files(text, known, own_names, names, split, max_pixels)
+
+
+def _declared(text: str) -> tuple[str | None, str]:
+    """(known set, path) of 'imagenet-r@PATH'; (None, text) of anything else."""
+    match = re.match(r"([\w-]+)@(.+)$", text)
+    if match is None or Path(text).exists():
+        return None, text
+    if match[1] not in KNOWN_SETS:
+        raise InputError(f"'{text}': unknown classification set '{match[1]}'{nearest(match[1], KNOWN_SETS)}")
+    return match[1], match[2]
+
+
+def is_labelled_name(name: str) -> bool:
+    """Whether a data name means a classification set rather than image-caption pairs.
+
+    True for the prefixes of open_labelled, .npz files, archives with .cls members, and folders of folders of images
+    without caption files. `hf:` names are ambiguous: True only where a label column is named ('?label=fine_label').
+    """
+    if name.startswith("hf:"):
+        return "label=" in name
+    if name.startswith(_PREFIXES) or re.match(rf"(?:{'|'.join(KNOWN_SETS)})@", name):
+        return True
+    from clipdistill.data.labelled_files import looks_labelled
+
+    return looks_labelled(name)
+
+
+def read_class_file(path: Path, *, wnids: bool = False) -> list[str] | dict[str, str]:
+    """Class names from a file: a list in label order, or a mapping from stored label to name (see open_labelled).
+
+    wnids: where every entry also has a WordNet identifier ('wnid'), return those instead of the names.
+    """
+    if not path.is_file():
+        raise InputError(f"class names '{path}': no such file")
+    if path.suffix.lower() != ".json":
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"class names '{path}': not readable as text ({error})") from error
+        while lines and not lines[-1].strip():
+            lines.pop()
+        blank = next((number for number, line in enumerate(lines, start=1) if not line.strip()), None)
+        if blank is not None:
+            raise InputError(f"class names '{path}': line {blank} is empty, one name a line is expected")
+        names = [line.strip() for line in lines]
+    else:
+        content = read_json(path)
+        if isinstance(content, dict):
+            return _mapping(content, path)
+        names = _listed(content, path, wnids)
+    if not names:
+        raise InputError(f"class names '{path}': no name in it")
+    return names
+
+
+def _mapping(content: Mapping[str, Any], path: Path) -> list[str] | dict[str, str]:
+    if content and all(isinstance(value, int) and not isinstance(value, bool) for value in content.values()):
+        content = {str(index): name for name, index in content.items()}
+    if not content or not all(isinstance(value, str) for value in content.values()):
+        raise InputError(f"class names '{path}': expected class names as texts, got {json.dumps(content)[:60]}")
+    if all(key.isdecimal() for key in content):
+        return _in_order({int(key): value for key, value in content.items()}, path)
+    return dict(content)
+
+
+def _listed(content: Any, path: Path, wnids: bool) -> list[str]:
+    if not isinstance(content, list):
+        raise InputError(f"class names '{path}': expected a list or a mapping of names")
+    if all(isinstance(entry, str) for entry in content):
+        return list(content)
+    try:
+        key = "wnid" if wnids and is_wnids([str(entry.get("wnid")) for entry in content]) else "name"
+        return _in_order({int(entry["index"]): str(entry[key]) for entry in content}, path)
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise InputError(f"class names '{path}': expected texts, or entries with 'index' and 'name'") from None
+
+
+def _in_order(names: Mapping[int, str], path: Path) -> list[str]:
+    missing = next((index for index in range(len(names)) if index not in names), None)
+    if missing is not None:
+        raise InputError(f"class names '{path}': {len(names)} classes, but none has the index {missing}")
+    return [names[index] for index in range(len(names))]
