@@ -98,6 +98,8 @@ def _started(process: int) -> str:
     """When a process began, as the system counts it ('' where that cannot be told): tells a reused number apart."""
     try:
         # after the name in parentheses, which may hold anything; the start time is the 22nd field of the whole line
-        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        return (
+            Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+        )
     except (OSError, IndexError):
         return ""

@@ -47,7 +47,9 @@ class CacheConfig(Config):
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> CacheConfig:
         if self.views and not self.view.random:
-            raise ValueError("views: several stored views of kind 'evaluation' would all be the same; set view.kind=crop")
+            raise ValueError(
+                "views: several stored views of kind 'evaluation' would all be the same; set view.kind=crop"
+            )
         share, of = self.share
         if not 0 <= share < of:
             raise ValueError(f"part: '{self.part}' is not one of the shares 0/{of} to {of - 1}/{of}")

@@ -76,7 +76,9 @@ def _create(
         captions=total,
     )
     extra = 0 if synthetic is None else synthetic.captions
-    bytes_each = (1 + config.views + (total + extra) / len(source)) * max(row_bytes(config.dtype, e.dim) for e in entries)
+    bytes_each = (1 + config.views + (total + extra) / len(source)) * max(
+        row_bytes(config.dtype, e.dim) for e in entries
+    )
     manifest = Manifest(
         dtype=config.dtype,
         views=config.views,
@@ -167,7 +169,9 @@ def _grown(config: CacheConfig, manifest: Manifest, table: SampleTable, source: 
     synthetic = manifest.synthetic
     if synthetic is not None:
         if new and config.synthetic is None:
-            raise InputError(f"{where}: it holds added captions, so the {len(new)} new samples need some: give --synthetic")
+            raise InputError(
+                f"{where}: it holds added captions, so the {len(new)} new samples need some: give --synthetic"
+            )
         synthetic = _add_synthetic(new, config.synthetic)
         whole = [tuple(record["synthetic"]) for record in records]
         keys = [record["key"] for record in records]
@@ -185,9 +189,7 @@ def _grown(config: CacheConfig, manifest: Manifest, table: SampleTable, source: 
     )
     segments = (*manifest.segments, len(records)) if new else manifest.segments
     samples = write_samples(config.out, records)
-    return manifest.model_copy(
-        update={"data": data, "segments": segments, "samples": samples, "synthetic": synthetic}
-    )
+    return manifest.model_copy(update={"data": data, "segments": segments, "samples": samples, "synthetic": synthetic})
 
 
 def _with_captions(config: CacheConfig, manifest: Manifest, table: SampleTable) -> Manifest:

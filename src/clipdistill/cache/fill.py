@@ -288,7 +288,9 @@ class _Filling:
         """Write what the block lacked, give the claim back, record bad samples."""
         store, number = self.store, work.number
         bad = [
-            (self.source.key(index), problem) for index, problem in zip(work.indices, work.problems) if problem is not None
+            (self.source.key(index), problem)
+            for index, problem in zip(work.indices, work.problems)
+            if problem is not None
         ]
         for part, teacher in work.parts:
             metadata = store.block_metadata(part, teacher, number)

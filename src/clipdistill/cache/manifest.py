@@ -130,17 +130,20 @@ class Layout:
         return int((self.stops - self.starts).max(initial=0))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, kind: str = KIND) -> Manifest:
     """The manifest of the store in `folder`; raises InputError when there is none or it cannot be used."""
     path = folder / MANIFEST
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{folder}: no {MANIFEST}, so this is not a cache: make one with `clipdistill cache`") from None
+        raise InputError(
+            f"{folder}: no {MANIFEST}, so this is not a cache: make one with `clipdistill cache`"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(values, dict) or values.get("kind") != KIND:
-        raise InputError(f"{path}: not the manifest of a cache")
+    if not isinstance(values, dict) or values.get("kind") != kind:
+        found = values.get("kind") if isinstance(values, dict) else None
+        raise InputError(f"{path}: not the manifest of a '{kind}' (it says {found!r})")
     if values.get("format") != FORMAT:
         raise InputError(
             f"{path}: format {values.get('format')!r}, this version reads {FORMAT}: use the version that wrote it"

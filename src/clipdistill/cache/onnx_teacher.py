@@ -29,14 +29,18 @@ DESCRIPTION = "model.json"
 
 def load_fill_teacher(name: str) -> ClipModel:
     """The teacher called `name`: `onnx:DIR`, or any model that `load_model` knows."""
-    return read_onnx(Path(name.removeprefix(PREFIX)), name) if name.startswith(PREFIX) else load_model(name, teacher=True)
+    return (
+        read_onnx(Path(name.removeprefix(PREFIX)), name) if name.startswith(PREFIX) else load_model(name, teacher=True)
+    )
 
 
 def read_onnx(folder: Path, name: str) -> ClipModel:
     """The exported towers in `folder`. Raises InputError for missing or unusable files."""
     for file in (*GRAPHS, DESCRIPTION):
         if not (folder / file).is_file():
-            raise InputError(f"{folder / file}: no such file; an ONNX teacher is a folder of {', '.join(GRAPHS)}, {DESCRIPTION}")
+            raise InputError(
+                f"{folder / file}: no such file; an ONNX teacher is a folder of {', '.join(GRAPHS)}, {DESCRIPTION}"
+            )
     try:
         values: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         spec = build(ImageSpec, values["image"], f"{folder / DESCRIPTION}: image")

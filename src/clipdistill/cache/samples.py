@@ -136,7 +136,9 @@ def describe_difference(table: SampleTable, source: PairSource, stored_captions:
     new = [key for key in keys if key not in known]
     gone = len(known) - (len(keys) - len(new))
     if new and gone:
-        return f"data keys: {len(new)} are not in the cache (the first is '{new[0]}') and {gone} of the cache's are gone"
+        return (
+            f"data keys: {len(new)} are not in the cache (the first is '{new[0]}') and {gone} of the cache's are gone"
+        )
     if new:
         return f"data keys: {len(new)} are not in the cache (the first is '{new[0]}')"
     if gone:

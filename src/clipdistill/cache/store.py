@@ -23,7 +23,7 @@ from torch import Tensor
 
 from clipdistill.cache.blocks import Block
 from clipdistill.cache.manifest import FORMAT, Manifest, read_manifest
-from clipdistill.cache.rows import TORCH_DTYPE, unpack
+from clipdistill.cache.rows import unpack
 from clipdistill.cache.samples import SampleTable, sample_digest
 from clipdistill.cache.stored_views import read_view
 from clipdistill.config import as_dict
@@ -63,6 +63,19 @@ class Store:
     @property
     def dims(self) -> tuple[int, ...]:
         return tuple(teacher.dim for teacher in self.manifest.teachers)
+
+    @property
+    def view_count(self) -> int:
+        """Stored views beside the evaluation view."""
+        return self.manifest.views
+
+    @property
+    def has_synthetic(self) -> bool:
+        return self.manifest.synthetic is not None
+
+    def synthetic(self, index: int) -> tuple[str, ...]:
+        """The added captions of a sample."""
+        return self.samples.synthetic(index)
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -260,8 +273,3 @@ class Store:
                 f"cache {self.folder}: '{self.samples.key(index)}' has {last - first} stored captions, number {caption} was asked for"
             )
         return int(first + caption)
-
-
-def torch_dtype_of(manifest: Manifest) -> Any:
-    """The torch type of the stored values."""
-    return TORCH_DTYPE[manifest.dtype]

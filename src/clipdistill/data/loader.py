@@ -47,6 +47,29 @@ class FedModel(Protocol):
     def tokenizer(self) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a stored teacher has for a sample: one of its views, and (where it has any) one of its added captions."""
+
+    index: int
+    view_number: int
+    view: View
+    synthetic_number: int = 0
+    synthetic: str | None = None
+
+
+class StoredTeacher(Protocol):
+    """A teacher whose embeddings are on disk (clipdistill.cache). Used in the workers, so it can be pickled."""
+
+    def choose(self, index: int, rng: np.random.Generator) -> Choice:
+        """The view for student and teacher. Raises BadSample where nothing is stored for the sample's image."""
+        ...
+
+    def read(self, choices: Sequence[Choice], captions: Sequence[int]) -> dict[str, Tensor]:
+        """Rows by name, each (len(choices), D), for the chosen views and the given captions."""
+        ...
+
+
 @dataclass
 class Batch:
     """One step's samples of one rank. B is smaller than the rank's share when samples were bad (`problems` lists them).
@@ -54,6 +77,7 @@ class Batch:
     indices, caption_indices: int64 (B,): which sample of the source, which of its captions; images: float32
     (B, 3, size, size); tokens: int64 (B, context length); truncated_*: captions whose tokens were cut.
     The teacher's tensors are the student's own objects where both models want the same, None without a teacher.
+    stored: what a stored teacher gave for these rows; synthetic_tokens: one of its added captions for the student.
     """
 
     indices: Tensor
@@ -70,12 +94,15 @@ class Batch:
     views: list[View] = field(default_factory=list)
     step: int = 0
     epoch: int = 0
+    stored: dict[str, Tensor] | None = None
+    synthetic_tokens: Tensor | None = None
 
 
 class PairLoader:
     """Batches of steps `start_step` to `steps` - 1 (global steps, counted from 0 over all epochs).
 
     batch_size: over all ranks. caption: which of an image's captions. device: where the batch is wanted.
+    stored: a teacher on disk instead of `teacher`; it chooses the views.
     exact: False takes faster, slightly different pixels (views.render_pixels, images.decode with `at_least`).
     start_method: of the workers; None is fork where the system has it safely (Linux), else spawn.
     Raises InputError for impossible sizes; an unreadable sample is never an error here but listed in its batch.
@@ -99,6 +126,7 @@ class PairLoader:
         device: torch.device | str = "cpu",
         exact: bool = True,
         start_method: str | None = None,
+        stored: StoredTeacher | None = None,
     ) -> None:
         if not 0 <= start_step <= steps:
             raise InputError(f"cannot start at step {start_step} of {steps}")
@@ -109,7 +137,9 @@ class PairLoader:
         self.device = torch.device(device)
         self.start_method = start_method or ("fork" if sys.platform == "linux" else "spawn")
         self._specs = (student.image, None if teacher is None else teacher.image)
-        self._preparation = _Preparation(source, self.sampler, student, teacher, view or ViewPolicy(), caption, exact)
+        self._preparation = _Preparation(
+            source, self.sampler, student, teacher, view or ViewPolicy(), caption, exact, stored
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -135,6 +165,7 @@ class PairLoader:
             torch.utils.data.DataLoader(
                 preparation,
                 batch_size=None,
+                collate_fn=_as_it_is,
                 sampler=tasks,  # type: ignore[arg-type]
                 num_workers=self.workers,
                 pin_memory=self.device.type == "cuda",
@@ -181,6 +212,10 @@ class PairLoader:
             views=[View.from_json(view) for c in chunks for view in c["views"]],
             step=step,
             epoch=self.sampler.epoch(step),
+            stored=_joined([c["stored"] for c in chunks], self.device) if "stored" in chunks[0] else None,
+            synthetic_tokens=self._tokens([c["synthetic_tokens"] for c in chunks])
+            if "synthetic_tokens" in chunks[0]
+            else None,
         )
 
     def _images(self, parts: list[Tensor], spec: ImageSpec) -> Tensor:
@@ -215,6 +250,7 @@ class _Preparation(torch.utils.data.Dataset):
         view: ViewPolicy,
         caption: str,
         exact: bool,
+        stored: StoredTeacher | None,
     ) -> None:
         if caption not in ("random", "first"):
             raise InputError(f"caption must be 'random' or 'first', got {caption!r}")
@@ -224,6 +260,7 @@ class _Preparation(torch.utils.data.Dataset):
         self.view = view
         self.caption = caption
         self.exact = exact
+        self.stored = stored
         self.student_spec, self.student_tokenizer = student.image, student.tokenizer
         self.teacher_spec: ImageSpec | None = None
         self.teacher_tokenizer: Any = None
@@ -234,7 +271,10 @@ class _Preparation(torch.utils.data.Dataset):
             self.share_tokens = teacher.tokenizer is student.tokenizer or teacher.tokenizer == student.tokenizer
         specs = [spec for spec in (self.student_spec, self.teacher_spec) if spec is not None]
         least_area = view.scale[0] if view.random else 1.0
-        self.at_least = None if exact else math.ceil(max(spec.size for spec in specs) / math.sqrt(least_area))
+        self.at_least = None
+        if not exact and stored is None:  # a stored view may be of any region, so its picture is decoded in full
+            # twice what is needed, as Pillow's thumbnails: below that the JPEG's own reduction shows
+            self.at_least = math.ceil(2 * max(spec.size for spec in specs) / math.sqrt(least_area))
 
     def __getitem__(self, task: int) -> dict[str, Any]:
         step, part = divmod(task, self.parts)
@@ -248,6 +288,7 @@ class _Preparation(torch.utils.data.Dataset):
             teacher_pixels = np.empty((count, teacher_spec.size, teacher_spec.size, 3), dtype=np.uint8)
         kept: list[tuple[int, str, int, str, View]] = []
         problems: list[tuple[str, str]] = []
+        choices: list[Choice] = []
         for index in mine.tolist():
             key = self.source.key(index)
             rng = sample_generator(self.sampler.seed, epoch, index)
@@ -255,12 +296,17 @@ class _Preparation(torch.utils.data.Dataset):
             drawn = int(rng.integers(len(captions)))  # drawn even if unused: the view must not depend on the mode
             chosen = drawn if self.caption == "random" else 0
             try:
+                choice = None if self.stored is None else self.stored.choose(index, rng)
                 image = self.source.image(index, self.at_least)
             except BadSample as error:
                 problems.append((key, error.reason))
                 continue
-            width, height = image.info.get("source_size", image.size)
-            view = sample_view(self.view, width, height, rng)
+            if choice is None:
+                width, height = image.info.get("source_size", image.size)
+                view = sample_view(self.view, width, height, rng)
+            else:
+                view = choice.view
+                choices.append(choice)
             row = len(kept)
             student_pixels[row] = render_pixels(image, view, self.student_spec, exact=self.exact)
             if teacher_pixels is not None and teacher_spec is not None:
@@ -278,12 +324,27 @@ class _Preparation(torch.utils.data.Dataset):
             "student_tokens": self.student_tokenizer(texts),
             "truncated_student": truncated(self.student_tokenizer, texts),
         }
+        if self.stored is not None:
+            result["stored"] = self.stored.read(choices, [chosen for _, _, chosen, *_ in kept])
+            synthetic = [choice.synthetic for choice in choices if choice.synthetic is not None]
+            if "synthetic_text" in result["stored"]:
+                result["synthetic_tokens"] = self.student_tokenizer(synthetic)
         if teacher_pixels is not None:
             result["teacher_pixels"] = torch.from_numpy(teacher_pixels[: len(kept)])
         if self.teacher_spec is not None and not self.share_tokens:
             result["teacher_tokens"] = self.teacher_tokenizer(texts)
             result["truncated_teacher"] = truncated(self.teacher_tokenizer, texts)
         return result
+
+
+def _as_it_is(chunk: dict[str, Any]) -> dict[str, Any]:
+    """Chunks are complete: torch's own conversion would turn tuples into lists."""
+    return chunk
+
+
+def _joined(parts: list[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """Rows of all chunks by name, on the device."""
+    return {name: torch.cat([part[name] for part in parts]).to(device, non_blocking=True) for name in parts[0]}
 
 
 def truncated(tokenizer: Any, captions: Sequence[str]) -> int:

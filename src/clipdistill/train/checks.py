@@ -22,6 +22,8 @@ def run(setup: Setup, display: Display, explain: bool) -> None:
         + (f"; teacher {setup.teacher.name}" if setup.teacher else "")
         + f"; {setup.total_steps} steps of {config.train.batch_size}"
     )
+    for note in setup.teacher.notes if setup.teacher else []:
+        display.say(note)
     if setup.source.problems.total:
         display.say(f"left out when opening the data: {setup.source.problems.summary()}")
     batches = _sample(setup)

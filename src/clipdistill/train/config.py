@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from clipdistill.cache.names import is_cached
 from clipdistill.config import Config, build, override
 from clipdistill.data.pairs import DataConfig
 from clipdistill.data.views import ViewPolicy
@@ -41,6 +42,14 @@ class TrainConfig(Config):
     keep_in_memory: bool = False
     """Decode each picture once per process (small sets that are passed many times)."""
     view: ViewPolicy = ViewPolicy()
+    """How `live` views are drawn."""
+    views: Literal["auto", "live", "fixed", "stored"] = "auto"
+    """live: drawn anew by `view` for a live teacher; fixed: the evaluation view for teacher and student; stored: one of
+    the views in the teacher's cache. auto: live without a cache; with one, stored views if it has any, else fixed."""
+    cache_samples: int = pydantic.Field(default=32, ge=0)
+    """Embeddings of a cache computed again at every start, where its teacher is on this machine (0: none)."""
+    cache_allow_versions: bool = False
+    """Use a cache although library versions have changed since it was filled."""
     caption: Literal["random", "first"] = "random"
     mask_ratio: float | None = pydantic.Field(default=None, gt=0, lt=1)
     """Share of the student's image patches hidden (masked feature distillation)."""
@@ -155,7 +164,14 @@ def _check(config: RunConfig) -> None:
             f"recipe {config.recipe}: several teachers are only for the term 'reinforced'; "
             f"name one teacher instead of {len(config.teachers)}"
         )
-    if isinstance(train.teacher_logit_scale, tuple) and len(train.teacher_logit_scale) != len(config.teachers):
+    cached = is_cached(config.teachers)
+    if train.views == "stored" and not cached:
+        raise InputError("train.views=stored: only a cache holds views; name one, for example  --teacher cache:DIR")
+    if (
+        not cached
+        and isinstance(train.teacher_logit_scale, tuple)
+        and len(train.teacher_logit_scale) != len(config.teachers)
+    ):
         raise InputError(
             f"train.teacher_logit_scale: {len(train.teacher_logit_scale)} values for {len(config.teachers)} teachers; "
             "give one number, or one for each teacher"

@@ -23,7 +23,7 @@ from clipdistill.train.logs import Display, Sink
 from clipdistill.train.optimiser import learning_rate_factor, set_learning_rate
 from clipdistill.train.setup import Setup
 from clipdistill.train.signals import StopSignal
-from clipdistill.train.step import forward_backward
+from clipdistill.train.step import captions_of, forward_backward
 
 
 @dataclass
@@ -131,7 +131,7 @@ def _step(setup: Setup, step: int, batch: Batch) -> tuple[ObjectiveOutput, float
         setup.towers,
         setup.objective,
         batch.student_images.to(setup.device, non_blocking=True),
-        batch.student_tokens.to(setup.device, non_blocking=True),
+        captions_of(batch).to(setup.device, non_blocking=True),
         None if setup.teacher is None else setup.teacher(batch),
         micro_batch=config.micro_batch,
         precision=config.precision,

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from clipdistill.data.loader import Batch, PairLoader
+from clipdistill.data.loader import Batch, PairLoader, StoredTeacher
 from clipdistill.data.memory import KeptInMemory
 from clipdistill.data.pairs import PairSource, open_pairs
 from clipdistill.data.sampler import steps_per_epoch
+from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
-from clipdistill.models import ClipModel, build_student, load_model
+from clipdistill.models import ClipModel, Tokenizer, build_student, load_model
 from clipdistill.models.parameters import freeze
 from clipdistill.models.students import needs_vocabulary
 from clipdistill.objective import Embeddings, Objective
@@ -22,19 +23,39 @@ from clipdistill.train.config import RunConfig
 from clipdistill.train.distributed import broadcast_module, rank, world_size
 from clipdistill.train.optimiser import build_optimiser
 from clipdistill.train.step import Towers
-from clipdistill.train.teacher import load_teacher
+from clipdistill.train.teacher import open_teacher
 
 
 class Teacher(Protocol):
     """Whatever can give the teacher's embeddings of a batch: live models, or a cache of them."""
 
-    name: str
-    blocks: tuple[int, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Embedding width of each teacher."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """What was found when it was opened, for the terminal."""
+        ...
 
     def __call__(self, batch: Batch) -> Embeddings: ...
 
     @property
-    def model(self) -> ClipModel | None: ...
+    def model(self) -> ClipModel | None:
+        """The model that batches are prepared for; None for stored embeddings."""
+        ...
+
+    @property
+    def stored(self) -> StoredTeacher | None:
+        """What the loader reads embeddings and views from; None for a live teacher."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
 
 
 @dataclass
@@ -67,7 +88,8 @@ class Setup:
             batch_size=train.batch_size,
             student=self.student,
             teacher=None if self.teacher is None else self.teacher.model,
-            view=train.view,
+            stored=None if self.teacher is None else self.teacher.stored,
+            view=ViewPolicy() if train.views == "fixed" else train.view,
             caption=train.caption,
             seed=train.seed,
             rank=rank(),
@@ -87,9 +109,9 @@ def build(config: RunConfig, device: torch.device) -> Setup:
     if len(source) < 2:
         raise InputError(f"data '{config.data.path}': {len(source)} usable pairs; training needs at least 2")
     validation = None if config.validation is None else open_pairs(config.validation, default_split="val")
-    teacher = None
+    teacher: Teacher | None = None
     if config.objective.needs_teacher:
-        teacher = load_teacher(config.teachers, device, train.precision, _teacher_scale(config))
+        teacher = open_teacher(config, source, device)
     student = _student(config, source, teacher)
     per_epoch = steps_per_epoch(len(source), train.batch_size)
     total = train.steps if train.steps is not None else max(round((train.epochs or 0) * per_epoch), 1)
@@ -112,15 +134,7 @@ def build(config: RunConfig, device: torch.device) -> Setup:
     if world_size() > 1:
         towers = DistributedDataParallel(towers, device_ids=[device] if device.type == "cuda" else None)
     optimiser = build_optimiser(student.module, objective, train)
-    return Setup(
-        config, device, source, validation, student, teacher, objective, towers, optimiser, total, per_epoch
-    )
-
-
-def _teacher_scale(config: RunConfig) -> float | tuple[float, ...] | None:
-    if config.train.fixed_logit_scale is not None:
-        return config.train.fixed_logit_scale
-    return config.train.teacher_logit_scale
+    return Setup(config, device, source, validation, student, teacher, objective, towers, optimiser, total, per_epoch)
 
 
 def _student(config: RunConfig, source: PairSource, teacher: Teacher | None) -> ClipModel:
@@ -130,7 +144,7 @@ def _student(config: RunConfig, source: PairSource, teacher: Teacher | None) -> 
         student = load_model(config.student_weights)
     else:
         # a student whose vocabulary is made from words shares the teacher's, so that both read the same captions
-        shared = teacher.model.tokenizer if teacher is not None and teacher.model is not None else None
+        shared = teacher.tokenizer if teacher is not None else None
         student = build_student(
             config.student,
             seed=train.seed,

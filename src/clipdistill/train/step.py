@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clipdistill.data.loader import Batch
 from clipdistill.models.masking import masked_image_tokens
 from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
 
@@ -31,19 +32,38 @@ class Towers(nn.Module):
             module.logit_scale.requires_grad_(False)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """images (B, 3, H, W), tokens (B, L) -> raw features (B, D), (B, D), the logit multiplier, the logit bias."""
+        """images (B, 3, H, W), tokens (B, L) -> raw features (B, D), (B, D), the logit multiplier, the logit bias.
+
+        tokens (B, C, L) of C captions an image give text features (B, C, D).
+        """
         masking: AbstractContextManager[object] = nullcontext()
         if self.mask_ratio is not None and self.training:
             masking = masked_image_tokens(self.module, self.mask_ratio)
         with masking:
             image = self.module.encode_image(images)
-        text = self.module.encode_text(tokens)
+        text = self.module.encode_text(tokens.flatten(0, -2))
+        if tokens.ndim == 3:
+            text = text.reshape(*tokens.shape[:2], text.shape[-1])
         if self.fixed_logit_scale is not None:
             scale = image.new_tensor(self.fixed_logit_scale, dtype=torch.float32)
         else:
             scale = self.module.logit_scale.float().exp()
         bias = getattr(self.module, "logit_bias", None)
         return image.float(), text.float(), scale, bias
+
+
+def captions_of(batch: Batch) -> Tensor:
+    """The student's tokens: (B, L), or (B, 2, L) when each image comes with a synthetic caption too."""
+    if batch.synthetic_tokens is None:
+        return batch.student_tokens
+    return torch.stack([batch.student_tokens, batch.synthetic_tokens], 1)
+
+
+def _student_embeddings(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Embeddings:
+    """What the objective takes; text (B, D), or (B, 2, D) with a synthetic caption each."""
+    if text.ndim == 2:
+        return Embeddings(image, text, scale, logit_bias=bias)
+    return Embeddings(image, text[:, 0], scale, logit_bias=bias, synthetic_text=text[:, 1])
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
@@ -72,20 +92,21 @@ def forward_backward(
 ) -> ObjectiveOutput:
     """Accumulate the gradients of one step's objective into the parameters.
 
-    images (B, 3, H, W) and tokens (B, L) are this rank's rows, `teacher` its embeddings of the same rows;
-    `seed` is (run seed, step, rank). B may differ between ranks and may be 0.
+    images (B, 3, H, W) and tokens (B, L) are this rank's rows, `teacher` its embeddings of the same rows; tokens
+    (B, 2, L) are a real and a synthetic caption each. `seed` is (run seed, step, rank). B may differ between ranks and
+    may be 0.
     """
     rows = len(images)
     if micro_batch is None or micro_batch >= rows:
         torch.manual_seed(step_seed(*seed, 0))
         with autocast(images.device, precision):
             image, text, scale, bias = towers(images, tokens)
-        output = objective(Embeddings(image, text, scale, logit_bias=bias), teacher)
+        output = objective(_student_embeddings(image, text, scale, bias), teacher)
         (output.total + _touch(scale, bias)).backward()
         return output
     parts = list(zip(images.split(micro_batch), tokens.split(micro_batch), strict=True))
     leaves, scale_leaf, bias_leaf = _embed(towers, parts, precision, seed)
-    output = objective(Embeddings(*leaves, scale_leaf, logit_bias=bias_leaf), teacher)
+    output = objective(_student_embeddings(*leaves, scale_leaf, bias_leaf), teacher)
     output.total.backward()
     gradients = [leaf.grad.split(micro_batch) for leaf in leaves if leaf.grad is not None]
     for index, (part_images, part_tokens) in enumerate(parts):

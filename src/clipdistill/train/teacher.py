@@ -7,10 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from clipdistill.cache.names import is_cached
+from clipdistill.cache.teacher import CachedTeacher, CacheUse, open_cached_teacher
 from clipdistill.data.loader import Batch
+from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
-from clipdistill.models import ClipModel, load_model
+from clipdistill.models import ClipModel, Tokenizer, load_model
 from clipdistill.objective import Embeddings
+from clipdistill.train.config import RunConfig
+from clipdistill.train.distributed import gather_lists, is_main
 from clipdistill.train.step import autocast
 
 
@@ -53,6 +58,19 @@ class LiveTeacher:
         return self.models[0]
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    @property
+    def stored(self) -> None:
+        """Nothing is stored: the loader prepares images and tokens for `model`."""
+        return None
+
+    @property
+    def notes(self) -> list[str]:
+        return []
+
+    @property
     def name(self) -> str:
         return " + ".join(m.name for m in self.models)
 
@@ -92,3 +110,30 @@ def load_teacher(
 ) -> LiveTeacher:
     """The live teacher of one or more model names."""
     return LiveTeacher([load_model(name, teacher=True) for name in names], device, precision, logit_scale)
+
+
+def open_teacher(config: RunConfig, source: PairSource, device: torch.device) -> LiveTeacher | CachedTeacher:
+    """The run's teacher: models, or a cache of their embeddings that was checked against the data and the models."""
+    train = config.train
+    scale = train.fixed_logit_scale if train.fixed_logit_scale is not None else train.teacher_logit_scale
+    if not is_cached(config.teachers):
+        return load_teacher(config.teachers, device, train.precision, scale)
+    use = CacheUse(
+        views=train.views,
+        caption=train.caption,
+        random_policy=train.view.random,
+        logit_scale=scale,
+        samples=train.cache_samples,
+        allow_versions=train.cache_allow_versions,
+    )
+    # one rank computes the sample of embeddings again; a cache that is wrong for one stops them all
+    problems: list[str] = []
+    teacher = None
+    try:
+        teacher = open_cached_teacher(config.teachers[0], source, device, use, check=is_main())
+    except InputError as error:
+        problems.append(str(error))
+    problems = gather_lists(problems)
+    if problems or teacher is None:
+        raise InputError(problems[0])
+    return teacher

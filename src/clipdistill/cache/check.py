@@ -1,0 +1,123 @@
+"""Does a store belong to this data, this teacher and this machine? Asked at every start, before step 0."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipdistill.cache.fingerprint import require_same_teacher, require_versions, teacher_entry
+from clipdistill.cache.onnx_teacher import load_fill_teacher
+from clipdistill.cache.rows import COSINE_FLOOR
+from clipdistill.cache.samples import describe_difference
+from clipdistill.cache.store import Store
+from clipdistill.data.pairs import BadSample, PairSource
+from clipdistill.data.views import View, render
+from clipdistill.errors import InputError
+from clipdistill.models import ClipModel
+
+_BF16_FLOOR = 0.998
+"""A bf16 forward pass differs between processors by more than the number formats round."""
+_SEED = 0
+
+
+def require_data(store: Store, source: PairSource) -> None:
+    """Raises InputError that names what differs unless keys, order and captions are those of the store."""
+    if source.fingerprint() == store.manifest.data.fingerprint:
+        return
+    difference = describe_difference(store.samples, source)
+    raise InputError(
+        f"cache {store.folder}: {difference}: it was filled from other data than '{source.name}'; run `clipdistill cache` "
+        "with this data to bring it up to date (only new samples are computed), or fill another"
+    )
+
+
+def check_store(
+    store: Store, source: PairSource, device: torch.device, samples: int, allow_versions: bool
+) -> list[str]:
+    """Fields of every block, library versions, and `samples` embeddings computed again where the teacher is at hand.
+
+    Returns sentences on what was found; raises InputError when the store is wrong.
+    """
+    where = f"cache {store.folder}"
+    store.require_fields()
+    require_versions(store.manifest, where, allow_versions, "train.cache_allow_versions=true")
+    return [_recompute(store, source, number, device, samples) for number in range(len(store.dims))] if samples else []
+
+
+def _recompute(store: Store, source: PairSource, number: int, device: torch.device, samples: int) -> str:
+    entry = store.manifest.teachers[number]
+    where = f"cache {store.folder}"
+    try:
+        with only_local_files():
+            model = load_fill_teacher(entry.name)
+    except InputError as error:
+        return (
+            f"cache: teacher '{entry.name}' is not on this machine, so its embeddings were not computed again ({error})"
+        )
+    require_same_teacher(entry, teacher_entry(model, entry.name, entry.precision), where)
+    model.module.requires_grad_(False).eval().to(device)
+    worst, count = 1.0, 0
+    for index, view, caption, synthetic in _probes(store, samples):
+        try:
+            image = source.image(index)
+        except BadSample:
+            continue
+        texts, stored = [source.captions(index)[caption]], [*store.read(number, [index], [caption], [view])]
+        if synthetic is not None:
+            texts.append(store.synthetic(index)[synthetic])
+            stored.append(store.read_synthetic(number, [index], [synthetic]))
+        found = _embed(model, image, store.view(index, view), texts, entry.precision, device)
+        for what, a, b in zip(("image", "caption", "added caption"), found, stored):
+            cosine = float(torch.nn.functional.cosine_similarity(a, b).item())
+            floor = COSINE_FLOOR[store.manifest.dtype] if entry.precision == "fp32" else _BF16_FLOOR
+            if not cosine >= floor:
+                raise InputError(
+                    f"{where}: teacher '{entry.name}' now gives another embedding for the {what} of '{source.key(index)}' "
+                    f"(view {view}): cosine {cosine:.4f} with the stored one, at least {floor} expected: the images have "
+                    "changed or the cache is wrong; fill it again"
+                )
+            worst = min(worst, cosine)
+        count += 1
+    return f"cache: {count} embeddings of '{entry.name}' computed again, least cosine {worst:.5f}"
+
+
+def _probes(store: Store, samples: int) -> Iterator[tuple[int, int, int, int | None]]:
+    """(sample, view, caption, added caption) spread over the store, the same every time; every stored view is met."""
+    rng = np.random.default_rng(_SEED)
+    chosen = np.linspace(0, len(store) - 1, num=min(samples, len(store))).round().astype(int)
+    for order, index in enumerate(np.unique(chosen).tolist()):
+        if store.valid(index):
+            caption = int(rng.integers(int(store.samples.captions[index])))
+            added = len(store.synthetic(index)) if store.has_synthetic else 0
+            yield index, order % (1 + store.view_count), caption, int(rng.integers(added)) if added else None
+
+
+def _embed(
+    model: ClipModel, image: Image.Image, view: View, texts: list[str], precision: str, device: torch.device
+) -> list[Tensor]:
+    """The image's embedding and each text's, (1, D) each."""
+    pixels = render(image, view, model.image)[None].to(device)
+    tokens = model.tokenizer(texts).to(device)
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        rows, text_rows = model.module.encode_image(pixels), model.module.encode_text(tokens)
+    return [rows.float().cpu(), *text_rows.float().cpu().split(1)]
+
+
+@contextmanager
+def only_local_files() -> Iterator[None]:
+    """While open, nothing is fetched from the network: a teacher that is not here is simply not compared."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before

@@ -1,0 +1,17 @@
+"""How a cache is named where a teacher is expected; apart from the rest so that reading a configuration loads little."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from clipdistill.errors import InputError
+
+PREFIX = "cache:"
+
+
+def is_cached(names: Sequence[str]) -> bool:
+    """Whether a teacher is named as `cache:PATH`; it cannot stand beside other teachers."""
+    cached = [name for name in names if name.startswith(PREFIX)]
+    if cached and len(names) > 1:
+        raise InputError(f"teacher '{cached[0]}': a cache stands alone; an ensemble is filled into one cache")
+    return bool(cached)

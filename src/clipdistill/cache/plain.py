@@ -1,0 +1,177 @@
+"""A plain file of embeddings with keys as a teacher: .npz or Parquet, from any framework or an API.
+
+.npz    keys (N,) text, image (N, D), text (N, D) or, with `captions` (N,) integers, (sum of captions, D);
+        logit_scale, a number, is optional (100 when it is missing)
+Parquet columns key, image (list of D numbers), text (list of D numbers, or a list of such lists, one a caption);
+        the key-value metadata `logit_scale` is optional
+Rows need not be normalised. No pickles: keys must be a text array, not an array of objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipdistill.data.pairs import PairSource
+from clipdistill.data.views import EVALUATION_VIEW, View
+from clipdistill.errors import InputError
+
+SUFFIXES = (".npz", ".parquet", ".pq")
+DEFAULT_SCALE = 100.0
+
+
+class PlainEmbeddings:
+    """Embeddings from a file, matched to a data set by key (stored.StoredEmbeddings)."""
+
+    view_count = 0
+    has_synthetic = False
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        read = _read_npz if path.suffix == ".npz" else _read_parquet
+        self.keys, self.image, self.text, counts, self.logit_scale = read(path)
+        self._check(counts)
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.rows = np.arange(len(self.keys))
+
+    def _check(self, counts: np.ndarray) -> None:
+        image, text, path = self.image, self.text, self.path
+        if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
+            raise InputError(f"{path}: image {image.shape} and text {text.shape} must be two tables of the same width")
+        if (
+            len(image) != len(self.keys)
+            or len(text) != counts.sum()
+            or len(counts) != len(self.keys)
+            or counts.min() < 1
+        ):
+            raise InputError(
+                f"{path}: {len(self.keys)} keys, {len(image)} image rows and {len(text)} text rows do not fit together"
+            )
+        if len(set(self.keys)) != len(self.keys):
+            raise InputError(f"{path}: some keys come more than once")
+        for name, matrix in (("image", image), ("text", text)):
+            lengths = np.linalg.norm(matrix.astype(np.float32), axis=1)
+            wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+            if wrong.size:
+                raise InputError(f"{path}: {name} row {wrong[0]} is zero or not finite ({wrong.size} such rows)")
+
+    def match(self, source: PairSource, captions: str) -> None:
+        """Line the rows up with the samples of `source`; raises InputError when some are missing."""
+        known = {key: row for row, key in enumerate(self.keys)}
+        missing = [key for i in range(len(source)) if (key := source.key(i)) not in known]
+        if missing:
+            raise InputError(
+                f"{self.path}: data keys: no embeddings for {len(missing)} of {len(source)} samples (the first is "
+                f"'{missing[0]}', the file's first is '{self.keys[0]}')"
+            )
+        self.rows = np.asarray([known[source.key(i)] for i in range(len(source))], dtype=np.int64)
+        if captions == "first":
+            return
+        counts = np.diff(self.starts)
+        for index, row in enumerate(self.rows.tolist()):
+            if counts[row] != len(source.captions(index)):
+                raise InputError(
+                    f"{self.path}: '{source.key(index)}' has {len(source.captions(index))} captions and {counts[row]} text "
+                    "embeddings: give one for each caption in order, or set train.caption=first"
+                )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return (int(self.image.shape[1]),)
+
+    def valid(self, index: int) -> bool:
+        return True
+
+    def view(self, index: int, number: int) -> View:
+        return EVALUATION_VIEW
+
+    def synthetic(self, index: int) -> tuple[str, ...]:
+        return ()
+
+    def read(
+        self, teacher: int, indices: Sequence[int], captions: Sequence[int], views: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """See Store.read; rows as long as they are in the file."""
+        rows = self.rows[np.asarray(indices, dtype=np.int64)]
+        texts = self.starts[rows] + np.asarray(captions, dtype=np.int64)
+        return torch.from_numpy(self.image[rows]).float(), torch.from_numpy(self.text[texts]).float()
+
+    def read_synthetic(self, teacher: int, indices: Sequence[int], captions: Sequence[int]) -> Tensor:
+        raise InputError(f"{self.path}: holds no added captions")
+
+
+_Table = tuple[list[str], np.ndarray, np.ndarray, np.ndarray, float]
+
+
+def _read_npz(path: Path) -> _Table:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file of embeddings") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: not readable as .npz without pickles ({error})") from error
+    missing = [name for name in ("keys", "image", "text") if name not in arrays]
+    if missing:
+        raise InputError(f"{path}: the array '{missing[0]}' is missing (found {', '.join(arrays) or 'nothing'})")
+    keys = arrays["keys"]
+    if keys.ndim != 1 or keys.dtype.kind not in "US":
+        raise InputError(f"{path}: 'keys' must be a one-dimensional array of text, found {keys.dtype} {keys.shape}")
+    names = [key.decode("utf-8") if isinstance(key, bytes) else str(key) for key in keys.tolist()]
+    counts = arrays.get("captions", np.ones(len(names), dtype=np.int64)).astype(np.int64)
+    scale = float(arrays.get("logit_scale", DEFAULT_SCALE))
+    return names, _numbers(arrays["image"], path), _numbers(arrays["text"], path), counts, scale
+
+
+def _numbers(array: np.ndarray, path: Path) -> np.ndarray:
+    if array.dtype.kind != "f":
+        raise InputError(f"{path}: embeddings must be floating point, found {array.dtype}")
+    return array.astype(np.float32) if array.dtype.itemsize > 4 else array
+
+
+def _read_parquet(path: Path) -> _Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file of embeddings") from None
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"{path}: not readable as Parquet ({error})") from error
+    missing = [name for name in ("key", "image", "text") if name not in table.column_names]
+    if missing:
+        raise InputError(f"{path}: the column '{missing[0]}' is missing (found {', '.join(table.column_names)})")
+    keys = [str(key) for key in table["key"].to_pylist()]
+    image = _matrix(table["image"], path, "image")
+    text_column: Any = table["text"].combine_chunks()
+    counts = np.ones(len(keys), dtype=np.int64)
+    if pa.types.is_nested(text_column.type.value_type):
+        counts = text_column.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        text_column = text_column.flatten()
+    text = _matrix(text_column, path, "text")
+    scale = float((table.schema.metadata or {}).get(b"logit_scale", DEFAULT_SCALE))
+    return keys, image, text, counts, scale
+
+
+def _matrix(column: Any, path: Path, name: str) -> np.ndarray:
+    """A column of equally long lists of numbers as a matrix."""
+    import pyarrow as pa
+
+    whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if not pa.types.is_nested(whole.type) or not pa.types.is_floating(whole.type.value_type):
+        raise InputError(f"{path}: the column '{name}' must hold lists of floating-point numbers, found {whole.type}")
+    lengths = set(whole.value_lengths().to_pylist()) if not pa.types.is_fixed_size_list(whole.type) else set()
+    lengths = lengths or {whole.type.list_size if pa.types.is_fixed_size_list(whole.type) else 0}
+    if len(lengths) != 1 or None in lengths or whole.null_count:
+        raise InputError(f"{path}: the rows of the column '{name}' are not all of the same length")
+    flat = whole.flatten().to_numpy(zero_copy_only=False)
+    return _numbers(flat.reshape(-1, lengths.pop()), path)

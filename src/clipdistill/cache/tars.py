@@ -1,0 +1,297 @@
+"""The WebDataset form: beside each data tar one of the same name with its samples' embeddings, for streaming.
+
+    OUT/manifest.json                     the store's manifest, kind "clipdistill cache shards"
+    OUT/<shard>.tar                       for each sample of the data tar, in its order:
+        <sample>.teacher.safetensors      K.image (1 + views, D), K.text (captions, D), K.synthetic_text for teacher K
+                                          (int8: also K.image_scale, ...)
+        <sample>.teacher.json             valid, views, synthetic (captions), digest of key and captions
+
+`read_shard` goes through one tar from its beginning; `ShardEmbeddings` gives the training loop random access.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from clipdistill.cache.blocks import flush
+from clipdistill.cache.manifest import MANIFEST, Manifest, TeacherEntry, read_manifest, write_manifest
+from clipdistill.cache.store import Store
+from clipdistill.data.pairs import PairSource
+from clipdistill.data.tar_headers import DamagedTar, members
+from clipdistill.data.views import View
+from clipdistill.errors import InputError
+
+SHARD_KIND = "clipdistill cache shards"
+_RECENT = 512  # decoded samples kept: a batch asks for each several times
+_TENSORS, _DESCRIPTION = ".teacher.safetensors", ".teacher.json"
+
+
+@dataclass(frozen=True)
+class ShardSample:
+    """One sample of a tar. image (1 + views, D), text (captions, D), synthetic_text: float32, one for each teacher."""
+
+    name: str
+    valid: bool
+    views: tuple[View, ...]
+    image: tuple[Tensor, ...]
+    text: tuple[Tensor, ...]
+    synthetic_text: tuple[Tensor, ...]
+    synthetic: tuple[str, ...]
+
+
+def is_shard_folder(folder: Path) -> bool:
+    """Whether a folder holds tars of embeddings."""
+    try:
+        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and values.get("kind") == SHARD_KIND
+
+
+def shard_label(source: PairSource, key: str) -> str:
+    """The name of the data tar in a sample's key ('<shard>/<sample>'). Raises InputError for data that is not in tars."""
+    shard = source.shard_of(key)
+    if shard is None:
+        raise InputError(f"'{source.name}' does not lie in tars, so there is nothing to write tars beside")
+    parts = key.split("/")
+    # names of shards and samples may both hold '/': the label is the shortest head that leads to the same shard
+    heads = ("/".join(parts[:n]) for n in range(1, len(parts)))
+    return next(head for head in heads if source.shard_of(f"{head}/x") == shard)
+
+
+def export_shards(store: Store, source: PairSource, out: Path) -> list[Path]:
+    """Write the tars of a complete store whose data lies in tars. Each appears whole; those that exist are replaced."""
+    store.require_complete()
+    groups: dict[str, list[int]] = {}
+    for index in range(len(source)):
+        groups.setdefault(shard_label(source, source.key(index)), []).append(index)
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for label, indices in groups.items():
+        path = out / f"{label}.tar"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+            for index in indices:
+                stem = source.key(index)[len(label) + 1 :]
+                _add(tar, stem + _TENSORS, safetensors.torch.save(_tensors(store, index)))
+                _add(tar, stem + _DESCRIPTION, json.dumps(_describe(store, index), ensure_ascii=False).encode())
+        flush(temporary)
+        temporary.replace(path)
+        written.append(path)
+    write_manifest(out, store.manifest.model_copy(update={"kind": SHARD_KIND}))
+    return written
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _tensors(store: Store, index: int) -> dict[str, Tensor]:
+    """The stored values of one sample, exactly as they are in the blocks."""
+    number, position = store.place(index)
+    found: dict[str, Tensor] = {}
+    for teacher in range(len(store.dims)):
+        for part, wanted in (("pairs", ("image", "text")), ("synthetic", ("text",))):
+            if part == "synthetic" and not store.has_synthetic:
+                continue
+            arrays = store.block("pairs" if part == "pairs" else "synthetic", teacher, number).arrays
+            first, last = arrays["text_start"][position : position + 2].tolist()
+            for name in wanted:
+                rows = position if name == "image" else slice(first, last)
+                stored = f"{teacher}.{'synthetic_text' if part == 'synthetic' else name}"
+                values = torch.from_numpy(arrays[name][rows].copy())
+                if store.manifest.dtype == "bf16":
+                    values = values.view(torch.int16).view(torch.bfloat16)
+                found[stored] = values
+                if f"{name}_scale" in arrays:
+                    found[f"{stored}_scale"] = torch.from_numpy(arrays[f"{name}_scale"][rows].copy())
+    return found
+
+
+def _describe(store: Store, index: int) -> dict[str, Any]:
+    return {
+        "valid": store.valid(index),
+        "views": [store.view(index, number).to_json() for number in range(1, store.view_count + 1)],
+        "synthetic": list(store.synthetic(index)),
+        "digest": store.samples.digests[index].tobytes().hex(),
+    }
+
+
+def _decode(name: str, tensors: bytes, description: bytes, teachers: int, where: str) -> ShardSample:
+    try:
+        values = safetensors.torch.load(tensors)
+        described = json.loads(description)
+
+        def rows(what: str) -> tuple[Tensor, ...]:
+            found = []
+            for teacher in range(teachers):
+                row = values[f"{teacher}.{what}"].float()
+                scale = values.get(f"{teacher}.{what}_scale")
+                found.append(row if scale is None else row * scale.unsqueeze(-1))
+            return tuple(found)
+
+        return ShardSample(
+            name=name,
+            valid=bool(described["valid"]),
+            views=tuple(View.from_json(view) for view in described["views"]),
+            image=rows("image"),
+            text=rows("text"),
+            synthetic_text=rows("synthetic_text") if "0.synthetic_text" in values else (),
+            synthetic=tuple(str(caption) for caption in described["synthetic"]),
+        )
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{where}: '{name}' is damaged ({error!r}): export the shard again") from error
+
+
+def read_shard(path: Path) -> Iterator[ShardSample]:
+    """The samples of one tar in order, reading forward only. Raises InputError for a damaged tar."""
+    manifest = _manifest_above(path)
+    waiting: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r|") as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                if content is None:
+                    continue
+                if member.name.endswith(_TENSORS):
+                    waiting = {member.name.removesuffix(_TENSORS): content.read()}
+                elif (name := member.name.removesuffix(_DESCRIPTION)) in waiting:
+                    yield _decode(name, waiting.pop(name), content.read(), len(manifest.teachers), str(path))
+    except (OSError, tarfile.TarError) as error:
+        raise InputError(f"{path}: not readable as a tar of embeddings ({error})") from error
+
+
+def _manifest_above(path: Path) -> Manifest:
+    folder = next((parent for parent in path.parents if is_shard_folder(parent)), None)
+    if folder is None:
+        raise InputError(f"{path}: no {MANIFEST} of tars of embeddings in its folder or above")
+    return read_manifest(folder, SHARD_KIND)
+
+
+class ShardEmbeddings:
+    """Random access to the tars beside the data tars of `source` (stored.StoredEmbeddings). Picklable."""
+
+    def __init__(self, folder: Path, source: PairSource) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder, SHARD_KIND)
+        if source.fingerprint() != self.manifest.data.fingerprint:
+            raise InputError(
+                f"{folder}: data: the tars were written for '{self.manifest.data.name}' with other keys, order or captions "
+                f"than '{source.name}': export them again"
+            )
+        self._shards: list[str] = []
+        found: list[tuple[int, int, int, int, int]] = []
+        known: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {}
+        for index in range(len(source)):
+            key = source.key(index)
+            label = shard_label(source, key)
+            if label not in known:
+                known[label] = (len(self._shards), _index(folder / f"{label}.tar"))
+                self._shards.append(str(folder / f"{label}.tar"))
+            number, places = known[label]
+            stem = key[len(label) + 1 :]
+            try:
+                found.append((number, *places[stem + _TENSORS], *places[stem + _DESCRIPTION]))
+            except KeyError:
+                raise InputError(
+                    f"{folder / label}.tar: data keys: no embeddings for '{key}': export the shard again"
+                ) from None
+        self._places = np.asarray(found, dtype=np.int64).reshape(-1, 5)  # shard, then offset and size of both members
+        self._maps: dict[int, mmap.mmap] = {}
+        self._recent: dict[int, ShardSample] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}, "_recent": {}}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def teachers(self) -> Sequence[TeacherEntry]:
+        return self.manifest.teachers
+
+    @property
+    def captions(self) -> str:
+        return self.manifest.captions
+
+    @property
+    def view_count(self) -> int:
+        return self.manifest.views
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        return tuple(teacher.dim for teacher in self.manifest.teachers)
+
+    @property
+    def has_synthetic(self) -> bool:
+        return self.manifest.synthetic is not None
+
+    def sample(self, index: int) -> ShardSample:
+        """Everything stored for one sample."""
+        if index not in self._recent:
+            shard, *places = self._places[index].tolist()
+            if shard not in self._maps:
+                with Path(self._shards[shard]).open("rb") as file:
+                    self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            content = self._maps[shard]
+            tensors, described = (content[places[i] : places[i] + places[i + 1]] for i in (0, 2))
+            if len(self._recent) >= _RECENT:
+                self._recent.clear()
+            self._recent[index] = _decode(str(index), tensors, described, len(self.dims), self._shards[shard])
+        return self._recent[index]
+
+    def valid(self, index: int) -> bool:
+        return self.sample(index).valid
+
+    def view(self, index: int, number: int) -> View:
+        return View() if number == 0 else self.sample(index).views[number - 1]
+
+    def synthetic(self, index: int) -> tuple[str, ...]:
+        return self.sample(index).synthetic
+
+    def read(
+        self, teacher: int, indices: Sequence[int], captions: Sequence[int], views: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """See Store.read."""
+        if not len(indices):
+            return torch.zeros(0, self.dims[teacher]), torch.zeros(0, self.dims[teacher])
+        rows = [
+            (self.sample(index).image[teacher][view], self.sample(index).text[teacher][caption])
+            for index, caption, view in zip(indices, captions, views, strict=True)
+        ]
+        return torch.stack([image for image, _ in rows]), torch.stack([text for _, text in rows])
+
+    def read_synthetic(self, teacher: int, indices: Sequence[int], captions: Sequence[int]) -> Tensor:
+        """See Store.read_synthetic."""
+        if not len(indices):
+            return torch.zeros(0, self.dims[teacher])
+        pairs = zip(indices, captions, strict=True)
+        return torch.stack([self.sample(index).synthetic_text[teacher][caption] for index, caption in pairs])
+
+
+def _index(path: Path) -> dict[str, tuple[int, int]]:
+    """Offset and size of every member."""
+    try:
+        with path.open("rb") as file:
+            return {member.name: (member.offset, member.size) for member in members(file, path.stat().st_size)}
+    except FileNotFoundError:
+        raise InputError(f"{path}: the tar of embeddings is missing: export the cache again") from None
+    except (OSError, DamagedTar) as error:
+        raise InputError(f"{path}: not readable as a tar of embeddings ({error}): export the shard again") from error

@@ -1,0 +1,174 @@
+"""`teacher=cache:PATH`: a teacher during training whose embeddings come with the batch, with no model in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from clipdistill.cache.check import check_store, require_data
+from clipdistill.cache.manifest import MANIFEST, TeacherEntry
+from clipdistill.cache.names import PREFIX
+from clipdistill.cache.plain import SUFFIXES, PlainEmbeddings
+from clipdistill.cache.store import Store
+from clipdistill.cache.stored import StoredEmbeddings, StoredRows, pick_views
+from clipdistill.cache.tars import ShardEmbeddings, is_shard_folder
+from clipdistill.data.loader import Batch
+from clipdistill.data.pairs import PairSource
+from clipdistill.errors import InputError, nearest
+from clipdistill.models import Tokenizer
+from clipdistill.models.tokenizers import tokenizer_from_dict
+from clipdistill.objective import Embeddings
+
+
+@dataclass(frozen=True)
+class CacheUse:
+    """How a run wants to use a cache; see TrainConfig for the meaning. random_policy: the recipe draws random views."""
+
+    views: Literal["auto", "live", "fixed", "stored"] = "auto"
+    caption: Literal["random", "first"] = "random"
+    random_policy: bool = False
+    logit_scale: float | Sequence[float] | None = None
+    samples: int = 32
+    allow_versions: bool = False
+
+
+class CachedTeacher:
+    """The teacher of the training loop (train.setup.Teacher) over stored embeddings."""
+
+    model = None  # nothing to render or tokenise for
+
+    def __init__(
+        self,
+        name: str,
+        embeddings: StoredEmbeddings,
+        stored: StoredRows,
+        scales: Sequence[float],
+        device: torch.device,
+        tokenizer: Tokenizer | None,
+        notes: list[str],
+    ) -> None:
+        self.name = name
+        self.embeddings = embeddings
+        self.stored = stored
+        self.scales = list(scales)
+        self.device = device
+        self.tokenizer = tokenizer
+        self.notes = notes
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        return tuple(self.embeddings.dims[number] for number in self.stored.teachers)
+
+    def __call__(self, batch: Batch) -> Embeddings:
+        """The stored rows that the loader read for this batch: (B, sum of D_k) each."""
+        assert batch.stored is not None, "the loader was not told of the stored teacher"
+        rows = {name: values.to(self.device, non_blocking=True) for name, values in batch.stored.items()}
+        single = len(self.scales) == 1
+        scale = torch.tensor(self.scales[0] if single else self.scales, device=self.device)
+        return Embeddings(
+            rows["image"],
+            rows["text"],
+            scale,
+            synthetic_text=rows.get("synthetic_text"),
+            blocks=None if single else self.blocks,
+        )
+
+
+def open_cached_teacher(
+    name: str, source: PairSource, device: torch.device, use: CacheUse, *, check: bool = True
+) -> CachedTeacher:
+    """The teacher `cache:PATH` for training on `source`: a store, tars beside data tars, or a table of vectors.
+
+    `cache:PATH?teacher=NAME` takes one member of a stored ensemble (its name or number). check: compare blocks,
+    versions and a sample of embeddings too (one rank is enough). Raises InputError when it does not fit.
+    """
+    text, _, choice = name.removeprefix(PREFIX).partition("?teacher=")
+    path = Path(text).expanduser()
+    if path.suffix in SUFFIXES:
+        return _plain(path, source, device, use)
+    if not path.exists():
+        raise InputError(f"teacher '{name}': {path} does not exist; fill it with `clipdistill cache`")
+    if is_shard_folder(path):
+        shards = ShardEmbeddings(path, source)
+        notes = [f"cache: tars beside data tars in {path}, {len(shards)} samples; embeddings not computed again"]
+        return _assemble(shards, shards.teachers, choice, use, device, path, shards.captions, None, notes)
+    if not (path / MANIFEST).exists():
+        raise InputError(
+            f"teacher '{name}': {path} holds no {MANIFEST}, so it is no cache; fill it with `clipdistill cache`"
+        )
+    store = Store(path)
+    require_data(store, source)
+    store.require_complete()
+    notes = check_store(store, source, device, use.samples, use.allow_versions) if check else []
+    tokenizer = path / "teacher-0" / "tokenizer.json"
+    values = json.loads(tokenizer.read_text(encoding="utf-8")) if tokenizer.exists() else None
+    manifest = store.manifest
+    return _assemble(store, manifest.teachers, choice, use, device, path, manifest.captions, values, notes)
+
+
+def _assemble(
+    embeddings: StoredEmbeddings,
+    entries: Sequence[TeacherEntry],
+    choice: str,
+    use: CacheUse,
+    device: torch.device,
+    path: Path,
+    captions: str,
+    tokenizer: dict | None,
+    notes: list[str],
+) -> CachedTeacher:
+    if captions == "first" and use.caption != "first":
+        raise InputError(f"cache {path}: it holds each image's first caption only: set train.caption=first")
+    numbers = _chosen(entries, choice, path)
+    views, note = pick_views(use.views, embeddings.view_count, use.random_policy)
+    return CachedTeacher(
+        name=" + ".join(entries[number].name for number in numbers),
+        embeddings=embeddings,
+        stored=StoredRows(embeddings, views, numbers),
+        scales=_scales([entries[number].logit_scale for number in numbers], use.logit_scale),
+        device=device,
+        tokenizer=None if tokenizer is None else tokenizer_from_dict(tokenizer),
+        notes=notes + ([note] if note else []),
+    )
+
+
+def _plain(path: Path, source: PairSource, device: torch.device, use: CacheUse) -> CachedTeacher:
+    embeddings = PlainEmbeddings(path)
+    embeddings.match(source, use.caption)
+    views, note = pick_views(use.views, 0, use.random_policy)
+    notes = [f"cache: {path}, {len(embeddings.keys)} embeddings matched by key; they cannot be computed again here"]
+    return CachedTeacher(
+        name=path.stem,
+        embeddings=embeddings,
+        stored=StoredRows(embeddings, views, (0,)),
+        scales=_scales([embeddings.logit_scale], use.logit_scale),
+        device=device,
+        tokenizer=None,
+        notes=notes + ([note] if note else []),
+    )
+
+
+def _chosen(entries: Sequence[TeacherEntry], choice: str, path: Path) -> tuple[int, ...]:
+    if not choice:
+        return tuple(range(len(entries)))
+    names = [entry.name for entry in entries]
+    if choice in names:
+        return (names.index(choice),)
+    if choice.isdecimal() and int(choice) < len(entries):
+        return (int(choice),)
+    raise InputError(f"cache {path}: it holds no teacher '{choice}'{nearest(choice, names)}")
+
+
+def _scales(own: list[float], given: float | Sequence[float] | None) -> list[float]:
+    if given is None:
+        return own
+    if isinstance(given, int | float):
+        return [float(given)] * len(own)
+    if len(given) != len(own):
+        raise InputError(f"train.teacher_logit_scale: {len(given)} values for {len(own)} stored teachers")
+    return [float(scale) for scale in given]
