@@ -37,17 +37,12 @@ def tiny_open_clip(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def tiny_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-        "plain": {"hf_hub": "tests/plain/", "resize_mode": "squash", "mean": (0.5, 0.5, 0.5), "std": (0.25,) * 3},
+    """open_clip with two tiny architectures (one also with QuickGELU), two tags, and an empty hub cache."""
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny-16", tiny_open_clip())
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny-16-quickgelu", tiny_open_clip(quick_gelu=True))
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Other-16", tiny_open_clip(embed_dim=16))
     tags = {
-        "plain": {
-            "hf_hub": "tests/plain/",
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.25, 0.25, 0.25),
-            "resize_mode": "squash",
-        },
+        "plain": {"hf_hub": "tests/plain/", "resize_mode": "squash", "mean": (0.5, 0.5, 0.5), "std": (0.25,) * 3},
         "quick": {"hf_hub": "tests/quick/weights.pt", "interpolation": "bilinear", "quick_gelu": True},
     }
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny-16", tags)
