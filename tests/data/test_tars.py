@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clipdistill.data import tar_index
+from clipdistill.data import tar_index, tars
 from clipdistill.data.pairs import PairSource, open_pairs
 from clipdistill.data.problems import BadSample
 from clipdistill.data.tar_headers import DamagedTar, looks_like_tar, members
@@ -44,7 +44,9 @@ def test_members_equal_those_of_tarfile(tmp_path: Path, layout: int) -> None:
     path = tmp_path / "all.tar"
     deep = "/".join(["folder"] * 12)
     with tarfile.open(path, "w", format=layout) as archive:
-        for number, name in enumerate(["plain.txt", f"{deep}/ustar prefix.txt", "a" * 90 + ".jpg", "naïve ü.txt", "zero"]):
+        for number, name in enumerate(
+            ["plain.txt", f"{deep}/ustar prefix.txt", "a" * 90 + ".jpg", "naïve ü.txt", "zero"]
+        ):
             info = tarfile.TarInfo(name)
             info.size = [700, 512, 513, 3, 0][number]
             archive.addfile(info, io.BytesIO(os.urandom(info.size)))
@@ -80,7 +82,7 @@ def test_shared_shards_hold_what_the_json_says(own_cache: Path) -> None:
     assert source.shard_of(source.key(1000)) == str(folder / "wds_train" / "00001.tar")
     assert not source.problems
     with tarfile.open(folder / "wds_train" / "00001.tar") as archive:
-        member = archive.extractfile("000001000.jpg")
+        member = archive.extractfile("000010000.jpg")
         assert member is not None
         assert source.image_bytes(1000) == member.read()
     assert open_pairs(str(folder / "wds_train" / "{00000..00001}.tar")).fingerprint() == source.fingerprint()
@@ -124,7 +126,7 @@ def test_captions_come_from_json_lists_then_text_then_json(tmp_path: Path) -> No
 def test_row_3_a_shard_cut_anywhere_gives_its_whole_samples(tmp_path: Path) -> None:
     data = shard(tmp_path / "whole.tar").read_bytes()
     whole = captions_of(open_pairs(str(tmp_path / "whole.tar")))
-    images = {k: v for k, v in zip(whole, [encoded(n) for n in range(4)])}
+    images = dict(zip(whole, [encoded(n) for n in range(4)]))
     used = len(data.rstrip(b"\0"))
     (tmp_path / "good.tar").write_bytes(data)
     for length in [*range(1, used, 211), used + 512]:
@@ -169,7 +171,7 @@ def test_row_3_damage_in_the_middle_keeps_what_came_before(tmp_path: Path) -> No
 def test_row_3_a_shard_that_changes_later_gives_bad_samples(tmp_path: Path) -> None:
     source = open_pairs(str(shard(tmp_path / "s.tar")))
     (tmp_path / "s.tar").write_bytes(b"short")
-    with pytest.raises(BadSample, match="unreadable shard: .*s.tar: its size changed"):
+    with pytest.raises(BadSample, match=r"unreadable shard: .*s\.tar: its size changed"):
         source.image_bytes(0)
     (tmp_path / "s.tar").unlink()
     with pytest.raises(BadSample, match="unreadable shard"):
@@ -275,22 +277,27 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path: Path, monkeypat
     assert len(open_pairs(str(shard(tmp_path / "s.tar")))) == 4
 
 
+def _open_files() -> int:
+    listing = Path("/proc/self/fd")
+    return len(list(listing.iterdir())) if listing.exists() else 0
+
+
 def test_many_shards_threads_and_processes(tmp_path: Path) -> None:
     for number in range(80):
         shard(tmp_path / f"{number:05d}.tar", first=number, count=1)
     source = open_pairs(str(tmp_path / "{00000..00079}.tar"))
     expected = [encoded(number) for number in range(80)]
     copy = pickle.loads(pickle.dumps(source))
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    before = _open_files()
     with ThreadPoolExecutor(4) as pool:
         order = [*range(80), *range(79, -1, -1)] * 3
         assert list(pool.map(source.image_bytes, order)) == [expected[i] for i in order]
         assert list(pool.map(copy.image_bytes, range(80))) == expected
     del copy
     if before:
-        assert len(os.listdir("/proc/self/fd")) - before <= 64
+        assert _open_files() - before <= 64
         del source
-        assert len(os.listdir("/proc/self/fd")) <= before
+        assert _open_files() <= before
 
 
 @pytest.mark.parametrize(
@@ -307,9 +314,12 @@ def test_expand_braces(pattern: str, expected: list[str]) -> None:
     assert expand_braces(pattern) == expected
 
 
-@pytest.mark.parametrize("pattern", ["{5..1}.tar", "{0..99999999}.tar", "{}.tar", "{a..c}.tar", "{0..1.tar", "{0..999}{0..9999}.tar"])
-def test_senseless_patterns_are_refused(pattern: str) -> None:
-    with pytest.raises(InputError, match="shards|never closed"):
+@pytest.mark.parametrize(
+    "pattern", ["{5..1}.tar", "{0..99999999}.tar", "{}.tar", "{a..c}.tar", "{0..1.tar", "{0..99}{0..99}.tar"]
+)
+def test_senseless_patterns_are_refused(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tars, "_MOST_SHARDS", 1000)
+    with pytest.raises(InputError, match=r"shards|never closed"):
         expand_braces(pattern)
 
 
@@ -359,4 +369,4 @@ def test_mangled_archives_end_and_never_reach_outside(tmp_path: Path, data: st.D
         for member in members(io.BytesIO(bytes(mangled)), len(mangled)):
             assert 0 <= member.offset <= member.offset + member.size <= len(mangled)
     except DamagedTar as error:
-        assert "archive" in str(error)
+        assert "archive" in str(error)  # noqa: PT017 - either outcome is right

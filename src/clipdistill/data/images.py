@@ -50,7 +50,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None = Non
 
     at_least: a JPEG with both sides at least twice as long may be decoded at 1/2, 1/4 or 1/8 of its size, as long as
     both sides keep this many pixels: several times faster, but other pixels than a full decode and a resize. The full
-    size (oriented width, height) is then in `info["source_size"]`.
+    size (oriented width, height) is then in `info["source_size"]`, and `info["source_box"]` says which (left, top,
+    right, bottom) of the reduced picture the full one covers (its last pixels may be only partly covered).
     """
     if not data:
         raise BadSample("empty image file")
@@ -59,16 +60,20 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None = Non
     try:
         picture = _open(data, max_pixels)
         full_size = picture.size
+        drafted = None
         if at_least is not None and picture.format == "JPEG":
-            picture.draft(None, (at_least, at_least))
+            drafted = picture.draft(None, (at_least, at_least))
         picture.load()
         _refuse_zero_filled(picture.format, data)
         orientation = _orientation(picture)
-        reduced = picture.size != full_size and picture.format == "JPEG"
+        info: dict[str, tuple[float, ...]] = {}
+        if drafted is not None and picture.size != full_size:
+            _, _, width, height = drafted[1]
+            info["source_size"] = full_size[::-1] if orientation >= 5 else full_size
+            info["source_box"] = _oriented_box(width, height, picture.size, orientation)
         rgb = _to_rgb(picture)
         if orientation in _ORIENTATIONS:
             rgb = rgb.transpose(_ORIENTATIONS[orientation])
-            full_size = full_size[::-1] if orientation >= 5 else full_size
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
@@ -76,8 +81,18 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None = Non
     except Exception as error:  # Pillow's readers raise almost any type on damaged input
         truncated = "truncat" in str(error).lower() or isinstance(error, EOFError)
         raise BadSample(f"{'truncated' if truncated else 'corrupt'} image: {_words(error)}") from error
-    rgb.info = {"source_size": full_size} if reduced else {}
+    rgb.info = dict(info)  # profiles, comments and EXIF go no further
     return rgb
+
+
+def _oriented_box(
+    width: float, height: float, size: tuple[int, int], orientation: int
+) -> tuple[float, float, float, float]:
+    """Where the region (0, 0, width, height) of a picture of `size` lies after its EXIF orientation was applied."""
+    left = size[0] - width if orientation in (2, 3, 7, 8) else 0.0
+    top = size[1] - height if orientation in (3, 4, 6, 7) else 0.0
+    box = (left, top, left + width, top + height)
+    return (box[1], box[0], box[3], box[2]) if orientation >= 5 else box
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:

@@ -177,13 +177,14 @@ Box = tuple[float, float, float, float]
 
 def _evaluation(image: Image.Image, spec: ImageSpec, resample: Any) -> Image.Image:
     """open_clip's geometry: 'shortest' resizes the shorter side and crops the centre, 'longest' pads with black."""
-    size, (width, height) = spec.size, image.size
+    size, (width, height) = spec.size, image.info.get("source_size", image.size)
+    whole = image.info.get("source_box")
     if spec.resize_mode == "squash":
-        return resample(image, (size, size), spec.interpolation, None)
+        return resample(image, (size, size), spec.interpolation, whole)
     if spec.resize_mode == "longest":
         ratio = max(height, width) / size
         target = (max(1, round(width / ratio)), max(1, round(height / ratio)))
-        picture = resample(image, target, spec.interpolation, None)
+        picture = resample(image, target, spec.interpolation, whole)
         canvas = Image.new("RGB", (size, size))
         canvas.paste(picture, ((size - target[0]) // 2, (size - target[1]) // 2))
         return canvas
@@ -191,9 +192,9 @@ def _evaluation(image: Image.Image, spec: ImageSpec, resample: Any) -> Image.Ima
     target = (size, long) if width <= height else (long, size)
     if target[0] * target[1] > _MOST_PIXELS:
         side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        return resample(image, (size, size), spec.interpolation, (left, top, left + side, top + side))
-    picture = resample(image, target, spec.interpolation, None)
+        centre = ((height - side) // 2, (width - side) // 2, side, side)
+        return resample(image, (size, size), spec.interpolation, _scaled_box(image, centre))
+    picture = resample(image, target, spec.interpolation, whole)
     left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
     return picture.crop((left, top, left + size, top + size))
 
@@ -207,8 +208,9 @@ def _scaled_box(image: Image.Image, box: tuple[int, int, int, int]) -> Box:
             f"the view's box (top {top}, left {left}, {height} x {width}) lies outside the image of "
             f"{source_height} x {source_width}: the view was stored for another image"
         )
-    x, y = image.width / source_width, image.height / source_height
-    return left * x, top * y, (left + width) * x, (top + height) * y
+    begin_x, begin_y, end_x, end_y = image.info.get("source_box", (0, 0, *image.size))
+    x, y = (end_x - begin_x) / source_width, (end_y - begin_y) / source_height
+    return begin_x + left * x, begin_y + top * y, begin_x + (left + width) * x, begin_y + (top + height) * y
 
 
 def _pillow_resize(image: Image.Image, size: tuple[int, int], interpolation: str, box: Box | None) -> Image.Image:
@@ -223,7 +225,8 @@ def _pillow_resize(image: Image.Image, size: tuple[int, int], interpolation: str
 def _torch_resize(image: Image.Image, size: tuple[int, int], interpolation: str, box: Box | None) -> Image.Image:
     pixels = np.asarray(image)
     if box is not None:
-        left, top = int(box[0]), int(box[1])
+        # whole pixels only: of a picture decoded at reduced size, a view may shift by half a pixel
+        left, top = min(round(box[0]), image.width - 1), min(round(box[1]), image.height - 1)
         right, bottom = max(left + 1, round(box[2])), max(top + 1, round(box[3]))
         pixels = pixels[top:bottom, left:right]
     if pixels.shape[:2] != size[::-1]:
