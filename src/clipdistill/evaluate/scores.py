@@ -127,15 +127,17 @@ class Scores:
         ours, theirs = self.queries.get((score.model, question)), self.queries.get((reference, question))
         if ours is None or theirs is None or score.metric not in ours.values or score.metric not in theirs.values:
             return None
+        if score.value == 0:  # resampling nothing but failures says nothing
+            return None
         return bootstrap_ratio(
             ours.values[score.metric], theirs.values[score.metric], ours.clusters.get(score.metric), replicates=1000
         )
 
     def table(self, metrics: Sequence[str] | None = None, *, split: bool = True) -> list[Table]:
-        """One rich table for each protocol: a row for each model, then the share of the teacher that is kept.
+        """One rich table for each protocol: a row a metric, a column a model, then what each keeps of the teacher.
 
-        metrics: which columns; None for all. split False: raise InputError instead of printing a second table, for
-        callers that promise a single column.
+        metrics: which rows; None for all. split False: raise InputError instead of making a second table, for callers
+        that promise a single one.
         """
         protocols = self.protocols()
         if not split and len(protocols) > 1:
@@ -146,46 +148,43 @@ class Scores:
         return [self._one_table(protocol, metrics) for protocol in protocols]
 
     def _one_table(self, protocol: Protocol, metrics: Sequence[str] | None) -> Table:
-        columns, rows, kept = self._cells(protocol, metrics)
-        table = Table(title=protocol.label(), title_justify="left")
-        table.add_column("model")
-        for column in columns:
-            table.add_column(column, justify="right")
-        for name, cells in rows + kept:
-            table.add_row(name, *cells)
+        heads, rows = self._cells(protocol, metrics)
+        caption = "percent, with 95 % intervals" if any("[" in cell for row in rows for cell in row) else "percent"
+        table = Table(title=protocol.label(), title_justify="left", caption=caption, caption_justify="left")
+        for i, head in enumerate(heads):
+            table.add_column(head, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
         return table
 
-    def _cells(
-        self, protocol: Protocol, metrics: Sequence[str] | None
-    ) -> tuple[list[str], list[tuple[str, list[str]]], list[tuple[str, list[str]]]]:
+    def _cells(self, protocol: Protocol, metrics: Sequence[str] | None) -> tuple[list[str], list[list[str]]]:
+        """Column heads and rows of text for one protocol."""
         own = [s for s in self.scores if comparable(s.protocol, protocol)]
-        columns = [m for m in dict.fromkeys(s.metric for s in own) if metrics is None or m in metrics]
-
-        def lines(scores: Sequence[Score], suffix: str) -> list[tuple[str, list[str]]]:
-            by_cell = {(s.model, s.metric): s for s in scores}
-            models = sorted(dict.fromkeys(s.model for s in scores), key=lambda name: name != "teacher")
-            return [
-                (model + suffix, [by_cell[model, c].text() if (model, c) in by_cell else "" for c in columns])
-                for model in models
-            ]
-
         kept = [s for s in self.retention() if comparable(s.protocol, protocol)]
-        return columns, lines(own, ""), lines(kept, ", % of teacher")
+        groups = [("", own, model) for model in sorted({s.model: 0 for s in own}, key=lambda name: name != "teacher")]
+        groups += [(", % of teacher", kept, model) for model in dict.fromkeys(s.model for s in kept)]
+        columns = [{s.metric: s.text() for s in scores if s.model == model} for _, scores, model in groups]
+        shown = [m for m in dict.fromkeys(s.metric for s in own) if metrics is None or m in metrics]
+        rows = [[metric, *(column.get(metric, "") for column in columns)] for metric in sorted(shown, key=_order)]
+        return ["metric", *(model + suffix for suffix, _, model in groups)], rows
 
     def to_markdown(self, metrics: Sequence[str] | None = None) -> str:
-        """The tables in Markdown, each under its protocol."""
+        """The tables in Markdown, each under its protocol; percent, with 95 % intervals in brackets."""
         blocks = []
         for protocol in self.protocols():
-            columns, rows, kept = self._cells(protocol, metrics)
-            head = f"| model | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n"
-            body = "".join(f"| {name} | {' | '.join(cells)} |\n" for name, cells in rows + kept)
-            blocks.append(f"**{protocol.label()}**\n\n{head}{body}")
+            heads, rows = self._cells(protocol, metrics)
+            lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+            blocks.append(f"**{protocol.label()}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
         return "\n".join(blocks + [f"{note}\n" for note in self.notes])
 
     def print(self, console: Console | None = None, metrics: Sequence[str] | None = None) -> None:
         """Print the tables and notes to the terminal. Values in percent; brackets hold 95 % intervals."""
         console = console or Console()
-        console.print(Group(*self.table(metrics), *(Text(note) for note in self.notes)))
+        for table in self.table(metrics):
+            # as a line of its own, since a title is broken to the width of its table
+            label, table.title = str(table.title), None
+            console.print(Group(Text(label, style="bold"), table))
+        console.print(Group(*(Text(note) for note in self.notes)))
 
     def to_json(self) -> str:
         """Everything but the per-query results. Protocols are listed once and referred to by position."""
@@ -274,6 +273,11 @@ class Scores:
                     queries = result.queries.setdefault(key, Queries())
                     (queries.clusters if clusters else queries.values)[metric] = stored[name]
         return result
+
+
+def _order(metric: str) -> tuple[int, str]:
+    """Image-to-text first, then text-to-image; within each the order in which they were measured."""
+    return (0 if metric.startswith("i2t") else 1 if metric.startswith("t2i") else 2), ""
 
 
 def _is_rank(metric: str) -> bool:

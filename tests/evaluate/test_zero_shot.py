@@ -1,0 +1,97 @@
+"""Zero-shot classification: prompt ensembling by hand, top-5, means per class, restrictions, ties."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from clipdistill.errors import InputError
+from clipdistill.evaluate.encode import Encoder
+from clipdistill.evaluate.zero_shot import choose_templates, class_weights, classify, zero_shot
+from clipdistill.models.clip_model import ClipModel
+from tests.evaluate.conftest import COLOURS, ColourClasses, colour_model
+
+
+def test_class_weights_average_normalised_prompts(model: ClipModel) -> None:
+    encoder = Encoder(model, progress=False)
+    found = class_weights(encoder, ["red", "blue"], ["a {}", "the dark {} square"])
+    module, tokenizer = model.module, model.tokenizer
+    with torch.no_grad():
+        for row, word in zip(found, ("red", "blue"), strict=True):
+            prompts = module.encode_text(tokenizer([f"a {word}", f"the dark {word} square"]))
+            prompts = prompts / prompts.norm(dim=1, keepdim=True)
+            mean = prompts.mean(dim=0)
+            torch.testing.assert_close(row, mean / mean.norm(), atol=1e-6, rtol=0)
+
+
+def test_a_model_that_knows_colours_is_right(model: ClipModel) -> None:
+    found = zero_shot(model, ColourClasses(), progress=False)
+    assert found.scores() == {"top1": 1.0, "mean_per_class": 1.0}  # top-5 of five classes says nothing
+    assert found.template_name == "plain (1)"
+    assert found.class_names == tuple(COLOURS)
+
+
+def test_mean_per_class_weighs_classes_equally(model: ClipModel) -> None:
+    # 8 red of which 4 are labelled green, 2 right green, 2 of each other colour
+    data = ColourClasses(counts=(8, 2, 2, 2, 2), wrong=range(4))
+    found = zero_shot(model, data, progress=False)
+    assert found.scores()["top1"] == pytest.approx(12 / 16)
+    np.testing.assert_allclose(found.per_class(), [1, 2 / 6, 1, 1, 1])
+    assert found.mean_per_class() == pytest.approx((4 + 2 / 6) / 5)
+    assert found.top1.tolist() == [0.0] * 4 + [1.0] * 12
+    absent = zero_shot(model, ColourClasses(counts=(3, 0, 1, 0, 0)), progress=False)
+    assert np.isnan(absent.per_class()).tolist() == [False, True, False, True, True]
+    assert absent.mean_per_class() == 1.0
+
+
+def test_restriction_to_some_classes(model: ClipModel) -> None:
+    data = ColourClasses(counts=(3, 2, 1, 1, 1))
+    found = zero_shot(model, data, classes=["green", "red"], progress=False)
+    assert found.class_names == ("green", "red")
+    assert found.labels.tolist() == [1, 1, 1, 0, 0]
+    assert found.left_out == 3
+    assert found.keys == ["000", "001", "002", "003", "004"]
+    for classes, message in (
+        (["gren", "red"], "no class 'gren' .*'green'"),
+        ([0, 7], "no class 7: its classes are numbered 0 to 4"),
+        ([1], "at least two different classes"),
+        ([1, 1], "at least two different classes"),
+    ):
+        with pytest.raises(InputError, match=message):
+            zero_shot(model, data, classes=classes, progress=False)
+
+
+def test_top5_and_ties_count_their_expectation() -> None:
+    weights = torch.nn.functional.normalize(torch.tensor([[1.0, -i, 0.5] for i in range(8)]), dim=1)
+    image = torch.tensor([[0.0, 1.0, 0.0]]).repeat(8, 1)
+    top1, top5, predictions = classify(image, weights, np.arange(8))
+    assert top1.tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
+    assert top5.tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    assert predictions.tolist() == [0] * 8
+    # classes 0 to 2 are the same vector and come first
+    weights[0:3] = weights[0]
+    top1, top5, _ = classify(image, weights, np.arange(8))
+    assert top1.tolist() == pytest.approx([1 / 3] * 3 + [0] * 5)
+    assert top5.tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
+    # a collapsed model is at chance
+    top1, top5, _ = classify(image, weights[:1].repeat(8, 1), np.arange(8))
+    assert top1.tolist() == pytest.approx([1 / 8] * 8)
+    assert top5.tolist() == pytest.approx([5 / 8] * 8)
+
+
+def test_templates_by_name_and_by_hand() -> None:
+    name, lines = choose_templates("imagenet")
+    assert (name, len(lines)) == ("imagenet (80)", 80)
+    assert choose_templates(["a {c}", "the {}"]) == ("given (2)", ("a {}", "the {}"))
+    with pytest.raises(InputError, match="must hold exactly one"):
+        choose_templates(["no place"])
+
+
+def test_settings_of_an_encoder_and_of_a_model_give_the_same() -> None:
+    model = colour_model(noise=0.8, seed=3)
+    data = ColourClasses(counts=(5, 5, 5, 5, 5))
+    direct = zero_shot(model, data, ["a {}"], batch_size=2, progress=False)
+    shared = zero_shot(Encoder(model, progress=False), data, ["a {}"])
+    assert direct.predictions.tolist() == shared.predictions.tolist()
+    assert direct.template_name == "given (1)"
