@@ -111,7 +111,7 @@ def _students() -> list[Student]:
         entry("TinyCLIP-ViT-61M-32-Text-29M", tiny, _vit(640, 12, 32), _text(512, 9)),
         entry("TinyCLIP-ResNet-19M-Text-19M", tiny, _resnet(44), _text(512, 6), embed_dim=1024),
         entry("TinyCLIP-ResNet-30M-Text-29M", tiny, _resnet(56), _text(512, 9), embed_dim=1024),
-        entry("scenes-teacher", own, _vit(192, 6, 8, image_size=64), _text(128, 3, 40, 512), embed_dim=128, words=True),
+        entry("scenes-teacher", own, _vit(128, 4, 8, image_size=64), _text(128, 2, 40, 512), embed_dim=128, words=True),
         entry("scenes-student", own, _vit(64, 3, 8, image_size=64), _text(64, 2, 40, 512), embed_dim=64, words=True),
         entry(
             "flickr-teacher",

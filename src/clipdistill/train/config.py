@@ -34,7 +34,8 @@ class TrainConfig(Config):
     epsilon: float = 1e-6
     clip_grad_norm: float | None = pydantic.Field(default=None, gt=0)
     layer_decay: float | None = pydantic.Field(default=None, gt=0, le=1)
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the encoders. auto: bf16 on CUDA and on CPUs with matrix units for it (AMX), fp32 elsewhere, where bf16 is slower."""
     compile: bool = False
     deterministic: bool = False
     seed: int = pydantic.Field(default=0, ge=0)

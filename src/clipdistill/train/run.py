@@ -63,6 +63,7 @@ def distill(
     if not isinstance(config, RunConfig):
         config = build(RunConfig, config)
     device = pick_device(config.device)
+    config = _with_precision(config, device)
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     with ProcessGroup(device):
@@ -89,6 +90,15 @@ def distill(
             if explain:
                 return Run(folder, "explained", 0, None)
             return _train_and_finish(setup, progress, folder, display)
+
+
+def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
+    """`precision: auto` decided for this device, so that what is stored with the run is what was used."""
+    if config.train.precision != "auto":
+        return config
+    fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
+    chosen = config.train.model_copy(update={"precision": "bf16" if fast else "fp32"})
+    return config.model_copy(update={"train": chosen})
 
 
 def _train_and_finish(setup: Setup, progress: Progress, folder: Path, display: Display) -> Run:
