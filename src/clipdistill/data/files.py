@@ -31,16 +31,18 @@ def read_image_file(path: str | Path) -> bytes:
         raise BadSample(MISSING_FILE) from error
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise BadSample(f"unreadable image file: {getattr(error, 'strerror', None) or error}") from error
-    with open(descriptor, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise BadSample("unreadable image file: not a regular file")
         if status.st_size > LARGEST_FILE:
             raise BadSample(f"unreadable image file: {status.st_size} bytes, at most {LARGEST_FILE} are read")
-        try:
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
             return file.read()
-        except OSError as error:
-            raise BadSample(f"unreadable image file: {error.strerror or error}") from error
+    except OSError as error:
+        raise BadSample(f"unreadable image file: {error.strerror or error}") from error
+    finally:
+        os.close(descriptor)
 
 
 class FilePairs(IndexedPairs):
