@@ -141,8 +141,8 @@ def _beach(canvas: Canvas, palette: Palette) -> None:
     side = canvas.pixels
     shore = int(canvas.dice.between(0.52, 0.66) * side)
     canvas.fill(palette[0])
-    canvas.fill((40, 112, 180), (0, shore - round(0.16 * side), side, shore))
-    _sand(canvas, palette[1:], top=shore)
+    canvas.fill(palette[2], (0, shore - round(0.16 * side), side, shore))
+    _sand(canvas, palette[1:2], top=shore)
 
 
 _PAINTERS: dict[str, Callable[[Canvas, Palette], None]] = {

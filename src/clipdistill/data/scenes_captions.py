@@ -295,7 +295,7 @@ def _related_pair(scene: Scene, dice: Dice) -> tuple[int, int, str]:
         found = relations_of(scene, first, second)
         if found:
             return first, second, dice.pick(RELATION_WORDS[dice.pick(found)])
-    # things that do not overlap are at least 0.205 apart, and any such offset meets one of the conditions
+    # things that do not overlap are at least 0.22 apart, and any such offset meets one of the conditions
     raise AssertionError("two things always stand in some relation")
 
 

@@ -256,12 +256,12 @@ def _shade(patch: _Patch, dice: Dice) -> Image.Image:
 
 @functools.cache
 def _ramps() -> list[Image.Image]:
-    """Eight ramps from 0 to 255, steep in the middle so that the ends keep their colour."""
+    """Eight ramps from 0 to 255, the first colour on the larger part."""
     axis = np.linspace(-1, 1, 64)
     result = []
     for k in range(8):
         slope = math.cos(k * math.pi / 4) * axis[None, :] + math.sin(k * math.pi / 4) * axis[:, None]
-        result.append(Image.fromarray((255 * np.clip(0.5 + 0.75 * slope, 0, 1)).astype(np.uint8)))
+        result.append(Image.fromarray((255 * np.clip(0.38 + 0.75 * slope, 0, 1)).astype(np.uint8)))
     return result
 
 

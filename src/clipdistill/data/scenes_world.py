@@ -88,11 +88,11 @@ BACKGROUNDS: dict[str, tuple[Colour, ...]] = {
     "tiled floor": ((222, 222, 214), (176, 184, 186)),
     "graph paper": ((248, 248, 244),),
     "meadow": ((132, 186, 238), (84, 150, 54)),
-    "beach": ((128, 188, 236), (226, 200, 146)),
+    "beach": ((128, 188, 236), (226, 200, 146), (40, 112, 180)),
 }
 """Every background with the colours that a shape on it must stand out from."""
 
-CORES = {"circle": 1.0, "square": 0.66, "hexagon": 0.82, "heart": 0.5, "diamond": 0.5, "semicircle": 0.5}
+CORES = {"circle": 0.99, "square": 0.66, "hexagon": 0.82, "heart": 0.45, "diamond": 0.52, "semicircle": 0.45}
 """Shapes full enough to overlap another recognisably, with the radius of a disc about the centre that lies inside."""
 HOSTS = {"circle": 0.85, "square": 0.62, "hexagon": 0.75, "ring": 0.56}
 """Shapes that may hold a small one, with the radius of the room inside them (for the ring: its hole)."""
@@ -310,7 +310,7 @@ def _scatter(dice: Dice, kinds: Sequence[Looks], placed: Sequence[Thing]) -> lis
                 size = "small"
             radius = dice.between(*SIZES[size])
             x, y = dice.between(radius + 0.02, 0.98 - radius), dice.between(radius + 0.02, 0.98 - radius)
-            if all(math.hypot(t.x - x, t.y - y) > t.radius + radius + 0.015 for t in (*placed, *result)):
+            if all(math.hypot(t.x - x, t.y - y) > t.radius + radius + 0.03 for t in (*placed, *result)):
                 result.append(_thing(looks, size, x, y, radius, dice))
                 break
     return result
