@@ -7,7 +7,6 @@ answer, a broken one is an InputError that names file and line. Only the last li
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -16,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clipdistill.bench.device import architecture_fingerprint
 from clipdistill.errors import InputError
 
 METHOD_NAMES = {
     "clip-rd": "CLIP-RD",
     "clip-kd": "CLIP-KD",
     "contrastive": "contrastive only",
+    "clip": "contrastive only",
     "tinyclip": "TinyCLIP",
     "dclip": "DCLIP",
     "mobileclip": "MobileCLIP",
@@ -368,10 +369,3 @@ def _architecture(path: Path) -> str:
     if not path.is_file():
         return ""
     return architecture_fingerprint(read_json(path).get("architecture"))
-
-
-def architecture_fingerprint(architecture: Any) -> str:
-    """12 hexadecimal digits of an architecture dictionary, "" when there is none."""
-    if not isinstance(architecture, dict):
-        return ""
-    return hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -47,7 +47,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
     def key(self, index: int, /) -> str: ...
     def captions(self, index: int, /) -> tuple[str, ...]: ...
-    def image_bytes(self, index: int, /) -> bytes: ...
+    def image(self, index: int, /) -> Image.Image: ...
 
 
 @dataclass
@@ -149,7 +149,7 @@ def build_gallery(
             query["ranks"][name] = _rank(scores, own)
         used.add(keys[image])
         found.append(query)
-    thumbnails = {key: thumbnail(source.image_bytes(position[key])) for key in sorted(used)}
+    thumbnails = {key: thumbnail(source.image(position[key])) for key in sorted(used)}
     selection = (
         f"Half of the {len(found)} queries were drawn at random (seed {seed}) from {len(texts):,} captions and "
         f"{len(keys):,} images, half are those on which the models disagree most."
@@ -157,11 +157,9 @@ def build_gallery(
     return {"format": 1, "selection": selection, "queries": found, "thumbnails": thumbnails}
 
 
-def thumbnail(data: bytes) -> str:
-    """A JPEG data URI of at most THUMBNAIL pixels a side from an encoded image."""
-    from clipdistill.data.images import decode
-
-    return _encode(decode(data))[0]
+def thumbnail(picture: Image.Image) -> str:
+    """A JPEG data URI of at most THUMBNAIL pixels a side."""
+    return _encode(picture)[0]
 
 
 def reencode(uri: str) -> tuple[str, int, int] | None:

@@ -25,12 +25,12 @@ from clipdistill.report.words import headline
 
 @dataclass(frozen=True)
 class ReportSummary:
-    """Where the three files are, the headline's sentences, and what could not be shown."""
+    """Where the three files are, the headline (one sentence a line), what could not be shown, the page's bytes."""
 
     html: Path
     markdown: Path
     csv: Path
-    headline: tuple[str, ...]
+    headline: str
     notices: tuple[str, ...]
     size: int
 
@@ -53,7 +53,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str, *, title: str | No
     _write(markdown, to_markdown(report))
     _write(csv, to_csv(report))
     _write(out, html)
-    sentences = tuple(sentence.text for sentence in report.headline)
+    sentences = "\n".join(sentence.text for sentence in report.headline)
     return ReportSummary(out, markdown, csv, sentences, tuple(report.notices), len(html.encode()))
 
 

@@ -16,13 +16,16 @@ from typing import Any
 
 from scipy import stats
 
-from clipdistill.report.data import METHOD_NAMES, Run, ScoreRow
+from clipdistill.report.data import Run, ScoreRow
 
 LEAD_METRICS = ("t2i_R@1", "i2t_R@1", "top1")
 """The measures that the headline, the trade-off and the comparisons are about, the first available one in front."""
 
 MAIN_METRICS = ("i2t_R@1", "t2i_R@1", "i2t_mAP@10", "t2i_mAP@10", "top1", "top5")
 """The columns of the short table; all others are in the full one."""
+
+PLAIN_METHODS = ("contrastive", "clip")
+"""Training without a teacher: what every distillation method has to beat."""
 
 _METRIC_ORDER = [f"{d}_{m}" for m in ("R@1", "R@5", "R@10", "mAP@10", "MRR", "median_rank") for d in ("i2t", "t2i")]
 _METRIC_ORDER += ["top1", "top5", "mean_per_class"]
@@ -279,7 +282,7 @@ def _colour(students: Sequence[Entry]) -> None:
     """Number the colours: 1 (grey) for plain contrastive training, the natural baseline, 2 and on for the others."""
     following = 2
     for entry in students:
-        if entry.method == "contrastive" and all(other.colour != 1 for other in students):
+        if entry.method in PLAIN_METHODS and all(other.colour != 1 for other in students):
             entry.colour = 1
         else:
             entry.colour, following = following, following + 1
@@ -374,8 +377,7 @@ def _unequal(a: Entry, b: Entry) -> list[str]:
 
 
 def _rank(entry: Entry) -> int:
-    """Where a method stands in the natural question "does X beat Y": plain training, then the methods by age."""
-    order = ["contrastive", *(m for m in METHOD_NAMES if m not in ("contrastive", "clip-kd", "clip-rd")), "clip-kd"]
-    if entry.method == "clip-rd":
-        return len(order) + 1
-    return order.index(entry.method) if entry.method in order else len(order)
+    """Where a method stands in the natural question "does X beat Y": plain training, others, CLIP-KD, CLIP-RD."""
+    if entry.method in PLAIN_METHODS:
+        return 0
+    return {"clip-kd": 2, "clip-rd": 3}.get(entry.method, 1)

@@ -1,0 +1,113 @@
+"""What a model costs whatever the clock says: floating-point operations, memory, bytes on disk.
+
+FLOPs: torch's own counter, one multiply-add counted as two operations (papers that quote MACs quote half of this).
+Fused attention fast paths hide their work from the counter, so they are switched off while counting.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipdistill.bench.backends import tensor_bytes
+from clipdistill.bench.device import architecture_fingerprint
+from clipdistill.models.clip_model import ClipModel
+
+
+def describe_model(model: ClipModel) -> dict[str, Any]:
+    """Fingerprints, parameters, FLOPs per image and per text, and bytes of the weights of one model."""
+    return {
+        "name": model.name,
+        "fingerprint": model.fingerprint(),
+        "architecture": architecture_fingerprint(model.architecture),
+        "parameters": model.parameter_counts(),
+        "flops": {tower: count_flops(model, tower) for tower in ("image", "text")},
+        "size_bytes": tensor_bytes(model.module),
+        "image_size": model.image.size,
+        "context_length": model.context_length,
+    }
+
+
+def count_flops(model: ClipModel, tower: str) -> int:
+    """FLOPs of one image or one text through a tower (a multiply-add is two)."""
+    module = model.module
+    training = module.training
+    device = next(module.parameters()).device
+    dtype = next(module.parameters()).dtype
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    module.eval()
+    inputs = sample_inputs(model, tower, 1, device, dtype)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            module.encode_image(inputs) if tower == "image" else module.encode_text(inputs)  # type: ignore[operator]
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        module.train(training)
+    return int(counter.get_total_flops())
+
+
+def sample_inputs(model: ClipModel, tower: str, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A batch as a tower expects it: seeded noise images (B, 3, H, W), or tokens (B, L) of short captions.
+
+    A text tower runs over its whole context length whatever the caption, so the words do not matter for speed.
+    """
+    if tower == "image":
+        generator = torch.Generator().manual_seed(0)
+        size = model.image.size
+        return torch.randn(batch, 3, size, size, generator=generator).to(device=device, dtype=dtype)
+    captions = [f"a photo of {i} cats on a red sofa" for i in range(batch)]
+    return model.tokenizer(captions).to(device)
+
+
+def peak_activation_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """The most tensor memory one call holds at once beyond what was there before it; None where nothing was seen.
+
+    CUDA: the caching allocator's own count. CPU: the storages that torch operations create and release during the
+    call (scratch memory inside an operation is not seen, nor is anything outside torch).
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device) - before)
+    with _LiveStorages() as live:
+        call()
+    return live.peak or None
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Follows the bytes of all storages made inside it (agrees with the profiler's memory events)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = self.peak = 0
+        self._bytes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_iter((args, kwargs)):
+            if isinstance(tensor, Tensor):  # existed before the call, or is known already
+                self._bytes.setdefault(tensor.untyped_storage()._cdata, 0)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._bytes:
+                    self._bytes[storage._cdata] = storage.nbytes()
+                    self.current += storage.nbytes()
+                    self.peak = max(self.peak, self.current)
+                    weakref.finalize(storage, self._released, storage._cdata)
+        return result
+
+    def _released(self, storage: int) -> None:
+        self.current -= self._bytes.pop(storage, 0)

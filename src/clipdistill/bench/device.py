@@ -1,0 +1,117 @@
+"""What a figure was measured on: the device, its libraries, and how busy it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipdistill.errors import InputError
+
+LIBRARIES = (
+    "clipdistill",
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "timm",
+    "numpy",
+    "pillow",
+    "onnxruntime",
+    "openvino",
+)
+
+
+def pick_device(name: str | torch.device | None) -> torch.device:
+    """The device to measure on: the one named, or CUDA when there is one. InputError when it does not exist."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device '{name}': write cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Label, facts and a fingerprint: figures may share an axis only where the fingerprint is equal.
+
+    The number of threads belongs to the fingerprint: a processor with two threads is another device than with sixteen.
+    """
+    facts: dict[str, Any]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts = {
+            "kind": "cuda",
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+        }
+        label = properties.name
+    else:
+        threads = torch.get_num_threads()
+        facts = {
+            "kind": device.type,
+            "name": processor_name(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": threads,
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        }
+        label = f"{facts['name']}, {threads} thread{'s' if threads != 1 else ''}"
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return {"label": label, "fingerprint": digest, **facts, "system": f"{platform.system()} {platform.release()}"}
+
+
+def processor_name() -> str:
+    """The processor's trade name where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine() or "unknown processor"
+
+
+def describe_libraries() -> dict[str, str]:
+    """Versions of Python and of the libraries that do the work."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def busy_warning() -> str | None:
+    """A sentence when other work already keeps this machine's cores busy."""
+    try:
+        load = os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+    cores = os.cpu_count() or 1
+    if load > 0.5 * cores:
+        return (
+            f"the machine was busy before the measurement began (load {load:.1f} on {cores} cores): "
+            "ratios between models hold, absolute figures are too low"
+        )
+    return None
+
+
+def architecture_fingerprint(architecture: Any) -> str:
+    """12 hexadecimal digits of an architecture dictionary, "" when there is none. Equal ones run equally fast."""
+    if not isinstance(architecture, dict):
+        return ""
+    return hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -1,0 +1,291 @@
+"""How fast, how large, how hungry: teacher and students measured against each other on one device.
+
+The result is plain JSON (docs/benchmarking.md describes every field): it is what `clipdistill bench --json` writes,
+what a run folder keeps as bench.json and what the report reads.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipdistill.bench import endtoend
+from clipdistill.bench.backends import DTYPES, Backend, Loaded, find_backend, find_dtype
+from clipdistill.bench.cost import describe_model, peak_activation_bytes, sample_inputs
+from clipdistill.bench.device import busy_warning, describe_device, describe_libraries, pick_device
+from clipdistill.bench.timing import Session, Task, measure, median_interval, pair_rates, ratio_interval
+from clipdistill.data.pairs import PairSource
+from clipdistill.errors import InputError, nearest
+from clipdistill.models.clip_model import ClipModel
+
+TOWERS = ("image", "text")
+FORMAT = 1
+
+
+def throughput(
+    models: Mapping[str, ClipModel],
+    *,
+    device: str | torch.device | None = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    towers: Sequence[str] = TOWERS,
+    seconds: float = 2.0,
+    dtype: str | Sequence[str] = "float32",
+    backends: Sequence[str] = ("eager",),
+    source: PairSource | None = None,
+    threads: int | None = None,
+    rounds: int = 10,
+    reference: str | None = None,
+) -> dict[str, Any]:
+    """Measure models against each other; the result can be written as JSON.
+
+    models: name -> model; all of them alternate within each setting (back end, dtype, batch size).
+    seconds: timed seconds for each model, tower, batch size, dtype and back end, after warm-up.
+    source: also measure end to end (read, decode, transform, image tower; one process) on these pairs.
+    threads: of torch on the CPU, for this measurement only. reference: the model that ratios refer to (default
+    "teacher" if there is one, else the first).
+    Raises InputError for an unknown name or a setting in which no model could be measured.
+    """
+    _check(models, batch_sizes, towers, seconds, rounds, reference)
+    reference = reference or ("teacher" if "teacher" in models else next(iter(models)))
+    where = pick_device(device)
+    formats = [find_dtype(name) for name in ([dtype] if isinstance(dtype, str) else dtype)]
+    chosen = [find_backend(name) for name in backends]
+    before = torch.get_num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        busy = busy_warning()
+        result: dict[str, Any] = {
+            "format": FORMAT,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "command": " ".join(["clipdistill", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "clipdistill" else "",
+            "device": describe_device(where),
+            "libraries": describe_libraries(),
+            "settings": {
+                "batch_sizes": list(batch_sizes),
+                "towers": list(towers),
+                "seconds": seconds,
+                "rounds": rounds,
+                "dtypes": formats,
+                "backends": [backend.name for backend in chosen],
+                "reference": reference,
+                "data": source.name if source is not None else None,
+            },
+            "models": {name: describe_model(model) for name, model in models.items()},
+            "measurements": [],
+            "ratios": [],
+            "failures": [],
+            "warnings": [busy] if busy else [],
+        }
+        bench = _Bench(models, where, tuple(towers), seconds, rounds, reference, source, result)
+        for backend in chosen:
+            for name in formats:
+                bench.measure(backend, name, batch_sizes)
+    finally:
+        torch.set_num_threads(before)
+    if not result["measurements"]:
+        reasons = "; ".join(f"{f['model']} with {f['backend']}: {f['reason']}" for f in result["failures"])
+        raise InputError(f"nothing could be measured ({reasons})")
+    return result
+
+
+class _Bench:
+    """The measurements of one call of `throughput`, added to `result` as they are made."""
+
+    def __init__(
+        self,
+        models: Mapping[str, ClipModel],
+        device: torch.device,
+        towers: tuple[str, ...],
+        seconds: float,
+        rounds: int,
+        reference: str,
+        source: PairSource | None,
+        result: dict[str, Any],
+    ) -> None:
+        self.models, self.device, self.towers = models, device, towers
+        self.seconds, self.rounds, self.reference = seconds, rounds, reference
+        self.source, self.result = source, result
+
+    def measure(self, backend: Backend, dtype: str, batch_sizes: Sequence[int]) -> None:
+        """All models in one back end and number format, every batch size."""
+        loaded: dict[str, Loaded] = {}
+        if dtype not in backend.dtypes:
+            for name in self.models:
+                self._fail(name, backend.name, dtype, f"this back end runs in {', '.join(backend.dtypes)} only")
+            return
+        try:
+            for name, model in self.models.items():
+                try:
+                    loaded[name] = backend.load(model, self.device, dtype)
+                except Exception as error:  # a back end may fail in any way; the others are still measured
+                    self._fail(name, backend.name, dtype, _sentence(error))
+            for batch in batch_sizes:
+                self._batch(backend, dtype, batch, loaded)
+        finally:
+            for ready in loaded.values():
+                ready.close()
+
+    def _batch(self, backend: Backend, dtype: str, batch: int, loaded: dict[str, Loaded]) -> None:
+        tasks: list[Task] = []
+        peaks: dict[str, int | None] = {}
+        parts: dict[str, endtoend.Pipeline] = {}
+        with torch.inference_mode():
+            for name in list(loaded):
+                try:
+                    for task, peak in self._tower_tasks(name, loaded[name], batch, dtype, backend.visible):
+                        tasks.append(task)
+                        peaks[task.name] = peak
+                    if self.source is not None and "image" in self.towers:
+                        encode = loaded[name].towers["image"]
+                        pipeline = endtoend.Pipeline(
+                            self.source,
+                            self.models[name].image,
+                            encode,
+                            batch,
+                            self.device,
+                            DTYPES.get(dtype, torch.float32),
+                        )
+                        pipeline()
+                        parts[f"{name}|end-to-end"] = pipeline
+                        tasks.append(Task(f"{name}|end-to-end", self._synchronised(pipeline), pipeline.batch))
+                except InputError:
+                    raise
+                except Exception as error:  # compilation and unsupported operations fail on the first call
+                    self._fail(name, backend.name, dtype, _sentence(error))
+                    tasks = [task for task in tasks if task.name.partition("|")[0] != name]
+                    loaded.pop(name).close()
+            if not tasks:
+                return
+            for pipeline in parts.values():
+                pipeline.clear()
+            session = measure(tasks, seconds=self.seconds, rounds=self.rounds)
+        self.result["warnings"] += [
+            w
+            for w in (f"{backend.name}, {dtype}, batch {batch}: {text}" for text in session.warnings)
+            if w not in self.result["warnings"]
+        ]
+        self._record(session, {"backend": backend.name, "dtype": dtype, "batch": batch}, loaded, peaks, parts)
+
+    def _tower_tasks(
+        self, name: str, loaded: Loaded, batch: int, dtype: str, visible: bool
+    ) -> list[tuple[Task, int | None]]:
+        found = []
+        for tower in self.towers:
+            inputs = sample_inputs(self.models[name], tower, batch, self.device, DTYPES.get(dtype, torch.float32))
+            encode = loaded.towers[tower]
+
+            def call(encode: Any = encode, inputs: torch.Tensor = inputs) -> object:
+                return encode(inputs)
+
+            call()
+            measurable = visible or self.device.type == "cuda"
+            peak = peak_activation_bytes(call, self.device) if measurable else None
+            found.append((Task(f"{name}|{tower}", self._synchronised(call), batch), peak))
+        return found
+
+    def _synchronised(self, call: Any) -> Any:
+        if self.device.type != "cuda":
+            return call
+
+        def run() -> None:
+            call()
+            torch.cuda.synchronize(self.device)
+
+        return run
+
+    def _record(
+        self,
+        session: Session,
+        setting: dict[str, Any],
+        loaded: Mapping[str, Loaded],
+        peaks: Mapping[str, int | None],
+        parts: Mapping[str, endtoend.Pipeline],
+    ) -> None:
+        """Rows of every tower, then the pair, then the ratios to the reference."""
+        rates: dict[tuple[str, str], list[float]] = {}
+        for key, timing in session.timings.items():
+            name, _, tower = key.partition("|")
+            rates[name, tower] = timing.rates()
+            median, p95 = timing.latency()
+            activations = peaks.get(key)
+            row = self._row(name, tower, setting, rates[name, tower])
+            row |= {
+                "median_ms": 1000 * median,
+                "p95_ms": 1000 * p95,
+                "calls": timing.calls,
+                "first_call_ms": 1000 * timing.warm_up.first,
+                "warm_up_calls": timing.warm_up.calls,
+                "steady": timing.warm_up.steady,
+                "drifting": key in session.drifting,
+                "reruns": session.reruns,
+                "peak_bytes": None if activations is None else activations + loaded[name].weight_bytes,
+                "activation_bytes": activations,
+            }
+            if key in parts:
+                row["parts_ms"] = parts[key].parts()
+            self.result["measurements"].append(row)
+        for name in loaded:
+            if (name, "image") in rates and (name, "text") in rates:
+                rates[name, "pair"] = pair_rates(rates[name, "image"], rates[name, "text"])
+                self.result["measurements"].append(self._row(name, "pair", setting, rates[name, "pair"]))
+        for (name, tower), values in rates.items():
+            other = rates.get((self.reference, tower))
+            if name != self.reference and other is not None:
+                value, low, high = ratio_interval(values, other)
+                ratio = {"model": name, "reference": self.reference, "tower": tower, **setting}
+                self.result["ratios"].append({**ratio, "value": value, "low": low, "high": high})
+
+    def _row(self, name: str, tower: str, setting: dict[str, Any], rates: list[float]) -> dict[str, Any]:
+        value, low, high = median_interval(rates)
+        return {
+            "model": name,
+            "tower": tower,
+            **setting,
+            "value": value,
+            "low": low,
+            "high": high,
+            "rounds": len(rates),
+        }
+
+    def _fail(self, model: str, backend: str, dtype: str, reason: str) -> None:
+        self.result["failures"].append({"model": model, "backend": backend, "dtype": dtype, "reason": reason})
+
+
+def _check(
+    models: Mapping[str, ClipModel],
+    batch_sizes: Sequence[int],
+    towers: Sequence[str],
+    seconds: float,
+    rounds: int,
+    reference: str | None,
+) -> None:
+    if not models:
+        raise InputError("a benchmark needs at least one model")
+    for tower in towers:
+        if tower not in TOWERS:
+            raise InputError(f"unknown tower '{tower}'{nearest(tower, TOWERS)}")
+    if not towers:
+        raise InputError("a benchmark needs at least one tower: image, text or both")
+    if not batch_sizes or min(batch_sizes) < 1:
+        raise InputError(f"batch sizes must be whole numbers above 0, got {list(batch_sizes)}")
+    if not 0 < seconds < 3600:
+        raise InputError(f"seconds must be above 0 and below 3600, got {seconds}")
+    if rounds < 3:
+        raise InputError(f"at least 3 rounds are needed to see a drift, got {rounds}")
+    if reference is not None and reference not in models:
+        raise InputError(f"unknown reference model '{reference}'{nearest(reference, models)}")
+    for name in models:
+        if "|" in name:
+            raise InputError(f"a model's name in a benchmark may not contain '|': {name}")
+
+
+def _sentence(error: Exception) -> str:
+    """The first line of an error, with its kind."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
