@@ -185,7 +185,7 @@ def _accumulate(
 ) -> None:
     sums = progress.window
     values = {f"term/{name}": float(value) for name, value in output.terms.items()}
-    values |= {"total": float(output.total), "gradient": gradient_norm}
+    values |= {"total": float(output.total.detach()), "gradient": gradient_norm}
     if finite:
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value
