@@ -12,28 +12,35 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-PROTOCOL: dict[str, Any] = {
-    "task": "retrieval",
-    "name": "standard",
-    "dataset": "scenes",
-    "split": "val",
-    "images": 1000,
-    "captions": 4000,
-    "captions_per_image": "all",
-    "positives": "any",
-    "ties": "half",
-    "dtype": "float32",
-    "keys_sha256": "5f1d" * 16,
-}
-ZERO_SHOT: dict[str, Any] = {
-    "task": "zero-shot",
-    "name": "zero-shot",
-    "dataset": "scenes:zeroshot",
-    "split": "held-out",
-    "images": 1200,
-    "templates": "simple",
-    "keys_sha256": "77aa" * 16,
-}
+from clipdistill.evaluate.protocol import Protocol
+from clipdistill.evaluate.scores import Queries, Score, Scores
+
+PROTOCOL = Protocol(
+    name="standard",
+    task="retrieval",
+    dataset="scenes",
+    split="val",
+    images=1000,
+    captions=4000,
+    captions_per_image="all",
+    positives="any caption of the image",
+    transform="64 px, shortest, bicubic",
+    dtype="float32",
+    keys_sha256="5f1d" * 16,
+    model_fingerprint="",
+)
+ZERO_SHOT = Protocol(
+    name="zero-shot",
+    task="zero-shot",
+    dataset="scenes:zeroshot",
+    images=1200,
+    classes=24,
+    templates="scenes",
+    transform="64 px, shortest, bicubic",
+    dtype="float32",
+    keys_sha256="77aa" * 16,
+    model_fingerprint="",
+)
 
 METHODS = {
     # t2i R@1, i2t R@1, top-1
@@ -54,13 +61,12 @@ def interval(value: float, n: int) -> tuple[float, float]:
     return value - half, value + half
 
 
-def score(metric: str, value: float, n: int, protocol: dict[str, Any], model: str, fingerprint: str) -> dict[str, Any]:
+def score(metric: str, value: float, n: int, protocol: Protocol, model: str, fingerprint: str) -> Score:
     low, high = interval(value, n)
-    stored = {**protocol, "model_fingerprint": fingerprint, "transform": "64 pixels"}
-    return {"metric": metric, "value": value, "n": n, "low": low, "high": high, "model": model, "protocol": stored}
+    return Score(metric, value, n, protocol.model_copy(update={"model_fingerprint": fingerprint}), low, high, model)
 
 
-def scores_of(model: str, values: tuple[float, float, float], fingerprint: str) -> list[dict[str, Any]]:
+def scores_of(model: str, values: tuple[float, float, float], fingerprint: str) -> list[Score]:
     t2i, i2t, top1 = values
     rows = []
     for direction, first, n in (("i2t", i2t, 1000), ("t2i", t2i, 4000)):
@@ -69,6 +75,43 @@ def scores_of(model: str, values: tuple[float, float, float], fingerprint: str) 
     rows.append(score("top1", top1, 1200, ZERO_SHOT, model, fingerprint))
     rows.append(score("top5", top1 + (1 - top1) * 0.7, 1200, ZERO_SHOT, model, fingerprint))
     return rows
+
+
+def write_scores(path: Path, rows: list[Score], queries: dict[str, np.ndarray] | None = None) -> None:
+    """scores.json as evaluate writes it; `queries`: the student's per-query results of metrics under PROTOCOL."""
+    scores = Scores(rows)
+    if queries is not None:
+        student = next(row.protocol for row in rows if row.model == "student" and row.protocol.task == "retrieval")
+        scores.queries["student", student.question()] = Queries(queries, {})
+    scores.save(path)
+
+
+def distribution(mean: float) -> dict[str, Any]:
+    """One distribution of cosines as clipdistill.evaluate.geometry describes it."""
+    edges = [round(-0.3 + 0.02 * i, 2) for i in range(61)]
+    counts = [int(10_000 * math.exp(-(((e + 0.01 - mean) / 0.13) ** 2))) for e in edges[:-1]]
+    return {"count": sum(counts), "mean": mean, "std": 0.1, "histogram": {"edges": edges, "counts": counts}}
+
+
+def shape(matched: float) -> dict[str, Any]:
+    return {
+        "images": 1000,
+        "positive": distribution(matched),
+        "negative": distribution(0.05),
+        "gap": matched - 0.05,
+        "hard_negative": {"image": 0.3, "text": 0.31},
+        "modality_gap": {"distance": 0.42, "cosine": 0.1},
+    }
+
+
+def write_geometry(path: Path, matched: float) -> None:
+    """geometry.json of a run: student, teacher and their alignment."""
+    alignment = {
+        "cka": {"image": 0.8, "text": 0.85},
+        "neighbour_overlap": {"image_to_text": {"10": 0.41}, "text_to_image": {"10": 0.43}},
+        "discrepancy": {"vrd": 0.12, "xrd": 0.21, "scale": 14.3},
+    }
+    path.write_text(json.dumps({"student": shape(matched), "teacher": shape(0.55), "alignment": alignment}))
 
 
 def write_run(
@@ -142,7 +185,7 @@ def write_run(
     rows = scores_of("student", values, f"{method}-{seed}-weights")
     if method != "contrastive":
         rows += scores_of("teacher", TEACHER, "teacher-weights")
-    (folder / "scores.json").write_text(json.dumps({"format": 1, "scores": rows}))
+    write_scores(folder / "scores.json", rows)
     with (folder / "bad_samples.jsonl").open("w") as file:
         for key, reason in (("scene-00017", "truncated image: 812 of 2,113 bytes"), ("scene-00403", "empty caption")):
             file.write(json.dumps({"key": key, "reason": reason}) + "\n")
@@ -261,25 +304,8 @@ def write_demo(folder: Path) -> list[Path]:
     students = {method: (4200.0 + 40 * i, 9100.0) for i, method in enumerate(METHODS)}
     write_bench(folder / "bench.json", {"teacher": (610.0, 2400.0), **students})
     write_gallery(folder / "gallery.json", ["teacher", *METHODS])
-    edges = [round(-0.2 + 0.05 * i, 2) for i in range(21)]
-
-    def density(mean: float) -> list[float]:
-        return [round(math.exp(-(((edges[i] + 0.025 - mean) / 0.12) ** 2)) * 4, 4) for i in range(20)]
-
-    models = {
-        name: {
-            "positive_similarity": 0.41 + 0.05 * i,
-            "negative_similarity": 0.02,
-            "modality_gap": 0.3,
-            "cka_to_teacher": 0.7 + 0.05 * i,
-            "histograms": {
-                "similarity of pairs": {"edges": edges, "density": density(0.3 + 0.08 * i)},
-                "similarity of non-pairs": {"edges": edges, "density": density(0.05)},
-            },
-        }
-        for i, name in enumerate(["teacher", *METHODS])
-    }
-    (folder / "geometry.json").write_text(json.dumps({"format": 1, "models": models}))
+    for i, run in enumerate(runs):
+        write_geometry(run / "geometry.json", 0.32 + 0.07 * i)
     claims = [
         {
             "claim": "Relational terms improve text-to-image retrieval over CLIP-KD",

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from clipdistill.report import plots
 from clipdistill.report.data import Run
 from clipdistill.report.gallery import Gallery
+from clipdistill.report.geometry import Shape
 from clipdistill.report.svg import SMALL_WIDTH, WIDTH, compact
 from clipdistill.report.svg import rate as show
 from clipdistill.report.tables import MAIN_METRICS, Column, Comparison, Entry, Estimate, ScoreTable
@@ -35,7 +36,7 @@ class Report:
     gallery: Gallery | None
     headline: list[Sentence]
     claims: list[dict[str, str]]
-    geometry: list[tuple[Entry, dict[str, Any]]]
+    geometry: list[Shape]
     notices: list[str]
 
 
@@ -238,14 +239,10 @@ def _tiles(report: Report) -> list[dict[str, str]]:
     if kept is not None:
         tiles.append({"value": f"{100 * kept.value:.0f} %", "text": f"of the teacher's {column.title} kept"})
     for device in trade.devices[:1]:
-        found = {
-            s.entry.label: s
-            for s in device.speeds
-            if s.entry and s.setting == device.best_setting() and "pair" in s.rates
-        }
-        if teacher and best.label in found and teacher.label in found:
-            times = found[best.label].rates["pair"].value / found[teacher.label].rates["pair"].value
-            tiles.append({"value": f"{times:.1f}×", "text": "the teacher's image-text pairs per second"})
+        setting = device.best_setting()
+        ratio = device.ratio(best, teacher, "pair", setting) if teacher is not None and setting is not None else None
+        if ratio is not None:
+            tiles.append({"value": f"{ratio.value:.1f}×", "text": "the teacher's image-text pairs per second"})
     mine, theirs = trade.sizes.get(best.label), trade.sizes.get(teacher.label) if teacher else None
     if mine and theirs and mine.parameters and theirs.parameters:
         share = f"{100 * mine.parameters / theirs.parameters:.3g} %"
@@ -319,10 +316,14 @@ def _trade_charts(report: Report) -> list[dict[str, Any]]:
 def _basis(comparisons: Sequence[Comparison]) -> str:
     kinds = {c.basis for c in comparisons}
     parts = []
+    if kinds & {"queries", "paired"}:
+        parts.append("With one seed per method the interval covers the choice of test queries only.")
+    if "paired" in kinds:
+        parts.append("Both models answered the same queries (paired bootstrap over images, permutation test).")
     if "queries" in kinds:
         parts.append(
-            "With one seed per method the interval covers the choice of test queries only. Two models are treated as "
-            "independent although they answer the same queries, so a paired test would have narrower intervals."
+            "Results of single queries were not kept, so two models are treated as independent although they answered "
+            "the same ones; a paired test would have narrower intervals."
         )
     if "seeds" in kinds:
         parts.append("With several seeds the interval comes from the seeds (Welch).")
@@ -346,27 +347,21 @@ def _gallery(gallery: Gallery | None) -> dict[str, Any] | None:
 
 def _geometry_charts(report: Report) -> list[dict[str, Any]]:
     found: dict[str, list[tuple[Entry, list[float], list[float]]]] = {}
-    for entry, facts in report.geometry:
-        for name, (edges, heights) in plots.histograms(facts).items():
-            found.setdefault(name, []).append((entry, edges, heights))
-    return _charts(
-        (name.replace("_", " "), plots.histogram_chart(name.replace("_", " "), series))
-        for name, series in found.items()
-    )
+    for shape in report.geometry:
+        for name, (edges, heights) in shape.histograms.items():
+            found.setdefault(name, []).append((shape.entry, edges, heights))
+    return _charts((name, plots.histogram_chart(name, series)) for name, series in found.items())
 
 
 def _geometry_table(report: Report) -> dict[str, Any] | None:
-    def scalars(facts: dict[str, Any]) -> dict[str, float]:
-        return {k: float(v) for k, v in facts.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-
-    names = list(dict.fromkeys(name for _, facts in report.geometry for name in scalars(facts)))
-    if not names:
+    titles = list(dict.fromkeys(title for shape in report.geometry for title in shape.values))
+    if not titles:
         return None
     rows = []
-    for entry, facts in report.geometry:
-        values = scalars(facts)
-        rows.append({"entry": entry, "cells": [_cell(f"{values[n]:.3f}" if n in values else "–") for n in names]})
-    return {"name": "Geometry", "titles": ["Model", *(n.replace("_", " ") for n in names)], "texts": [0], "rows": rows}
+    for shape in report.geometry:
+        cells = [_cell(f"{shape.values[title]:.3g}" if title in shape.values else "–") for title in titles]
+        rows.append({"entry": shape.entry, "cells": cells})
+    return {"name": "Geometry", "titles": ["Model", *titles], "texts": [0], "rows": rows}
 
 
 def _bad_table(table: ScoreTable) -> dict[str, Any] | None:

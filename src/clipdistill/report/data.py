@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clipdistill.bench.device import architecture_fingerprint
 from clipdistill.errors import InputError
+from clipdistill.evaluate.scores import Queries, Score, Scores
 
 METHOD_NAMES = {
     "clip-rd": "CLIP-RD",
@@ -34,12 +36,16 @@ CURVE_POINTS = 240
 """A curve is thinned to at most this many points: more are not visible, and the file stays small."""
 
 
+Question = tuple[tuple[str, Any], ...]
+"""Every condition of a measurement except the model: what two numbers in one column have in common."""
+
+
 @dataclass(frozen=True)
 class ScoreRow:
     """One measured number: `value` with its 95 % interval (`low`, `high`) over `n` queries, under a protocol.
 
-    role: "student" or "teacher". fingerprint: of the model that was measured ("" when unknown).
-    protocol: every condition of the measurement except the model; equal protocols may stand in one column.
+    role: "student" or "teacher". fingerprint: of the model that was measured.
+    protocol: see Question; label: the protocol in words.
     """
 
     role: str
@@ -49,7 +55,7 @@ class ScoreRow:
     n: int
     low: float | None
     high: float | None
-    protocol: tuple[tuple[str, Any], ...]
+    protocol: Question
     label: str
     fingerprint: str = ""
 
@@ -82,6 +88,9 @@ class Run:
     command: str
     facts: dict[str, Any]
     scores: list[ScoreRow] = field(default_factory=list)
+    queries: dict[tuple[str, Question], Queries] = field(default_factory=dict)
+    retention: dict[tuple[str, Question], tuple[float, float | None, float | None]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     losses: dict[str, Curve] = field(default_factory=dict)
     vitals: dict[str, Curve] = field(default_factory=dict)
     evaluations: dict[str, Curve] = field(default_factory=dict)
@@ -111,7 +120,7 @@ def read_run(folder: Path) -> Run:
     problems, examples = read_bad_samples(folder / "bad_samples.jsonl")
     method = str(facts.get("method") or facts.get("recipe") or facts.get("name") or folder.name)
     teacher = facts.get("teacher")
-    return Run(
+    run = Run(
         folder=folder,
         name=str(facts.get("name") or folder.name),
         method=method,
@@ -126,7 +135,6 @@ def read_run(folder: Path) -> Run:
         seconds=_number(facts.get("seconds")) or 0.0,
         command=_command(facts.get("command", "")),
         facts=facts,
-        scores=read_scores(folder / "scores.json"),
         losses=losses,
         vitals=vitals,
         evaluations=read_evaluations(folder / "eval.jsonl"),
@@ -135,6 +143,8 @@ def read_run(folder: Path) -> Run:
         recipe=_text(folder / "recipe.yaml"),
         architecture=_architecture(folder / "student" / "model.json"),
     )
+    read_scores(folder / "scores.json", run)
+    return run
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -266,65 +276,48 @@ def read_bad_samples(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]
     return {kind: len(group) for kind, group in sorted(keys.items())}, examples
 
 
-def read_scores(path: Path) -> list[ScoreRow]:
-    """The rows of scores.json; nothing when the run has not been evaluated."""
+def read_scores(path: Path, run: Run) -> None:
+    """Fill a run's scores, per-query results (from the .npz beside it), retentions and notes; nothing when absent."""
     if not path.is_file():
-        return []
-    stored = read_json(path)
-    rows = stored.get("scores")
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: expected a list under the key 'scores'")
-    protocols = stored.get("protocols")
-    return [_score(path, position, row, protocols) for position, row in enumerate(rows)]
+        return
+    try:
+        stored = Scores.load(path)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path.with_suffix('.npz')}: not readable as per-query results ({error})") from error
+    run.notes = list(stored.notes)
+    run.scores = [_score(score) for score in stored]
+    run.queries = {(_role(model), question): queries for (model, question), queries in stored.queries.items()}
+    # read as stored: its intervals were computed over the same queries, which need not have been kept
+    raw = read_json(path)
+    rows, protocols = raw.get("retention"), [score.protocol for score in stored]
+    order = list(dict.fromkeys(protocols))
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict) and _role(str(row.get("model"))) == "student" and isinstance(row.get("protocol"), int):
+            key = (str(row.get("metric")), order[row["protocol"]].question()) if row["protocol"] < len(order) else None
+            value = _number(row.get("value"))
+            if key is not None and value is not None:
+                run.retention[key] = (value, _number(row.get("low")), _number(row.get("high")))
 
 
-def _score(path: Path, position: int, row: Any, protocols: Any) -> ScoreRow:
-    where = f"{path} (score {position + 1})"
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object, got {type(row).__name__}")
-    value, protocol = row.get("value"), row.get("protocol")
-    if isinstance(protocol, int) and isinstance(protocols, list) and 0 <= protocol < len(protocols):
-        protocol = protocols[protocol]
-    if not isinstance(row.get("metric"), str) or not isinstance(value, int | float):
-        raise InputError(f"{where}: the keys 'metric' (text) and 'value' (number) are needed")
-    if not isinstance(protocol, dict):
-        raise InputError(f"{where}: the key 'protocol' is needed: a number without its protocol is not shown")
-    model = str(row.get("model", "student"))
+def _score(score: Score) -> ScoreRow:
     return ScoreRow(
-        role="teacher" if model == "teacher" or model.startswith("teacher") else "student",
-        model=model,
-        metric=row["metric"],
-        value=float(value),
-        n=int(_number(row.get("n")) or 0),
-        low=_number(row.get("low")),
-        high=_number(row.get("high")),
-        protocol=protocol_key(protocol),
-        label=str(protocol.get("label") or protocol_label(protocol)),
-        fingerprint=str(protocol.get("model_fingerprint") or ""),
+        role=_role(score.model),
+        model=score.model,
+        metric=score.metric,
+        value=score.value,
+        n=score.n,
+        low=_number(score.low),
+        high=_number(score.high),
+        protocol=score.protocol.question(),
+        label=score.protocol.label(),
+        fingerprint=score.protocol.model_fingerprint,
     )
 
 
-def protocol_key(protocol: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What must be equal for two numbers to stand in one column: every condition except the model measured.
-
-    The transform belongs to the model too (a 64-pixel student is still asked the same question as a 224-pixel teacher).
-    """
-    personal = {"model_fingerprint", "transform", "label", "dtype"}
-    return tuple(sorted((k, _freeze(v)) for k, v in protocol.items() if k not in personal))
-
-
-def protocol_label(protocol: Mapping[str, Any]) -> str:
-    """A short name of a protocol: "retrieval, flickr8k/val, standard, 1000 images, all captions"."""
-    split = f"/{protocol['split']}" if protocol.get("split") else ""
-    captions = {"all": "all captions", "first": "first caption only"}.get(str(protocol.get("captions_per_image")), "")
-    images = f"{protocol['images']:,} images" if isinstance(protocol.get("images"), int) else ""
-    parts = [
-        str(protocol.get("name") or protocol.get("task") or ""),
-        f"{protocol.get('dataset', '')}{split}",
-        images,
-        captions,
-    ]
-    return ", ".join(part for part in parts if part)
+def _role(model: str) -> str:
+    return "teacher" if model == "teacher" else "student"
 
 
 def thin(points: Sequence[tuple[float, float]]) -> Curve:
@@ -349,11 +342,6 @@ def _number(value: Any) -> float | None:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
     return None
-
-
-def _freeze(value: Any) -> Any:
-    """A hashable stand-in for a JSON value."""
-    return value if isinstance(value, str | int | float | bool | None) else json.dumps(value, sort_keys=True)
 
 
 def _command(value: Any) -> str:

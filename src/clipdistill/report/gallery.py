@@ -12,14 +12,16 @@ import binascii
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
+from clipdistill.evaluate.encode import EncodedPairs
 from clipdistill.report.data import Run, read_optional
 from clipdistill.report.tables import Entry, ScoreTable
 
@@ -27,27 +29,6 @@ THUMBNAIL = 144
 """Longest side of a thumbnail in pixels."""
 
 _MAX_PIXELS = 4_000_000  # a thumbnail is far smaller; more is not one of ours
-
-
-class Encoded(Protocol):
-    """Unit-length embeddings of one model over a pair source (clipdistill.evaluate's EncodedPairs).
-
-    image: (N, D); text: (M, D); text_to_image: (M,) row of `image` that each text belongs to; keys: N sample keys.
-    """
-
-    image: Tensor
-    text: Tensor
-    text_to_image: Tensor
-    keys: Sequence[str]
-
-
-class Source(Protocol):
-    """The part of clipdistill.data's PairSource that the gallery needs."""
-
-    def __len__(self) -> int: ...
-    def key(self, index: int, /) -> str: ...
-    def captions(self, index: int, /) -> tuple[str, ...]: ...
-    def image(self, index: int, /) -> Image.Image: ...
 
 
 @dataclass
@@ -82,8 +63,8 @@ class Gallery:
 
 
 def build_gallery(
-    models: Mapping[str, Encoded],
-    source: Source,
+    models: Mapping[str, EncodedPairs],
+    source: PairSource,
     *,
     queries: int = 12,
     top: int = 5,
@@ -100,8 +81,12 @@ def build_gallery(
         raise InputError("a gallery needs at least one model's embeddings")
     reference = next(iter(models.values()))
     for name, encoded in models.items():
-        same = list(encoded.keys) == list(reference.keys) and torch.equal(
-            torch.as_tensor(encoded.text_to_image).cpu(), torch.as_tensor(reference.text_to_image).cpu()
+        same = (
+            list(encoded.keys) == list(reference.keys)
+            and list(encoded.captions) == list(reference.captions)
+            and torch.equal(
+                torch.as_tensor(encoded.text_to_image).cpu(), torch.as_tensor(reference.text_to_image).cpu()
+            )
         )
         if not same:
             raise InputError(f"gallery: '{name}' was not encoded on the same samples as '{next(iter(models))}'")
@@ -111,7 +96,7 @@ def build_gallery(
     missing = next((key for key in keys if key not in position), None)
     if missing is not None:
         raise InputError(f"gallery: the embeddings hold the sample '{missing}', which is not in the pair source")
-    texts = _captions(source, keys, owner, position)
+    texts = list(reference.captions)
     wanted_text = min(len(texts), max(1, (2 * queries + 2) // 3))
     wanted_image = min(len(keys), max(0, queries - wanted_text))
     generator = np.random.default_rng(seed)
@@ -254,18 +239,7 @@ def _entry(name: str, owner: Run | None, table: ScoreTable, extras: dict[str, En
     return extras[name]
 
 
-def _captions(source: Source, keys: Sequence[str], owner: Tensor, position: Mapping[str, int]) -> list[str]:
-    """The caption of each text row: the k-th row of an image is its k-th caption."""
-    seen: dict[int, int] = {}
-    texts = []
-    for image in owner.tolist():
-        count = seen.get(image, 0)
-        seen[image] = count + 1
-        texts.append(source.captions(position[keys[image]])[count])
-    return texts
-
-
-def _ranks_of_images(models: Mapping[str, Encoded], owner: Tensor) -> np.ndarray:
+def _ranks_of_images(models: Mapping[str, EncodedPairs], owner: Tensor) -> np.ndarray:
     """(models, M): the rank of the right image for each caption."""
     result = []
     for encoded in models.values():
@@ -278,7 +252,7 @@ def _ranks_of_images(models: Mapping[str, Encoded], owner: Tensor) -> np.ndarray
     return np.stack(result)
 
 
-def _ranks_of_texts(models: Mapping[str, Encoded], owner: Tensor, images: int) -> np.ndarray:
+def _ranks_of_texts(models: Mapping[str, EncodedPairs], owner: Tensor, images: int) -> np.ndarray:
     """(models, N): the rank of the best of an image's captions."""
     result = []
     for encoded in models.values():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from clipdistill.report.data import Curve
 from clipdistill.report.svg import HEIGHT, SMALL_HEIGHT, SMALL_WIDTH, WIDTH, Axis, Chart, compact, rate
@@ -171,19 +170,6 @@ def histogram_chart(title: str, series: Sequence[tuple[Entry, Sequence[float], S
     for entry, edges, heights in usable:
         chart.bars(edges, heights, entry.colour, f"{entry.label}: {title}")
     return chart.render()
-
-
-def histograms(facts: Mapping[str, Any]) -> dict[str, tuple[list[float], list[float]]]:
-    """name -> (edges, densities) of the well-formed histograms of one model in geometry.json."""
-    found = {}
-    stored = facts.get("histograms")
-    for name, histogram in stored.items() if isinstance(stored, dict) else ():
-        if not isinstance(histogram, dict):
-            continue
-        edges, heights = histogram.get("edges"), histogram.get("density")
-        if isinstance(edges, list) and isinstance(heights, list):
-            found[str(name)] = ([float(v) for v in edges], [float(v) for v in heights])
-    return found
 
 
 def _range(cell: Estimate) -> tuple[float, float] | tuple[()]:

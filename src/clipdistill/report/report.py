@@ -10,14 +10,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from clipdistill.errors import InputError
 from clipdistill.report.context import VERDICTS, Report
 from clipdistill.report.data import Run, read_optional, read_runs
 from clipdistill.report.gallery import read_galleries
+from clipdistill.report.geometry import read_geometry
 from clipdistill.report.html import render
-from clipdistill.report.tables import Entry, ScoreTable, build_table, compare
+from clipdistill.report.tables import ScoreTable, build_table, compare
 from clipdistill.report.text import to_csv, to_markdown
 from clipdistill.report.trade import read_trade
 from clipdistill.report.words import headline
@@ -73,7 +73,7 @@ def collect(folders: Sequence[Path], title: str | None = None) -> Report:
         gallery=gallery,
         headline=headline(table, comparisons, trade),
         claims=_claims(runs),
-        geometry=_geometry(runs, table),
+        geometry=read_geometry(runs, table),
         notices=[*table.notices, *(gallery.notices if gallery else [])],
     )
 
@@ -101,30 +101,6 @@ def _claims(runs: Sequence[Run]) -> list[dict[str, str]]:
             )
             found.append({"kind": kind, "verdict": kind, "text": text, "evidence": evidence})
     return found
-
-
-def _geometry(runs: Sequence[Run], table: ScoreTable) -> list[tuple[Entry, dict[str, Any]]]:
-    """(entry, measures) of geometry.json: {"models": {name: {measure: number, "histograms": {...}}}}."""
-    found: list[tuple[Entry, dict[str, Any]]] = []
-    for path, owner, stored in read_optional(runs, "geometry.json"):
-        models = stored.get("models")
-        if not isinstance(models, dict):
-            raise InputError(f"{path}: expected an object under the key 'models'")
-        for name, facts in models.items():
-            entry = _named(str(name), owner, table)
-            if entry is not None and isinstance(facts, dict) and all(known is not entry for known, _ in found):
-                found.append((entry, facts))
-    return sorted(found, key=lambda item: table.entries.index(item[0]))
-
-
-def _named(name: str, owner: Run | None, table: ScoreTable) -> Entry | None:
-    for entry in table.entries:
-        for run in entry.runs:
-            if entry.role == "teacher" and name in {"teacher", run.teacher}:
-                return entry
-            if entry.role == "student" and (name in {run.name, entry.label} or (owner is run and name == "student")):
-                return entry
-    return None
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,8 +2,8 @@
 
 Numbers under different protocols never share a column. Several runs that differ only in their seed become one entry,
 whose interval then comes from the seeds; a single run's interval comes from the test queries alone, and the words
-say so. Formulas: retention as in docs/methods.md 7.5; differences are unpaired (conservative for two models that
-answer the same queries), with Holm's correction over the pairs of a column.
+say so. Retention is the student's score over the teacher's under the same protocol. Statistics are those of
+clipdistill.evaluate.statistics, with Holm's correction over the pairs of a column.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 from scipy import stats
 
-from clipdistill.report.data import Run, ScoreRow
+from clipdistill.evaluate import statistics
+from clipdistill.report.data import Question, Run, ScoreRow
 
 LEAD_METRICS = ("t2i_R@1", "i2t_R@1", "top1")
 """The measures that the headline, the trade-off and the comparisons are about, the first available one in front."""
@@ -67,7 +68,7 @@ class Column:
     """One protocol and one metric. `number` counts protocols, so that a header can refer to the list of protocols."""
 
     metric: str
-    protocol: tuple[tuple[str, Any], ...]
+    protocol: Question
     label: str
     number: int
     cells: dict[str, Estimate] = field(default_factory=dict)
@@ -95,7 +96,8 @@ class Column:
 class Comparison:
     """challenger minus baseline in one column: difference with a 95 % interval and a Holm-corrected p-value.
 
-    decided: the corrected p-value is below 0.05. basis: what the interval covers ("queries" or "seeds").
+    decided: the corrected p-value is below 0.05. basis: what interval and p-value rest on: "seeds" (Welch), "paired"
+    (the same queries, bootstrap and permutation) or "queries" (two independent samples, from the stored intervals).
     unequal: what differs between the two besides the method (budget, data, teacher, student), in words.
     """
 
@@ -139,7 +141,7 @@ class ScoreTable:
         ]
 
     @property
-    def protocols(self) -> list[tuple[int, str, tuple[tuple[str, Any], ...]]]:
+    def protocols(self) -> list[tuple[int, str, Question]]:
         """(number, label, conditions) of each protocol."""
         return list({c.number: (c.number, c.label, c.protocol) for c in self.columns}.values())
 
@@ -157,7 +159,7 @@ class ScoreTable:
         return own or (self.teachers[0] if len(self.teachers) == 1 else None)
 
     def retention(self, entry: Entry, column: Column) -> Estimate | None:
-        """Student / teacher in one column, interval by the delta method, the two taken as independent."""
+        """Student / teacher in one column: over the same queries as the run stored it, else by the delta method."""
         teacher = self.teacher_of(entry)
         if teacher is None or entry.role != "student" or not column.is_share:
             return None
@@ -165,6 +167,9 @@ class ScoreTable:
         if mine is None or reference is None or reference.value <= 0:
             return None
         ratio = mine.value / reference.value
+        stored = entry.first.retention.get((column.metric, column.protocol)) if mine.seeds == 1 else None
+        if stored is not None and abs(stored[0] - ratio) < 1e-9:
+            return Estimate(*stored)
         if mine.standard_error is None or reference.standard_error is None:
             return Estimate(ratio)
         error = math.hypot(mine.standard_error / reference.value, ratio * reference.standard_error / reference.value)
@@ -193,7 +198,7 @@ def build_table(runs: Sequence[Run]) -> ScoreTable:
     _colour(students)
     table = ScoreTable([*teachers, *students], [], notices)
     columns: dict[tuple[str, Any], Column] = {}
-    numbers: dict[tuple[tuple[str, Any], ...], int] = {}
+    numbers: dict[Question, int] = {}
     for run in runs:
         for row in run.scores:
             number = numbers.setdefault(row.protocol, len(numbers) + 1)
@@ -219,6 +224,7 @@ def build_table(runs: Sequence[Run]) -> ScoreTable:
     for run in runs:
         if run.status and run.status != "finished":
             notices.append(f"The run {run.name} is not finished (status: {run.status}): its figures are preliminary.")
+        notices += [f"{run.name}: {note}" for note in run.notes]
         if not run.scores:
             notices.append(f"The run {run.name} has no scores.json: it was not evaluated, so it is not in the table.")
         lost = sum(curve.not_finite for curve in run.losses.values())
@@ -239,21 +245,11 @@ def compare(table: ScoreTable) -> list[Comparison]:
         for first, second in combinations(entries, 2):
             baseline, challenger = (first, second) if _rank(first) <= _rank(second) else (second, first)
             family.append(_difference(challenger, baseline, column))
-        corrected = holm([c.p_value for c in family])
-        for comparison, p_value in zip(family, corrected):
+        corrected = iter(statistics.holm([c.p_value for c in family if c.p_value is not None]))
+        for comparison in family:
+            p_value = next(corrected) if comparison.p_value is not None else None
             decided = p_value is not None and p_value < 0.05
             result.append(Comparison(**{**comparison.__dict__, "p_value": p_value, "decided": decided}))
-    return result
-
-
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's step-down correction; None (nothing known) stays None and is not counted."""
-    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
-    result: list[float | None] = [None] * len(p_values)
-    running = 0.0
-    for position, (p, index) in enumerate(known):
-        running = max(running, min(1.0, p * (len(known) - position)))
-        result[index] = running
     return result
 
 
@@ -330,35 +326,34 @@ def _single(row: ScoreRow) -> Estimate:
 def _over_seeds(rows: Sequence[ScoreRow]) -> Estimate:
     """Mean over seeds with Student's interval."""
     values = [row.value for row in rows]
-    mean = sum(values) / len(values)
-    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-    reach = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    return Estimate(mean, mean - reach, mean + reach, error, rows[0].n, len(values), tuple(values))
+    interval = statistics.seed_interval(values)
+    error = (interval.high - interval.low) / (2 * float(stats.t.ppf(0.975, len(values) - 1)))
+    return Estimate(interval.value, interval.low, interval.high, error, rows[0].n, len(values), tuple(values))
 
 
 def _difference(challenger: Entry, baseline: Entry, column: Column) -> Comparison:
+    """Over seeds where both have several (Welch); else paired over the queries where they were kept; else unpaired."""
     a, b = column.cells[challenger.label], column.cells[baseline.label]
-    difference = a.value - b.value
     unequal = tuple(_unequal(challenger, baseline))
-    basis = "seeds" if a.seeds > 1 and b.seeds > 1 else "queries"
-    if a.standard_error is None or b.standard_error is None:
-        return Comparison(challenger, baseline, column, difference, None, None, None, False, basis, unequal)
-    error = math.hypot(a.standard_error, b.standard_error)
-    if error == 0:
-        p_value = 1.0 if difference == 0 else 0.0
+    if a.seeds > 1 and b.seeds > 1:
+        found, basis = statistics.welch(a.per_seed, b.per_seed), "seeds"
         return Comparison(
-            challenger, baseline, column, difference, difference, difference, p_value, False, basis, unequal
+            challenger, baseline, column, found.value, found.low, found.high, found.p, False, basis, unequal
         )
-    if basis == "seeds":  # Welch
-        freedom = error**4 / (a.standard_error**4 / (a.seeds - 1) + b.standard_error**4 / (b.seeds - 1))
-        reach, p_value = (
-            float(stats.t.ppf(0.975, freedom)) * error,
-            2 * float(stats.t.sf(abs(difference) / error, freedom)),
-        )
-    else:
-        reach, p_value = _Z * error, 2 * float(stats.norm.sf(abs(difference) / error))
-    low, high = difference - reach, difference + reach
-    return Comparison(challenger, baseline, column, difference, low, high, p_value, False, basis, unequal)
+    ours, theirs = (e.first.queries.get(("student", column.protocol)) for e in (challenger, baseline))
+    if a.seeds == b.seeds == 1 and ours is not None and theirs is not None:
+        x, y = ours.values.get(column.metric), theirs.values.get(column.metric)
+        if x is not None and y is not None and len(x) == len(y):
+            found = statistics.paired_bootstrap(x, y, ours.clusters.get(column.metric), replicates=1000)
+            low, high, p = found.low, found.high, found.p
+            return Comparison(challenger, baseline, column, found.value, low, high, p, False, "paired", unequal)
+    difference = a.value - b.value
+    if a.standard_error is None or b.standard_error is None:
+        return Comparison(challenger, baseline, column, difference, None, None, None, False, "queries", unequal)
+    error = math.hypot(a.standard_error, b.standard_error)
+    p_value = 2 * float(stats.norm.sf(abs(difference) / error)) if error > 0 else float(difference == 0)
+    low, high = difference - _Z * error, difference + _Z * error
+    return Comparison(challenger, baseline, column, difference, low, high, p_value, False, "queries", unequal)
 
 
 def _unequal(a: Entry, b: Entry) -> list[str]:

@@ -52,6 +52,27 @@ class Device:
     sources: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     libraries: dict[str, str] = field(default_factory=dict)
+    ratios: dict[tuple[str, str, str, tuple[str, str, int]], Estimate] = field(default_factory=dict)
+
+    def ratio(self, entry: Entry, reference: Entry, tower: str, setting: tuple[str, str, int]) -> Estimate | None:
+        """How many times as fast `entry` is as `reference`: from common rounds where measured, else from the rates.
+
+        Without common rounds the interval is the widest that the two rates' intervals allow.
+        """
+        stored = self.ratios.get((entry.label, reference.label, tower, setting))
+        if stored is not None:
+            return stored
+        rates = [self.rate(which, tower, setting) for which in (entry, reference)]
+        if rates[0] is None or rates[1] is None:
+            return None
+        a, b = rates[0], rates[1]
+        low, high = (a.low or a.value) / (b.high or b.value), (a.high or a.value) / (b.low or b.value)
+        return Estimate(a.value / b.value, low, high)
+
+    def rate(self, entry: Entry, tower: str, setting: tuple[str, str, int]) -> Estimate | None:
+        """Items per second of an entry in one setting."""
+        found = (s for s in self.speeds if s.entry is entry and s.setting == setting and tower in s.rates)
+        return next((s.rates[tower] for s in found), None)
 
     def best_setting(self) -> tuple[str, str, int] | None:
         """The setting in which most entries have pairs per second; among equals float32, eager, the largest batch."""
@@ -153,6 +174,12 @@ def _read_bench(
             speed.latency[tower] = (float(row["median_ms"]), float(row["p95_ms"]))
         if row.get("peak_bytes"):
             speed.peak_bytes = max(speed.peak_bytes or 0.0, float(row["peak_bytes"]))
+    for row in bench.get("ratios", []):
+        pair = [matched.get(str(row.get("model"))), matched.get(str(row.get("reference")))]
+        if pair[0] is not None and pair[1] is not None:
+            setting = (str(row["backend"]), str(row["dtype"]), int(row["batch"]))
+            key = (pair[0].label, pair[1].label, str(row["tower"]), setting)
+            device.ratios[key] = Estimate(float(row["value"]), float(row["low"]), float(row["high"]))
     for failure in bench.get("failures", []):
         failures.append(
             f"{failure.get('model')} with {failure.get('backend')} ({failure.get('dtype')}): {failure.get('reason')}"

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clipdistill.report.svg import compact, rate
-from clipdistill.report.tables import Column, Comparison, Entry, Estimate, ScoreTable
-from clipdistill.report.trade import Speed, Trade
+from clipdistill.report.tables import Column, Comparison, Estimate, ScoreTable
+from clipdistill.report.trade import Trade
 
 
 @dataclass(frozen=True)
@@ -141,21 +141,22 @@ def _price(table: ScoreTable, trade: Trade) -> list[Sentence]:
         size = f"{_capital(best.label)} has {counts}"
     for device in trade.devices:
         setting = device.best_setting()
-        fast = _speed(device.speeds, best, setting)
-        slow = _speed(device.speeds, teacher, setting)
-        if fast is None or slow is None or setting is None:
+        if setting is None:
             continue
-        a, b = fast.rates["pair"], slow.rates["pair"]
-        times = a.value / b.value
-        low, high = (a.low or a.value) / (b.high or b.value), (a.high or a.value) / (b.low or b.value)
+        fast, slow = device.rate(best, "pair", setting), device.rate(teacher, "pair", setting)
+        ratio = device.ratio(best, teacher, "pair", setting)
+        if fast is None or slow is None or ratio is None:
+            continue
         start = f"{size}, and encodes" if size else f"{_capital(best.label)} encodes"
         size = ""
-        compared = f"{times:.1f} times as many" if times >= 1.05 or times <= 0.95 else "about as many"
+        similar = 0.95 < ratio.value < 1.05
+        compared = "about as many" if similar else f"{ratio.value:.1f} times as many"
+        reach = interval_text(Estimate(ratio.value, ratio.low, ratio.high), False)
         sentences.append(
             Sentence(
                 "cost",
-                f"{start} {compared} image-text pairs per second ({low:.1f} to {high:.1f} times; "
-                f"{rate(a.value)} against {rate(b.value)}) on {device.label}, "
+                f"{start} {compared} image-text pairs per second ({reach} times; "
+                f"{rate(fast.value)} against {rate(slow.value)}) on {device.label}, "
                 f"{setting[0]}, {setting[1]}, batch {setting[2]}.",
             )
         )
@@ -173,7 +174,7 @@ def _cautions(table: ScoreTable, comparisons: Sequence[Comparison]) -> list[Sent
         if c.unequal
     )
     found += [Sentence("caution", text) for text in unequal]
-    if comparisons and any(c.basis == "queries" for c in comparisons):
+    if comparisons and any(c.basis != "seeds" for c in comparisons):
         found.append(
             Sentence(
                 "caution",
@@ -182,10 +183,6 @@ def _cautions(table: ScoreTable, comparisons: Sequence[Comparison]) -> list[Sent
             )
         )
     return found
-
-
-def _speed(speeds: Sequence[Speed], entry: Entry, setting: tuple[str, str, int] | None) -> Speed | None:
-    return next((s for s in speeds if s.entry is entry and s.setting == setting and "pair" in s.rates), None)
 
 
 def _capital(text: str) -> str:
