@@ -22,6 +22,7 @@ from torch import Tensor
 from clipdistill.objective.engine import EngineOptions, EngineResult, Plan
 from clipdistill.objective.features import Features
 from clipdistill.objective.gather import World, all_rows, sum_own_rows
+from clipdistill.objective.tiled_fused import FusedWalk, wanted
 from clipdistill.objective.tiled_layout import Key, components, value_keys
 from clipdistill.objective.tiled_products import Products, Shape
 from clipdistill.objective.tiled_walk import Gradients, Inputs, Walk
@@ -104,10 +105,11 @@ def _compute(
         shape=Shape.choose(like.device, job.options),
     )
     buffers = _Buffers(job, tensors, needed)
+    passes = FusedWalk if wanted(like.device, job.options) else Walk
     sums: dict[tuple[int, Key], Tensor] = {}
     with products.context():
         for index, component in enumerate(job.components):
-            walk = Walk(component, inputs, buffers.by_name(job) if any(needed) else None)
+            walk = passes(component, inputs, buffers.by_name(job) if any(needed) else None)
             sums |= {(index, key): value for key, value in walk.run().items()}
     terms = _terms(job, sums)
     weights = terms.new_tensor([job.plan.weights[term] for term in job.plan.primitives])

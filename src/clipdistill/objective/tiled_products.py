@@ -90,10 +90,12 @@ class Products:
         self.bfloat16 = bfloat16 and dtype == torch.float32
         # on a CPU, oneDNN rounds the factors inside the product and keeps a float32 result
         self.inside = self.bfloat16 and device.type == "cpu"
+        # elsewhere the factors themselves are narrow
+        self.narrow = self.bfloat16 and not self.inside
 
     def factor(self, matrix: Tensor) -> Tensor:
         """The matrix as it enters a product."""
-        return matrix.to(torch.bfloat16) if self.bfloat16 and not self.inside else matrix
+        return matrix.to(torch.bfloat16) if self.narrow else matrix
 
     def logits(self, rows: Tensor, columns: Tensor, scale: float, offset: float, out: Tensor) -> Tensor:
         """out = scale * rows @ columns.T + offset; the factors come from `factor`."""

@@ -67,7 +67,8 @@ class Walk:
         # torch has no float64 on Apple's GPU; everywhere else sums over tiles are exact to rounding of the tiles
         self.wide = torch.float32 if inputs.like.device.type == "mps" else torch.float64
         self.exact = False
-        self.shift, self.risky = {}, False
+        self.shift: dict[str, float] = {}
+        self.risky = False
         for name, pairing in component.pairings.items():
             scale, bias = self.scale_and_bias(name)
             bound = abs(scale) * inputs.bounds[pairing.rows] * inputs.bounds[pairing.columns] + abs(bias)
@@ -262,9 +263,8 @@ class Walk:
                 torch.maximum(part, largest, out=part)
 
     def sums(self, rows: Range) -> None:
-        """Add the tiles of a row stripe to the sums of exponentials, the cross sums, diagonals and sigmoid values."""
+        """Walk a row stripe for the sums of exponentials, the cross sums, diagonals and sigmoid values."""
         component = self.component
-        softmaxes = dict.fromkeys(component.softmaxes)
         for columns in self.column_tiles:
             z = {name: self.logits(name, rows, columns) for name in component.pairings}
             for name in component.diagonals:
@@ -272,13 +272,17 @@ class Walk:
                     self.scalars["diagonal", name] += found[0].sum(dtype=self.wide)
             for logits, targets in component.sigmoids:
                 self.scalars["sigmoid", logits, targets] += self.softplus_sum(z, logits, targets, rows, columns)
-            e = self.exponentials(z, softmaxes, rows, columns)
-            for (name, axis), exponential in e.items():
-                if axis == "rows":
-                    self.row_sums[name][slice(*rows)] += exponential.sum(1)
-                else:
-                    self.column_sums[name][slice(*columns)] += exponential.sum(0)
-            self.add_crosses(z, e, rows, columns)
+            self.add_sums(z, rows, columns)
+
+    def add_sums(self, z: Mapping[str, Tensor], rows: Range, columns: Range) -> None:
+        """Add a tile to the sums of exponentials and the cross sums."""
+        e = self.exponentials(z, dict.fromkeys(self.component.softmaxes), rows, columns)
+        for (name, axis), exponential in e.items():
+            if axis == "rows":
+                self.row_sums[name][slice(*rows)] += exponential.sum(1)
+            else:
+                self.column_sums[name][slice(*columns)] += exponential.sum(0)
+        self.add_crosses(z, e, rows, columns)
 
     def add_crosses(
         self, z: Mapping[str, Tensor], e: Mapping[tuple[str, Axis], Tensor], rows: Range, columns: Range
@@ -331,15 +335,25 @@ class Walk:
         """Add what the tiles of a row stripe contribute to the gradients."""
         if not self.trained:
             return
-        wanted = {(name, axis): None for _, name, axis in self.own}
-        read = {name for name, _ in wanted} | set(self.trained)
+        read = {name for _, name, _ in self.own} | set(self.trained)
         read |= {name for g in self.trained.values() for targets in g.sigmoids for name in targets}
         for columns in self.column_tiles:
             z = {name: self.logits(name, rows, columns) for name in self.component.pairings if name in read}
-            e = self.exponentials(z, wanted, rows, columns)
-            for logits, gradient in self.trained.items():
-                tile = self.gradient_of(logits, gradient, z, e, rows, columns)
-                self.propagate(logits, tile, z[logits], rows, columns)
+            self.add_gradients(z, rows, columns)
+
+    def add_gradients(self, z: Mapping[str, Tensor], rows: Range, columns: Range) -> None:
+        """Add what a tile contributes to the gradients."""
+        e = self.exponentials(z, {(name, axis): None for _, name, axis in self.own}, rows, columns)
+        for logits, gradient in self.trained.items():
+            tile = self.gradient_of(logits, gradient, z, e, rows, columns)
+            self.propagate(logits, tile, z[logits], rows, columns)
+
+    def weights_of(self, logits: str, name: str, rows: Range, columns: Range) -> tuple[Tensor | None, Tensor | None]:
+        """Weights, per row and per column of a tile, of the exponential of `name` in the gradient of `logits`."""
+        by_row, by_column = self.own.get((logits, name, "rows")), self.own.get((logits, name, "columns"))
+        if by_row is not None:
+            by_row = by_row[rows[0] - self.weighed_from : rows[1] - self.weighed_from]
+        return by_row, None if by_column is None else by_column[slice(*columns)]
 
     def gradient_of(
         self,
@@ -354,11 +368,8 @@ class Walk:
         out = self.work.tile("gradient", *z[logits].shape)
         empty = True
         for name in self.component.pairings:
-            by_row, by_column = self.own.get((logits, name, "rows")), self.own.get((logits, name, "columns"))
-            if by_row is not None:
-                by_row = by_row[rows[0] - self.weighed_from : rows[1] - self.weighed_from, None]
-            if by_column is not None:
-                by_column = by_column[slice(*columns)]
+            by_row, by_column = self.weights_of(logits, name, rows, columns)
+            by_row = None if by_row is None else by_row[:, None]
             if by_row is not None and by_column is not None and not self.exact:
                 both = torch.add(by_row, by_column, out=self.work.tile("product", *out.shape))
                 parts = [(e[name, "rows"], both)]
@@ -379,26 +390,36 @@ class Walk:
             out.add_(self.sigmoid_gradient(z, logits, targets, rows, columns), alpha=share)
         return out
 
-    def propagate(self, logits: str, tile: Tensor, z: Tensor, rows: Range, columns: Range) -> None:
-        """From a tile of N * d(loss)/d(logits) to features, scale and bias."""
+    def propagate(
+        self,
+        logits: str,
+        tile: Tensor,
+        z: Tensor,
+        rows: Range,
+        columns: Range,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """From a tile of N * d(loss)/d(logits) to features, scale and bias. known: sums of tile and of tile * z."""
         assert self.gradients is not None
         inputs, pairing = self.inputs, self.component.pairings[logits]
         scale, bias = self.scale_and_bias(logits)
         of_scale, of_bias = self.gradients.scales.get(pairing.scale), self.gradients.scales.get(pairing.bias or "")
         into_rows, into_columns = self.gradients.rows.get(pairing.rows), self.gradients.columns.get(pairing.columns)
         constant = self.shift[logits] - bias
-        total = tile.sum() if of_bias is not None or (of_scale is not None and constant != 0.0) else None
-        if of_bias is not None and total is not None:
-            of_bias.add_(total, alpha=1 / self.total)
+        if of_bias is not None or (of_scale is not None and scale != 0.0 and constant != 0.0):
+            total = tile.sum() if known is None else known[0]
+            if of_bias is not None:
+                of_bias.add_(total, alpha=1 / self.total)
+            if of_scale is not None and scale != 0.0:
+                of_scale.add_(total, alpha=constant / (scale * self.total))
         if of_scale is not None:
             product = self.work.tile("product", *tile.shape)
             if scale == 0.0:
                 cosines = self.multiply(logits, rows, columns, 1.0, 0.0, product)
                 of_scale.add_(cosines.mul_(tile).sum(), alpha=1 / self.total)
             else:
-                of_scale.add_(torch.mul(tile, z, out=product).sum(), alpha=1 / (scale * self.total))
-                if total is not None:
-                    of_scale.add_(total, alpha=constant / (scale * self.total))
+                weighted = torch.mul(tile, z, out=product).sum() if known is None else known[1]
+                of_scale.add_(weighted, alpha=1 / (scale * self.total))
         factor = inputs.products.factor(tile) if into_rows is not None or into_columns is not None else tile
         if into_rows is not None:
             right = inputs.whole[pairing.columns][slice(*columns)]
