@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -161,7 +162,7 @@ def falsehoods(caption: str, scene: Scene) -> list[str]:
         found.append((match, index))
 
     wrong += _wrong_places(caption, scene, found)
-    for (first, a), (second, b) in zip(found, found[1:]):
+    for (first, a), (second, b) in itertools.pairwise(found):
         between = re.sub(r"^(that is|is)\b", "", caption[first.end() : second.start()].strip()).strip()
         if between in RELATIONS and not RELATIONS[between](scene, a, b):
             wrong.append(f"not {between}")

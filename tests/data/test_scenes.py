@@ -12,7 +12,7 @@ from PIL import Image
 
 from clipdistill.data.images import decode
 from clipdistill.data.scenes import open_scenes, parse_scenes_name, scenes_vocabulary
-from clipdistill.data.scenes_captions import MAX_WORDS, captions_of, place_of, relations_of
+from clipdistill.data.scenes_captions import MAX_WORDS, place_of, relations_of
 from clipdistill.data.scenes_draw import OUTLINES, REACH, draw_scene
 from clipdistill.data.scenes_sheet import contact_sheet
 from clipdistill.data.scenes_world import (
@@ -27,7 +27,6 @@ from clipdistill.data.scenes_world import (
     Scene,
     Thing,
     colours_on,
-    compose,
     held_out_colours,
     held_out_texture,
     sample_scene,
@@ -44,7 +43,7 @@ def split_words(caption: str) -> list[str]:
 
 
 def test_samples_never_change() -> None:
-    """Teacher embeddings and published figures depend on it: a deliberate change raises WORLD_VERSION and these values."""
+    """Cached embeddings and published figures depend on it: who changes it raises WORLD_VERSION."""
     source = open_scenes("val", 200)
     text = "\n".join(caption for i in range(200) for caption in source.captions(i))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "cf116a017c65e79b"

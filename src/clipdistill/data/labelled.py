@@ -245,9 +245,10 @@ def _listed(content: Any, path: Path, wnids: bool) -> list[str]:
         return list(content)
     try:
         key = "wnid" if wnids and is_wnids([str(entry.get("wnid")) for entry in content]) else "name"
-        return _in_order({int(entry["index"]): str(entry[key]) for entry in content}, path)
+        names = {int(entry["index"]): str(entry[key]) for entry in content}
     except (TypeError, KeyError, ValueError, AttributeError):
         raise InputError(f"class names '{path}': expected texts, or entries with 'index' and 'name'") from None
+    return _in_order(names, path)
 
 
 def _in_order(names: Mapping[int, str], path: Path) -> list[str]:

@@ -88,6 +88,8 @@ class SceneLabels(LabelledSource):
 
     def __init__(self, task: str, size: int, seed: int, pixels: int) -> None:
         self.task = task
+        # the task with distractors shows the pictures of the plain one
+        self._shown = "shape-colour" if task == "shape-colour-all" else task
         self.seed = seed
         self.pixels = pixels
         about = TASKS[task]
@@ -100,8 +102,7 @@ class SceneLabels(LabelledSource):
 
     def scene(self, i: int) -> Scene:
         """The ground truth of picture i: a pure function of (seed, task, i)."""
-        # the task with distractors shows the pictures of the plain one
-        task = "shape-colour" if self.task == "shape-colour-all" else self.task
+        task = self._shown
         dice = Dice("zeroshot", self.seed, task, i)
         label = self.label(i)
         if task == "backgrounds":
@@ -131,7 +132,7 @@ class SceneLabels(LabelledSource):
         return shape, dice.pick(tuple(COLOURS)), texture
 
     def image(self, i: int, at_least: int | None = None) -> Image.Image:
-        return draw_scene(self.scene(i), self.pixels, Dice("zeroshot picture", self.seed, self.task, i))
+        return draw_scene(self.scene(i), self.pixels, Dice("zeroshot picture", self.seed, self._shown, i))
 
     def _bytes(self, i: int) -> bytes:
         buffer = io.BytesIO()
