@@ -2,6 +2,7 @@
 
 ViT-B-16/laion400m_e32      open_clip's architecture and pretrained weights
 ViT-T-16                    a registered student or an open_clip architecture, random weights
+scenes-teacher              the trained teacher of the demo, which comes with the package
 ViT-B-16@weights.pt         a checkpoint file with the architecture named; weights.pt alone where the shapes tell
 hf:owner/name, timm:name    a model of the Hugging Face hub; a timm image tower with the default text tower, random
 weights runs/x, runs/x/student, runs/x/checkpoints/step-00000100, any model folder, Hugging Face CLIP folder or
@@ -31,6 +32,14 @@ from clipdistill.models.tokenizers import Tokenizer
 from clipdistill.models.weights import WEIGHT_SUFFIXES
 
 logger = logging.getLogger("clipdistill")
+
+SHIPPED = Path(__file__).parent / "shipped"
+"""Trained model folders that come with the package, by name."""
+
+
+def shipped_models() -> list[str]:
+    """Names of the trained models that come with the package."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{DESCRIPTION}"))
 
 
 def load_model(
@@ -66,6 +75,8 @@ def _read(name: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
     architecture, at, file = name.partition("@")
     if at:
         return open_clip_models.read_checkpoint(Path(file).expanduser(), architecture)
+    if name in shipped_models():
+        return read_model(SHIPPED / name)
     if name in known_architectures():
         return build_student(name, seed=seed, tokenizer=tokenizer)
     path = Path(name).expanduser()

@@ -160,12 +160,12 @@ def _check(config: RunConfig) -> None:
             f"recipe {config.recipe}: its terms ({', '.join(config.objective.active_terms)}) need a teacher; "
             "name one, for example  --teacher ViT-B-16/laion400m_e32"
         )
+    cached = is_cached(config.teachers)
     if len(config.teachers) > 1 and not config.objective.accepts_ensemble:
         raise InputError(
             f"recipe {config.recipe}: several teachers are only for the term 'reinforced'; "
             f"name one teacher instead of {len(config.teachers)}"
         )
-    cached = is_cached(config.teachers)
     if train.views == "stored" and not cached:
         raise InputError("train.views=stored: only a cache holds views; name one, for example  --teacher cache:DIR")
     if (

@@ -15,14 +15,14 @@ import torch
 import yaml
 
 import clipdistill
-from clipdistill.config import as_dict, build, read_yaml
+from clipdistill.config import as_dict, read_yaml
 from clipdistill.errors import InputError, Preempted
 from clipdistill.evaluate.evaluate import evaluate
 from clipdistill.evaluate.scores import Scores
 from clipdistill.models import save_model
 from clipdistill.train import checks
 from clipdistill.train.checkpoint import newest_checkpoint, restore
-from clipdistill.train.config import RunConfig
+from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.distributed import ProcessGroup, barrier, is_main, pick_device, world_size
 from clipdistill.train.logs import Display, JsonLines, Sink, TensorBoard, WeightsAndBiases
 from clipdistill.train.loop import Progress, train
@@ -56,12 +56,14 @@ def distill(
 ) -> Run:
     """Train a student as `config` says, evaluate it and write everything to `config.out`.
 
+    `config` is a RunConfig, or a mapping with the key `recipe` and the settings to lay over it (as in a recipe file).
+
     A folder that holds an interrupted run of the same configuration is continued from its newest complete checkpoint;
     a finished one is returned as it is. `explain` stops after the pre-flight and prints the objective with its initial
     magnitudes. Raises InputError for unusable input or a changed configuration, Preempted after a stop signal.
     """
     if not isinstance(config, RunConfig):
-        config = build(RunConfig, config)
+        config = _from_mapping(config)
     device = pick_device(config.device)
     config = _with_precision(config, device)
     if config.train.deterministic:
@@ -90,6 +92,13 @@ def distill(
             if explain:
                 return Run(folder, "explained", 0, None)
             return _train_and_finish(setup, progress, folder, display)
+
+
+def _from_mapping(settings: Mapping[str, Any]) -> RunConfig:
+    rest = {key: value for key, value in settings.items() if key not in ("recipe", "size")}
+    if "recipe" not in settings:
+        raise InputError("distill: the key 'recipe' is missing, for example  recipe='clip-rd'")
+    return resolve(settings["recipe"], rest, size=settings.get("size"))
 
 
 def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
