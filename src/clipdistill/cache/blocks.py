@@ -13,10 +13,10 @@ import zlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from clipdistill.errors import InputError
@@ -26,21 +26,47 @@ _NUMPY = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
     "I8": np.int8, "U8": np.uint8,
 }  # fmt: skip
+_STORED = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
 
 
 def write_block(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a block under a temporary name, flush it to the disk, and rename it into place."""
-    contiguous = {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+    """Write a block under a temporary name, flush it to the disk, and rename it into place.
+
+    Equal tensors and metadata give equal bytes (the safetensors library orders its header anew every time).
+    """
+    raw = {name: _raw(tensor) for name, tensor in sorted(tensors.items())}
     checksum = 0
-    for tensor in contiguous.values():
-        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), checksum)
+    for content in raw.values():
+        checksum = zlib.crc32(content, checksum)
+    header: dict[str, Any] = {"__metadata__": {**metadata, "crc32": f"{checksum:08x}"}}
+    position = 0
+    # the widest numbers first, so that every tensor begins at a multiple of its own width
+    names = sorted(raw, key=lambda name: -tensors[name].element_size())
+    for name in names:
+        shape, size = list(tensors[name].shape), raw[name].nbytes
+        dtype = _STORED[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    save_file(contiguous, temporary, metadata={**metadata, "crc32": f"{checksum:08x}"})
-    temporary.chmod(0o644)  # safetensors makes it private; a store is to be read by others
-    flush(temporary)
+    with temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(raw[name])
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
     flush(path.parent)
+
+
+def _raw(tensor: Tensor) -> np.ndarray:
+    """A tensor's bytes."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def remove_leftovers(path: Path) -> None:

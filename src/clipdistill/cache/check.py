@@ -14,7 +14,7 @@ from torch import Tensor
 from clipdistill.cache.fingerprint import require_same_teacher, require_versions, teacher_entry
 from clipdistill.cache.onnx_teacher import load_fill_teacher
 from clipdistill.cache.rows import COSINE_FLOOR
-from clipdistill.cache.samples import describe_difference
+from clipdistill.cache.samples import find_difference
 from clipdistill.cache.store import Store
 from clipdistill.data.pairs import BadSample, PairSource
 from clipdistill.data.views import View, render
@@ -30,7 +30,9 @@ def require_data(store: Store, source: PairSource) -> None:
     """Raises InputError that names what differs unless keys, order and captions are those of the store."""
     if source.fingerprint() == store.manifest.data.fingerprint:
         return
-    difference = describe_difference(store.samples, source)
+    difference = find_difference(store.samples, source)
+    if difference is None:  # a merged store knows its samples one by one only
+        return
     raise InputError(
         f"cache {store.folder}: {difference}: it was filled from other data than '{source.name}'; run `clipdistill cache` "
         "with this data to bring it up to date (only new samples are computed), or fill another"

@@ -21,7 +21,7 @@ from clipdistill.cache.fingerprint import (
 )
 from clipdistill.cache.manifest import MANIFEST, DataEntry, Manifest, SyntheticEntry, TeacherEntry, write_manifest
 from clipdistill.cache.rows import row_bytes
-from clipdistill.cache.samples import SampleTable, describe_difference, sample_digest, write_samples
+from clipdistill.cache.samples import SampleTable, find_difference, sample_digest, write_samples
 from clipdistill.cache.store import Store
 from clipdistill.cache.synthetic import matched, read_synthetic, synthetic_fingerprint
 from clipdistill.config import as_dict
@@ -156,12 +156,12 @@ def _grown(config: CacheConfig, manifest: Manifest, table: SampleTable, source: 
         if index is None:
             continue
         if record["digest"] != table.digests[index].tobytes():
-            raise InputError(f"{where}: {describe_difference(table, source)}: stored samples must stay as they were")
+            raise InputError(f"{where}: {find_difference(table, source)}: stored samples must stay as they were")
         record["row"], kept = int(table.rows[index]), kept + 1
         record["synthetic"] = list(table.synthetic(index)) or None
     if kept < len(table):
         raise InputError(
-            f"{where}: {describe_difference(table, source)}: a cache can grow and not lose samples; fill a new one"
+            f"{where}: {find_difference(table, source)}: a cache can grow and not lose samples; fill a new one"
         )
     new = [record for record in records if record["row"] < 0]
     for row, record in enumerate(new, len(table)):

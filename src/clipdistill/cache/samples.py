@@ -129,8 +129,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def describe_difference(table: SampleTable, source: PairSource, stored_captions: str = "all") -> str:
-    """One clause that names the first difference between the data and the samples a store was made from."""
+def find_difference(table: SampleTable, source: PairSource) -> str | None:
+    """A clause that names the first difference between data and the samples of a store; None when there is none."""
     known = {key: index for index, key in enumerate(table.keys())}
     keys = [source.key(i) for i in range(len(source))]
     new = [key for key in keys if key not in known]
@@ -148,5 +148,7 @@ def describe_difference(table: SampleTable, source: PairSource, stored_captions:
     for index, key in enumerate(keys):
         if sample_digest(key, source.captions(index)) != table.digests[known[key]].tobytes():
             return f"data captions: those of '{key}' have changed"
-    first = next((key for index, key in enumerate(keys) if known[key] != index), keys[0])
+    first = next((key for index, key in enumerate(keys) if known[key] != index), None)
+    if first is None:
+        return None
     return f"data order: the keys are the same in another order (the first out of place is '{first}')"

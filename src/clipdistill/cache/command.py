@@ -1,0 +1,199 @@
+"""`clipdistill cache`: fill a store of teacher embeddings; verify, describe, merge and export stores."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from clipdistill.cache.config import CacheConfig
+from clipdistill.cache.fill import fill, read_ledger
+from clipdistill.cache.merge import merge
+from clipdistill.cache.sizes import readable
+from clipdistill.cache.store import Store
+from clipdistill.cache.tars import export_shards
+from clipdistill.cache.verify import verify
+from clipdistill.config import build, override
+from clipdistill.data.pairs import open_pairs
+from clipdistill.errors import InputError
+from clipdistill.recipes import load_recipe
+
+ACTIONS = ("verify", "info", "merge", "export")
+_USAGE = """
+clipdistill cache --teacher T --data D --out DIR [options] [key=value ...]   fill (again: go on, or grow)
+clipdistill cache verify DIR                     read every byte and compare with the checksums
+clipdistill cache info DIR                       what a store holds
+clipdistill cache merge OUT DIR DIR ...          shares of the same data, or stores of different data, into one
+clipdistill cache export DIR OUT --data D        WebDataset form: a tar beside each data tar
+
+settings: view.scale=[0.3,1] view.flip=0.5 view.randaugment_ops=2 data.bad_sample_budget=0.01 block=1024 view_seed=1
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a fill; verify, info, merge and export take folders."""
+    parser.epilog = _USAGE
+    add = parser.add_argument
+    add("words", nargs="*", metavar="ACTION FOLDER... | key=value...", help="see below")
+    add("--teacher", help="a model name or path (hf:..., onnx:DIR too); several, separated by commas, for an ensemble")
+    add("--data", help="the pairs: a file, folder, pattern of tars, hf:owner/name or scenes")
+    add("--split", help="split of the data, where the format has splits (default: train)")
+    add("--image-root", help="folder of the images, where the data file does not say")
+    add("--out", help="folder of the store")
+    add("--views", type=int, help="augmented views to store beside the evaluation view (default 0)")
+    add("--recipe", help="draw the stored views as this recipe draws its training views")
+    add("--captions", choices=("all", "first"), help="which captions of an image (default all)")
+    add("--synthetic", help="a file of added captions by key: JSON, JSON lines or Parquet")
+    add("--dtype", choices=("fp16", "bf16", "int8"), help="number format of the stored rows (default fp16)")
+    add("--precision", choices=("auto", "bf16", "fp32"), help="of the teacher's forward pass (default: bf16 on a GPU)")
+    add("--batch-size", type=int, help="pictures a forward pass (default 64)")
+    add("--block", type=int, help="samples a file (default: from the size of the data, at most 4096)")
+    add("--workers", type=int, help="processes that decode (default: up to 8 with a GPU, else none)")
+    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one; LOCAL_RANK under torchrun)")
+    add("--part", help="fill only a static share: 0/4, 1/4, ... on machines without a common disk; merge them later")
+    add("--allow-versions", action="store_true", default=None, help="go on although libraries have changed")
+    add("--quiet", action="store_true", help="no progress on the terminal")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Dispatch; returns the exit code (1 when verify found something)."""
+    words = list(arguments.words)
+    if words and words[0] in ACTIONS:
+        return {"verify": _verify, "info": _info, "merge": _merge, "export": _export}[words[0]](words[1:], arguments)
+    return _fill(words, arguments)
+
+
+def _fill(assignments: list[str], arguments: argparse.Namespace) -> int:
+    for name, example in (("teacher", "--teacher ViT-B-16/laion400m_e32"), ("data", "--data captions.json"), ("out", "--out cache")):
+        if getattr(arguments, name) is None:
+            raise InputError(f"cache: no {name} was named; give one, for example  {example}")
+    values: dict[str, Any] = {"view": {"kind": "crop"}}
+    if arguments.recipe is not None:
+        view = load_recipe(arguments.recipe).get("train", {}).get("view")
+        if view:
+            values["view"] = view
+    names = (
+        "teacher", "out", "views", "captions", "synthetic", "dtype", "precision", "batch_size", "block", "workers",
+        "device", "part", "allow_versions",
+    )  # fmt: skip
+    values |= {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    data = {"path": arguments.data, "split": arguments.split, "image_root": arguments.image_root}
+    values["data"] = {name: value for name, value in data.items() if value is not None}
+    config = build(CacheConfig, override(values, assignments), "cache")
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    say: Callable[[str], None] = (lambda _: None) if arguments.quiet else console.print
+    with _Meter(console, enabled=not arguments.quiet) as meter:
+        report = fill(config, say=say, progress=meter.update)
+    if report.samples:
+        say(
+            f"filled {report.samples} images in {report.seconds:.1f} s ({report.rate:.1f} images/s); {report.bad} could not "
+            f"be read; {report.truncated} captions cut at the teacher's context length"
+        )
+    missing = len(report.store.missing_blocks())
+    say(f"{config.out}: " + ("complete" if not missing else f"{missing} blocks of other shares are not filled here"))
+    return 0
+
+
+class _Meter:
+    """Progress of a fill: a live bar on a terminal, else a line every ten seconds."""
+
+    def __init__(self, console: Console, enabled: bool) -> None:
+        self.enabled = enabled
+        self.console = console
+        self.bar: Progress | None = None
+        self.last = time.monotonic()
+
+    def __enter__(self) -> _Meter:
+        if self.enabled and self.console.is_terminal:
+            columns = (TextColumn("filling"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"))
+            self.bar = Progress(*columns, TimeRemainingColumn(compact=True), TextColumn("{task.fields[rate]}"), console=self.console)
+            self.task = self.bar.add_task("filling", total=None, rate="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, done: int, total: int, rate: float) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=total, rate=f"{rate:.1f} images/s")
+        elif self.enabled and (now := time.monotonic()) - self.last > 10:
+            self.last = now
+            left = (total - done) / max(rate, 1e-9)
+            print(f"filling  {done}/{total} images  {rate:.1f} images/s  left {left:.0f} s", file=sys.stderr)
+
+
+def _folders(words: list[str], least: int, usage: str) -> list[Path]:
+    if len(words) < least:
+        raise InputError(f"usage: clipdistill cache {usage}")
+    return [Path(word) for word in words]
+
+
+def _verify(words: list[str], arguments: argparse.Namespace) -> int:
+    code = 0
+    for folder in _folders(words, 1, "verify DIR"):
+        report = verify(folder)
+        for problem in report.problems:
+            print(problem)
+        state = "every byte is as it was written" if report.good else f"{len(report.problems)} damaged or foreign parts"
+        if report.missing:
+            state += f"; {report.missing} of {report.blocks} blocks are not filled"
+        print(f"{folder}: {report.blocks} blocks, {readable(report.bytes)}, {report.invalid_samples} samples without image: {state}")
+        code = code or int(not report.good)
+    return code
+
+
+def _info(words: list[str], arguments: argparse.Namespace) -> int:
+    for folder in _folders(words, 1, "info DIR"):
+        store = Store(folder)
+        manifest, missing = store.manifest, len(store.missing_blocks())
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        print(f"{folder}: {len(store.layout) - missing} of {len(store.layout)} blocks of {manifest.block} samples filled")
+        print(f"  data      {manifest.data.name} ({manifest.data.path}): {manifest.data.samples} images, {manifest.data.captions} captions")
+        print(f"            fingerprint {manifest.data.fingerprint[:16]}, captions {manifest.captions}, grown {len(manifest.segments) - 1} times")
+        if manifest.synthetic is not None:
+            print(f"  added     {manifest.synthetic.captions} captions")
+        for number, teacher in enumerate(manifest.teachers):
+            print(
+                f"  teacher {number} {teacher.name}: {teacher.dim} dimensions, logit scale {teacher.logit_scale:.4g}, "
+                f"{teacher.precision} forward, {teacher.transform.size} px, weights {teacher.weights[:16]}"
+            )
+        policy = "" if manifest.view_policy is None else f": {manifest.view_policy.model_dump_json()}"
+        print(f"  views     the evaluation view and {manifest.views} stored{policy}")
+        print(f"  size      {manifest.dtype}, {readable(size)} on disk, {readable(size / manifest.data.samples)} an image")
+        print(f"  versions  {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
+        bad = read_ledger(store)
+        if bad:
+            print(f"  without image: {len(bad)} (the first: {bad[0]['key']}, {bad[0]['reason']})")
+    return 0
+
+
+def _merge(words: list[str], arguments: argparse.Namespace) -> int:
+    out, *folders = _folders(words, 3, "merge OUT DIR DIR ...")
+    store = merge(out, folders)
+    missing = len(store.missing_blocks())
+    print(f"{out}: {len(store)} samples, " + ("complete" if not missing else f"{missing} blocks are still to be filled"))
+    return 0
+
+
+def _export(words: list[str], arguments: argparse.Namespace) -> int:
+    folder, out = _folders(words, 2, "export DIR OUT --data D")[:2]
+    if arguments.data is None:
+        raise InputError("cache export: name the data the cache was filled from with --data, whose tars set the names")
+    from clipdistill.cache.check import require_data
+
+    values = {"path": arguments.data, "split": arguments.split}
+    source = open_pairs(build(CacheConfig, {"teacher": "-", "out": "-", "data": values}, "cache").data, default_split="train")
+    store = Store(folder)
+    require_data(store, source)
+    written = export_shards(store, source, out)
+    size = sum(path.stat().st_size for path in written)
+    print(f"{out}: {len(written)} tars beside the data's, {readable(size)}, {readable(size / len(store))} an image")
+    return 0
