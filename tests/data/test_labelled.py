@@ -91,7 +91,7 @@ def test_numbered_folders_are_class_numbers(tmp_path: Path) -> None:
 
 
 def test_wnid_folders_are_scored_among_their_classes(tmp_path: Path) -> None:
-    root = make_folder(tmp_path / "r", {wnid: 1 for wnid in class_labels("imagenet-r")})
+    root = make_folder(tmp_path / "r", dict.fromkeys(class_labels("imagenet-r"), 1))
     source = open_labelled(root)
     assert source.known == "imagenet-r"
     assert len(source.class_names) == 200
@@ -106,9 +106,7 @@ def test_known_set_declared(tmp_path: Path) -> None:
     assert source.class_names[source.label(0)] == "forest"
     assert source.class_names[source.label(2)] == "sea or lake"
     assert source.templates == "satellite"
-    with pytest.raises(
-        InputError, match="folder 'SeaLake' is no class of food101|folder 'Forest' is no class of food101"
-    ):
+    with pytest.raises(InputError, match="folder 'Forest' is no class of food101"):
         open_labelled(f"food101@{root}")
     with pytest.raises(InputError, match="did you mean 'eurosat'"):
         open_labelled(f"eurosa@{root}")
@@ -300,7 +298,7 @@ def test_cut_tars_keep_what_is_whole(tmp_path: Path) -> None:
 
 def test_bad_tars(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "x.tar", [("0.png", png(1)), ("0.cls", b"dog")])
-    with pytest.raises(InputError, match="no class names: neither classes.json"):
+    with pytest.raises(InputError, match=r"no class names: neither classes\.json"):
         open_labelled(path)
     (tmp_path / "classes.txt").write_text("a\nb\n")
     with pytest.raises(InputError, match="label of '0' is 'dog'"):
@@ -365,7 +363,7 @@ def test_torchvision_image_folder(tmp_path: Path) -> None:
     assert [source.key(i) for i in range(3)] == ["bus/000.png", "red_car/000.png", "red_car/001.png"]
     assert source.image(2).getpixel((0, 0)) == (1, 2, 10)
     (root / "bus" / "000.png").write_bytes(b"broken")
-    with pytest.raises(BadSample, match="bus/000.png: corrupt image"):
+    with pytest.raises(BadSample, match=r"bus/000\.png: corrupt image"):
         source.image(0)
 
 

@@ -121,7 +121,7 @@ def test_names_are_parsed() -> None:
     [
         ("scenes:", "a split is missing"),
         ("scenes?sise=3", "did you mean 'size'"),
-        ("scenes?size=many", "whole number"),
+        ("scenes?size=many", "whole numbers, got size='many'"),
     ],
 )
 def test_bad_names(name: str, message: str) -> None:

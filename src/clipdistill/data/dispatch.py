@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from urllib.parse import parse_qsl
 
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.tar_headers import looks_like_tar
 from clipdistill.errors import InputError, nearest
 
-_SCENES = re.compile(r"scenes(?::(?P<split>[\w+]+))?(?:\?(?P<query>.*))?$")
+_SCENES = re.compile(r"scenes(?:[:?].*)?$")
 _REMOTE = re.compile(r"(?:[a-z][a-z0-9+.-]*://|pipe:)", re.IGNORECASE)
 _WITH_SPLIT = re.compile(r"(?P<path>.+):(?P<split>\w[\w+]*)$")
 
@@ -60,22 +59,13 @@ def _near(path: Path) -> str:
 
 
 def _open_scenes(config: DataConfig, default_split: str | None) -> PairSource:
-    from clipdistill.data.scenes import open_scenes
+    from clipdistill.data.scenes import open_scenes, parse_scenes_name
 
-    match = _SCENES.match(config.path)
-    assert match is not None
-    try:
-        query = dict(parse_qsl(match["query"] or "", keep_blank_values=True, strict_parsing=bool(match["query"])))
-        size = int(query.pop("size")) if "size" in query else config.size
-        seed = int(query.pop("seed", config.seed))
-    except ValueError as error:
-        raise InputError(
-            f"'{config.path}': size and seed are whole numbers, as in scenes:train?size=4000&seed=1"
-        ) from error
-    if query:
-        key = next(iter(query))
-        raise InputError(f"'{config.path}': unknown key '{key}'{nearest(key, ['size', 'seed'])}")
-    return open_scenes(config.split or match["split"] or default_split or "train", size, seed)
+    name = parse_scenes_name(config.path)
+    assert name is not None
+    size = config.size if name.size is None else name.size
+    seed = config.seed if name.seed is None else name.seed
+    return open_scenes(config.split or name.split or default_split or "train", size, seed, name.pixels)
 
 
 def _open_path(path: Path, config: DataConfig, default_split: str | None) -> PairSource:

@@ -135,9 +135,9 @@ def parse_scenes_name(text: str) -> ScenesName | None:
     settings: dict[str, int] = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key not in _SETTINGS:
-            raise InputError(f"'{text}': unknown setting '{key}'{nearest(key, _SETTINGS)}")
+            raise InputError(f"'{text}': unknown key '{key}'{nearest(key, _SETTINGS)}")
         try:
             settings[key] = int(value)
         except ValueError:
-            raise InputError(f"'{text}': {key} must be a whole number, got '{value}'") from None
+            raise InputError(f"'{text}': pixels, size and seed are whole numbers, got {key}='{value}'") from None
     return ScenesName(split or None, **settings)
