@@ -36,8 +36,8 @@ from clipdistill.cache.stored import StoredRows
 from clipdistill.data.loader import Batch, PairLoader
 from clipdistill.data.memory import KeptInMemory
 from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
-from clipdistill.data.views import ImageSpec, normalise, render_pixels
 from clipdistill.data.views import EVALUATION_VIEW as EVALUATION
+from clipdistill.data.views import ImageSpec, normalise, render_pixels
 from clipdistill.evaluate.encode import encode_pairs
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.models import ClipModel, build_student, load_model
@@ -122,7 +122,9 @@ def steps(pair: str, batch: int, rounds: int, device: torch.device, folder: Path
     teacher, _ = models(pair, source)
     precision = "fp32" if device.type == "cpu" else "bf16"
     store = fill(
-        cache_settings(4 * batch, folder / f"step-{pair}", batch, str(device), "random"), source=source, teachers=[teacher]
+        cache_settings(4 * batch, folder / f"step-{pair}", batch, str(device), "random"),
+        source=source,
+        teachers=[teacher],
     ).store
     live = LiveTeacher([teacher], device, precision)
     stored = StoredRows(store, "fixed", (0,))
@@ -131,7 +133,9 @@ def steps(pair: str, batch: int, rounds: int, device: torch.device, folder: Path
     variants: dict[str, Variant] = {}
     for name in ("contrastive", "live", "cached"):
         _, student = models(pair, source)
-        extra: dict[str, Any] = {"teacher": teacher} if name == "live" else {"stored": stored} if name == "cached" else {}
+        extra: dict[str, Any] = (
+            {"teacher": teacher} if name == "live" else {"stored": stored} if name == "cached" else {}
+        )
         loader = PairLoader(source, student=student, **common, **extra)
         given = {"contrastive": None, "live": live, "cached": cached}[name]
         variants[name] = Variant(student, loader, given, teacher.embed_dim, device, precision)
@@ -170,7 +174,9 @@ def filling(pair: str, count: int, batch: int, rounds: int, device: torch.device
     source = open_pairs(DataConfig(path="scenes:train", size=count))
     teacher, _ = models(pair, source)
     teacher.module.to(device).eval().requires_grad_(False)
-    pixels = torch.stack([torch.from_numpy(render_pixels(source.image(i), EVALUATION, teacher.image)) for i in range(count)])
+    pixels = torch.stack(
+        [torch.from_numpy(render_pixels(source.image(i), EVALUATION, teacher.image)) for i in range(count)]
+    )
     images = normalise(pixels, teacher.image)
     tokens = teacher.tokenizer([source.captions(i)[0] for i in range(count)])
 
@@ -292,7 +298,12 @@ def by_format(name: str, data: str, split: str | None, device: torch.device, fol
     cosines = {}
     for dtype in ("fp16", "bf16", "int8"):
         config = CacheConfig(
-            teacher=name, data=DataConfig(path=data, split=split), out=folder / dtype, dtype=dtype, device=str(device), precision="fp32"
+            teacher=name,
+            data=DataConfig(path=data, split=split),
+            out=folder / dtype,
+            dtype=dtype,
+            device=str(device),
+            precision="fp32",
         )
         store = fill(config).store
         keys = {store.samples.key(i): i for i in range(len(store))}
@@ -301,7 +312,9 @@ def by_format(name: str, data: str, split: str | None, device: torch.device, fol
         owners = [images[row] for row in encoded.text_to_image.tolist()]
         _, text = store.read(0, owners, encoded.caption_indices.tolist(), [0] * len(owners))
         scores[dtype] = retrieval(image, text, encoded.text_to_image)
-        similar = torch.nn.functional.cosine_similarity(torch.cat([image, text]), torch.cat([encoded.image, encoded.text]))
+        similar = torch.nn.functional.cosine_similarity(
+            torch.cat([image, text]), torch.cat([encoded.image, encoded.text])
+        )
         cosines[dtype] = round(float(similar.min()), 6)
     kept = ("i2t_R@1", "t2i_R@1", "i2t_R@10", "t2i_R@10")
     return {
@@ -312,7 +325,8 @@ def by_format(name: str, data: str, split: str | None, device: torch.device, fol
         "least_cosine": cosines,
         "scores": {form: {k: round(100 * float(values[k]), 3) for k in kept} for form, values in scores.items()},
         "R@1_change_points": {
-            form: round(max(abs(100 * float(scores[form][k] - scores["live fp32"][k])) for k in kept[:2]), 3) for form in cosines
+            form: round(max(abs(100 * float(scores[form][k] - scores["live fp32"][k])) for k in kept[:2]), 3)
+            for form in cosines
         },
     }
 
@@ -320,7 +334,9 @@ def by_format(name: str, data: str, split: str | None, device: torch.device, fol
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=16, help="of the large pair; the small one takes eight times as many")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="of the large pair; the small one takes eight times as many"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--samples", type=int, default=200_000, help="of the store whose reading is measured")

@@ -79,7 +79,9 @@ def test_added_captions_in_every_form(tmp_path, form):
     if form == "dict.json":
         path.write_text(json.dumps({"a": ["one", " two  words "], "b": ["three", ""]}))
     elif form == "list.json":
-        path.write_text(json.dumps([{"key": "a", "captions": ["one", "two words"]}, {"key": "b", "captions": ["three"]}]))
+        path.write_text(
+            json.dumps([{"key": "a", "captions": ["one", "two words"]}, {"key": "b", "captions": ["three"]}])
+        )
     elif form == "lines.jsonl":
         path.write_text('{"key": "a", "captions": ["one", "two words"]}\n\n{"key": "b", "captions": ["three"]}\n')
     elif form == "single.jsonl":
@@ -113,7 +115,7 @@ def test_added_captions_must_cover_the_data_and_can_come_later(tmp_path, teacher
     source = scenes(10)
     file = tmp_path / "captions.json"
     file.write_text(json.dumps({source.key(i): [f"number {i}"] for i in range(9)}))
-    with pytest.raises(InputError, match=f"no captions for 1 of 10 samples \\(the first is '{source.key(9)}'"):
+    with pytest.raises(InputError, match=rf"no captions for 1 of 10 samples \(the first is '{source.key(9)}'"):
         fill(cache_config(tmp_path / "c", teacher, 10, synthetic=file))
     file.write_text(json.dumps({source.key(i): [f"number {i}"] for i in range(10)}))
     pairs = (tmp_path / "c" / "teacher-0" / "000000.safetensors").stat().st_mtime_ns
@@ -141,7 +143,22 @@ def test_sizes_are_what_is_written(tmp_path, teacher):
 def test_the_command_line_fills_verifies_describes_and_merges(tmp_path, teacher, capsys):
     base = ["cache", "--teacher", teacher, "--data", "scenes:train", "--device", "cpu", "--block", "8", "--quiet"]
     for share in ("0/2", "1/2"):
-        assert cli.main([*base, "--out", str(tmp_path / share[0]), "--part", share, "data.size=20", "view.flip=0.5", "--views", "1"]) == 0
+        assert (
+            cli.main(
+                [
+                    *base,
+                    "--out",
+                    str(tmp_path / share[0]),
+                    "--part",
+                    share,
+                    "data.size=20",
+                    "view.flip=0.5",
+                    "--views",
+                    "1",
+                ]
+            )
+            == 0
+        )
     assert cli.main(["cache", "verify", str(tmp_path / "0")]) == 1
     assert "blocks are not filled" in capsys.readouterr().out
     assert cli.main(["cache", "merge", str(tmp_path / "m"), str(tmp_path / "0"), str(tmp_path / "1")]) == 0
@@ -197,7 +214,12 @@ def test_exported_towers_fill_a_cache(tmp_path, teacher):
     ):
         batch = torch.export.Dim("batch", min=1, max=4096)
         torch.onnx.export(
-            _Towers(model.module, method), (example,), folder / name, dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+            _Towers(model.module, method),
+            (example,),
+            folder / name,
+            dynamo=True,
+            dynamic_shapes=({0: batch},),
+            verbose=False,
         )
     description = {"image": as_dict(model.image), "tokenizer": model.tokenizer.to_dict()}
     scale = float(model.module.logit_scale.exp())

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from clipdistill.cache import create, fill as filling
+from clipdistill.cache import create
+from clipdistill.cache import fill as filling
 from clipdistill.cache.fill import fill
 from clipdistill.cache.store import Store
 from clipdistill.cache.verify import verify
@@ -20,7 +21,10 @@ from clipdistill.errors import BudgetError, ClipdistillError, InputError
 from clipdistill.models import load_model
 from tests.cache.support import cache_config, contents, filled, scenes
 
-VIEWS = {"views": 2, "view": {"kind": "crop", "scale": [0.3, 1.0], "flip": 0.5, "color_jitter": 0.2, "randaugment_ops": 2}}
+VIEWS = {
+    "views": 2,
+    "view": {"kind": "crop", "scale": [0.3, 1.0], "flip": 0.5, "color_jitter": 0.2, "randaugment_ops": 2},
+}
 FORK = multiprocessing.get_context("fork")
 
 
@@ -37,7 +41,9 @@ def _expected(model, source, index, view):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp16", 1e-3), ("bf16", 8e-3), ("int8", 8e-3)])
-def test_rows_are_the_teachers_embeddings_of_every_view_and_caption(tmp_path, teacher, second_teacher, dtype, tolerance):
+def test_rows_are_the_teachers_embeddings_of_every_view_and_caption(
+    tmp_path, teacher, second_teacher, dtype, tolerance
+):
     store = filled(tmp_path / "c", f"{teacher},{second_teacher}", 20, dtype=dtype, **VIEWS)
     source = scenes(20)
     for number, name in enumerate((teacher, second_teacher)):
@@ -314,6 +320,9 @@ def test_views_without_a_random_policy_are_refused(tmp_path, teacher):
         cache_config(tmp_path / "c", teacher, 10, views=2, view={"kind": "evaluation"})
 
 
-@pytest.mark.parametrize(("samples", "bytes_each", "expected"), [(100, 1000, 64), (6000, 6000, 128), (10**7, 6000, 4096), (10**7, 90_000, 512)])
+@pytest.mark.parametrize(
+    ("samples", "bytes_each", "expected"),
+    [(100, 1000, 64), (6000, 6000, 128), (10**7, 6000, 4096), (10**7, 90_000, 512)],
+)
 def test_block_sizes(samples, bytes_each, expected):
     assert create.block_size(samples, bytes_each) == expected

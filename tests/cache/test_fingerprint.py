@@ -1,4 +1,4 @@
-"""A cache that does not belong to its data, its teacher or this machine stops a run, and the message names the field."""
+"""A cache that does not belong to its data, teacher or machine stops a run, and the message names the field."""
 
 import json
 
@@ -101,8 +101,16 @@ def test_patch_releases_do_not_count():
     [
         (lambda m: m.module.visual.conv1.weight.data.mul_(1.001), "weights"),
         (lambda m: m.module.logit_scale.data.add_(0.1), "weights|logit_scale"),
-        (lambda m: setattr(m, "image", m.image.model_copy(update={"interpolation": "bilinear"})), "transform.interpolation"),
-        (lambda m: setattr(m, "tokenizer", m.tokenizer.with_context_length(24).__class__(m.tokenizer.words[::-1], 24)), "tokenizer"),
+        (
+            lambda m: setattr(m, "image", m.image.model_copy(update={"interpolation": "bilinear"})),
+            "transform.interpolation",
+        ),
+        (
+            lambda m: setattr(
+                m, "tokenizer", m.tokenizer.with_context_length(24).__class__(m.tokenizer.words[::-1], 24)
+            ),
+            "tokenizer",
+        ),
     ],
 )
 def test_a_teacher_that_changed_since_is_noticed_at_the_start_and_when_filling(tmp_path, own_teacher, change, message):

@@ -50,7 +50,12 @@ def test_stores_of_different_data_follow_each_other(tmp_path, teacher, dtype):
 def test_a_merged_store_can_grow(tmp_path, teacher):
     stores = [_part(tmp_path / "a", teacher, range(11)), _part(tmp_path / "b", teacher, range(11, 20))]
     merge(tmp_path / "merged", [store.folder for store in stores])
-    assert fill(cache_config(tmp_path / "merged", teacher, 25, **VIEWS), source=Subset(scenes(40), indices=range(25))).samples == 5
+    assert (
+        fill(
+            cache_config(tmp_path / "merged", teacher, 25, **VIEWS), source=Subset(scenes(40), indices=range(25))
+        ).samples
+        == 5
+    )
     assert verify(tmp_path / "merged").good
 
 

@@ -137,13 +137,17 @@ def test_an_interrupted_run_from_a_cache_continues_to_the_bit(tmp_path, student,
 
 def _synthetic(path):
     source = scenes(SIZE)
-    captions = {source.key(i): [f"drawing number {i}", f"picture {i} again", "a drawing"][: 1 + i % 3] for i in range(SIZE)}
+    captions = {
+        source.key(i): [f"drawing number {i}", f"picture {i} again", "a drawing"][: 1 + i % 3] for i in range(SIZE)
+    }
     path.write_text(json.dumps(captions))
     return path
 
 
 @pytest.mark.parametrize("extra", [(), ("train.micro_batch=3",)])
-def test_the_mobileclip_recipe_runs_from_an_ensemble_with_added_captions(tmp_path, teacher, second_teacher, student, extra):
+def test_the_mobileclip_recipe_runs_from_an_ensemble_with_added_captions(
+    tmp_path, teacher, second_teacher, student, extra
+):
     file = _synthetic(tmp_path / "captions.json")
     store = filled(tmp_path / "c", f"{teacher},{second_teacher}", SIZE, synthetic=file, **VIEWS)
     assert store.manifest.synthetic.captions == sum(1 + i % 3 for i in range(SIZE))
@@ -152,13 +156,19 @@ def test_the_mobileclip_recipe_runs_from_an_ensemble_with_added_captions(tmp_pat
     losses = _losses(tmp_path / "run", f"cache:{store.folder}", student, *settings, recipe="mobileclip")
     assert [set(line) for line in losses] == [{"reinforced"}] * 6
     reference = tmp_path / "plain"
-    plain = _losses(reference, f"cache:{store.folder}", student, "train.batch_size=8", "train.steps=6", recipe="mobileclip")
+    plain = _losses(
+        reference, f"cache:{store.folder}", student, "train.batch_size=8", "train.steps=6", recipe="mobileclip"
+    )
     assert losses[0]["reinforced"] == pytest.approx(plain[0]["reinforced"], rel=1e-5)
     assert losses[5]["reinforced"] == pytest.approx(plain[5]["reinforced"], rel=1e-3)
 
 
-def test_the_student_gets_the_added_caption_whose_embedding_the_teacher_gives(tmp_path, teacher, second_teacher, student):
-    store = filled(tmp_path / "c", f"{teacher},{second_teacher}", SIZE, synthetic=_synthetic(tmp_path / "captions.json"))
+def test_the_student_gets_the_added_caption_whose_embedding_the_teacher_gives(
+    tmp_path, teacher, second_teacher, student
+):
+    store = filled(
+        tmp_path / "c", f"{teacher},{second_teacher}", SIZE, synthetic=_synthetic(tmp_path / "captions.json")
+    )
     opened = open_cached_teacher(f"cache:{store.folder}", scenes(SIZE), torch.device("cpu"), CacheUse())
     model = load_model(student)
     teachers = [load_model(name, teacher=True) for name in (teacher, second_teacher)]
@@ -168,7 +178,9 @@ def test_the_student_gets_the_added_caption_whose_embedding_the_teacher_gives(tm
     assert output.blocks == (32, 16)
     assert output.logit_scale.shape == (2,)
     for row, index in enumerate(batch.indices.tolist()):
-        matching = [c for c in store.synthetic(index) if torch.equal(model.tokenizer([c])[0], batch.synthetic_tokens[row])]
+        matching = [
+            c for c in store.synthetic(index) if torch.equal(model.tokenizer([c])[0], batch.synthetic_tokens[row])
+        ]
         assert matching
         start = 0
         for one in teachers:
@@ -205,7 +217,14 @@ def test_a_plain_table_of_vectors_is_a_teacher(tmp_path, student, store, form):
     scale = store.manifest.teachers[0].logit_scale
     path = tmp_path / f"vectors.{form.split()[0]}"
     if form == "npz":
-        np.savez(path, keys=np.array(keys), image=image, text=text.reshape(-1, 32), captions=np.full(SIZE, 5), logit_scale=scale)
+        np.savez(
+            path,
+            keys=np.array(keys),
+            image=image,
+            text=text.reshape(-1, 32),
+            captions=np.full(SIZE, 5),
+            logit_scale=scale,
+        )
     else:
         import pyarrow as pa
         import pyarrow.parquet as pq

@@ -64,9 +64,9 @@ def write_block(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     flush(path.parent)
 
 
-def _raw(tensor: Tensor) -> np.ndarray:
+def _raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def remove_leftovers(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +35,8 @@ def require_data(store: Store, source: PairSource) -> None:
     if difference is None:  # a merged store knows its samples one by one only
         return
     raise InputError(
-        f"cache {store.folder}: {difference}: it was filled from other data than '{source.name}'; run `clipdistill cache` "
-        "with this data to bring it up to date (only new samples are computed), or fill another"
+        f"cache {store.folder}: {difference}: it was filled from other data than '{source.name}'; run "
+        "`clipdistill cache` with this data to bring it up to date (only new samples are computed), or fill another"
     )
 
 
@@ -80,9 +81,9 @@ def _recompute(store: Store, source: PairSource, number: int, device: torch.devi
             floor = COSINE_FLOOR[store.manifest.dtype] if entry.precision == "fp32" else _BF16_FLOOR
             if not cosine >= floor:
                 raise InputError(
-                    f"{where}: teacher '{entry.name}' now gives another embedding for the {what} of '{source.key(index)}' "
-                    f"(view {view}): cosine {cosine:.4f} with the stored one, at least {floor} expected: the images have "
-                    "changed or the cache is wrong; fill it again"
+                    f"{where}: teacher '{entry.name}' now gives another embedding for the {what} of "
+                    f"'{source.key(index)}' (view {view}): cosine {cosine:.4f} with the stored one, at least {floor} "
+                    "expected: the images have changed or the cache is wrong; fill it again"
                 )
             worst = min(worst, cosine)
         count += 1
@@ -104,10 +105,11 @@ def _embed(
     model: ClipModel, image: Image.Image, view: View, texts: list[str], precision: str, device: torch.device
 ) -> list[Tensor]:
     """The image's embedding and each text's, (1, D) each."""
+    towers: Any = model.module
     pixels = render(image, view, model.image)[None].to(device)
     tokens = model.tokenizer(texts).to(device)
     with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        rows, text_rows = model.module.encode_image(pixels), model.module.encode_text(tokens)
+        rows, text_rows = towers.encode_image(pixels), towers.encode_text(tokens)
     return [rows.float().cpu(), *text_rows.float().cpu().split(1)]
 
 

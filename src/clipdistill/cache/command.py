@@ -70,7 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _fill(assignments: list[str], arguments: argparse.Namespace) -> int:
-    for name, example in (("teacher", "--teacher ViT-B-16/laion400m_e32"), ("data", "--data captions.json"), ("out", "--out cache")):
+    for name, example in (
+        ("teacher", "--teacher ViT-B-16/laion400m_e32"),
+        ("data", "--data captions.json"),
+        ("out", "--out cache"),
+    ):
         if getattr(arguments, name) is None:
             raise InputError(f"cache: no {name} was named; give one, for example  {example}")
     values: dict[str, Any] = {"view": {"kind": "crop"}}
@@ -92,8 +96,8 @@ def _fill(assignments: list[str], arguments: argparse.Namespace) -> int:
         report = fill(config, say=say, progress=meter.update)
     if report.samples:
         say(
-            f"filled {report.samples} images in {report.seconds:.1f} s ({report.rate:.1f} images/s); {report.bad} could not "
-            f"be read; {report.truncated} captions cut at the teacher's context length"
+            f"filled {report.samples} images in {report.seconds:.1f} s ({report.rate:.1f} images/s); {report.bad} "
+            f"could not be read; {report.truncated} captions cut at the teacher's context length"
         )
     missing = len(report.store.missing_blocks())
     say(f"{config.out}: " + ("complete" if not missing else f"{missing} blocks of other shares are not filled here"))
@@ -112,7 +116,9 @@ class _Meter:
     def __enter__(self) -> _Meter:
         if self.enabled and self.console.is_terminal:
             columns = (TextColumn("filling"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"))
-            self.bar = Progress(*columns, TimeRemainingColumn(compact=True), TextColumn("{task.fields[rate]}"), console=self.console)
+            self.bar = Progress(
+                *columns, TimeRemainingColumn(compact=True), TextColumn("{task.fields[rate]}"), console=self.console
+            )
             self.task = self.bar.add_task("filling", total=None, rate="")
             self.bar.start()
         return self
@@ -145,7 +151,8 @@ def _verify(words: list[str], arguments: argparse.Namespace) -> int:
         state = "every byte is as it was written" if report.good else f"{len(report.problems)} damaged or foreign parts"
         if report.missing:
             state += f"; {report.missing} of {report.blocks} blocks are not filled"
-        print(f"{folder}: {report.blocks} blocks, {readable(report.bytes)}, {report.invalid_samples} samples without image: {state}")
+        size = f"{report.blocks} blocks, {readable(report.bytes)}, {report.invalid_samples} samples without image"
+        print(f"{folder}: {size}: {state}")
         code = code or int(not report.good)
     return code
 
@@ -155,9 +162,12 @@ def _info(words: list[str], arguments: argparse.Namespace) -> int:
         store = Store(folder)
         manifest, missing = store.manifest, len(store.missing_blocks())
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        print(f"{folder}: {len(store.layout) - missing} of {len(store.layout)} blocks of {manifest.block} samples filled")
-        print(f"  data      {manifest.data.name} ({manifest.data.path}): {manifest.data.samples} images, {manifest.data.captions} captions")
-        print(f"            fingerprint {manifest.data.fingerprint[:16]}, captions {manifest.captions}, grown {len(manifest.segments) - 1} times")
+        print(
+            f"{folder}: {len(store.layout) - missing} of {len(store.layout)} blocks of {manifest.block} samples filled"
+        )
+        data, grown = manifest.data, len(manifest.segments) - 1
+        print(f"  data      {data.name} ({data.path}): {data.samples} images, {data.captions} captions")
+        print(f"            fingerprint {data.fingerprint[:16]}, captions {manifest.captions}, grown {grown} times")
         if manifest.synthetic is not None:
             print(f"  added     {manifest.synthetic.captions} captions")
         for number, teacher in enumerate(manifest.teachers):
@@ -167,7 +177,9 @@ def _info(words: list[str], arguments: argparse.Namespace) -> int:
             )
         policy = "" if manifest.view_policy is None else f": {manifest.view_policy.model_dump_json()}"
         print(f"  views     the evaluation view and {manifest.views} stored{policy}")
-        print(f"  size      {manifest.dtype}, {readable(size)} on disk, {readable(size / manifest.data.samples)} an image")
+        print(
+            f"  size      {manifest.dtype}, {readable(size)} on disk, {readable(size / manifest.data.samples)} an image"
+        )
         print(f"  versions  {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
         bad = read_ledger(store)
         if bad:
@@ -179,7 +191,9 @@ def _merge(words: list[str], arguments: argparse.Namespace) -> int:
     out, *folders = _folders(words, 3, "merge OUT DIR DIR ...")
     store = merge(out, folders)
     missing = len(store.missing_blocks())
-    print(f"{out}: {len(store)} samples, " + ("complete" if not missing else f"{missing} blocks are still to be filled"))
+    print(
+        f"{out}: {len(store)} samples, " + ("complete" if not missing else f"{missing} blocks are still to be filled")
+    )
     return 0
 
 
@@ -190,7 +204,9 @@ def _export(words: list[str], arguments: argparse.Namespace) -> int:
     from clipdistill.cache.check import require_data
 
     values = {"path": arguments.data, "split": arguments.split}
-    source = open_pairs(build(CacheConfig, {"teacher": "-", "out": "-", "data": values}, "cache").data, default_split="train")
+    source = open_pairs(
+        build(CacheConfig, {"teacher": "-", "out": "-", "data": values}, "cache").data, default_split="train"
+    )
     store = Store(folder)
     require_data(store, source)
     written = export_shards(store, source, out)

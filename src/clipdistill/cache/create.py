@@ -201,8 +201,8 @@ def _with_captions(config: CacheConfig, manifest: Manifest, table: SampleTable) 
         return manifest.model_copy(update={"synthetic": synthetic, "samples": write_samples(config.out, records)})
     if manifest.synthetic != synthetic:
         raise InputError(
-            f"cache {config.out}: synthetic: {config.synthetic} is not the file of captions it was filled with; give the "
-            "same one or a new folder"
+            f"cache {config.out}: synthetic: {config.synthetic} is not the file of captions it was filled with; "
+            "give the same one or a new folder"
         )
     return manifest
 

@@ -80,9 +80,9 @@ def fill(
 ) -> FillReport:
     """Fill the store that `config` describes and return when every block of this process's share is there.
 
-    `source` and `teachers` may be given when they are already open. `progress` gets samples done and to do, and the rate
-    in images a second. Raises InputError for unusable input or a store that differs, ClipdistillError when the disk is
-    too small, BudgetError above the budget of bad samples.
+    `source` and `teachers` may be given when they are already open. `progress` gets samples done and to do, and the
+    rate in images a second. Raises InputError for unusable input or a store that differs, ClipdistillError when the
+    disk is too small, BudgetError above the budget of bad samples.
     """
     source = open_pairs(config.data, default_split="train") if source is None else source
     device = _device(config.device)
@@ -266,22 +266,24 @@ class _Filling:
     def _encode_images(self, teacher: int, prepared: Prepared) -> Tensor:
         """Unit rows (samples x (1 + views), D), on the device."""
         model = self.models[teacher]
+        towers: Any = model.module
         pixels = prepared.pixels[self.pixels_of[teacher]].to(self.device, non_blocking=True)
         rows = []
         for part in pixels.split(max(self.config.batch_size, 1)):
             with self._autocast():
-                rows.append(model.module.encode_image(normalise(part, model.image)))
+                rows.append(towers.encode_image(normalise(part, model.image)))
         return torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
 
     def _encode_texts(self, teacher: int, tokens: list[Tensor]) -> Tensor:
         """Unit rows (texts, D), on the device."""
         model = self.models[teacher]
+        towers: Any = model.module
         if not tokens:
             return torch.zeros(0, model.embed_dim, device=self.device)
         rows = []
         for part in tokens[self.tokens_of[teacher]].split(4 * self.config.batch_size):
             with self._autocast():
-                rows.append(model.module.encode_text(part.to(self.device, non_blocking=True)))
+                rows.append(towers.encode_text(part.to(self.device, non_blocking=True)))
         return torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
 
     def _finish(self, work: _Work) -> None:
@@ -308,7 +310,7 @@ class _Filling:
         self.ledger.record(bad, seen=len(work.indices))
 
     def _tensors(self, work: _Work, part: Part, teacher: int) -> dict[str, Tensor]:
-        """The tensors of one part of a block: image rows (n, 1 + views, D), text rows (texts, D) and where each begins."""
+        """One part of a block: image rows (n, 1 + views, D), text rows (texts, D) and where each sample's begin."""
         dtype = self.store.manifest.dtype
         texts = torch.cat(work.texts[part, teacher])
         if not bool(texts.isfinite().all()):
@@ -333,7 +335,8 @@ class _Filling:
     def _not_finite(self, teacher: int, what: str, work: _Work) -> InputError:
         return InputError(
             f"teacher '{self.config.teachers[teacher]}' gives NaN or infinite embeddings for {what} of block "
-            f"{work.number} (samples from '{self.source.key(work.indices[0])}' on): check its weights, or try --precision fp32"
+            f"{work.number} (samples from '{self.source.key(work.indices[0])}' on): check its weights, or try "
+            "--precision fp32"
         )
 
 

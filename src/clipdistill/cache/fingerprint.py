@@ -38,6 +38,7 @@ def text_digest(text: str) -> str:
 
 def teacher_entry(model: ClipModel, name: str, precision: str) -> TeacherEntry:
     """The manifest's entry for a loaded teacher."""
+    towers: Any = model.module
     return TeacherEntry(
         name=name,
         weights=weights_digest(model),
@@ -45,7 +46,7 @@ def teacher_entry(model: ClipModel, name: str, precision: str) -> TeacherEntry:
         tokenizer=text_digest(tokenizer_text(model)),
         precision=precision,
         dim=model.embed_dim,
-        logit_scale=float(model.module.logit_scale.detach().float().exp()),
+        logit_scale=float(towers.logit_scale.detach().float().exp()),
         parameters=model.parameter_counts() if hasattr(model.module, "visual") else {},
     )
 
@@ -79,8 +80,8 @@ def require_versions(manifest: Manifest, where: str, allowed: bool, option: str)
     different = version_differences(manifest.versions, library_versions(names))
     if different and not allowed:
         raise InputError(
-            f"{where}: versions: the library versions differ from those that filled it ({', '.join(different)}), which can "
-            f"change the numbers: use the same versions, or accept the difference with {option}"
+            f"{where}: versions: the library versions differ from those that filled it ({', '.join(different)}), which "
+            f"can change the numbers: use the same versions, or accept the difference with {option}"
         )
 
 
@@ -101,12 +102,10 @@ def _short(value: Any) -> str:
 
 def require_same_teacher(stored: TeacherEntry, found: TeacherEntry, where: str) -> None:
     """Raises InputError that names the first field in which a loaded teacher is not the stored one."""
-    ignored = {"name", "parameters"}
-    first = next(
-        differences(*(as_dict(e.model_copy(update=dict.fromkeys(ignored, None))) for e in (stored, found))), None
-    )
+    before, after = ({**as_dict(entry), "name": None, "parameters": None} for entry in (stored, found))
+    first = next(differences(before, after), None)
     if first is not None:
         raise InputError(
-            f"{where}: teacher '{stored.name}': {first}: the cache was made with another one, so its embeddings do not apply; "
-            "fill a new cache"
+            f"{where}: teacher '{stored.name}': {first}: the cache was made with another one, so its embeddings do not "
+            "apply; fill a new cache"
         )

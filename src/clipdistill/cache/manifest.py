@@ -37,7 +37,7 @@ class TeacherEntry(Config):
     precision: str
     dim: int = pydantic.Field(gt=0)
     logit_scale: float = pydantic.Field(gt=0)
-    parameters: dict[str, int] = {}
+    parameters: dict[str, int] = pydantic.Field(default_factory=dict)
 
 
 class DataEntry(Config):
@@ -77,7 +77,7 @@ class Manifest(Config):
     data: DataEntry
     synthetic: SyntheticEntry | None = None
     teachers: tuple[TeacherEntry, ...]
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = pydantic.Field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:

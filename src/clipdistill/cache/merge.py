@@ -14,10 +14,10 @@ from torch import Tensor
 from clipdistill.cache.blocks import flush, write_block
 from clipdistill.cache.fingerprint import differences
 from clipdistill.cache.manifest import Manifest, SyntheticEntry, write_manifest
+from clipdistill.cache.samples import write_samples
 from clipdistill.cache.sizes import check_space
 from clipdistill.cache.store import Store
 from clipdistill.cache.stored_views import pack_views
-from clipdistill.cache.samples import write_samples
 from clipdistill.cache.synthetic import synthetic_fingerprint
 from clipdistill.config import as_dict
 from clipdistill.errors import InputError
@@ -77,8 +77,8 @@ def _join_shares(out: Path, stores: list[Store]) -> None:
     for store in stores[1:]:
         if store.layout != first.layout or store.manifest.samples != first.manifest.samples:
             raise InputError(
-                f"merge: {first.folder} and {store.folder} cut the same data into blocks differently: fill the shares with "
-                "the same --block"
+                f"merge: {first.folder} and {store.folder} cut the same data into blocks differently: fill the "
+                "shares with the same --block"
             )
     _copy_tokenizers(out, first)
     for part, teacher in first.parts():
@@ -86,7 +86,10 @@ def _join_shares(out: Path, stores: list[Store]) -> None:
             holder = next((s for s in stores if s.path(part, teacher, block).exists()), None)
             if holder is not None:  # what no share has yet can be filled later
                 holder.block(part, teacher, block).verify()
-                _copy(holder.path(part, teacher, block), out / holder.path(part, teacher, block).relative_to(holder.folder))
+                _copy(
+                    holder.path(part, teacher, block),
+                    out / holder.path(part, teacher, block).relative_to(holder.folder),
+                )
     _copy(first.folder / first.manifest.samples, out / first.manifest.samples)
     write_manifest(out, first.manifest)
 
@@ -105,7 +108,8 @@ def _append(out: Path, stores: list[Store]) -> None:
         for record in store.samples.records():
             if record["key"] in seen:
                 raise InputError(
-                    f"merge: the key '{record['key']}' is in {seen[record['key']]} and in {store.folder}; keys must differ"
+                    f"merge: the key '{record['key']}' is in {seen[record['key']]} and in {store.folder}; "
+                    "keys must differ"
                 )
             seen[record["key"]] = store.folder
             records.append({**record, "row": record["row"] + offset})

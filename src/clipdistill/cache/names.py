@@ -1,4 +1,4 @@
-"""How a cache is named where a teacher is expected; apart from the rest so that reading a configuration loads little."""
+"""How a cache is named where a teacher is expected; apart, so that reading a configuration loads little."""
 
 from __future__ import annotations
 

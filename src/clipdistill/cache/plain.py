@@ -76,8 +76,8 @@ class PlainEmbeddings:
         for index, row in enumerate(self.rows.tolist()):
             if counts[row] != len(source.captions(index)):
                 raise InputError(
-                    f"{self.path}: '{source.key(index)}' has {len(source.captions(index))} captions and {counts[row]} text "
-                    "embeddings: give one for each caption in order, or set train.caption=first"
+                    f"{self.path}: '{source.key(index)}' has {len(source.captions(index))} captions and {counts[row]} "
+                    "text embeddings: give one for each caption in order, or set train.caption=first"
                 )
 
     def __len__(self) -> int:

@@ -33,8 +33,11 @@ class Item:
 
 @dataclass
 class Prepared:
-    """A batch of samples. pixels: for each image geometry uint8 (samples x (1 + views), H, W, 3); tokens, synthetic: for
-    each tokenizer (texts, L), sample after sample; counts: texts of each sample; problems: None where the image is good."""
+    """A batch of samples.
+
+    pixels: for each image geometry uint8 (samples x (1 + views), H, W, 3); tokens, synthetic: for each tokenizer
+    (texts, L), sample after sample; problems: None where the image is good; truncated: texts that were cut.
+    """
 
     items: list[Item]
     problems: list[str | None]

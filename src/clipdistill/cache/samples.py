@@ -148,7 +148,7 @@ def find_difference(table: SampleTable, source: PairSource) -> str | None:
     for index, key in enumerate(keys):
         if sample_digest(key, source.captions(index)) != table.digests[known[key]].tobytes():
             return f"data captions: those of '{key}' have changed"
-    first = next((key for index, key in enumerate(keys) if known[key] != index), None)
-    if first is None:
+    moved = next((key for index, key in enumerate(keys) if known[key] != index), None)
+    if moved is None:
         return None
-    return f"data order: the keys are the same in another order (the first out of place is '{first}')"
+    return f"data order: the keys are the same in another order (the first out of place is '{moved}')"

@@ -29,8 +29,8 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed * 1.02 + 1_000_000:
         raise ClipdistillError(
-            f"{folder}: the cache needs {readable(needed)} more and {readable(free)} are free: make room, choose another "
-            "disk, or store less (--dtype int8 halves it; fewer --views; --captions first)"
+            f"{folder}: the cache needs {readable(needed)} more and {readable(free)} are free: make room, choose "
+            "another disk, or store less (--dtype int8 halves it; fewer --views; --captions first)"
         )
 
 

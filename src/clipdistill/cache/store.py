@@ -32,7 +32,11 @@ from clipdistill.errors import InputError
 
 Part = Literal["pairs", "synthetic", "views"]
 STORED_NAME = {"fp16": "F16", "bf16": "BF16", "int8": "I8"}
-_NUMPY = {"fp16": np.dtype(np.float16), "bf16": np.dtype(np.uint16), "int8": np.dtype(np.int8)}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(np.uint16),
+    "int8": np.dtype(np.int8),
+}
 
 
 def digest_of(values: Any) -> str:
@@ -195,8 +199,8 @@ class Store:
             for name in ("image", "text"):
                 if name in shapes and block.dtype(name) != STORED_NAME[manifest.dtype]:
                     raise InputError(
-                        f"{block.path}: dtype: '{name}' is stored as {block.dtype(name) or 'nothing'}, the manifest says "
-                        f"{manifest.dtype}"
+                        f"{block.path}: dtype: '{name}' is stored as {block.dtype(name) or 'nothing'}, the manifest "
+                        f"says {manifest.dtype}"
                     )
         for name, shape in shapes.items():
             found = block.arrays[name].shape if name in block.arrays else None
@@ -233,7 +237,7 @@ class Store:
     def read(
         self, teacher: int, indices: Sequence[int], captions: Sequence[int], views: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Image rows of the given views and text rows of the given captions: float32 (B, D) each, unit length as stored."""
+        """Image rows of the given views and text rows of the given captions: float32 (B, D) each, as stored."""
         dtype, dim = self.manifest.dtype, self.dims[teacher]
         image, text = (np.empty((len(indices), dim), _NUMPY[dtype]) for _ in range(2))
         scales = np.ones((2, len(indices)), np.float32) if dtype == "int8" else None
@@ -270,6 +274,7 @@ class Store:
         first, last = arrays["text_start"][position : position + 2].tolist()
         if not 0 <= caption < last - first:
             raise InputError(
-                f"cache {self.folder}: '{self.samples.key(index)}' has {last - first} stored captions, number {caption} was asked for"
+                f"cache {self.folder}: '{self.samples.key(index)}' has {last - first} stored captions, "
+                f"number {caption} was asked for"
             )
         return int(first + caption)

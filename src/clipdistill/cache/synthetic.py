@@ -18,8 +18,8 @@ _COLUMNS = ("captions", "caption", "synthetic", "text")
 def read_synthetic(path: Path) -> dict[str, tuple[str, ...]]:
     """Captions by key, cleaned, empty ones left out.
 
-    JSON: {"key": ["caption", ...], ...} or a list of objects; JSON lines: one object a line with `key` and `captions` (a
-    list) or `caption`; Parquet: columns of these names. A key may come again: its captions add up.
+    JSON: {"key": ["caption", ...], ...} or a list of objects; JSON lines: one object a line with `key` and `captions`
+    (a list) or `caption`; Parquet: columns of these names. A key may come again: its captions add up.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file of captions")
@@ -91,8 +91,8 @@ def matched(captions: Mapping[str, tuple[str, ...]], keys: list[str], path: Path
     missing = [key for key in keys if key not in captions]
     if missing:
         raise InputError(
-            f"{path}: no captions for {len(missing)} of {len(keys)} samples (the first is '{missing[0]}'): every sample "
-            "needs at least one, under the key that `clipdistill cache` uses"
+            f"{path}: no captions for {len(missing)} of {len(keys)} samples (the first is '{missing[0]}'): every "
+            "sample needs at least one, under the key that `clipdistill cache` uses"
         )
     return [captions[key] for key in keys]
 

@@ -63,7 +63,7 @@ def is_shard_folder(folder: Path) -> bool:
 
 
 def shard_label(source: PairSource, key: str) -> str:
-    """The name of the data tar in a sample's key ('<shard>/<sample>'). Raises InputError for data that is not in tars."""
+    """The data tar's name in a sample's key ('<shard>/<sample>'). Raises InputError for data that is not in tars."""
     shard = source.shard_of(key)
     if shard is None:
         raise InputError(f"'{source.name}' does not lie in tars, so there is nothing to write tars beside")
@@ -193,8 +193,8 @@ class ShardEmbeddings:
         self.manifest = read_manifest(folder, SHARD_KIND)
         if source.fingerprint() != self.manifest.data.fingerprint:
             raise InputError(
-                f"{folder}: data: the tars were written for '{self.manifest.data.name}' with other keys, order or captions "
-                f"than '{source.name}': export them again"
+                f"{folder}: data: the tars were written for '{self.manifest.data.name}' with other keys, order "
+                f"or captions than '{source.name}': export them again"
             )
         self._shards: list[str] = []
         found: list[tuple[int, int, int, int, int]] = []

@@ -102,5 +102,7 @@ def _check_block(store: Store, part: Part, teacher: int, number: int) -> int:
         for name, rows in zip(("image", "text"), store.read(teacher, good, [0] * len(good), views)):
             wrong = ((rows.norm(dim=-1) - 1).abs() > _UNIT).nonzero().flatten().tolist()
             if wrong:
-                raise InputError(f"{path}: the {name} row of '{store.samples.key(good[wrong[0]])}' is not of unit length")
+                raise InputError(
+                    f"{path}: the {name} row of '{store.samples.key(good[wrong[0]])}' is not of unit length"
+                )
     return int((~valid).sum()) if teacher == 0 else 0
