@@ -88,7 +88,7 @@ def load_engine(name: EngineName) -> Engine:
 
 
 # Batch size from which tiling was measured to be the faster of the two (benchmarks/objective.py), per device type.
-TILED_FROM = {"cpu": 1024, "cuda": 4096}
+TILED_FROM = {"cpu": 512, "cuda": 4096}
 
 
 def choose_engine(
