@@ -122,8 +122,11 @@ def _claim(out: Path, source: ScenePairs, format: str, shard_size: int) -> None:
     }
     mark = out / "scenes.info"
     if mark.is_file():
-        if json.loads(mark.read_text(encoding="utf-8")) == about:
-            return
+        try:
+            if json.loads(mark.read_bytes()) == about:
+                return
+        except ValueError:
+            pass  # a damaged mark says that the folder holds something else
         raise InputError(f"'{out}' already holds other scenes ({mark.name} says which): name another folder")
     if any(out.iterdir()):
         raise InputError(f"'{out}' is not empty: name another folder")
