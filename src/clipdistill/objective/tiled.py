@@ -24,7 +24,7 @@ from clipdistill.objective.features import Features
 from clipdistill.objective.gather import World, all_rows, sum_own_rows
 from clipdistill.objective.tiled_fused import FusedWalk, wanted
 from clipdistill.objective.tiled_layout import Key, components, value_keys
-from clipdistill.objective.tiled_products import Products, Shape
+from clipdistill.objective.tiled_products import Products, Shape, Workspace
 from clipdistill.objective.tiled_walk import Gradients, Inputs, Walk
 
 
@@ -103,6 +103,7 @@ def _compute(
         world=world,
         products=products,
         shape=Shape.choose(like.device, job.options),
+        work=Workspace(like),
     )
     buffers = _Buffers(job, tensors, needed)
     passes = FusedWalk if wanted(like.device, job.options) else Walk

@@ -45,35 +45,40 @@ def ranges(length: int, step: int) -> list[Range]:
 
 
 class Workspace:
-    """Flat buffers by name, reused from tile to tile; a tile is always contiguous."""
+    """Flat buffers by name, reused from tile to tile and from component to component; a tile is always contiguous."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
         self.buffers: dict[str, Tensor] = {}
 
+    def flat(self, name: str, elements: int) -> Tensor:
+        """An uninitialised vector; the previous one of the same name is overwritten."""
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < elements:
+            self.buffers.pop(name, None)
+            buffer = self.buffers[name] = self.like.new_empty(elements)
+        return buffer[:elements]
+
     def tile(self, name: str, rows: int, columns: int) -> Tensor:
         """An uninitialised (rows, columns) matrix; the previous one of the same name is overwritten."""
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.numel() < rows * columns:
-            buffer = self.buffers[name] = self.like.new_empty(rows * columns)
-        return buffer[: rows * columns].view(rows, columns)
+        return self.flat(name, rows * columns).view(rows, columns)
 
 
 class Kept:
     """Tiles remembered under a key until the space is used up."""
 
-    def __init__(self, like: Tensor, elements: int) -> None:
-        self.arena = like.new_empty(elements)
+    def __init__(self, space: Tensor) -> None:
+        self.space = space
         self.tiles: dict[tuple[str, int, int], Tensor] = {}
         self.used = 0
 
     def reserve(self, key: tuple[str, int, int], rows: int, columns: int) -> Tensor | None:
         """Space for one more tile, or None when there is none left."""
         start, end = self.used, self.used + rows * columns
-        if end > self.arena.numel():
+        if end > self.space.numel():
             return None
         self.used = end
-        tile = self.tiles[key] = self.arena[start:end].view(rows, columns)
+        tile = self.tiles[key] = self.space[start:end].view(rows, columns)
         return tile
 
     def clear(self) -> None:

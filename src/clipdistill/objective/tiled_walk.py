@@ -52,6 +52,7 @@ class Inputs:
     world: World
     products: Products
     shape: Shape
+    work: Workspace
 
 
 class Walk:
@@ -62,7 +63,8 @@ class Walk:
         self.world = inputs.world
         self.local = inputs.world.counts[inputs.world.rank]
         self.total = inputs.world.total
-        self.work = Workspace(inputs.like)
+        self.work = inputs.work
+        self.place = {name: k for k, name in enumerate(component.pairings)}
         self.limit, self.smallest = LIMIT[inputs.like.dtype]
         # torch has no float64 on Apple's GPU; everywhere else sums over tiles are exact to rounding of the tiles
         self.wide = torch.float32 if inputs.like.device.type == "mps" else torch.float64
@@ -109,15 +111,14 @@ class Walk:
         """Row stripes, and room for the logits that are wanted twice."""
         shape, matrices = self.inputs.shape, len(self.component.pairings)
         rows, itemsize = shape.rows, self.inputs.like.element_size()
+        again = bool(self.trained)
+        wanted = min(matrices * self.local * self.total, shape.kept // itemsize)
         if self.striped:
             # a whole stripe is held, so its height shrinks as the batch grows
             rows = max(1, min(rows, max(32, shape.kept // max(1, matrices * self.total * itemsize))))
             wanted = matrices * min(rows, self.local) * self.total
-            again = self.trained or self.risky
-        else:
-            wanted = min(matrices * self.local * self.total, shape.kept // itemsize)
-            again = self.trained or self.risky
-        return ranges(self.local, rows), Kept(self.inputs.like, wanted) if again else None
+            again = again or self.risky
+        return ranges(self.local, rows), Kept(self.work.flat("kept", wanted)) if again else None
 
     @property
     def striped(self) -> bool:
@@ -213,7 +214,7 @@ class Walk:
         height, width = rows[1] - rows[0], columns[1] - columns[0]
         out = None if self.kept is None else self.kept.reserve((name, rows[0], columns[0]), height, width)
         if out is None:
-            out = self.work.tile("z " + name, height, width)
+            out = self.work.tile(f"z {self.place[name]}", height, width)
         scale, bias = self.scale_and_bias(name)
         return self.multiply(name, rows, columns, scale, bias - self.shift[name], out)
 
@@ -225,9 +226,9 @@ class Walk:
     def exponential(self, name: str, axis: Axis, z: Tensor, rows: Range, columns: Range) -> Tensor:
         """exp(z), which serves both axes unless each row and column has a shift of its own."""
         if not self.exact:
-            return torch.exp(z, out=self.work.tile("e " + name, *z.shape))
+            return torch.exp(z, out=self.work.tile(f"e {self.place[name]}", *z.shape))
         shift = self.row_shift[name][slice(*rows), None] if axis == "rows" else self.column_shift[name][slice(*columns)]
-        return torch.sub(z, shift, out=self.work.tile(f"e {name} {axis}", *z.shape)).exp_()
+        return torch.sub(z, shift, out=self.work.tile(f"e {self.place[name]} {axis}", *z.shape)).exp_()
 
     def exponentials(
         self, z: Mapping[str, Tensor], wanted: Mapping[tuple[str, Axis], object], rows: Range, columns: Range
