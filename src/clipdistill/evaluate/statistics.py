@@ -77,7 +77,8 @@ def bootstrap(
             return Interval(value, low, high, len(values), n, level)
         draws = _mean_draws(sums[:, None], counts, replicates, seed)[:, 0]
     low, high = _percentiles(draws, n, level)
-    return Interval(value, low, high, len(values), n, level)
+    # where all results are alike the draws differ from their mean by rounding only
+    return Interval(value, min(low, value), max(high, value), len(values), n, level)
 
 
 def paired_bootstrap(
