@@ -337,7 +337,7 @@ class _Preparation(torch.utils.data.Dataset):
         return result
 
 
-def _as_it_is(chunk: dict[str, Any]) -> dict[str, Any]:
+def _as_it_is(chunk: Any) -> Any:
     """Chunks are complete: torch's own conversion would turn tuples into lists."""
     return chunk
 

@@ -55,8 +55,9 @@ def _expanded(part: str, pattern: str) -> Iterator[str]:
     options = [rest[a + 1 : b] for a, b in itertools.pairwise(cuts)]
     after = rest[cuts[-1] + 1 :]
     interval = _RANGE.match(options[0])
+    names: Iterator[str]
     if len(options) == 1 and interval:
-        names = _numbers(*interval.groups(), pattern)
+        names = _numbers(interval[1], interval[2], pattern)
     elif len(options) > 1:
         names = (name for option in options for name in _expanded(option, pattern))
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -137,15 +138,20 @@ def render(image: Image.Image, view: View, spec: ImageSpec, *, exact: bool = Tru
 def render_pixels(image: Image.Image, view: View, spec: ImageSpec, *, exact: bool = True) -> np.ndarray:
     """The view before normalisation: uint8 (size, size, 3). Crop, resize, mirror, colour operations, in this order.
 
-    exact: resize as Pillow does (open_clip's bits). Otherwise by torch's faster integer kernel, whose values differ
-    from Pillow's by rounding (mostly 0 or 1 of 255) and may differ between kinds of processors.
+    exact: resize as Pillow does (open_clip's bits). Otherwise by torch's integer kernel, several times faster, whose
+    values differ from Pillow's by rounding (mostly 0 or 1 of 255) and may differ between kinds of processors.
     An image decoded at reduced size (images.decode with `at_least`) is understood: the box stays in source pixels.
     """
-    resample = _torch_resize if not exact else _pillow_resize
-    if view.box is None:
-        picture = _evaluation(image, spec, resample)
+    box, target, (left, top) = _plan(image, view, spec)
+    if exact:
+        # Pillow fills what a crop takes from outside with black
+        picture = _pillow_resize(image, target, spec.interpolation, box)
+        picture = picture.crop((left, top, left + spec.size, top + spec.size))
     else:
-        picture = resample(image, (spec.size, spec.size), spec.interpolation, _scaled_box(image, view.box))
+        pixels = _window(_torch_resize(image, target, spec.interpolation, box), left, top, spec.size)
+        if not view.operations:
+            return pixels[:, ::-1] if view.flip else pixels
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
     if view.flip:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.array(apply_operations(picture, view.operations))
@@ -175,28 +181,28 @@ _MOST_PIXELS = (
 Box = tuple[float, float, float, float]
 
 
-def _evaluation(image: Image.Image, spec: ImageSpec, resample: Any) -> Image.Image:
-    """open_clip's geometry: 'shortest' resizes the shorter side and crops the centre, 'longest' pads with black."""
+def _plan(image: Image.Image, view: View, spec: ImageSpec) -> tuple[Box | None, tuple[int, int], tuple[int, int]]:
+    """What part of `image` to resize (None: all), to which (width, height), and where the final square begins in that.
+
+    The evaluation view has open_clip's geometry: 'shortest' resizes the shorter side and crops the centre, 'longest'
+    resizes the longer one and pads (the square begins outside), 'squash' changes the aspect ratio.
+    """
     size, (width, height) = spec.size, image.info.get("source_size", image.size)
     whole = image.info.get("source_box")
+    if view.box is not None:
+        return _scaled_box(image, view.box), (size, size), (0, 0)
     if spec.resize_mode == "squash":
-        return resample(image, (size, size), spec.interpolation, whole)
+        return whole, (size, size), (0, 0)
     if spec.resize_mode == "longest":
         ratio = max(height, width) / size
         target = (max(1, round(width / ratio)), max(1, round(height / ratio)))
-        picture = resample(image, target, spec.interpolation, whole)
-        canvas = Image.new("RGB", (size, size))
-        canvas.paste(picture, ((size - target[0]) // 2, (size - target[1]) // 2))
-        return canvas
+        return whole, target, (-((size - target[0]) // 2), -((size - target[1]) // 2))
     long = int(size * max(width, height) / min(width, height))
     target = (size, long) if width <= height else (long, size)
     if target[0] * target[1] > _MOST_PIXELS:
         side = min(width, height)
-        centre = ((height - side) // 2, (width - side) // 2, side, side)
-        return resample(image, (size, size), spec.interpolation, _scaled_box(image, centre))
-    picture = resample(image, target, spec.interpolation, whole)
-    left, top = round((target[0] - size) / 2), round((target[1] - size) / 2)
-    return picture.crop((left, top, left + size, top + size))
+        return _scaled_box(image, ((height - side) // 2, (width - side) // 2, side, side)), (size, size), (0, 0)
+    return whole, target, (round((target[0] - size) / 2), round((target[1] - size) / 2))
 
 
 def _scaled_box(image: Image.Image, box: tuple[int, int, int, int]) -> Box:
@@ -222,15 +228,43 @@ def _pillow_resize(image: Image.Image, size: tuple[int, int], interpolation: str
     return image.resize(size, _FILTERS[interpolation], box)
 
 
-def _torch_resize(image: Image.Image, size: tuple[int, int], interpolation: str, box: Box | None) -> Image.Image:
-    pixels = np.asarray(image)
+def _torch_resize(image: Image.Image, size: tuple[int, int], interpolation: str, box: Box | None) -> np.ndarray:
+    """The resized pixels (height, width, 3), read-only where they are the image's own."""
+    pixels = _pixels_of(image)
     if box is not None:
         # whole pixels only: of a picture decoded at reduced size, a view may shift by half a pixel
         left, top = min(round(box[0]), image.width - 1), min(round(box[1]), image.height - 1)
         right, bottom = max(left + 1, round(box[2])), max(top + 1, round(box[3]))
         pixels = pixels[top:bottom, left:right]
     if pixels.shape[:2] != size[::-1]:
-        planes = torch.from_numpy(pixels.copy() if not pixels.flags.writeable else pixels).permute(2, 0, 1)[None]
+        planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         planes = torch.nn.functional.interpolate(planes, size=size[::-1], mode=interpolation, antialias=True)
         pixels = planes[0].permute(1, 2, 0).numpy()
-    return Image.fromarray(np.ascontiguousarray(pixels))
+    return pixels[:, :, :3]
+
+
+# the view of Pillow's memory below is only read
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+
+
+def _pixels_of(image: Image.Image) -> np.ndarray:
+    """uint8 (height, width, 4) that is Pillow's own memory (the fourth value is unused), else a copy with 3 values."""
+    if hasattr(image, "__arrow_c_array__"):  # Pillow 11.2 and later
+        import pyarrow as pa
+
+        try:
+            buffer = pa.array(image).flatten().buffers()[1]
+            return np.frombuffer(buffer, dtype=np.uint8).reshape(image.height, image.width, 4)
+        except ValueError:
+            pass  # a large image in several blocks of memory
+    return np.array(image)
+
+
+def _window(pixels: np.ndarray, left: int, top: int, size: int) -> np.ndarray:
+    """The square of `size` that begins at (left, top), black where it reaches outside."""
+    height, width = pixels.shape[:2]
+    if left >= 0 and top >= 0 and left + size <= width and top + size <= height:
+        return pixels[top : top + size, left : left + size]
+    square = np.zeros((size, size, 3), dtype=np.uint8)
+    square[-top : height - top, -left : width - left] = pixels
+    return square
