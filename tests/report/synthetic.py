@@ -123,6 +123,7 @@ def write_run(
     shift: float = 0.0,
     teacher: str = "scenes-teacher",
     samples: int = 96_000,
+    log_rows: int = 40,
     **facts: Any,
 ) -> Path:
     """A finished run folder of one method; `shift` moves all its scores."""
@@ -157,7 +158,7 @@ def write_run(
         f"recipe: {method}\ntrain:\n  seed: {seed}\n  batch_size: 128\nout: {folder.name}\n"
     )
     with (folder / "log.jsonl").open("w") as file:
-        for step in range(0, steps, 2):
+        for step in range(0, steps, max(1, steps // log_rows)):
             share = step / steps
             terms = {
                 term: (2 + i) * (0.25 + 0.75 * math.exp(-4 * share)) * (1 + 0.03 * rng.standard_normal())
@@ -300,7 +301,7 @@ def write_gallery(path: Path, models: list[str]) -> Path:
 
 def write_demo(folder: Path) -> list[Path]:
     """What the demo leaves: three runs, a benchmark, a gallery, geometry and claims beside them."""
-    runs = [write_run(folder / method, method) for method in METHODS]
+    runs = [write_run(folder / method, method, log_rows=375) for method in METHODS]
     students = {method: (4200.0 + 40 * i, 9100.0) for i, method in enumerate(METHODS)}
     write_bench(folder / "bench.json", {"teacher": (610.0, 2400.0), **students})
     write_gallery(folder / "gallery.json", ["teacher", *METHODS])
@@ -321,3 +322,43 @@ def write_demo(folder: Path) -> list[Path]:
     ]
     (folder / "claims.json").write_text(json.dumps({"format": 1, "claims": claims}))
     return runs
+
+
+SVG_EVIL = "data:image/svg+xml;base64," + base64.b64encode(b"<svg onload='alert(1)'/>").decode()
+
+
+def write_evil(folder: Path) -> Path:
+    """A run whose every text tries to be markup, and whose thumbnails try to be something else."""
+
+    def attack(where: str) -> str:
+        return f"</title></pre></td>\"'><script>alert('{where}')</script><img src=x onerror=alert('{where}')>"
+
+    write_run(folder, attack("method"), name=attack("name"), teacher=attack("teacher"))
+    run = json.loads((folder / "run.json").read_text())
+    for key in ("student", "data", "device", "command", "status"):
+        run[key] = attack(key)
+    run["versions"] = {attack("library"): attack("version")}
+    (folder / "run.json").write_text(json.dumps(run))
+    (folder / "recipe.yaml").write_text(attack("recipe"))
+    (folder / "bad_samples.jsonl").write_text(json.dumps({"key": attack("key"), "reason": attack("reason")}))
+    named = PROTOCOL.model_copy(update={"dataset": attack("dataset"), "split": attack("split")})
+    rows = [
+        score(metric, 0.4, 100, named, "student", attack("fingerprint")) for metric in ("t2i_R@1", attack("metric"))
+    ]
+    write_scores(folder / "scores.json", [*rows, score("t2i_R@1", 0.5, 100, named, "teacher", "t")])
+    with (folder / "log.jsonl").open("a") as file:
+        for step in (10**6, 10**6 + 1):
+            row = {"step": step, "samples": step, "total": 1.0, "terms": {attack("term"): 1.0}}
+            file.write(json.dumps(row) + "\n")
+    write_bench(folder / "bench.json", {"teacher": (1.0, 1.0), attack("model"): (2.0, 2.0)}, attack("device"))
+    path = write_gallery(folder / "gallery.json", ["teacher", "student", attack("model")])
+    gallery = json.loads(path.read_text())
+    gallery["selection"] = attack("selection")
+    gallery["queries"][0] |= {"text": attack("caption"), "why": attack("why")}
+    gallery["thumbnails"] |= {"scene-00000": SVG_EVIL, attack("picture"): data_uri(picture(1))}
+    gallery["queries"][1]["truth"] = attack("picture")
+    path.write_text(json.dumps(gallery))
+    write_geometry(folder / "geometry.json", 0.4)
+    claims = [{"claim": attack("claim"), "verdict": attack("verdict"), "evidence": attack("evidence")}]
+    (folder / "claims.json").write_text(json.dumps({"claims": claims}))
+    return folder

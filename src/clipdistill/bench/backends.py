@@ -122,16 +122,21 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(seen.values())
 
 
+def evaluation_mode(module: nn.Module) -> Callable[[], None]:
+    """Put a module in evaluation mode; the result puts every part of it back as it was."""
+    training = [child for child in module.modules() if child.training]
+    module.eval()
+
+    def restore() -> None:
+        for child in training:
+            child.training = True
+
+    return restore
+
+
 def _ready(module: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], None]]:
     """The module in evaluation mode on a device in a dtype, and how to undo it; a copy if it must be converted."""
     floating = [p for p in module.parameters() if p.is_floating_point()]
     if all(p.dtype == dtype for p in floating) and all(p.device == device for p in module.parameters()):
-        modes = {name: child.training for name, child in module.named_modules()}
-        module.eval()
-
-        def restore() -> None:
-            for name, child in module.named_modules():
-                child.training = modes[name]
-
-        return module, restore
+        return module, evaluation_mode(module)
     return copy.deepcopy(module).to(device=device, dtype=dtype).eval(), lambda: None

@@ -92,6 +92,7 @@ def describe_libraries() -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    found["torch"] = torch.__version__  # with its build: +cpu and +cu126 are different libraries
     return found
 
 

@@ -366,15 +366,12 @@ def _geometry_table(report: Report) -> dict[str, Any] | None:
 
 def _bad_table(table: ScoreTable) -> dict[str, Any] | None:
     rows = [
-        {
-            "entry": e,
-            "cells": [_cell(reason), _cell(f"{count:,}"), _cell(f"{100 * count / max(1, run.samples_seen):.3g} %")],
-        }
-        for e in table.students
-        for run in e.runs
+        {"entry": entry, "cells": [_cell(reason), _cell(f"{count:,}")]}
+        for entry in table.students
+        for run in entry.runs
         for reason, count in run.bad_samples.items()
     ]
-    titles = ["Run", "Reason", "Samples", "Share of those seen"]
+    titles = ["Run", "Reason", "Distinct samples"]
     return {"name": "Bad samples", "titles": titles, "texts": [0, 1], "rows": rows} if rows else None
 
 

@@ -234,7 +234,8 @@ def _entry(name: str, owner: Run | None, table: ScoreTable, extras: dict[str, En
                 return entry
     if name not in extras:
         role = "teacher" if name == "teacher" else "student"
-        colour = 0 if role == "teacher" else len(table.students) + len(extras) + 1
+        highest = max([entry.colour for entry in [*table.students, *extras.values()]], default=0)
+        colour = 0 if role == "teacher" else highest + 1
         extras[name] = Entry(name, role, name, [], colour)
     return extras[name]
 

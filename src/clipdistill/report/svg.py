@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-WIDTH, HEIGHT = 440.0, 290.0
+WIDTH, HEIGHT = 400.0, 265.0
 SMALL_WIDTH, SMALL_HEIGHT = 320.0, 210.0
 COLOURS = 8
 

@@ -168,7 +168,7 @@ class ScoreTable:
             return None
         ratio = mine.value / reference.value
         stored = entry.first.retention.get((column.metric, column.protocol)) if mine.seeds == 1 else None
-        if stored is not None and abs(stored[0] - ratio) < 1e-9:
+        if stored is not None and stored[1] is not None and abs(stored[0] - ratio) < 1e-9:
             return Estimate(*stored)
         if mine.standard_error is None or reference.standard_error is None:
             return Estimate(ratio)

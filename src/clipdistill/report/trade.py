@@ -115,6 +115,9 @@ def read_trade(runs: Sequence[Run], table: ScoreTable) -> Trade:
         counts = entry.first.facts.get("parameters")
         if isinstance(counts, dict):
             sizes[entry.label] = _size_from_counts(counts)
+        teacher, counts = table.teacher_of(entry), entry.first.facts.get("teacher_parameters")
+        if teacher is not None and isinstance(counts, dict):
+            sizes[teacher.label] = _size_from_counts(counts)
     for path, owner, bench in read_optional(runs, "bench.json"):
         _read_bench(path, owner, bench, table, devices, sizes, failures)
     for device in devices.values():
@@ -174,12 +177,16 @@ def _read_bench(
             speed.latency[tower] = (float(row["median_ms"]), float(row["p95_ms"]))
         if row.get("peak_bytes"):
             speed.peak_bytes = max(speed.peak_bytes or 0.0, float(row["peak_bytes"]))
-    for row in bench.get("ratios", []):
-        pair = [matched.get(str(row.get("model"))), matched.get(str(row.get("reference")))]
-        if pair[0] is not None and pair[1] is not None:
+    for position, row in enumerate(bench.get("ratios") or []):
+        try:
+            pair = [matched.get(str(row["model"])), matched.get(str(row["reference"]))]
             setting = (str(row["backend"]), str(row["dtype"]), int(row["batch"]))
-            key = (pair[0].label, pair[1].label, str(row["tower"]), setting)
-            device.ratios[key] = Estimate(float(row["value"]), float(row["low"]), float(row["high"]))
+            ratio = Estimate(float(row["value"]), float(row["low"]), float(row["high"]))
+            tower = str(row["tower"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} (ratio {position + 1}): not a ratio of `clipdistill bench`: {error}") from error
+        if pair[0] is not None and pair[1] is not None:
+            device.ratios[pair[0].label, pair[1].label, tower, setting] = ratio
     for failure in bench.get("failures", []):
         failures.append(
             f"{failure.get('model')} with {failure.get('backend')} ({failure.get('dtype')}): {failure.get('reason')}"

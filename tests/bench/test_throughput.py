@@ -1,0 +1,244 @@
+"""The whole benchmark on models of a few thousand weights: what is in the result, what fails alone, what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from clipdistill.bench import backends, command
+from clipdistill.bench.backends import Eager, Loaded, find_backend, find_dtype
+from clipdistill.bench.endtoend import Pipeline
+from clipdistill.bench.throughput import throughput
+from clipdistill.data.pairs import PairSource
+from clipdistill.data.problems import BadSample
+from clipdistill.data.views import EVALUATION_VIEW, render
+from clipdistill.errors import InputError
+from clipdistill.models.clip_model import ClipModel
+from tests.bench.synthetic import tiny
+
+FAST: dict[str, Any] = {"seconds": 0.01, "rounds": 5}
+
+
+class Pictures(PairSource):
+    """Seven pictures, the third of which cannot be decoded."""
+
+    name = "pictures"
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 7
+
+    def key(self, i: int) -> str:
+        return str(i)
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return ("a picture",)
+
+    def image_bytes(self, i: int) -> bytes:
+        raise NotImplementedError
+
+    def image(self, i: int, at_least: int | None = None) -> Image.Image:
+        self.read.append(i)
+        if i == 2:
+            raise BadSample("truncated image", "2")
+        return Image.new("RGB", (20 + i, 16), (10 * i, 0, 0))
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    models = {"student": tiny(8), "teacher": tiny(64)}
+    return throughput(models, batch_sizes=(1, 3), source=Pictures(), device="cpu", threads=1, **FAST)
+
+
+def test_every_setting_is_measured(result: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(result)) == result
+    rows = {(r["model"], r["tower"], r["batch"]) for r in result["measurements"]}
+    towers = ("image", "text", "pair", "end-to-end")
+    assert rows == {(m, t, b) for m in ("student", "teacher") for t in towers for b in (1, 3)}
+    for row in result["measurements"]:
+        assert 0 < row["low"] <= row["value"] <= row["high"]
+        assert math.isfinite(row["high"])
+        assert row["rounds"] == 5
+        if row["tower"] != "pair":
+            assert 0 < row["median_ms"] <= row["p95_ms"]
+            assert row["calls"] >= 5
+    assert result["failures"] == []
+    assert result["device"]["threads"] == 1
+    assert result["settings"]["data"] == "pictures"
+
+
+def test_ratios_refer_to_the_teacher(result: dict[str, Any]) -> None:
+    ratios = {(r["tower"], r["batch"]) for r in result["ratios"]}
+    assert ratios == {(t, b) for t in ("image", "text", "pair", "end-to-end") for b in (1, 3)}
+    assert {(r["model"], r["reference"]) for r in result["ratios"]} == {("student", "teacher")}
+
+
+def test_memory_is_weights_and_activations(result: dict[str, Any]) -> None:
+    [row] = [r for r in result["measurements"] if (r["model"], r["tower"], r["batch"]) == ("student", "image", 3)]
+    assert row["activation_bytes"] == 3 * 8 * 4
+    assert row["peak_bytes"] == row["activation_bytes"] + result["models"]["student"]["size_bytes"]
+
+
+def test_the_parts_of_end_to_end(result: dict[str, Any]) -> None:
+    for row in result["measurements"]:
+        if row["tower"] == "end-to-end":
+            assert set(row["parts_ms"]) == {"decode", "transform", "tower"}
+            assert all(value > 0 for value in row["parts_ms"].values())
+
+
+def test_models_and_threads_are_left_as_they_were() -> None:
+    model = tiny(8)
+    model.module.train()
+    model.module.visual.eval()
+    threads = torch.get_num_threads()
+    throughput({"a": model}, batch_sizes=(2,), towers=("image",), threads=threads + 1, device="cpu", **FAST)
+    assert torch.get_num_threads() == threads
+    assert model.module.training
+    assert not model.module.visual.training
+    assert model.module.visual.weight.dtype == torch.float32
+
+
+def test_other_number_formats_run_on_a_copy() -> None:
+    model = tiny(8)
+    loaded = Eager().load(model, torch.device("cpu"), "bfloat16")
+    assert loaded.towers["image"](torch.zeros(1, 3, 8, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16  # type: ignore[attr-defined]
+    assert model.module.visual.weight.dtype == torch.float32
+    result = throughput({"a": model}, batch_sizes=(2,), dtype=("float32", "bf16"), device="cpu", **FAST)
+    assert {r["dtype"] for r in result["measurements"]} == {"float32", "bfloat16"}
+
+
+class Failing(Eager):
+    """A back end that cannot run a model called "broken", and knows float32 only."""
+
+    name = "failing"
+    dtypes = ("float32",)
+
+    def load(self, model: ClipModel, device: torch.device, dtype: str) -> Loaded:
+        loaded = super().load(model, device, dtype)
+        if model.name != "broken":
+            return loaded
+
+        def refuse(inputs: torch.Tensor) -> object:
+            raise RuntimeError("operator not supported\nand a long trace")
+
+        return Loaded({"image": loaded.towers["image"], "text": refuse}, 0, close=loaded.close)
+
+
+def test_a_back_end_that_fails_on_one_model_measures_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.BACKENDS, "failing", Failing())
+    models = {"good": tiny(8), "bad": tiny(8, "broken")}
+    result = throughput(models, batch_sizes=(1, 2), backends=("failing",), device="cpu", **FAST)
+    assert {r["model"] for r in result["measurements"]} == {"good"}
+    reason = "RuntimeError: operator not supported"
+    assert result["failures"] == [{"model": "bad", "backend": "failing", "dtype": "float32", "reason": reason}]
+    with pytest.raises(InputError, match=r"nothing could be measured \(bad with failing: RuntimeError"):
+        throughput({"bad": models["bad"]}, batch_sizes=(1,), backends=("failing",), device="cpu", **FAST)
+    mixed = throughput(models, batch_sizes=(1,), backends=("eager", "failing"), dtype="bf16", device="cpu", **FAST)
+    assert {f["reason"] for f in mixed["failures"]} == {"this back end runs in float32 only"}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"backends": ("egaer",)}, r"unknown back end 'egaer' \(did you mean 'eager'"),
+        ({"dtype": "bf61"}, "unknown number format 'bf61'"),
+        ({"towers": ("images",)}, r"unknown tower 'images' \(did you mean 'image'"),
+        ({"towers": ()}, "at least one tower"),
+        ({"batch_sizes": (0,)}, "batch sizes must be whole numbers above 0"),
+        ({"seconds": 0.0}, "seconds must be above 0"),
+        ({"rounds": 2}, "at least 3 rounds"),
+        ({"reference": "b"}, "unknown reference model 'b'"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        throughput({"a": tiny()}, **{"device": "cpu", **FAST, **options})
+
+
+def test_nothing_to_measure() -> None:
+    with pytest.raises(InputError, match="at least one model"):
+        throughput({}, device="cpu")
+
+
+def test_names_of_formats_and_back_ends() -> None:
+    assert find_dtype("fp16") == "float16"
+    assert find_backend("compile").name == "compile"
+
+
+def test_the_pipeline_feeds_the_tower_what_evaluation_would() -> None:
+    source, model = Pictures(), tiny(8)
+    seen: list[torch.Tensor] = []
+    pipeline = Pipeline(source, model.image, lambda x: seen.append(x), 4, torch.device("cpu"), torch.float32)
+    pipeline()
+    pipeline()
+    assert source.read[7:] == [0, 1, 3, 4, 5, 6, 0, 1]  # the third picture was left out, the end goes on at the start
+    expected = torch.stack([render(source.image(i), EVALUATION_VIEW, model.image) for i in (0, 1, 3, 4)])
+    assert torch.equal(seen[0], expected)
+    assert pipeline.pictures == 8
+    pipeline.clear()
+    assert pipeline.parts() == {"decode": 0.0, "transform": 0.0, "tower": 0.0}
+
+
+def test_a_source_of_which_nothing_can_be_decoded() -> None:
+    class Broken(Pictures):
+        def image(self, i: int, at_least: int | None = None) -> Image.Image:
+            raise BadSample("truncated image", str(i))
+
+    with pytest.raises(InputError, match="none of the first 7 pictures can be decoded"):
+        throughput({"a": tiny()}, batch_sizes=(1,), source=Broken(), device="cpu", **FAST)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(command, "load_model", lambda name, teacher: tiny(8 if name == "small" else 32, name))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    out = tmp_path / "results" / "bench.json"
+    line = ["small", "big[x]", "--batch", "2", "--seconds", "0.01", "--rounds", "5", "--device", "cpu"]
+    assert command.run(parser.parse_args([*line, "--json", str(out)])) == 0
+    result = json.loads(out.read_text())
+    assert result["settings"]["reference"] == "big[x]"
+    assert [r["model"] for r in result["ratios"]] == ["small"] * 3
+    assert "small" in capsys.readouterr().out
+    console = Console(file=io.StringIO(), width=200)
+    result["failures"] = [{"model": "small", "backend": "onnx", "dtype": "int8", "reason": "[no] file"}]
+    result["warnings"] = ["throttling: slower"]
+    command.show(result, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "ratio to big[x]" in printed
+    assert "not measured: small with onnx, int8: [no] file" in printed
+    assert "warning: throttling: slower" in printed
+    with pytest.raises(InputError, match="expected whole numbers separated by commas"):
+        command.run(parser.parse_args(["small", "--batch", "1;2"]))
+    with pytest.raises(InputError, match="name the file to write"):
+        command.run(parser.parse_args(["small", "--json", str(tmp_path)]))
+
+
+@pytest.mark.slow
+def test_compiled_towers_agree_with_eager() -> None:
+    model = tiny(8)
+    inputs = torch.randn(3, 3, 8, 8)
+    eager, compiled = (find_backend(n).load(model, torch.device("cpu"), "float32") for n in ("eager", "compile"))
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled.towers["image"](inputs), eager.towers["image"](inputs))
+    result = throughput({"a": model}, batch_sizes=(3,), backends=("compile",), device="cpu", **FAST)
+    assert {r["tower"] for r in result["measurements"]} == {"image", "text", "pair"}
+    assert all(r.get("activation_bytes") is None for r in result["measurements"])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    models = {"student": tiny(8), "teacher": tiny(64)}
+    result = throughput(models, batch_sizes=(4,), dtype=("float32", "float16"), device="cuda", **FAST)
+    assert result["device"]["kind"] == "cuda"
+    assert all(r["activation_bytes"] > 0 for r in result["measurements"] if r["tower"] == "image")

@@ -1,0 +1,81 @@
+"""The headline says what the numbers say, and no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clipdistill.report.report import collect
+from tests.report.synthetic import scores_of, write_bench, write_run, write_scores
+
+
+def headline(*folders: Path) -> list[tuple[str, str]]:
+    return [(s.kind, s.text) for s in collect(list(folders)).headline]
+
+
+def test_a_win_a_draw_and_the_price(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / m, m) for m in ("contrastive", "clip-kd", "clip-rd")]
+    write_bench(tmp_path / "bench.json", {"teacher": (100.0, 400.0), "clip-rd": (800.0, 3200.0)})
+    said = headline(*folders)
+    assert said[0] == (
+        "lead",
+        "CLIP-RD has the highest text→image R@1 of the students: 43.7 % (42.2 to 45.2), "
+        "84 % of the teacher's 52.2 %; CLIP-KD is too close to call.",
+    )
+    assert said[1][0] == "win"
+    assert said[1][1].startswith(
+        "CLIP-KD beats contrastive only in every headline measure: text→image R@1 +11.9 points"
+    )
+    assert said[3][0] == "open"
+    assert said[3][1].startswith("CLIP-RD does not beat CLIP-KD here: no headline measure separates them")
+    assert said[4][0] == "cost"
+    assert "17.3 % of the teacher's 11M, and encodes 8.0 times as many image-text pairs per second" in said[4][1]
+    assert said[5][0] == "caution"
+    assert "One seed per method" in said[5][1]
+
+
+def test_a_newer_method_that_is_worse_is_said_to_be_worse(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "kd", "clip-kd"), write_run(tmp_path / "rd", "clip-rd", shift=-0.1)]
+    kinds = dict(headline(*folders))
+    assert kinds["loss"].startswith(
+        "CLIP-RD does not beat CLIP-KD here, it does worse: text→image R@1 −9.4 points (−11.5 to"
+    )
+    assert kinds["lead"].startswith("CLIP-KD has the highest")
+    assert "too close" not in kinds["lead"]
+
+
+def test_methods_that_trade_places(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / m, m) for m in ("clip-kd", "clip-rd")]
+    write_scores(folders[0] / "scores.json", scores_of("student", (0.5, 0.3, 0.5), "a"))
+    write_scores(folders[1] / "scores.json", scores_of("student", (0.3, 0.5, 0.5), "b"))
+    assert any(kind == "open" and "CLIP-RD and CLIP-KD trade places" in text for kind, text in headline(*folders))
+
+
+def test_partly_decided(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / m, m) for m in ("clip-kd", "clip-rd")]
+    write_scores(folders[0] / "scores.json", scores_of("student", (0.3, 0.5, 0.5), "a"))
+    write_scores(folders[1] / "scores.json", scores_of("student", (0.5, 0.5, 0.5), "b"))
+    [text] = [text for kind, text in headline(*folders) if kind == "win"]
+    assert text.startswith("CLIP-RD beats CLIP-KD: text→image R@1 +20.0 points")
+    assert "Not decided: image→text R@1" in text
+
+
+def test_one_student_alone(tmp_path: Path) -> None:
+    said = headline(write_run(tmp_path / "rd"))
+    assert said[0][1].startswith("CLIP-RD reaches text→image R@1 43.7 %")
+    assert said[1] == ("cost", "CLIP-RD has 1.9M parameters, 17.3 % of the teacher's 11M. Its speed was not measured.")
+    assert len(said) == 2
+
+
+def test_nothing_evaluated(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "rd")
+    (folder / "scores.json").unlink()
+    [(kind, text)] = headline(folder)
+    assert kind == "caution"
+    assert "nothing can be said about accuracy" in text
+
+
+def test_unequal_budgets_are_a_caution(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "a", "clip-kd"), write_run(tmp_path / "b", "clip-rd", samples=192_000)]
+    assert any(
+        "differ in more than the method: budget" in text for kind, text in headline(*folders) if kind == "caution"
+    )
