@@ -104,12 +104,30 @@ def test_a_part_of_a_published_set_never_passes_for_the_whole() -> None:
         ({"data": "no/such/file.json"}, "no/such/file.json"),
         ({"dtype": "float8"}, "unknown number format 'float8'"),
         ({"captions": "last"}, "captions must be 'all'"),
+        ({"captions": "first"}, "captions='first' contradicts the protocol 'standard'"),
+        ({"captions": "all", "protocol": "first-caption"}, "contradicts the protocol 'first-caption'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
 )
 def test_bad_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         cd.evaluate(colour_model(), **({"data": ColourPairs(), "progress": False} | settings))
+
+
+def test_the_rule_for_captions_can_be_widened_and_narrowed() -> None:
+    source = ColourPairs(name="dataset_coco/test")
+    usual = cd.evaluate(colour_model(), source, progress=False, intervals=False).protocols()[0]
+    whole = cd.evaluate(colour_model(), source, captions="all", progress=False, intervals=False).protocols()[0]
+    assert (usual.captions_per_image, whole.captions_per_image) == ("first 5", "all")
+
+
+def test_strict_counts_hold_for_labelled_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ColourClasses()
+    monkeypatch.setattr(data, "deviation", lambda: "CIFAR-10: 20 images where 10,000 (test) are expected")
+    scores = cd.evaluate(colour_model(), data, progress=False)
+    assert "NOT the published set" in scores.protocols()[0].label()
+    with pytest.raises(InputError, match="colour classes: CIFAR-10: 20 images"):
+        cd.evaluate(colour_model(), data, progress=False, strict_counts=True)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from clipdistill.errors import InputError
@@ -99,7 +98,7 @@ def run_eval(
         teacher=teacher,
         ks=ks,
         batch_size=batch_size,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         workers=workers,
         templates=templates,
         classes=classes,

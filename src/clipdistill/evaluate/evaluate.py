@@ -67,13 +67,16 @@ def evaluate(
     ks: K of R@K. templates, classes: prompt templates and class-name file of labelled sets (None: the set's own).
     split: of data sets that have splits (None: test, else val). intervals: 95 % bootstrap intervals, clustered by
     image. dtype: "float32", "bfloat16" or "float16". captions: overrides the protocol's rule ("all", "first",
-    "first 5"). strict_counts: a published set with other than its published counts is an error, not a note.
+    "first 5"). device: None is where a loaded model is, and for names CUDA where there is one, else the CPU.
+    strict_counts: a published set with other than its published counts is an error, not a note.
     distributed: share the work between the ranks of torch.distributed; every rank must call and gets everything.
 
     Returns Scores: models "student" and "teacher" (or only the model's own scores, as "student", without a teacher),
     per-query results kept for paired tests. Raises InputError for what cannot be scored.
     """
     check_retrieval_protocol(protocol)
+    if captions is not None and (captions in ("first", "first 1")) != (protocol == "first-caption"):
+        raise InputError(f"captions='{captions}' contradicts the protocol '{protocol}': one caption is 'first-caption'")
     sources = [_open(item, split, classes) for item in _listed(data)]
     models: dict[str, ClipModel] = {"student": _loaded(model, device)}
     if teacher is not None:
@@ -99,6 +102,8 @@ def evaluate(
                     _retrieval_scores(encoder, source, protocol, rule, name, fingerprint, ks, intervals, strict_counts)
                 )
             else:
+                if strict_counts and source.deviation():
+                    raise InputError(f"{source.name}: {source.deviation()}")
                 own.add(_zero_shot_scores(encoder, source, templates, name, fingerprint, intervals))
     for own in measured.values():
         result.add(own)
@@ -252,5 +257,5 @@ def _open(item: Data, split: str | None, classes: str | Path | None) -> PairSour
 
 def _loaded(model: str | Path | ClipModel, device: str | torch.device | None) -> ClipModel:
     if isinstance(model, str | Path):
-        return load_model(model, device=device or "cpu", teacher=True)
+        return load_model(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), teacher=True)
     return model
