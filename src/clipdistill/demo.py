@@ -14,9 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from clipdistill.bench.throughput import throughput
+from clipdistill.cache.config import CacheConfig
+from clipdistill.cache.fill import fill
+from clipdistill.config import as_dict, build
 from clipdistill.data.pairs import open_pairs
 from clipdistill.data.subset import Subset
 from clipdistill.evaluate.encode import encode_pairs
@@ -27,6 +31,7 @@ from clipdistill.report.report import write_report
 from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.run import Run, distill
 
+TEACHER = "scenes-teacher"
 RECIPES = ("clip", "clip-kd", "clip-rd")
 console = Console()
 
@@ -44,21 +49,26 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     out: Path = arguments.out
     recipes = arguments.recipes.split(",")
-    runs, configs = [], []
-    for number, recipe in enumerate(recipes, start=1):
-        console.print(f"[bold]{number}/{len(recipes)}  {recipe}[/bold]")
-        config = resolve(
+    configs = [
+        resolve(
             recipe,
             {"out": str(out / recipe), "train": {"seed": arguments.seed}},
             size="demo",
             assignments=arguments.settings,
         )
-        configs.append(config)
-        runs.append(distill(config))
+        for recipe in recipes
+    ]
+    console.print("[bold]the teacher's embeddings, computed once for all students[/bold]")
+    cache = fill_cache(configs[0], out / "teacher-cache")
+    runs = []
+    for config in configs:
+        console.print(f"[bold]{len(runs) + 1}/{len(configs)}  {config.recipe}[/bold]")
+        cached = {"teacher": f"cache:{cache}"} if config.objective.needs_teacher else {}
+        runs.append(distill(config.model_copy(update=cached)))
     console.print("[bold]measuring speed[/bold]")
-    measure_speed(runs, configs)
+    measure_speed(runs)
     console.print("[bold]drawing the report[/bold]")
-    draw_gallery(runs, configs)
+    draw_gallery(runs, configs[0])
     report = out / "report.html"
     summary = write_report([r.folder for r in runs], report, title="clipdistill demo")
     print_summary(runs)
@@ -67,31 +77,35 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure_speed(runs: Sequence[Run], configs: Sequence[RunConfig]) -> None:
+def fill_cache(config: RunConfig, folder: Path) -> Path:
+    """The store of the teacher's embeddings of every training picture and caption."""
+    settings = {"teacher": TEACHER, "data": as_dict(config.data), "out": folder}
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("pictures", total=None)
+        fill(
+            build(CacheConfig, settings), progress=lambda done, total, _: bar.update(task, completed=done, total=total)
+        )
+    return folder
+
+
+def measure_speed(runs: Sequence[Run]) -> None:
     """Teacher and every student in one alternating run, so that the ratios hold on a busy machine; bench.json each."""
-    models = {run.folder.name: load_model(str(run.student)) for run in runs}
-    teachers = [name for config in configs for name in config.teachers]
-    if teachers:
-        models["teacher"] = load_model(teachers[0], teacher=True)
+    models = {"teacher": load_model(TEACHER, teacher=True)}
+    models |= {run.folder.name: load_model(str(run.student), teacher=True) for run in runs}
     result = throughput(models, batch_sizes=(1, 64), seconds=1.0)
     for run in runs:
         (run.folder / "bench.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
-def draw_gallery(runs: Sequence[Run], configs: Sequence[RunConfig], images: int = 300) -> None:
+def draw_gallery(runs: Sequence[Run], config: RunConfig, images: int = 300) -> None:
     """What teacher and each student retrieve for the same queries."""
-    validation = configs[0].validation
-    if validation is None:
-        return
-    source = open_pairs(validation, default_split="val")
+    assert config.validation is not None
+    source = open_pairs(config.validation, default_split="val")
     if len(source) > images:
         source = Subset(source, images)
-    encoded = {}
-    teachers = [name for config in configs for name in config.teachers]
-    if teachers:
-        encoded["teacher"] = encode_pairs(load_model(teachers[0], teacher=True), source, progress=False)
+    encoded = {"teacher": encode_pairs(load_model(TEACHER, teacher=True), source, progress=False)}
     for run in runs:
-        encoded[run.folder.name] = encode_pairs(load_model(str(run.student)), source, progress=False)
+        encoded[run.folder.name] = encode_pairs(load_model(str(run.student), teacher=True), source, progress=False)
     gallery = build_gallery(encoded, source, queries=8, top=5)
     for run in runs:
         (run.folder / "gallery.json").write_text(json.dumps(gallery), encoding="utf-8")

@@ -31,8 +31,13 @@ def run(setup: Setup, display: Display, explain: bool) -> None:
     student_cut, teacher_cut = preflight.truncation(batches)
     display.say(f"captions cut at the context length: student {student_cut:.1%}, teacher {teacher_cut:.1%} of a sample")
     _check_memory(setup, batches[0], display)
+    if not explain:
+        weights = setup.objective.weights.items()
+        terms = " + ".join(term if weight == 1 else f"{weight:g} {term}" for term, weight in weights)
+        display.say(f"objective: {terms}   (--explain shows it in symbols)")
+        return
     display.say(setup.objective.explain(config.train.batch_size, setup.device, world_size()))
-    if explain and is_main():
+    if is_main():
         _magnitudes(setup, batches, display)
 
 
