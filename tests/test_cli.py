@@ -45,12 +45,18 @@ BAD = {
         ["train", "--recipe", "clip", "--size", "debug", "--out", "{out}", "objective.weights.vrdkl=1"],
         "vrd_kl",
     ),
-    "unknown student": (["train", "--recipe", "clip", "--size", "debug", "--out", "{out}", "--student", "ViT-T16"], "ViT-T-16"),
+    "unknown student": (
+        ["train", "--recipe", "clip", "--size", "debug", "--out", "{out}", "--student", "ViT-T16"],
+        "ViT-T-16",
+    ),
     "unknown teacher": (
         ["train", "--recipe", "clip-rd", "--size", "debug", "--out", "{out}", "--teacher", "ViT-B16/laion400m_e32"],
         "ViT-B-16",
     ),
-    "missing data": (["train", "--recipe", "clip", "--size", "debug", "--out", "{out}", "--data", "absent.json"], "absent.json"),
+    "missing data": (
+        ["train", "--recipe", "clip", "--size", "debug", "--out", "{out}", "--data", "absent.json"],
+        "absent.json",
+    ),
     "not a setting": (["train", "--recipe", "clip", "--size", "debug", "--out", "{out}", "steps"], "key=value"),
     "no student": (["train", "--recipe", "clip", "--data", "scenes", "--out", "{out}"], "no student"),
     "missing model": (["eval", "absent-run", "--data", "scenes:val"], "absent-run"),

@@ -54,7 +54,9 @@ def test_the_readme_names_only_known_commands():
 def test_make_targets_exist():
     for line in COMMAND_LINES:
         if line.startswith("make"):
-            subprocess.run(["make", "--dry-run", *shlex.split(line)[1:]], cwd=REPOSITORY, check=True, capture_output=True)
+            subprocess.run(
+                ["make", "--dry-run", *shlex.split(line)[1:]], cwd=REPOSITORY, check=True, capture_output=True
+            )
 
 
 def test_clipdistill_commands_run_in_order(workplace, monkeypatch, capsys):
@@ -93,11 +95,12 @@ def test_pip_install_builds_and_imports(tmp_path):
     target = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(REPOSITORY)]
     subprocess.run(command, check=True)
-    code = "import clipdistill, clipdistill.recipes as r; assert 'clip-rd' in r.recipe_names(); print(clipdistill.__file__)"
+    code = "import clipdistill, clipdistill.recipes as r; print(r.recipe_names(), clipdistill.__file__)"
     shown = subprocess.run(
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={"PYTHONPATH": str(target)}
     )
     assert str(target) in shown.stdout
+    assert "clip-rd" in shown.stdout
 
 
 def test_every_recipe_is_in_the_table_of_methods():

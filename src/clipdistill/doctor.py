@@ -8,7 +8,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +52,6 @@ def examine(folder: Path) -> list[Finding]:
 
 def _python() -> Finding:
     version = platform.python_version()
-    if sys.version_info < (3, 11):
-        return Finding("problem", f"Python {version}", "Python 3.11 or newer is needed")
     return Finding("ok", f"Python {version}")
 
 

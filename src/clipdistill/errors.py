@@ -22,7 +22,9 @@ class MissingExtraError(InputError):
     """An optional dependency is needed and not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package '{package}': install it with  pip install 'clipdistill[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package '{package}': install it with  pip install 'clipdistill[{extra}]'"
+        )
 
 
 class BudgetError(ClipdistillError):

@@ -38,7 +38,9 @@ def students() -> Table:
     """Every registered student with its parameter counts."""
     from clipdistill.models.students import list_students
 
-    table = Table("student", "image", "text transformer", "total", "embedding", "source", title="students (M parameters)")
+    table = Table(
+        "student", "image", "text transformer", "total", "embedding", "source", title="students (M parameters)"
+    )
     for row in list_students():
         table.add_row(
             row.name,
@@ -57,7 +59,10 @@ def datasets() -> Table:
 
     table = Table("name", "what", title="data sets")
     for name, what in (
-        ("captions.json", "Karpathy or COCO captions JSON; the image folder is found beside it or given by --image-root"),
+        (
+            "captions.json",
+            "Karpathy or COCO captions JSON; the image folder is found beside it or given by --image-root",
+        ),
         ("pairs.csv, .tsv, .parquet", "one caption a row; columns filepath and title unless named"),
         ("'cc3m/{00000..00331}.tar', folder/", "WebDataset tars in img2dataset's layout, or a folder of images + .txt"),
         ("hf:owner/name", "a Hugging Face data set (extra hf)"),

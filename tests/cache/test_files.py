@@ -124,7 +124,7 @@ def test_added_captions_must_cover_the_data_and_can_come_later(tmp_path, teacher
     assert store.synthetic(4) == ("number 4",)
     assert (tmp_path / "c" / "teacher-0" / "000000.safetensors").stat().st_mtime_ns == pairs
     file.write_text(json.dumps({source.key(i): [f"another {i}"] for i in range(10)}))
-    with pytest.raises(InputError, match="synthetic: .* is not the file of captions it was filled with"):
+    with pytest.raises(InputError, match=r"synthetic: .* is not the file of captions it was filled with"):
         fill(cache_config(tmp_path / "c", teacher, 10, synthetic=file))
     with pytest.raises(InputError, match="the 2 new samples need some"):
         fill(cache_config(tmp_path / "c", teacher, 12))

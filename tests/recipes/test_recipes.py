@@ -12,7 +12,9 @@ NAMES = recipe_names()
 
 def test_the_published_methods_are_there():
     singles = {f"clip-kd-{term}" for term in ("crd", "fd", "mfd", "gd", "icl", "afd")}
-    assert {"clip", "clip-rd", "clip-kd", "tinyclip", "dclip", "mobileclip", "open_clip", "siglip"} | singles <= set(NAMES)
+    assert {"clip", "clip-rd", "clip-kd", "tinyclip", "dclip", "mobileclip", "open_clip", "siglip"} | singles <= set(
+        NAMES
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)

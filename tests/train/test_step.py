@@ -33,7 +33,11 @@ class DoubleTowers(Towers):
     """The towers without the rounding to float32, so that equality can be asked for to 1e-10."""
 
     def forward(self, images, tokens):
-        scale = self.module.logit_scale.exp() if self.fixed_logit_scale is None else torch.tensor(float(self.fixed_logit_scale))
+        scale = (
+            self.module.logit_scale.exp()
+            if self.fixed_logit_scale is None
+            else torch.tensor(float(self.fixed_logit_scale))
+        )
         return self.module.encode_image(images), self.module.encode_text(tokens), scale, self.module.logit_bias
 
 

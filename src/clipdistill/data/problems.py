@@ -9,7 +9,7 @@ ROWS_KEPT = 1000
 """Rows remembered per reason; the counts are always complete."""
 
 
-class BadSample(Exception):  # noqa: N818 - it is what it is called everywhere
+class BadSample(Exception):
     """One sample cannot be used (undecodable, truncated, missing): the loader skips, counts and lists it.
 
     `reason` is a short class such as "truncated image", optionally followed by ': detail'; counts are per class.

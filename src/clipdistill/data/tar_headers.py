@@ -16,7 +16,7 @@ _REGULAR = (b"0", b"\0", b"7")
 _LARGEST_EXTENSION = 1 << 20  # bytes of a long name or a pax header
 
 
-class DamagedTar(Exception):  # noqa: N818 - caught where the shard is indexed
+class DamagedTar(Exception):
     """The archive cannot be read beyond the members found so far; the text says why."""
 
 

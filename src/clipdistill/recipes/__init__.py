@@ -15,7 +15,11 @@ from clipdistill.config import Config, build, merge, read_yaml
 from clipdistill.errors import InputError, nearest
 
 FOLDER = Path(__file__).parent
-_SHARED_SIZES = ("debug", "demo", "flickr")  # `--size debug`: seconds on built-in data; `--size demo`: what the demo trains
+_SHARED_SIZES = (
+    "debug",
+    "demo",
+    "flickr",
+)  # `--size debug`: seconds on built-in data; `--size demo`: what the demo trains
 
 
 class About(Config):

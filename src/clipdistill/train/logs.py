@@ -1,4 +1,4 @@
-"""What a run tells while it works: JSON lines on disk always, a live line on the terminal, TensorBoard and wandb if asked.
+"""What a run tells while it works: JSON lines on disk, a live line on the terminal, TensorBoard and wandb if asked.
 
 Only rank 0 writes. Lines after the step a run resumes from are removed first, so a log has no repeats and no gaps.
 """
@@ -75,7 +75,9 @@ class WeightsAndBiases:
             raise MissingExtraError("wandb", "wandb", f"wandb: {project}") from error
         identity = folder / "wandb-id.txt"
         known = identity.read_text(encoding="utf-8").strip() if identity.exists() else None
-        self.run = wandb.init(project=project, name=name, id=known, resume="allow", config=dict(config), dir=str(folder))
+        self.run = wandb.init(
+            project=project, name=name, id=known, resume="allow", config=dict(config), dir=str(folder)
+        )
         identity.write_text(self.run.id, encoding="utf-8")
 
     def record(self, kind: str, values: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The checks before step 0: does the teacher fit the data, how much is cut, will it fit in memory, what is optimised."""
+"""The checks before step 0: does the teacher fit the data, how much is cut, will it fit in memory."""
 
 from __future__ import annotations
 
