@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from clipdistill.bench import device
 from clipdistill.bench.backends import tensor_bytes
 from clipdistill.bench.cost import count_flops, describe_model, peak_activation_bytes, sample_inputs
 from clipdistill.bench.device import architecture_fingerprint, describe_device, describe_libraries, pick_device
@@ -118,3 +119,16 @@ def test_devices_by_name() -> None:
         pick_device("tpux")
     with pytest.raises(InputError, match="this machine has"):
         pick_device("cuda:99")
+
+
+def test_a_busy_machine_is_told_from_an_idle_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ticks(*values: tuple[int, int] | None) -> None:
+        found = iter(values)
+        monkeypatch.setattr(device, "_processor_ticks", lambda: next(found))
+
+    ticks((100, 1000), (140, 1100))  # 40 of 100 ticks idle
+    assert "other work kept 60 % of this machine's processors busy" in (device.busy_warning(0) or "")
+    ticks((100, 1000), (190, 1100))
+    assert device.busy_warning(0) is None
+    ticks(None, None)
+    assert device.busy_warning(0) is None

@@ -172,3 +172,26 @@ def test_metric_names() -> None:
     assert metric_name("i2t_mAP@10") == "Image→text mAP@10"
     assert metric_name("t2i_median_rank") == "Text→image median rank"
     assert metric_name("top1") == "Zero-shot top-1"
+
+
+def test_one_teacher_measured_by_runs_that_have_it_and_one_that_does_not(tmp_path: Path) -> None:
+    plain, kd = write_run(tmp_path / "a", "contrastive"), write_run(tmp_path / "b", "clip-kd")
+    rows = [
+        *scores_of("student", (0.3, 0.3, 0.3), "s"),
+        *scores_of("teacher", (0.522, 0.548, 0.674), "teacher-weights"),
+    ]
+    write_scores(plain / "scores.json", rows)
+    table = table_of(plain, kd)
+    assert [e.label for e in table.teachers] == ["teacher"]
+    assert {run.name for run in table.teachers[0].runs} == {"a", "b"}
+
+
+def test_two_teachers_are_kept_apart(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a", "clip-kd", teacher="small"), write_run(tmp_path / "b", "clip-rd", teacher="large")
+    write_scores(
+        b / "scores.json", [*scores_of("student", (0.4,) * 3, "s"), *scores_of("teacher", (0.8,) * 3, "large")]
+    )
+    table = table_of(a, b)
+    assert [e.label for e in table.teachers] == ["teacher small", "teacher large"]
+    kept = [table.retention(student, table.lead[0]) for student in table.students]
+    assert [k.value for k in kept if k] == pytest.approx([0.431 / 0.522, 0.5])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -96,19 +97,32 @@ def describe_libraries() -> dict[str, str]:
     return found
 
 
-def busy_warning() -> str | None:
-    """A sentence when other work already keeps this machine's cores busy."""
-    try:
-        load = os.getloadavg()[0]
-    except (AttributeError, OSError):
+def busy_warning(seconds: float = 0.3) -> str | None:
+    """A sentence when other work keeps this machine's cores busy while we sleep for a moment; None where unknown.
+
+    Not the load average, which still remembers our own work of the last minute (the demo has just trained).
+    """
+    before = _processor_ticks()
+    time.sleep(seconds)
+    after = _processor_ticks()
+    if before is None or after is None or after[1] <= before[1]:
         return None
-    cores = os.cpu_count() or 1
-    if load > 0.5 * cores:
+    busy = 1 - (after[0] - before[0]) / (after[1] - before[1])
+    if busy > 0.25:
         return (
-            f"the machine was busy before the measurement began (load {load:.1f} on {cores} cores): "
+            f"other work kept {100 * busy:.0f} % of this machine's processors busy when the measurement began: "
             "ratios between models hold, absolute figures are too low"
         )
     return None
+
+
+def _processor_ticks() -> tuple[int, int] | None:
+    """(idle, all) ticks of all processors since the start of a Linux system."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return None
+    values = [int(part) for part in path.read_text(encoding="ascii").splitlines()[0].split()[1:]]
+    return values[3] + values[4], sum(values[:8])
 
 
 def architecture_fingerprint(architecture: Any) -> str:

@@ -69,7 +69,7 @@ class Curve:
     not_finite: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """One run folder. `facts` is run.json as written; the fields are those the report needs."""
 

@@ -155,7 +155,9 @@ class ScoreTable:
 
         A student trained without a teacher is still compared with the teacher of its rivals.
         """
-        own = next((t for t in self.teachers if t.first.teacher == entry.first.teacher and entry.first.teacher), None)
+        own = next((t for t in self.teachers if any(run in t.runs for run in entry.runs)), None)
+        if own is None and entry.first.teacher:
+            own = next((t for t in self.teachers if any(r.teacher == entry.first.teacher for r in t.runs)), None)
         return own or (self.teachers[0] if len(self.teachers) == 1 else None)
 
     def retention(self, entry: Entry, column: Column) -> Estimate | None:
@@ -285,14 +287,20 @@ def _colour(students: Sequence[Entry]) -> None:
 
 
 def _teacher_entries(runs: Sequence[Run]) -> list[Entry]:
+    """One entry for each set of weights that was measured as a teacher; a run without one may have measured it too."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        if any(row.role == "teacher" for row in run.scores):
-            name = run.teacher or next(row.model for row in run.scores if row.role == "teacher")
-            groups.setdefault(name, []).append(run)
+        prints = [row.fingerprint for row in run.scores if row.role == "teacher"]
+        if prints:
+            groups.setdefault(prints[0] or run.teacher or "", []).append(run)
     if len(groups) == 1:
         return [Entry("teacher", "teacher", "teacher", group) for group in groups.values()]
-    return [Entry(f"teacher {name}", "teacher", "teacher", group) for name, group in groups.items()]
+    names = [next((run.teacher for run in group if run.teacher), key[:8]) for key, group in groups.items()]
+    entries = []
+    for (key, group), name in zip(groups.items(), names):
+        label = f"teacher {name}" if names.count(name) == 1 else f"teacher {name} ({key[:8]})"
+        entries.append(Entry(label, "teacher", "teacher", group))
+    return entries
 
 
 def _recipe_without_seed(run: Run) -> str:
