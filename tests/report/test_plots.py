@@ -132,3 +132,23 @@ def test_no_chart_of_one_point(tmp_path: Path) -> None:
     runs = read_runs([folder])
     table = build_table(runs)
     assert plots.speed_chart(read_trade(runs, table).devices[0], table, table.lead[0]) == ""
+
+
+def test_noise_between_students_of_one_architecture_moves_none_of_them(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / m, m) for m in ("contrastive", "clip-kd")]
+    for folder in folders:
+        (folder / "student").mkdir()
+        (folder / "student" / "model.json").write_text('{"architecture": {"layers": 4}}')
+    write_bench(
+        tmp_path / "bench.json", {"teacher": (610.0, 2400.0), "contrastive": (4400.0, 9e3), "clip-kd": (4200.0, 9e3)}
+    )
+    runs = read_runs(folders)
+    table = build_table(runs)
+    svg = plots.speed_chart(read_trade(runs, table).devices[0], table, table.lead[0])
+    labels = {t.text: t.get("x") for t in parse(svg).iter("text") if "name" in (t.get("class") or "")}
+    front = parse(svg).find(".//polyline[@class='front']")
+    assert front is not None
+    assert (
+        len((front.get("points") or "").split()) == 2
+    )  # the teacher and the better student, not the faster-looking one
+    assert set(labels) == {"teacher", "contrastive only", "CLIP-KD"}

@@ -26,7 +26,7 @@ def test_a_win_a_draw_and_the_price(tmp_path: Path) -> None:
         "CLIP-KD beats contrastive only in every headline measure: text→image R@1 +11.9 points"
     )
     assert said[3][0] == "open"
-    assert said[3][1].startswith("CLIP-RD does not beat CLIP-KD here: no headline measure separates them")
+    assert said[3][1].startswith("CLIP-RD does not beat CLIP-KD here. No headline measure separates them:")
     assert said[4][0] == "cost"
     assert "17.3 % of the teacher's 11M, and encodes 8.0 times as many image-text pairs per second" in said[4][1]
     assert said[5][0] == "caution"

@@ -122,7 +122,7 @@ def _pair(found: Sequence[Comparison], table: ScoreTable) -> Sentence:
     if wins and losses:
         return Sentence("open", f"{_capital(a)} and {b} trade places: {listed([*wins, *losses])}.")
     return Sentence(
-        "open", f"{_capital(a)} does not beat {b} here: no headline measure separates them, {listed(undecided)}."
+        "open", f"{_capital(a)} does not beat {b} here. No headline measure separates them: {listed(undecided)}."
     )
 
 
