@@ -153,6 +153,21 @@ def test_tile_shape_never_changes_the_result(monkeypatch: pytest.MonkeyPatch, de
         assert retrieval(image, text, owner) == whole
 
 
+def test_the_score_matrix_is_never_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text, owner = matched(1000, 5, dimensions=16)
+    sizes: list[int] = []
+    product = torch.mm
+
+    def watched(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(a) * b.shape[1])
+        return product(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    retrieval(image, text, owner)
+    assert sum(sizes) == 1000 * 5000  # each score is computed once, for both directions
+    assert max(sizes) <= 480 * 4096
+
+
 def test_both_counters_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     image, text, owner = matched(90, 4, noise=4.0)
     text[17] = text[16]

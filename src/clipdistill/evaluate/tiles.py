@@ -18,7 +18,7 @@ TIE_TOLERANCE = 1e-12
 
 # A block with more than this share of its pairs inside the float32 error bound is computed in float64 as a whole:
 # collapsed embeddings (all scores alike) would otherwise be scored again pair by pair.
-_DENSE_SHARE = 1 / 64
+_DENSE_SHARE = 1 / 128
 # CPU blocks fit the second-level cache, and at most 255 rows and 128 x 8 columns let byte-wide counters hold a sum
 _BLOCK_ROWS, _BLOCK_COLUMNS = 240, 1024
 _CHUNK = 1024
