@@ -28,6 +28,12 @@
     element.addEventListener("blur", hide);
   });
   addEventListener("scroll", hide, { passive: true });
+  var closed = [];
+  addEventListener("beforeprint", function () {
+    closed = Array.from(document.querySelectorAll("details:not([open])"));
+    closed.forEach(function (e) { e.open = true; });
+  });
+  addEventListener("afterprint", function () { closed.forEach(function (e) { e.open = false; }); });
   var root = document.documentElement, button = document.getElementById("theme"), order = ["auto", "light", "dark"], at = 0;
   button.hidden = false;
   button.addEventListener("click", function () {
