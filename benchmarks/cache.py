@@ -369,20 +369,27 @@ def main() -> None:
                 "threads": given.threads,
                 "torch": torch.__version__,
             }
-            if "steps" in given.parts:
-                sizes = {"large": given.batch, "small": 8 * given.batch}
-                report["steps"] = [steps(pair, sizes[pair], given.rounds, device, folder) for pair in PAIRS]
-            if "fill" in given.parts:
-                counts = {"large": 2 * given.batch, "small": 32 * given.batch}
-                report["fill"] = [
-                    filling(pair, counts[pair], given.batch, given.rounds, device, folder) for pair in PAIRS
-                ]
-            if "read" in given.parts:
-                report["read"] = reading(given.samples, 512, 1024, folder)
+            for part in given.parts.split(","):
+                if part == "steps":
+                    sizes = {"large": given.batch, "small": 8 * given.batch}
+                    report["steps"] = [steps(pair, sizes[pair], given.rounds, device, folder) for pair in PAIRS]
+                elif part == "fill":
+                    counts = {"large": 2 * given.batch, "small": 32 * given.batch}
+                    report["fill"] = [
+                        filling(pair, counts[pair], given.batch, given.rounds, device, folder) for pair in PAIRS
+                    ]
+                elif part == "read":
+                    report["read"] = reading(given.samples, 512, 1024, folder)
+                write(report, given.json)
+        write(report, given.json)
     print(json.dumps(report, indent=1))
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def write(report: dict[str, Any], path: Path | None) -> None:
+    """Keep what is known so far."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from clipdistill.cache.blocks import Block
 from clipdistill.cache.manifest import FORMAT, Manifest, read_manifest
-from clipdistill.cache.rows import unpack
+from clipdistill.cache.rows import groups, unpack
 from clipdistill.cache.samples import SampleTable, sample_digest
 from clipdistill.cache.stored_views import read_view
 from clipdistill.config import as_dict
@@ -194,8 +194,9 @@ class Store:
             shapes = {"text": (texts, dim), "text_start": (rows + 1,)}
             if part == "pairs":
                 shapes |= {"image": (rows, 1 + manifest.views, dim), "valid": (rows,)}
-            scaled = {f"{name}_scale": shape[:-1] for name, shape in shapes.items() if name in ("image", "text")}
-            shapes |= scaled if manifest.dtype == "int8" else {}
+            if manifest.dtype == "int8":
+                count = groups(dim)
+                shapes |= {f"{n}_scale": (*s[:-1], count) for n, s in shapes.items() if n in ("image", "text")}
             for name in ("image", "text"):
                 if name in shapes and block.dtype(name) != STORED_NAME[manifest.dtype]:
                     raise InputError(
@@ -240,7 +241,7 @@ class Store:
         """Image rows of the given views and text rows of the given captions: float32 (B, D) each, as stored."""
         dtype, dim = self.manifest.dtype, self.dims[teacher]
         image, text = (np.empty((len(indices), dim), _NUMPY[dtype]) for _ in range(2))
-        scales = np.ones((2, len(indices)), np.float32) if dtype == "int8" else None
+        scales = np.empty((2, len(indices), groups(dim)), np.float16) if dtype == "int8" else None
         rows = self.samples.rows[np.asarray(indices, dtype=np.int64)]
         blocks = self.layout.find(rows)
         positions = rows - self.layout.starts[blocks]
@@ -252,15 +253,16 @@ class Store:
             image[i] = arrays["image"][position, view]
             text[i] = arrays["text"][place]
             if scales is not None:
-                scales[:, i] = arrays["image_scale"][position, view], arrays["text_scale"][place]
+                scales[0, i], scales[1, i] = arrays["image_scale"][position, view], arrays["text_scale"][place]
         image_scale, text_scale = (None, None) if scales is None else scales
         return unpack(image, image_scale, dtype), unpack(text, text_scale, dtype)
 
     def read_synthetic(self, teacher: int, indices: Sequence[int], captions: Sequence[int]) -> Tensor:
         """Text rows of the given added captions: float32 (B, D)."""
         dtype = self.manifest.dtype
-        text = np.empty((len(indices), self.dims[teacher]), _NUMPY[dtype])
-        scale = np.ones(len(indices), np.float32) if dtype == "int8" else None
+        dim = self.dims[teacher]
+        text = np.empty((len(indices), dim), _NUMPY[dtype])
+        scale = np.empty((len(indices), groups(dim)), np.float16) if dtype == "int8" else None
         for i, (index, caption) in enumerate(zip(indices, captions, strict=True)):
             number, position = self.place(index)
             arrays = self.block("synthetic", teacher, number).arrays

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from clipdistill.cache.blocks import flush
 from clipdistill.cache.manifest import MANIFEST, Manifest, TeacherEntry, read_manifest, write_manifest
+from clipdistill.cache.rows import scaled
 from clipdistill.cache.store import Store
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.tar_headers import DamagedTar, members
@@ -144,7 +145,7 @@ def _decode(name: str, tensors: bytes, description: bytes, teachers: int, where:
             for teacher in range(teachers):
                 row = values[f"{teacher}.{what}"].float()
                 scale = values.get(f"{teacher}.{what}_scale")
-                found.append(row if scale is None else row * scale.unsqueeze(-1))
+                found.append(row if scale is None else scaled(row, scale))
             return tuple(found)
 
         return ShardSample(
