@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for runs and report (default: demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed of starting weights and data order")
     parser.add_argument("--recipes", default=",".join(RECIPES), help="recipes to compare, separated by commas")
+    parser.add_argument("--seconds", type=float, default=1.0, help="timed seconds a model, tower and batch size")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of the runs: train.steps=50")
 
 
@@ -60,20 +61,20 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     console.print("[bold]the teacher's embeddings, computed once for all students[/bold]")
     cache = fill_cache(configs[0], out / "teacher-cache")
-    runs = []
+    runs: list[Run] = []
     for config in configs:
         console.print(f"[bold]{len(runs) + 1}/{len(configs)}  {config.recipe}[/bold]")
         cached = {"teacher": f"cache:{cache}"} if config.objective.needs_teacher else {}
         runs.append(distill(config.model_copy(update=cached)))
     console.print("[bold]measuring speed[/bold]")
-    measure_speed(runs)
+    measure_speed(runs, arguments.seconds)
     console.print("[bold]drawing the report[/bold]")
     draw_gallery(runs, configs[0])
     report = out / "report.html"
     summary = write_report([r.folder for r in runs], report, title="clipdistill demo")
     print_summary(runs)
     console.print(summary.headline)
-    console.print(f"\nreport: {report}   ({time.monotonic() - began:.0f} s)")
+    console.print(f"\nreport: {report}   ({time.monotonic() - began:.0f} s)", soft_wrap=True)
     return 0
 
 
@@ -88,11 +89,11 @@ def fill_cache(config: RunConfig, folder: Path) -> Path:
     return folder
 
 
-def measure_speed(runs: Sequence[Run]) -> None:
+def measure_speed(runs: Sequence[Run], seconds: float) -> None:
     """Teacher and every student in one alternating run, so that the ratios hold on a busy machine; bench.json each."""
     models = {"teacher": load_model(TEACHER, teacher=True)}
     models |= {run.folder.name: load_model(str(run.student), teacher=True) for run in runs}
-    result = throughput(models, batch_sizes=(1, 64), seconds=1.0)
+    result = throughput(models, batch_sizes=(1, 64), seconds=seconds)
     for run in runs:
         (run.folder / "bench.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
