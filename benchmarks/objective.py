@@ -38,7 +38,7 @@ DIMS = (512, 768)
 FORMS = ("released", "dense", "tiled", "tiled-bfloat16")
 WEIGHTS = {"task": 1.0, "crd": 1.0, "icl": 1.0, "fd": 2000.0, "vrd_kl": 1.0, "vrd_ce": 1.0, "xrd": 1.0}
 # N x N float32 matrices alive at the peak, measured: decides whether a form is tried at all
-MATRICES = {"released": 45, "dense": 40}
+MATRICES = {"released": 35, "dense": 35}
 TILE = (512, 1024)
 # on a machine that others use too, the processor time of one thread is the steadier measure (--clock cpu --threads 1)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}

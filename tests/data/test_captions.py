@@ -24,7 +24,11 @@ ANY_TEXT = st.text(st.characters(codec=None), max_size=200)  # surrogates includ
         (b"na\xefve", "nave", (UNDECODABLE,)),
         ("broken \ud83d half", "broken half", (UNDECODABLE,)),
         ("lost \ufffd letter", "lost letter", (UNDECODABLE,)),
-        ("a family \U0001f468\u200d\U0001f469\u200d\U0001f467", "a family \U0001f468\u200d\U0001f469\u200d\U0001f467", ()),
+        (
+            "a family \U0001f468\u200d\U0001f469\u200d\U0001f467",
+            "a family \U0001f468\u200d\U0001f469\u200d\U0001f467",
+            (),
+        ),
         ("\u05db\u05dc\u05d1 \u200fruns", "\u05db\u05dc\u05d1 \u200fruns", ()),
         ("wide\u3000space\u00a0here", "wide space here", ()),
         ("\ufeffmark", "mark", (CONTROL,)),

@@ -113,7 +113,9 @@ def test_views_survive_json() -> None:
     assert View.from_json(EVALUATION_VIEW.to_json()) == EVALUATION_VIEW
 
 
-@pytest.mark.parametrize("damaged", [None, [], [[1, 2], False, []], [[0, 0, 0, 5], False, []], [None, 0, [["x"]]], "abc"])
+@pytest.mark.parametrize(
+    "damaged", [None, [], [[1, 2], False, []], [[0, 0, 0, 5], False, []], [None, 0, [["x"]]], "abc"]
+)
 def test_damaged_views_are_refused(damaged: object) -> None:
     with pytest.raises(InputError, match="is not a stored view"):
         View.from_json(damaged)

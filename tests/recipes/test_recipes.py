@@ -6,6 +6,7 @@ from clipdistill.config import read_yaml
 from clipdistill.errors import InputError
 from clipdistill.recipes import FOLDER, about, load_recipe, recipe_names
 from clipdistill.train.config import resolve
+from clipdistill.train.stages import resolve_stages
 
 NAMES = recipe_names()
 
@@ -19,9 +20,10 @@ def test_the_published_methods_are_there():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_resolves_to_a_typed_run(name, tmp_path):
-    config = resolve(name, {"teacher": "T", "student": "S", "data": "scenes", "out": tmp_path})
-    assert config.objective.weights
-    assert (config.train.steps is None) != (config.train.epochs is None)
+    given = {"teacher": "T", "student": "S", "data": "scenes", "out": tmp_path}
+    for config in resolve_stages(name, given) or [resolve(name, given)]:
+        assert config.objective.weights
+        assert (config.train.steps is None) != (config.train.epochs is None)
 
 
 @pytest.mark.parametrize("name", NAMES)

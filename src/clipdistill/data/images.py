@@ -81,7 +81,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None = Non
     except Exception as error:  # Pillow's readers raise almost any type on damaged input
         truncated = "truncat" in str(error).lower() or isinstance(error, EOFError)
         raise BadSample(f"{'truncated' if truncated else 'corrupt'} image: {_words(error)}") from error
-    rgb.info = {**info}  # profiles, comments and EXIF go no further
+    rgb.info.clear()  # profiles, comments and EXIF go no further
+    rgb.info.update(info)  # type: ignore[arg-type]
     return rgb
 
 

@@ -7,6 +7,7 @@ have arrived (on the GPU when there is one), to the same bits.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import signal
@@ -17,12 +18,22 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from clipdistill.data.images import decode
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.problems import BadSample
 from clipdistill.data.sampler import StepSampler, sample_generator
-from clipdistill.data.views import ImageSpec, View, ViewPolicy, normalise, render_pixels, sample_view
+from clipdistill.data.views import (
+    EVALUATION_VIEW,
+    ImageSpec,
+    View,
+    ViewPolicy,
+    normalise,
+    render_pixels,
+    sample_view,
+)
 from clipdistill.errors import InputError
 
 CHUNK = 64
@@ -155,6 +166,7 @@ class PairLoader:
         tasks = range(self.start_step * parts, self.steps * parts)
         settings: dict[str, Any] = {}
         if self.workers > 0:
+            preparation.warm_up()
             settings = {
                 "multiprocessing_context": self.start_method,
                 "worker_init_fn": _init_worker,
@@ -226,11 +238,11 @@ class PairLoader:
         for part in parts:
             if self.device.type == "cpu":
                 for pixels in part:  # one at a time: all passes over a picture stay in the processor's cache
-                    images[row] = normalise(pixels, spec)
+                    normalise(pixels, spec, out=images[row])
                     row += 1
             else:
                 pixels = part.to(self.device, non_blocking=True)
-                images[row : row + len(part)] = normalise(pixels, spec)
+                normalise(pixels, spec, out=images[row : row + len(part)])
                 row += len(part)
         return images
 
@@ -275,6 +287,16 @@ class _Preparation(torch.utils.data.Dataset):
         if not exact and stored is None:  # a stored view may be of any region, so its picture is decoded in full
             # twice what is needed, as Pillow's thumbnails: below that the JPEG's own reduction shows
             self.at_least = math.ceil(2 * max(spec.size for spec in specs) / math.sqrt(least_area))
+
+    def warm_up(self) -> None:
+        """Load what every worker would otherwise load for itself (image readers, merge tables, shared libraries)."""
+        blank = Image.new("RGB", (2, 2))
+        buffer = io.BytesIO()
+        blank.save(buffer, "PNG")
+        render_pixels(decode(buffer.getvalue()), EVALUATION_VIEW, self.student_spec, exact=self.exact)
+        for tokenizer in (self.student_tokenizer, self.teacher_tokenizer):
+            if tokenizer is not None:
+                tokenizer(["a"])
 
     def __getitem__(self, task: int) -> dict[str, Any]:
         step, part = divmod(task, self.parts)

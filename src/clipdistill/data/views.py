@@ -157,12 +157,17 @@ def render_pixels(image: Image.Image, view: View, spec: ImageSpec, *, exact: boo
     return np.array(apply_operations(picture, view.operations))
 
 
-def normalise(pixels: torch.Tensor, spec: ImageSpec) -> torch.Tensor:
-    """uint8 (..., H, W, 3) to float32 (..., 3, H, W): torchvision's ToTensor and Normalize to the bit, anywhere."""
+def normalise(pixels: torch.Tensor, spec: ImageSpec, out: torch.Tensor | None = None) -> torch.Tensor:
+    """uint8 (..., H, W, 3) to float32 (..., 3, H, W): torchvision's ToTensor and Normalize to the bit, anywhere.
+
+    `out` takes the result where it is given.
+    """
+    planes = pixels.movedim(-1, -3)
+    if out is None:
+        out = torch.empty(planes.shape, dtype=torch.float32, device=pixels.device)
     mean, std, whole = _constants(spec.mean, spec.std, pixels.device)
     # the divisor is a tensor: CUDA would multiply by the reciprocal of a plain number, one bit off
-    scaled = pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format).div_(whole)
-    return scaled.sub_(mean).div_(std)
+    return out.copy_(planes).div_(whole).sub_(mean).div_(std)
 
 
 @functools.lru_cache(maxsize=16)
@@ -253,7 +258,7 @@ def _pixels_of(image: Image.Image) -> np.ndarray:
         import pyarrow as pa
 
         try:
-            buffer = pa.array(image).flatten().buffers()[1]
+            buffer = pa.array(image).buffers()[-1]
             return np.frombuffer(buffer, dtype=np.uint8).reshape(image.height, image.width, 4)
         except ValueError:
             pass  # a large image in several blocks of memory

@@ -3,7 +3,7 @@
 The dictionary is open_clip's own model configuration (`embed_dim`, `vision_cfg`, `text_cfg`, ...) with `quick_gelu`
 always written out, because a wrong activation changes every result and raises no error. It may come from a file of
 unknown origin, so it can name values only: sizes are bounded, keys are known ones, nothing in it downloads or runs
-code.
+code. One key is not open_clip's: `block_sizes`, for towers whose layers differ in size (see models/sized.py).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from clipdistill.errors import InputError, nearest
+from clipdistill.models import sized
 from clipdistill.models.hub import fetch
 
 _TOP_KEYS = {
@@ -30,6 +31,7 @@ _TOP_KEYS = {
     "init_logit_bias",
     "nonscalar_logit_scale",
     "multimodal_cfg",
+    sized.KEY,
 }
 # the largest values in any published model are far below; beyond them a description is hostile or broken
 _LIMITS = {
@@ -70,6 +72,8 @@ def check_architecture(values: Mapping[str, Any], where: str = "architecture") -
         _check_sizes(result[key], f"{where}: {key}")
     _check_sizes(result, where)
     _check_tower_names(result, where)
+    if sized.KEY in result:
+        sized.check_block_sizes(result[sized.KEY], result["vision_cfg"], result["text_cfg"], where)
     result["quick_gelu"] = bool(result.get("quick_gelu", False))
     return result
 
@@ -127,7 +131,7 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
     only. Returns a CLIP, CustomTextCLIP or CoCa; encode_image and encode_text give raw (not normalised) embeddings (B,
     embed_dim).
     """
-    arguments = copy.deepcopy(dict(architecture))
+    arguments, block_sizes = sized.split_block_sizes(architecture)
     custom_text = arguments.pop("custom_text", False) or arguments["text_cfg"].get("hf_model_name") is not None
     text_model = arguments["text_cfg"].get("hf_model_name")
     if text_model is not None:  # said beforehand, because building the tower would fetch it silently
@@ -139,6 +143,7 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
                 torch.manual_seed(seed)
             module = build(**arguments)
             _match_trunk_size(module)
+            sized.size_blocks(module, block_sizes)
             return module
     except InputError:
         raise

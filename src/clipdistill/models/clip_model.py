@@ -30,7 +30,7 @@ class ClipModel:
     """
 
     name: str
-    module: nn.Module
+    module: Any  # an nn.Module; its towers are methods that nn.Module does not declare
     image: ImageSpec
     tokenizer: Tokenizer
     embed_dim: int

@@ -4,9 +4,11 @@ ViT-B-16/laion400m_e32      open_clip's architecture and pretrained weights
 ViT-T-16                    a registered student or an open_clip architecture, random weights
 scenes-teacher              the trained teacher of the demo, which comes with the package
 ViT-B-16@weights.pt         a checkpoint file with the architecture named; weights.pt alone where the shapes tell
-hf:owner/name, timm:name    a model of the Hugging Face hub; a timm image tower with the default text tower, random
-weights runs/x, runs/x/student, runs/x/checkpoints/step-00000100, any model folder, Hugging Face CLIP folder or
-open_clip folder
+hf:owner/name               a model of the Hugging Face hub
+timm:name                   a timm image tower with the default text tower; weights if the name has one of timm's tags
+runs/x                      a run, its student/, its checkpoints/step-00000100; any model folder;
+                            a Hugging Face CLIP folder; an open_clip folder
+inherit:SIZES,from=MODEL    a smaller model cut out of another one (models/inherit_names.py)
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, render
 from clipdistill.errors import InputError
 from clipdistill.models import hub, hugging_face, open_clip_models
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.inherit import inherit
+from clipdistill.models.inherit_names import PREFIX, parse
 from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG
 from clipdistill.models.resolution import with_image_size
 from clipdistill.models.save import DESCRIPTION, read_model
@@ -150,10 +154,18 @@ def _from_onnx(folder: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel
     raise InputError(f"'onnx:{folder}': an exported model is no PyTorch model: name the one it was made from")
 
 
+def _inherited(sizes: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
+    wanted = parse(PREFIX + sizes)
+    if wanted.source is None:
+        raise InputError(f"'{PREFIX}{sizes}': say which model to inherit from, for example  {PREFIX}{sizes},from=MODEL")
+    return inherit(load_model(wanted.source, tokenizer=tokenizer, seed=seed), wanted, seed=seed)
+
+
 _PREFIXES: dict[str, Callable[[str, Tokenizer | None, int], ClipModel]] = {
     "hf": _from_hub,
     "timm": _from_timm,
     "onnx": _from_onnx,
+    "inherit": _inherited,
 }
 
 

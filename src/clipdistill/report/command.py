@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from clipdistill.report.report import write_report
+from clipdistill.report.stages import stage_folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page, say what it says."""
-    summary = write_report(arguments.runs, arguments.out, title=arguments.title)
+    runs = [stage for run in arguments.runs for stage in stage_folders(run)]
+    summary = write_report(runs, arguments.out, title=arguments.title)
     print(summary.headline)
     for notice in summary.notices:
         print(f"note: {notice}")

@@ -4,6 +4,7 @@
         student/model.safetensors, student/model.json    an ordinary model folder
         objective.safetensors                            the objective's scales and projections
         optimizer.safetensors                            AdamW's moments
+        masks.safetensors                                masks and multipliers, while there are any
         state.json                                       counters, configuration, sizes and checksums of the files
 
 No random-generator state is stored: everything random is a function of (seed, step, rank, position).
@@ -27,6 +28,7 @@ from clipdistill.errors import ClipdistillError, InputError
 from clipdistill.models import ClipModel, save_model
 
 FORMAT = 1
+MASKS = "masks.safetensors"
 _PREFIX = "step-"
 
 
@@ -41,6 +43,11 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.state["step"])
 
+    @property
+    def masked(self) -> bool:
+        """Whether its student still had masks."""
+        return MASKS in self.state["files"]
+
 
 def save_checkpoint(
     root: Path,
@@ -49,6 +56,7 @@ def save_checkpoint(
     optimiser: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int,
+    masks: torch.nn.Module | None = None,
 ) -> Path:
     """Write checkpoint `state["step"]` below `root` and remove all but the newest `keep`.
 
@@ -60,6 +68,8 @@ def save_checkpoint(
     final = root / f"{_PREFIX}{state['step']:08d}"
     moments, groups = _pack_optimiser(optimiser)
     tensors = {"objective.safetensors": dict(objective.state_dict()), "optimizer.safetensors": moments}
+    if masks is not None:
+        tensors[MASKS] = dict(masks.state_dict())
     _check_space(root, tensors, student.module)
     temporary = root / f".writing-{final.name}"
     temporary.mkdir()
@@ -115,14 +125,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def restore(
-    checkpoint: Checkpoint, module: torch.nn.Module, objective: torch.nn.Module, optimiser: torch.optim.Optimizer
+    checkpoint: Checkpoint,
+    module: torch.nn.Module,
+    objective: torch.nn.Module,
+    optimiser: torch.optim.Optimizer,
+    masks: torch.nn.Module | None = None,
 ) -> None:
-    """Fill the student, the objective and the optimiser from a checkpoint; raises InputError for another shape."""
-    student = load_file(checkpoint.folder / "student" / "model.safetensors")
-    for name, target, content in (
-        ("student", module, student),
+    """Fill the student, the objective, the optimiser and the masks from a checkpoint; InputError for another shape."""
+    parts = [
+        ("student", module, load_file(checkpoint.folder / "student" / "model.safetensors")),
         ("objective", objective, load_file(checkpoint.folder / "objective.safetensors")),
-    ):
+    ]
+    if masks is not None:
+        parts.append(("masks", masks, load_file(checkpoint.folder / MASKS)))
+    for name, target, content in parts:
         try:
             target.load_state_dict(content)
         except RuntimeError as error:
@@ -151,9 +167,7 @@ def _pack_optimiser(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     return tensors, [list(group["params"]) for group in state["param_groups"]]
 
 
-def _unpack_optimiser(
-    optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[list[int]]
-) -> None:
+def _unpack_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[list[int]]) -> None:
     current = optimiser.state_dict()
     if [list(g["params"]) for g in current["param_groups"]] != groups:
         raise InputError("the checkpoint's optimiser has other parameter groups than this run's")

@@ -108,15 +108,13 @@ def _magnitudes(setup: Setup, batches: list[Batch], display: Display) -> None:
     batch = batches[0]
     towers = setup.bare_towers
     with torch.no_grad():
-        image, text, scale, bias = towers(
-            batch.student_images.to(setup.device), batch.student_tokens.to(setup.device)
-        )
+        image, text, scale, bias = towers(batch.student_images.to(setup.device), batch.student_tokens.to(setup.device))
     teacher = None if setup.teacher is None else setup.teacher(batch)
     display.say(f"{'term':<12}{'weight':>10}{'value':>12}{'weighted':>12}{'gradient norm':>16}")
     for name, weight in setup.objective.weights.items():
-        leaves = [image.clone().requires_grad_(), text.clone().requires_grad_()]
+        images, texts = leaves = image.clone().requires_grad_(), text.clone().requires_grad_()
         alone = _one_term(setup, name)
-        output = alone(Embeddings(*leaves, scale, logit_bias=bias), teacher)
+        output = alone(Embeddings(images, texts, scale, logit_bias=bias), teacher)
         gradients = torch.autograd.grad(output.total, leaves, allow_unused=True)
         norm = sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
         value = float(output.terms[name])

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.train.config import resolve
-from clipdistill.train.run import distill
+from clipdistill.train.run import Run, distill
+from clipdistill.train.stages import distill_stages, resolve_stages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,12 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Resolve the configuration and train."""
-    config = resolve(
-        arguments.recipe, settings_of(arguments), size=arguments.size, assignments=arguments.settings
-    )
-    finished = distill(
-        config, allow_changes=arguments.allow_changes, explain=arguments.explain, quiet=arguments.quiet
-    )
+    named = (arguments.recipe, settings_of(arguments))
+    options = {key: getattr(arguments, key) for key in ("allow_changes", "explain", "quiet")}
+    stages = resolve_stages(*named, size=arguments.size, assignments=arguments.settings)
+    if stages:
+        runs: list[Run] = distill_stages(stages, **options)
+        if not runs:
+            return 0
+        finished = runs[-1]
+    else:
+        finished = distill(resolve(*named, size=arguments.size, assignments=arguments.settings), **options)
     if finished.scores is not None and not arguments.quiet:
         finished.scores.print()
     if not arguments.explain and not arguments.quiet:

@@ -13,6 +13,7 @@ from clipdistill.config import Config, build, override
 from clipdistill.data.pairs import DataConfig
 from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
+from clipdistill.inheritance.config import MaskConfig
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import lay, load_recipe
 
@@ -35,7 +36,7 @@ class TrainConfig(Config):
     clip_grad_norm: float | None = pydantic.Field(default=None, gt=0)
     layer_decay: float | None = pydantic.Field(default=None, gt=0, le=1)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the encoders. auto: bf16 on CUDA and on CPUs with matrix units for it (AMX), fp32 elsewhere, where bf16 is slower."""
+    """Of the encoders. auto: bf16 on CUDA and on CPUs with matrix units for it (AMX), else fp32 (faster there)."""
     compile: bool = False
     deterministic: bool = False
     seed: int = pydantic.Field(default=0, ge=0)
@@ -56,6 +57,8 @@ class TrainConfig(Config):
     """Share of the student's image patches hidden (masked feature distillation)."""
     freeze: tuple[str, ...] = ()
     """Parameter name patterns of the student that do not train ('visual.*', 'text', ...)."""
+    masks: MaskConfig | None = None
+    """Automatic inheritance: trained masks over the student's parts, then pruning (TinyCLIP)."""
     max_logit_scale: float = pydantic.Field(default=100.0, gt=0)
     logit_scale_init: float | None = pydantic.Field(default=None, gt=0)
     logit_bias_init: float | None = None
@@ -80,6 +83,8 @@ class EvaluationConfig(Config):
     """At most so many images of the validation set for the curve during training; the final evaluation uses all."""
     zero_shot: tuple[str, ...] = ()
     """Labelled sets to classify at the end."""
+    teacher: str | None = None
+    """Model measured beside the student at the end; by default the live teacher (a cache has no model to measure)."""
 
 
 class PreflightConfig(Config):
@@ -141,7 +146,16 @@ def resolve(
     """
     given = {k: v for k, v in (settings or {}).items() if v is not None}
     values = lay(lay(load_recipe(recipe, size), given), override({}, assignments))
-    values["recipe"] = str(recipe)
+    if "stages" in values:
+        raise InputError(
+            f"recipe {recipe}: describes a run in stages, and here one run is needed: choose another recipe"
+        )
+    return resolve_values(values, recipe)
+
+
+def resolve_values(values: Mapping[str, Any], recipe: str | Path) -> RunConfig:
+    """The run that nested settings describe, `recipe` being where they come from. Raises InputError as `resolve`."""
+    values = {**values, "recipe": str(recipe)}
     for key, hint in (("student", "--student ViT-T-16"), ("data", "--data captions.json"), ("out", "--out runs/first")):
         if key not in values:
             raise InputError(f"recipe {recipe}: no {key} was named; give one, for example  {hint}")
@@ -166,6 +180,8 @@ def _check(config: RunConfig) -> None:
             f"recipe {config.recipe}: several teachers are only for the term 'reinforced'; "
             f"name one teacher instead of {len(config.teachers)}"
         )
+    if train.masks is not None and train.compile:
+        raise InputError("train.compile: masks change the model at every step; compile a run without train.masks")
     if train.views == "stored" and not cached:
         raise InputError("train.views=stored: only a cache holds views; name one, for example  --teacher cache:DIR")
     if (

@@ -124,7 +124,7 @@ class Display(AbstractContextManager["Display"]):
     def update(self, step: int, line: Mapping[str, Any] | None) -> None:
         """After `step` finished steps; `line` is the log line when one is due."""
         if self._progress is not None and self._task is not None:
-            extra = {} if line is None else {"numbers": summary(line)}
+            extra: dict[str, Any] = {} if line is None else {"numbers": summary(line)}
             self._progress.update(self._task, completed=step, **extra)
         elif self.enabled and line is not None:
             now = time.monotonic()

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from clipdistill.data.loader import Batch
 from clipdistill.data.ledger import BadSampleLedger
+from clipdistill.data.loader import Batch
 from clipdistill.errors import BudgetError, Preempted
 from clipdistill.objective import ObjectiveOutput
 from clipdistill.train.checkpoint import save_checkpoint
 from clipdistill.train.curve import curve_scores
 from clipdistill.train.distributed import any_rank, average_gradients, gather_lists, is_main, rank, sum_over_ranks
 from clipdistill.train.logs import Display, Sink
-from clipdistill.train.optimiser import learning_rate_factor, set_learning_rate
+from clipdistill.train.optimiser import set_learning_rate
 from clipdistill.train.setup import Setup
 from clipdistill.train.signals import StopSignal
 from clipdistill.train.step import captions_of, forward_backward
@@ -53,14 +53,17 @@ def train(setup: Setup, progress: Progress, folder: Path, sinks: list[Sink], dis
         waiting = time.monotonic()
         for batch in loader:
             waited = time.monotonic() - waiting
+            if setup.masking is not None and progress.step >= setup.masking.config.prune_step:
+                setup.prune()
+                display.say(f"pruned at step {progress.step}: {setup.student.parameter_counts()['total']:,} parameters")
             output, gradient_norm = _step(setup, progress.step, batch)
             finite = not any_rank(not (math.isfinite(gradient_norm) and output.total.isfinite().item()), device)
-            rate = set_learning_rate(
-                setup.optimiser, learning_rate_factor(progress.step, setup.total_steps, config)
-            )
+            rate = set_learning_rate(setup.optimiser, setup.learning_rate_factor(progress.step))
             if finite:
                 setup.optimiser.step()
                 _limit_logit_scale(setup)
+                if setup.masking is not None:
+                    setup.masking.after_update()
             else:
                 _record_skipped(setup, progress, batch, folder, output)
             progress.step += 1
@@ -120,6 +123,7 @@ def write_checkpoint(setup: Setup, progress: Progress, folder: Path) -> None:
             setup.optimiser,
             {**vars(progress), "total_steps": setup.total_steps},
             keep=setup.config.train.keep_checkpoints,
+            masks=None if setup.masking is None else setup.masking.state(),
         )
 
 
@@ -127,6 +131,8 @@ def _step(setup: Setup, step: int, batch: Batch) -> tuple[ObjectiveOutput, float
     """Gradients of one step, averaged over ranks and clipped; returns the objective and the norm before clipping."""
     config = setup.config.train
     setup.optimiser.zero_grad(set_to_none=True)
+    if setup.masking is not None:
+        setup.masking.before_step(config.seed, step)
     output = forward_backward(
         setup.towers,
         setup.objective,
@@ -138,8 +144,11 @@ def _step(setup: Setup, step: int, batch: Batch) -> tuple[ObjectiveOutput, float
         seed=(config.seed, step, rank()),
     )
     average_gradients(setup.objective.parameters())
+    if setup.masking is not None:
+        setup.masking.after_backward(step)
     # bf16 needs no loss scaling, so the norm is that of the true gradients
-    parameters = [p for group in setup.optimiser.param_groups for p in group["params"]]
+    groups = [group for group in setup.optimiser.param_groups if group.get("clipped", True)]
+    parameters = [p for group in groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad_norm or math.inf)
     return output, float(norm)
 
@@ -149,9 +158,7 @@ def _limit_logit_scale(setup: Setup) -> None:
         setup.student.module.logit_scale.clamp_(0, math.log(setup.config.train.max_logit_scale))
 
 
-def _record_skipped(
-    setup: Setup, progress: Progress, batch: Batch, folder: Path, output: ObjectiveOutput
-) -> None:
+def _record_skipped(setup: Setup, progress: Progress, batch: Batch, folder: Path, output: ObjectiveOutput) -> None:
     """A step whose loss or gradient is not finite changes nothing; what led to it is kept for looking at."""
     progress.skipped_steps += 1
     record = {
@@ -169,7 +176,7 @@ def _record_skipped(
     if progress.skipped_steps > setup.config.train.max_skipped_steps:
         raise BudgetError(
             f"step {progress.step}: the loss or its gradient is not finite for the {progress.skipped_steps}th time "
-            f"(train.max_skipped_steps={setup.config.train.max_skipped_steps}); the batches are listed in {path.parent}; "
+            f"(train.max_skipped_steps={setup.config.train.max_skipped_steps}); the batches are in {path.parent}; "
             "try a lower train.learning_rate, train.clip_grad_norm=1 or train.precision=fp32"
         )
 
@@ -198,6 +205,7 @@ def _log_line(setup: Setup, progress: Progress, rate: float) -> dict[str, Any]:
     """Means since the last line; the window starts anew."""
     sums, progress.window = progress.window, {}
     count = max(sums.get("steps", 0.0), 1.0)
+    masks = {} if setup.masking is None else {"sparsity": setup.masking.log(progress.step)}
     return {
         "step": progress.step,
         "epoch": round(progress.step / setup.steps_per_epoch, 4),
@@ -213,6 +221,7 @@ def _log_line(setup: Setup, progress: Progress, rate: float) -> dict[str, Any]:
         "skipped_steps": progress.skipped_steps,
         "bad_samples": progress.bad_samples,
         "seconds": round(progress.seconds, 3),
+        **masks,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,17 +14,21 @@ from clipdistill.objective.objective import Objective
 from clipdistill.train.config import TrainConfig
 
 
-def build_optimiser(module: nn.Module, objective: Objective, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimiser(
+    module: nn.Module, objective: Objective, config: TrainConfig, extra: Sequence[dict[str, Any]] = ()
+) -> torch.optim.AdamW:
     """AdamW over the student and the objective's own parameters.
 
     Biases, norms, scales and other vectors are not decayed; projections are. (The released CLIP-KD and CLIP-RD codes
-    leave the objective's parameters at AdamW's default decay of 0.01, scales included.)
+    leave the objective's parameters at AdamW's default decay of 0.01, scales included.) `extra` groups come last; they
+    may say "scheduled": False to keep their rate, and "clipped": False to stay out of gradient clipping.
     """
     groups: list[dict[str, Any]] = parameter_groups(
         module, weight_decay=config.weight_decay, learning_rate=config.learning_rate, layer_decay=config.layer_decay
     )
     for group in objective.parameter_groups(weight_decay=config.weight_decay):
         groups.append({"lr": config.learning_rate, **group})
+    groups += [dict(group) for group in extra]
     for group in groups:
         group["initial_lr"] = group.get("lr", config.learning_rate)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon)
@@ -44,5 +49,6 @@ def learning_rate_factor(step: int, total: int, config: TrainConfig) -> float:
 def set_learning_rate(optimiser: torch.optim.Optimizer, factor: float) -> float:
     """Scale every group's own peak rate; returns the first group's rate."""
     for group in optimiser.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        if group.get("scheduled", True):
+            group["lr"] = group["initial_lr"] * factor
     return float(optimiser.param_groups[0]["lr"])

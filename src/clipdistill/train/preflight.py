@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class TeacherCheck:
         return max(self.text_to_image, self.image_to_text) > self.chance + margin
 
 
-def check_teacher(teacher: Embeddings, blocks: tuple[int, ...] | None) -> TeacherCheck:
+def check_teacher(teacher: Embeddings, blocks: Sequence[int] | None) -> TeacherCheck:
     """Retrieval among the sampled pairs, one caption each; `teacher` rows are pairs, (N, D) and (N, D)."""
     size = (blocks or (teacher.image.shape[1],))[0]  # an ensemble is judged by its first member
     count = len(teacher.image)

@@ -21,7 +21,7 @@ from clipdistill.evaluate.evaluate import evaluate
 from clipdistill.evaluate.scores import Scores
 from clipdistill.models import save_model
 from clipdistill.train import checks
-from clipdistill.train.checkpoint import newest_checkpoint, restore
+from clipdistill.train.checkpoint import newest_checkpoint
 from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.distributed import ProcessGroup, barrier, is_main, pick_device, world_size
 from clipdistill.train.logs import Display, JsonLines, Sink, TensorBoard, WeightsAndBiases
@@ -32,7 +32,15 @@ from clipdistill.train.setup import build as build_setup
 FORMAT = 1
 
 _FREE = {"out", "name", "device", "tensorboard", "wandb", "evaluation", "preflight"}
-_FREE_TRAIN = {"workers", "keep_in_memory", "log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "micro_batch"}
+_FREE_TRAIN = {
+    "workers",
+    "keep_in_memory",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_skipped_steps",
+    "micro_batch",
+}
 """Settings that a resumed run may change: none of them changes what is learned."""
 
 
@@ -79,7 +87,7 @@ def distill(
         checkpoint, rejected = newest_checkpoint(folder / "checkpoints")
         resumed = checkpoint is not None and not explain
         if checkpoint is not None and not explain:
-            restore(checkpoint, setup.student.module, setup.objective, setup.optimiser)
+            setup.resume(checkpoint)
             progress = Progress(**{name: checkpoint.state[name] for name in vars(progress)})
         shown = is_main() and not quiet
         with Display(config.run_name, setup.total_steps, progress.step, enabled=shown) as display:
@@ -127,6 +135,8 @@ def _train_and_finish(setup: Setup, progress: Progress, folder: Path, display: D
         if is_main() and status != "finished":
             _describe(setup, progress, folder, status)
     scores = None
+    if setup.masking is not None:  # the run was only as long as its masks
+        setup.prune()
     if is_main():
         setup.student.module.eval()
         save_model(setup.student, folder / "student")
@@ -144,7 +154,9 @@ def _final_scores(setup: Setup, folder: Path, display: Display) -> Scores | None
     if not data:
         return None
     display.say("evaluating the student" + (" and the teacher" if setup.teacher is not None else ""))
-    teacher = None if setup.teacher is None or len(setup.teacher.blocks) > 1 else setup.teacher.model
+    teacher: Any = None
+    if setup.teacher is not None and len(setup.teacher.blocks) == 1:
+        teacher = config.evaluation.teacher or setup.teacher.model
     scores = evaluate(
         setup.student,
         data,
@@ -154,7 +166,7 @@ def _final_scores(setup: Setup, folder: Path, display: Display) -> Scores | None
         device=setup.device,
         progress=False,
     )
-    (folder / "scores.json").write_text(scores.to_json(), encoding="utf-8")
+    scores.save(folder / "scores.json")  # per-query results beside it: paired tests need them
     return scores
 
 
@@ -180,7 +192,7 @@ def _open_folder(config: RunConfig, folder: Path, allow_changes: bool) -> Run | 
         values = json.loads(described.read_text(encoding="utf-8"))
         if values.get("status") == "finished":
             path = folder / "scores.json"
-            scores = Scores.from_json(path.read_text(encoding="utf-8")) if path.exists() else None
+            scores = Scores.load(path) if path.exists() else None
             return Run(folder, "finished", int(values["steps"]), scores)
     return None
 

@@ -9,19 +9,26 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clipdistill.cache.names import is_cached
 from clipdistill.data.loader import Batch, PairLoader, StoredTeacher
 from clipdistill.data.memory import KeptInMemory
 from clipdistill.data.pairs import PairSource, open_pairs
 from clipdistill.data.sampler import steps_per_epoch
 from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
+from clipdistill.inheritance.prune import prune
+from clipdistill.inheritance.training import Masking, start_masking
 from clipdistill.models import ClipModel, Tokenizer, build_student, load_model
-from clipdistill.models.parameters import freeze
+from clipdistill.models.inherit import inherit
+from clipdistill.models.inherit_names import is_inherited, parse
+from clipdistill.models.parameters import freeze, hold_frozen_statistics
+from clipdistill.models.save import read_model
 from clipdistill.models.students import needs_vocabulary
 from clipdistill.objective import Embeddings, Objective
+from clipdistill.train.checkpoint import Checkpoint, restore
 from clipdistill.train.config import RunConfig
 from clipdistill.train.distributed import broadcast_module, rank, world_size
-from clipdistill.train.optimiser import build_optimiser
+from clipdistill.train.optimiser import build_optimiser, learning_rate_factor
 from clipdistill.train.step import Towers
 from clipdistill.train.teacher import open_teacher
 
@@ -73,6 +80,8 @@ class Setup:
     optimiser: torch.optim.AdamW
     total_steps: int
     steps_per_epoch: int
+    masking: Masking | None = None
+    """Masks over the student's parts, until they are pruned."""
 
     @property
     def bare_towers(self) -> Towers:
@@ -99,6 +108,32 @@ class Setup:
             steps=self.total_steps if steps is None else steps,
         )
 
+    def learning_rate_factor(self, step: int) -> float:
+        """The share of the peak learning rate at a step; after pruning the schedule starts again, without warm-up."""
+        train = self.config.train
+        if train.masks is None or self.masking is not None:
+            return learning_rate_factor(step, self.total_steps, train)
+        before = train.masks.prune_step
+        restarted = train.model_copy(update={"warmup_steps": 0})
+        return learning_rate_factor(step - before, self.total_steps - before, restarted)
+
+    def prune(self) -> None:
+        """Go on with the smaller model that the masks leave, and a new optimiser."""
+        assert self.masking is not None
+        self._replace_student(prune(self.student, self.masking.masks))
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Take up weights, optimiser and masks of a checkpoint. Raises InputError for another architecture."""
+        if self.masking is not None and not checkpoint.masked:
+            self._replace_student(read_model(checkpoint.folder / "student"))
+        masks = None if self.masking is None else self.masking.state()
+        restore(checkpoint, self.student.module, self.objective, self.optimiser, masks)
+
+    def _replace_student(self, student: ClipModel) -> None:
+        self.student, self.masking = student, None
+        self.towers = _make_trainable(student, self.config, self.device, None)
+        self.optimiser = build_optimiser(student.module, self.objective, self.config.train)
+
 
 def build(config: RunConfig, device: torch.device) -> Setup:
     """Open the data, load teacher and student, make objective and optimiser. Raises InputError for unusable input."""
@@ -122,19 +157,53 @@ def build(config: RunConfig, device: torch.device) -> Setup:
             student.embed_dim if teacher is None else sum(teacher.blocks),
             teacher_blocks=None if teacher is None or len(teacher.blocks) == 1 else teacher.blocks,
         )
-    freeze(student.module, train.freeze)
-    student.module.to(device).train()
     objective.to(device)
-    towers: nn.Module = Towers(student.module, train.fixed_logit_scale, train.mask_ratio)
-    broadcast_module(towers)
+    masking = None
+    if train.masks is not None:
+        student, masking = start_masking(student, train.masks, _mask_reference(config, teacher), device)
+    towers = _make_trainable(student, config, device, masking)
     broadcast_module(objective)
+    groups = () if masking is None else masking.parameter_groups()
+    optimiser = build_optimiser(student.module, objective, train, groups)
+    return Setup(
+        config, device, source, validation, student, teacher, objective, towers, optimiser, total, per_epoch, masking
+    )
+
+
+def _make_trainable(student: ClipModel, config: RunConfig, device: torch.device, masking: Masking | None) -> nn.Module:
+    """The student's towers as the loop calls them: frozen where asked, on the device, the same on every rank."""
+    train, module = config.train, student.module
+    freeze(module, train.freeze)
+    hold_frozen_statistics(module.to(device).train())
+    masks = None if masking is None else masking.masks
+    towers: nn.Module = Towers(module, train.fixed_logit_scale, train.mask_ratio, masks)
+    broadcast_module(towers)
     if train.compile:
-        student.module.encode_image = torch.compile(student.module.encode_image)
-        student.module.encode_text = torch.compile(student.module.encode_text)
+        module.encode_image = torch.compile(module.encode_image)
+        module.encode_text = torch.compile(module.encode_text)
     if world_size() > 1:
         towers = DistributedDataParallel(towers, device_ids=[device] if device.type == "cuda" else None)
-    optimiser = build_optimiser(student.module, objective, train)
-    return Setup(config, device, source, validation, student, teacher, objective, towers, optimiser, total, per_epoch)
+    return towers
+
+
+def _mask_reference(config: RunConfig, teacher: Teacher | None) -> ClipModel | None:
+    """The model whose size is 100 % for the masks; None: the student's own at the start."""
+    assert config.train.masks is not None
+    name = config.train.masks.reference
+    if name is None:
+        return None
+    if name != "teacher":
+        return load_model(name)
+    return _teacher_model(config, teacher, "train.masks.reference=teacher")
+
+
+def _teacher_model(config: RunConfig, teacher: Teacher | None, what: str) -> ClipModel:
+    """The one model behind the run's teacher. Raises InputError when there is none, or several."""
+    if teacher is not None and teacher.model is not None and len(teacher.blocks) == 1:
+        return teacher.model
+    if teacher is None and len(config.teachers) == 1 and not is_cached(config.teachers):
+        return load_model(config.teachers[0])
+    raise InputError(f"{what}: this run has no single teacher model at hand to take it from")
 
 
 def _student(config: RunConfig, source: PairSource, teacher: Teacher | None) -> ClipModel:
@@ -142,6 +211,13 @@ def _student(config: RunConfig, source: PairSource, teacher: Teacher | None) -> 
     train = config.train
     if config.student_weights is not None:
         student = load_model(config.student_weights)
+    elif is_inherited(config.student):
+        wanted = parse(config.student)
+        if wanted.source is not None:
+            student = inherit(load_model(wanted.source), wanted, seed=train.seed)
+        else:
+            source_model = _teacher_model(config, teacher, f"student '{config.student}' without ,from=MODEL")
+            student = inherit(source_model, wanted, seed=train.seed)
     else:
         # a student whose vocabulary is made from words shares the teacher's, so that both read the same captions
         shared = teacher.tokenizer if teacher is not None else None

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipdistill.data.loader import Batch
+from clipdistill.inheritance.masks import Masks
 from clipdistill.models.masking import masked_image_tokens
 from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
 
@@ -23,9 +25,18 @@ from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
 class Towers(nn.Module):
     """The student as one module whose forward gives everything the objective needs (so that DDP can wrap it)."""
 
-    def __init__(self, module: nn.Module, fixed_logit_scale: float | None = None, mask_ratio: float | None = None):
+    module: Any
+
+    def __init__(
+        self,
+        module: Any,
+        fixed_logit_scale: float | None = None,
+        mask_ratio: float | None = None,
+        masks: Masks | None = None,
+    ):
         super().__init__()
         self.module = module
+        self.masks = masks
         self.fixed_logit_scale = fixed_logit_scale
         self.mask_ratio = mask_ratio
         if fixed_logit_scale is not None:
@@ -36,12 +47,13 @@ class Towers(nn.Module):
 
         tokens (B, C, L) of C captions an image give text features (B, C, D).
         """
-        masking: AbstractContextManager[object] = nullcontext()
+        hiding: AbstractContextManager[object] = nullcontext()
         if self.mask_ratio is not None and self.training:
-            masking = masked_image_tokens(self.module, self.mask_ratio)
-        with masking:
+            hiding = masked_image_tokens(self.module, self.mask_ratio)
+        masks = nullcontext() if self.masks is None else self.masks.acting(sampled=self.training)
+        with hiding, masks:
             image = self.module.encode_image(images)
-        text = self.module.encode_text(tokens.flatten(0, -2))
+            text = self.module.encode_text(tokens.flatten(0, -2))
         if tokens.ndim == 3:
             text = text.reshape(*tokens.shape[:2], text.shape[-1])
         if self.fixed_logit_scale is not None:
@@ -171,5 +183,5 @@ def frozen_batch_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for m, (momentum, seen) in zip(layers, kept, strict=True):
             m.momentum = momentum
-            if seen is not None:
+            if seen is not None and m.num_batches_tracked is not None:
                 m.num_batches_tracked.copy_(seen)

@@ -81,7 +81,8 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Embeddings:
         """The teacher's embeddings of this rank's rows: (B, sum of D_k) each."""
-        assert batch.teacher_images is not None and batch.teacher_tokens is not None
+        assert batch.teacher_images is not None
+        assert batch.teacher_tokens is not None
         return self.encode(batch.teacher_images, batch.teacher_tokens)
 
     @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Automatic weight inheritance (TinyCLIP): train masks over a model's parts, then remove what they close."""

@@ -1,0 +1,154 @@
+"""Runs in stages, described by one recipe: progressive inheritance, chains of teacher assistants.
+
+    stages:
+      "75": {student: "inherit:ViT-61M/32+29M"}
+      "50": {student: "inherit:ViT-40M/32+19M,from=previous"}
+
+Each stage is the recipe with its own settings laid over it, and an ordinary run in a folder below the run's. The word
+`previous` as a teacher, as `student_weights`, as `train.masks.reference` or after `from=` means the student of the
+stage before. The same command continues an interrupted run, inside a stage or between two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipdistill.config import override
+from clipdistill.errors import ClipdistillError, InputError, Preempted
+from clipdistill.recipes import lay, load_recipe
+from clipdistill.report.report import write_report
+from clipdistill.report.stages import FILE, stage_folders
+from clipdistill.train.config import RunConfig, resolve_values
+from clipdistill.train.run import Run, distill
+
+FORMAT = 1
+PREVIOUS = "previous"
+_NAME = re.compile(r"^[\w.%+-]{1,60}$")
+
+
+def resolve_stages(
+    recipe: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    size: str | None = None,
+    assignments: Sequence[str] = (),
+) -> list[RunConfig]:
+    """The runs of a recipe with `stages`, in order; an empty list for a recipe without.
+
+    Arguments as in `resolve`; they go to every stage. One stage alone is set by `stages.NAME.train.steps=100`. Stages
+    draw their data in different orders unless they set `train.seed` themselves. Raises InputError as `resolve` does,
+    and for a first stage that refers to a previous one.
+    """
+    given = {k: v for k, v in (settings or {}).items() if v is not None}
+    over = lay(given, override({}, assignments))
+    values = lay(load_recipe(recipe, size), over)
+    stages = values.pop("stages", None)
+    if stages is None:
+        return []
+    if not isinstance(stages, Mapping) or not stages or not all(isinstance(s, Mapping) for s in stages.values()):
+        raise InputError(f"recipe {recipe}: 'stages' must map the name of each stage to its settings")
+    if "out" not in values:
+        raise InputError(f"recipe {recipe}: no out was named; give one, for example  --out runs/first")
+    own = over.pop("stages", {})
+    out, configs = Path(values["out"]), []
+    previous: Path | None = None
+    for number, (name, overlay) in enumerate(stages.items(), start=1):
+        if not _NAME.match(str(name)):
+            raise InputError(f"recipe {recipe}: stage '{name}': a name has letters, digits and . % + - _ only")
+        stage = lay(lay(lay(values, overlay), over), own.get(name, {}))
+        if "seed" not in overlay.get("train", {}):
+            stage = lay(stage, {"train": {"seed": stage.get("train", {}).get("seed", 0) + number - 1}})
+        stage["out"] = str(out / f"stage-{number}-{name}")
+        stage["name"] = f"{values.get('name') or out.name} {name}"
+        stage = _with_previous(stage, previous, f"recipe {recipe}: stage '{name}'")
+        configs.append(resolve_values(stage, recipe))
+        previous = out / f"stage-{number}-{name}" / "student"
+    return configs
+
+
+def _with_previous(stage: dict[str, Any], previous: Path | None, where: str) -> dict[str, Any]:
+    """`stage` with the word `previous` replaced by the folder of the previous stage's student."""
+
+    def named(value: Any) -> Any:
+        marked = isinstance(value, str) and (value == PREVIOUS or value.endswith(f"from={PREVIOUS}"))
+        if not marked:
+            return value
+        if previous is None:
+            raise InputError(f"{where}: there is no stage before the first, so '{value}' names nothing")
+        return value.removesuffix(PREVIOUS) + str(previous)
+
+    result: dict[str, Any] = {
+        **stage,
+        **{key: named(stage[key]) for key in ("teacher", "student", "student_weights") if key in stage},
+    }
+    masks = stage.get("train", {}).get("masks")
+    if isinstance(masks, Mapping) and "reference" in masks:
+        result = lay(result, {"train": {"masks": {"reference": named(masks["reference"])}}})
+    return result
+
+
+def distill_stages(
+    configs: Sequence[RunConfig], *, allow_changes: bool = False, explain: bool = False, quiet: bool = False
+) -> list[Run]:
+    """Run the stages one after the other; finished ones are passed over, an interrupted one is continued.
+
+    Writes stages.json, the last student as `student/` and a report over all stages beside their folders. `explain`
+    stops after the pre-flight of the first unfinished stage. Raises what `distill` raises, after recording where it
+    stopped.
+    """
+    out = configs[0].out.parent
+    runs: list[Run] = []
+    for config in configs:
+        if explain and (config.out / "student").is_dir():
+            continue
+        try:
+            runs.append(distill(config, allow_changes=allow_changes, explain=explain, quiet=quiet))
+        except ClipdistillError as error:
+            if not explain and config.out.is_dir():
+                _write_list(out, configs, "stopped" if isinstance(error, Preempted) else "failed")
+            raise
+        if explain:
+            return runs
+        _write_list(out, configs, "finished" if config is configs[-1] else "running")
+    if runs and _writes():
+        _publish(runs[-1].student, out / "student")
+        write_report(stage_folders(out), out / "report.html", title=out.name)
+    return runs
+
+
+def _writes() -> bool:
+    """Whether this process writes: between stages there is no process group to ask."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _write_list(out: Path, configs: Sequence[RunConfig], status: str) -> None:
+    if not _writes():
+        return
+    entries = []
+    for config in configs:
+        described = config.out / "run.json"
+        state = json.loads(described.read_text(encoding="utf-8"))["status"] if described.exists() else "waiting"
+        entries.append({"folder": config.out.name, "status": state, "student": config.student})
+    values = {"format": FORMAT, "recipe": configs[0].recipe, "status": status, "stages": entries}
+    temporary = out / f".{FILE}.tmp"
+    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    temporary.replace(out / FILE)
+
+
+def _publish(student: Path, folder: Path) -> None:
+    """Copy the last student to `folder`, so that the whole run is named like any other."""
+    temporary = Path(tempfile.mkdtemp(prefix=".student.writing-", dir=folder.parent))
+    try:
+        shutil.copytree(student, temporary / "new")
+        if folder.exists():
+            folder.rename(temporary / "old")
+        (temporary / "new").rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
