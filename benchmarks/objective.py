@@ -355,6 +355,10 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any], errors: dict[str
         + ", ".join(f"{form} {value:.0e}" for form, value in errors.items() if form != "released")
         + ".",
         "",
+        "The tiled engine keeps up to 256 MiB of logits between its passes on a CPU (a constant), so it makes between",
+        "12 and 18 N² D multiply-adds; small batches can be below the floor. `tiled-bfloat16` rounds factors only where",
+        "the processor has bfloat16 matrix units (`amx_bf16`, or a GPU); elsewhere it is the exact form.",
+        "",
         "![Time and memory against batch size](objective.svg)",
         "",
     ]
