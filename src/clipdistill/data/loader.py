@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -173,18 +174,18 @@ class PairLoader:
                 # enough for two steps ahead, however many parts a step has
                 "prefetch_factor": max(2, min(16, math.ceil(2 * parts / self.workers))),
             }
-        chunks = iter(
-            torch.utils.data.DataLoader(
-                preparation,
-                batch_size=None,
-                collate_fn=_as_it_is,
-                sampler=tasks,  # type: ignore[arg-type]
-                num_workers=self.workers,
-                pin_memory=self.device.type == "cuda",
-                generator=torch.Generator(),  # its own: the global one must not depend on how often loaders were made
-                **settings,
-            )
+        loader = torch.utils.data.DataLoader(
+            preparation,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            sampler=tasks,  # type: ignore[arg-type]
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # its own: the global one must not depend on how often loaders were made
+            **settings,
         )
+        with _signals_held():
+            chunks = iter(loader)
         for step in range(self.start_step, self.steps):
             yield self._assemble(step, [next(chunks) for _ in range(parts)])
 
@@ -381,9 +382,27 @@ def _geometry(spec: ImageSpec) -> tuple[Any, ...]:
     return spec.size, spec.interpolation, spec.resize_mode
 
 
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals wait while workers are started: they inherit this, and are deaf from their first moment on."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _init_worker(_: int) -> None:
     """Workers leave signals to the parent, which decides when to stop, and do not compete for its cores."""
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     torch.set_num_threads(1)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
