@@ -24,11 +24,12 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# one thread a worker: two workers with two threads each on two cores wait for each other
 test: lint types
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
 test-all: lint types
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not gpu"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
