@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=1200, help="a multiple of 400")
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--sides", type=int, nargs="+", default=[144, 500], help="longer sides of the photographs")
     parser.add_argument("--photographs", type=Path, help="pairs to take the pictures from (default: drawn scenes)")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: images per processor second, for a busy machine"
@@ -224,7 +225,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as temporary:
         os.environ["CLIPDISTILL_CACHE"] = str(Path(temporary) / "cache")
-        for side in (144, 500):
+        for side in arguments.sides:
             table, shards = write(Path(temporary) / str(side), photographs(arguments.photographs, count, side))
             results[f"{side}px_pixels"] = check_equal(table, spec, transform, count)
             for kind, where, dataset in (("files", table, PlainFiles), ("tars", shards, PlainTars)):
