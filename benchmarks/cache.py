@@ -37,6 +37,8 @@ from clipdistill.cache.stored import StoredRows
 from clipdistill.data.loader import Batch, PairLoader
 from clipdistill.data.memory import KeptInMemory
 from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
+from clipdistill.data.scenes_write import write_scenes
+from clipdistill.data.subset import Subset
 from clipdistill.data.views import EVALUATION_VIEW as EVALUATION
 from clipdistill.data.views import ImageSpec, normalise, render_pixels
 from clipdistill.evaluate.encode import encode_pairs
@@ -173,9 +175,25 @@ def ratio(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> dict[st
     }
 
 
-def filling(pair: str, count: int, batch: int, rounds: int, device: torch.device, folder: Path) -> dict[str, Any]:
-    """Images a second of a whole fill (decode, render, tokenise, forward, write, flush) and of the bare teacher."""
-    source = open_pairs(DataConfig(path="scenes:train", size=count))
+def photographs(data: str | None, split: str | None, count: int, folder: Path) -> PairSource:
+    """The first pairs of the data named, or as many scenes written out as JPEG files: drawing them is not filling."""
+    if data is not None:
+        return Subset(open_pairs(data, split=split), count)
+    return open_pairs(str(write_scenes(folder, "karpathy", "train", count, 0, workers=1)), split="train")
+
+
+def filling(
+    pair: str,
+    count: int,
+    batch: int,
+    rounds: int,
+    device: torch.device,
+    folder: Path,
+    data: str | None = None,
+    split: str | None = None,
+) -> dict[str, Any]:
+    """Images a second of a whole fill (read, decode, render, tokenise, forward, write) and of the teacher alone."""
+    source = photographs(data, split, count, folder / f"jpeg-{pair}")
     teacher, _ = models(pair, source)
     teacher.module.to(device).eval().requires_grad_(False)
     pixels = torch.stack(
@@ -347,7 +365,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pairs", default="large,small", help="which pairs of models")
     parser.add_argument("--samples", type=int, default=200_000, help="of the store whose reading is measured")
+    parser.add_argument("--photographs", metavar="DATA", help="pairs to fill from (default: scenes as JPEG files)")
     parser.add_argument("--parts", default="steps,fill,read", help="what to measure")
     parser.add_argument("--retrieval", metavar="MODEL", help="measure R@1 of this model by number format instead")
     parser.add_argument("--data", default="scenes:val")
@@ -356,6 +376,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     device = torch.device(given.device)
+    chosen = given.pairs.split(",")
     report: dict[str, Any] = {}
     if given.json and given.json.exists():
         report = json.loads(given.json.read_text(encoding="utf-8"))
@@ -372,11 +393,21 @@ def main() -> None:
             for part in given.parts.split(","):
                 if part == "steps":
                     sizes = {"large": given.batch, "small": 8 * given.batch}
-                    report["steps"] = [steps(pair, sizes[pair], given.rounds, device, folder) for pair in PAIRS]
+                    report["steps"] = [steps(pair, sizes[pair], given.rounds, device, folder) for pair in chosen]
                 elif part == "fill":
                     counts = {"large": 2 * given.batch, "small": 32 * given.batch}
                     report["fill"] = [
-                        filling(pair, counts[pair], given.batch, given.rounds, device, folder) for pair in PAIRS
+                        filling(
+                            pair,
+                            counts[pair],
+                            given.batch,
+                            given.rounds,
+                            device,
+                            folder,
+                            given.photographs,
+                            given.split,
+                        )
+                        for pair in chosen
                     ]
                 elif part == "read":
                     report["read"] = reading(given.samples, 512, 1024, folder)
