@@ -17,6 +17,7 @@ from clipdistill.errors import ClipdistillError, nearest
 COMMANDS = {
     "demo": ("clipdistill.demo", "the whole way on built-in data: three students, measured and reported, in minutes"),
     "train": ("clipdistill.train.command", "distil a student from a teacher on your image-caption pairs"),
+    "ablate": ("clipdistill.ablate.command", "variants of recipes times seeds, compared in pairs with intervals"),
     "cache": ("clipdistill.cache.command", "compute a teacher's embeddings once, for any number of runs"),
     "eval": ("clipdistill.evaluate.command", "measure retrieval and zero-shot classification under a named protocol"),
     "bench": ("clipdistill.bench.command", "measure throughput, latency and size"),

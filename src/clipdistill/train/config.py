@@ -104,6 +104,8 @@ class RunConfig(Config):
     data: DataConfig
     out: Path
     name: str | None = None
+    method: str | None = None
+    """What reports and claims call the way of training; by default the recipe's name."""
     teacher: str | tuple[str, ...] | None = None
     student_weights: str | None = None
     validation: DataConfig | None = None

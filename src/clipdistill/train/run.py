@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from clipdistill.train.logs import Display, JsonLines, Sink, TensorBoard, Weight
 from clipdistill.train.loop import Progress, train
 from clipdistill.train.setup import Setup
 from clipdistill.train.setup import build as build_setup
+from clipdistill.train.sources import Sources
 
 FORMAT = 1
 
-_FREE = {"out", "name", "device", "tensorboard", "wandb", "evaluation", "preflight"}
+_FREE = {"out", "name", "method", "device", "tensorboard", "wandb", "evaluation", "preflight"}
 _FREE_TRAIN = {
     "workers",
     "keep_in_memory",
@@ -60,7 +61,13 @@ class Run:
 
 
 def distill(
-    config: RunConfig | Mapping[str, Any], *, allow_changes: bool = False, explain: bool = False, quiet: bool = False
+    config: RunConfig | Mapping[str, Any],
+    *,
+    allow_changes: bool = False,
+    explain: bool = False,
+    quiet: bool = False,
+    sources: Sources | None = None,
+    show: Callable[[str, int, int, bool], Display] = Display,
 ) -> Run:
     """Train a student as `config` says, evaluate it and write everything to `config.out`.
 
@@ -68,12 +75,14 @@ def distill(
 
     A folder that holds an interrupted run of the same configuration is continued from its newest complete checkpoint;
     a finished one is returned as it is. `explain` stops after the pre-flight and prints the objective with its initial
-    magnitudes. Raises InputError for unusable input or a changed configuration, Preempted after a stop signal.
+    magnitudes. sources: data and teacher shared with other runs of this process; show: makes the progress display from
+    (name, steps, first step, shown). Raises InputError for unusable input or a changed configuration, Preempted after a
+    stop signal.
     """
     if not isinstance(config, RunConfig):
         config = _from_mapping(config)
     device = pick_device(config.device)
-    config = _with_precision(config, device)
+    config = with_precision(config, device)
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     with ProcessGroup(device):
@@ -82,7 +91,7 @@ def distill(
             finished = _open_folder(config, folder, allow_changes)
             if finished is not None:
                 return finished
-        setup = build_setup(config, device)
+        setup = build_setup(config, device, sources)
         progress = Progress()
         checkpoint, rejected = newest_checkpoint(folder / "checkpoints")
         resumed = checkpoint is not None and not explain
@@ -90,7 +99,7 @@ def distill(
             setup.resume(checkpoint)
             progress = Progress(**{name: checkpoint.state[name] for name in vars(progress)})
         shown = is_main() and not quiet
-        with Display(config.run_name, setup.total_steps, progress.step, enabled=shown) as display:
+        with show(config.run_name, setup.total_steps, progress.step, shown) as display:
             for sentence in rejected:
                 display.say(f"passed over: {sentence}")
             if resumed:
@@ -109,7 +118,7 @@ def _from_mapping(settings: Mapping[str, Any]) -> RunConfig:
     return resolve(settings["recipe"], rest, size=settings.get("size"))
 
 
-def _with_precision(config: RunConfig, device: torch.device) -> RunConfig:
+def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     """`precision: auto` decided for this device, so that what is stored with the run is what was used."""
     if config.train.precision != "auto":
         return config
@@ -150,22 +159,27 @@ def _final_scores(setup: Setup, folder: Path, display: Display) -> Scores | None
     """Student and teacher on the validation set and the labelled sets named in the configuration."""
     config = setup.config
     data: list[Any] = [setup.validation] if setup.validation is not None else []
-    data += list(config.evaluation.zero_shot)
+    data += setup.sources.labelled(config)
     if not data:
         return None
-    display.say("evaluating the student" + (" and the teacher" if setup.teacher is not None else ""))
     teacher: Any = None
     if setup.teacher is not None and len(setup.teacher.blocks) == 1:
         teacher = config.evaluation.teacher or setup.teacher.model
+    known = None if teacher is None else setup.sources.teacher_scores(config)
+    display.say("evaluating the student" + (" and the teacher" if teacher is not None and known is None else ""))
     scores = evaluate(
         setup.student,
         data,
         protocol=config.evaluation.protocol,
-        teacher=teacher,
+        teacher=teacher if known is None else None,
         batch_size=config.evaluation.batch_size,
         device=setup.device,
         progress=False,
     )
+    if known is None:
+        setup.sources.keep_teacher_scores(config, scores)
+    else:
+        scores.add(known)
     scores.save(folder / "scores.json")  # per-query results beside it: paired tests need them
     return scores
 
@@ -181,7 +195,7 @@ def _open_folder(config: RunConfig, folder: Path, allow_changes: bool) -> Run | 
             stored.write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
         barrier()
         return None
-    changed = _changes(read_yaml(stored), as_dict(config))
+    changed = changes(read_yaml(stored), as_dict(config))
     if changed and not allow_changes:
         raise InputError(
             f"{folder} holds a run with other settings ({'; '.join(changed[:5])}): give another --out, "
@@ -197,13 +211,14 @@ def _open_folder(config: RunConfig, folder: Path, allow_changes: bool) -> Run | 
     return None
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """'key: old -> new' for each setting that differs and changes what is learned."""
     free = _FREE_TRAIN if prefix == "train." else _FREE if not prefix else set()
     found = []
     for key in sorted({*old, *new} - free):
         before, after = old.get(key), new.get(key)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _changes(before, after, f"{prefix}{key}.")
+            found += changes(before, after, f"{prefix}{key}.")
         elif before != after:
             found.append(f"{prefix}{key}: {before} -> {after}")
     return found
@@ -226,7 +241,7 @@ def _describe(setup: Setup, progress: Progress, folder: Path, status: str) -> No
         "format": FORMAT,
         "name": config.run_name,
         "recipe": config.recipe,
-        "method": Path(config.recipe).stem,
+        "method": config.method or Path(config.recipe).stem,
         "teacher": None if setup.teacher is None else setup.teacher.name,
         "student": config.student,
         "data": setup.source.name,
@@ -242,6 +257,7 @@ def _describe(setup: Setup, progress: Progress, folder: Path, status: str) -> No
         if setup.teacher is None or setup.teacher.model is None
         else setup.teacher.model.parameter_counts(),
         "objective": dict(config.objective.weights),
+        "initial_weights": setup.initial,
         "steps": progress.step,
         "total_steps": setup.total_steps,
         "samples_seen": progress.samples,

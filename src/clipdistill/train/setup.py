@@ -11,8 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipdistill.cache.names import is_cached
 from clipdistill.data.loader import Batch, PairLoader, StoredTeacher
-from clipdistill.data.memory import KeptInMemory
-from clipdistill.data.pairs import PairSource, open_pairs
+from clipdistill.data.pairs import PairSource
 from clipdistill.data.sampler import steps_per_epoch
 from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
@@ -29,8 +28,8 @@ from clipdistill.train.checkpoint import Checkpoint, restore
 from clipdistill.train.config import RunConfig
 from clipdistill.train.distributed import broadcast_module, rank, world_size
 from clipdistill.train.optimiser import build_optimiser, learning_rate_factor
+from clipdistill.train.sources import Sources
 from clipdistill.train.step import Towers
-from clipdistill.train.teacher import open_teacher
 
 
 class Teacher(Protocol):
@@ -80,6 +79,9 @@ class Setup:
     optimiser: torch.optim.AdamW
     total_steps: int
     steps_per_epoch: int
+    sources: Sources
+    initial: str
+    """Fingerprint of the student before its first step: runs that start alike can be told."""
     masking: Masking | None = None
     """Masks over the student's parts, until they are pruned."""
 
@@ -135,19 +137,22 @@ class Setup:
         self.optimiser = build_optimiser(student.module, self.objective, self.config.train)
 
 
-def build(config: RunConfig, device: torch.device) -> Setup:
-    """Open the data, load teacher and student, make objective and optimiser. Raises InputError for unusable input."""
+def build(config: RunConfig, device: torch.device, sources: Sources | None = None) -> Setup:
+    """Open the data, load teacher and student, make objective and optimiser. Raises InputError for unusable input.
+
+    sources: where data and teacher are taken from (default: opened for this run).
+    """
     train = config.train
-    source = open_pairs(config.data, default_split="train")
-    if train.keep_in_memory:
-        source = KeptInMemory(source)
+    sources = sources or Sources()
+    source = sources.training(config)
     if len(source) < 2:
         raise InputError(f"data '{config.data.path}': {len(source)} usable pairs; training needs at least 2")
-    validation = None if config.validation is None else open_pairs(config.validation, default_split="val")
+    validation = sources.validation(config)
     teacher: Teacher | None = None
     if config.objective.needs_teacher:
-        teacher = open_teacher(config, source, device)
-    student = _student(config, source, teacher)
+        teacher = sources.teacher(config, source, device)
+    student = _student(config, source, teacher, sources, device)
+    initial = student.fingerprint()
     per_epoch = steps_per_epoch(len(source), train.batch_size)
     total = train.steps if train.steps is not None else max(round((train.epochs or 0) * per_epoch), 1)
     with torch.random.fork_rng(devices=[]):
@@ -166,7 +171,20 @@ def build(config: RunConfig, device: torch.device) -> Setup:
     groups = () if masking is None else masking.parameter_groups()
     optimiser = build_optimiser(student.module, objective, train, groups)
     return Setup(
-        config, device, source, validation, student, teacher, objective, towers, optimiser, total, per_epoch, masking
+        config,
+        device,
+        source,
+        validation,
+        student,
+        teacher,
+        objective,
+        towers,
+        optimiser,
+        total,
+        per_epoch,
+        sources,
+        initial,
+        masking,
     )
 
 
@@ -206,7 +224,9 @@ def _teacher_model(config: RunConfig, teacher: Teacher | None, what: str) -> Cli
     raise InputError(f"{what}: this run has no single teacher model at hand to take it from")
 
 
-def _student(config: RunConfig, source: PairSource, teacher: Teacher | None) -> ClipModel:
+def _student(
+    config: RunConfig, source: PairSource, teacher: Teacher | None, sources: Sources, device: torch.device
+) -> ClipModel:
     """The student: a named architecture under the run's seed, or given weights to go on from."""
     train = config.train
     if config.student_weights is not None:
@@ -219,12 +239,15 @@ def _student(config: RunConfig, source: PairSource, teacher: Teacher | None) -> 
             source_model = _teacher_model(config, teacher, f"student '{config.student}' without ,from=MODEL")
             student = inherit(source_model, wanted, seed=train.seed)
     else:
-        # a student whose vocabulary is made from words shares the teacher's, so that both read the same captions
-        shared = teacher.tokenizer if teacher is not None else None
+        # a student whose vocabulary is made from words shares the teacher's, so that both read the same captions; also
+        # that of a teacher which is named and not used, so that a run without distillation starts like one with it
+        shared = None
+        if needs_vocabulary(config.student) and config.teachers:
+            shared = (teacher or sources.teacher(config, source, device)).tokenizer
         student = build_student(
             config.student,
             seed=train.seed,
-            tokenizer=shared if needs_vocabulary(config.student) else None,
+            tokenizer=shared,
             captions=(caption for i in range(len(source)) for caption in source.captions(i)),
         )
     with torch.no_grad():

@@ -1,0 +1,141 @@
+"""`clipdistill ablate`: variants of recipes times seeds, resumable, and the table of paired differences."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clipdistill.ablate.grid import base_settings, build_grid, shard
+from clipdistill.ablate.plan import Plan, plan_of_recipes, read_plan
+from clipdistill.ablate.run import failures, run_grid
+from clipdistill.config import as_dict, build
+from clipdistill.errors import InputError
+from clipdistill.train.command import settings_of as settings_of_options
+from clipdistill.train.distributed import is_main
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which variants, which seeds, what they share, where to write."""
+    add = parser.add_argument
+    add("plan", nargs="*", metavar="plan.yaml | key=value", help="a file of variants; settings of every run")
+    add("--recipe", action="append", default=[], help="a recipe to compare (repeatable); the first is the baseline")
+    add("--drop", action="append", default=[], help="variants without a term: vrd,xrd are two, vrd+xrd is one")
+    add("--add", action="append", default=[], help="variants with another term: affinity=1")
+    add("--weight", action="append", default=[], help="variants with another weight of a term: fd=1000,fd=4000")
+    add("--student", action="append", default=[], help="student of all variants; several: each variant with each")
+    add("--teacher", action="append", default=[], help="teacher (or cache:DIR) of all; several: each with each")
+    add("--batch-size", action="append", type=int, default=[], help="pairs a step; several: each variant with each")
+    add("--baseline", help="the variant that the others are compared with (default: the plan's, or the first)")
+    add("--seeds", help="how many seeds (5: 0 to 4), or which (3,7,11); default 5")
+    add("--size", help="a named size of the recipes: 'debug', 'demo', 'flickr', ...")
+    add("--data", help="training pairs")
+    add("--split", help="split of the training data, where the format has splits")
+    add("--image-root", help="folder of the images, where the data file does not say")
+    add("--validation", help="pairs to measure retrieval on (one comparison needs the same for all)")
+    add("--validation-split", help="split of the validation data (default: val)")
+    add("--zero-shot", action="append", default=None, help="a labelled set to classify at the end (repeatable)")
+    add("--protocol", choices=("standard", "first-caption"), help="retrieval protocol (docs/protocols.md)")
+    add("--device", help="cpu, cuda, cuda:1")
+    add("--out", required=True, type=Path, help="folder of the ablation; the same command goes on where it stopped")
+    add("--shard", help="only these runs: i/n (job i of n), 'ranks' (one run a torchrun rank), 'slurm' (array task)")
+    add("--keep-checkpoints", action="store_true", help="keep the checkpoints of finished runs too")
+    add("--list", action="store_true", help="show the runs of the grid and their state, and stop")
+    add("--quiet", action="store_true", help="no progress on the terminal")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train the grid and summarise it. 0: all finished; 1: some failed or are left; 75: stopped on request."""
+    plan, settings, assignments = read_arguments(arguments)
+    out: Path = arguments.out
+    grid = build_grid(plan, out, settings, assignments)
+    if arguments.list:
+        for each in grid:
+            print(f"{each.state():<12} {each.name}")
+        return 0
+    mine = shard(grid, arguments.shard)
+    if not mine:
+        print(f"--shard {arguments.shard}: no run of the {len(grid)} is left for this job")
+        return 0
+    if is_main():
+        _store_plan(plan, out)
+    outcome = run_grid(mine, out, quiet=arguments.quiet, keep_checkpoints=arguments.keep_checkpoints)
+    if not arguments.quiet and is_main():
+        print(
+            f"{len(outcome.finished)} runs trained, {len(outcome.skipped)} were finished, "
+            f"{len(outcome.elsewhere)} at work in another process, {len(outcome.failed)} failed"
+        )
+    for name, message in failures(out).items():
+        print(f"failed: {name}: {message}", file=sys.stderr)
+    return 1 if outcome.failed else 0
+
+
+def read_arguments(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any], list[str]]:
+    """(plan, settings of every run from the options, key=value assignments). Raises InputError for contradictions."""
+    files = [text for text in arguments.plan if "=" not in text]
+    assignments = [text for text in arguments.plan if "=" in text]
+    if len(files) > 1 or (bool(files) == bool(arguments.recipe)):
+        raise InputError("ablate: name one file of variants (ablate plan.yaml), or recipes (--recipe clip-rd)")
+    options = argparse.Namespace(**vars(arguments))
+    # the plan's axes where there are several, else settings of all runs
+    options.student, options.teacher = (
+        values[0] if len(values) == 1 else None for values in (arguments.student, arguments.teacher)
+    )
+    options.out = options.name = options.student_weights = options.tensorboard = options.wandb = None
+    settings = settings_of_options(options)
+    if len(arguments.batch_size) == 1:
+        settings["train"] = {"batch_size": arguments.batch_size[0]}
+    if files:
+        switches = [name for name in ("drop", "add", "weight") if getattr(arguments, name)]
+        switches += [n for n in ("student", "teacher", "batch_size") if len(getattr(arguments, n)) > 1]
+        if switches:
+            raise InputError(
+                f"ablate: --{switches[0].replace('_', '-')} makes variants of recipes; with a file, add it there"
+            )
+        values = as_dict(read_plan(Path(files[0])))
+    else:
+        values = {"variants": _variants(arguments, settings)}
+    for key in ("size", "baseline"):
+        if getattr(arguments, key) is not None:
+            values[key] = getattr(arguments, key)
+    if arguments.seeds is not None:
+        values["seeds"] = _seeds(arguments.seeds)
+    return build(Plan, values, files[0] if files else "ablate"), settings, assignments
+
+
+def _variants(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    recipes = arguments.recipe
+    plan = Plan.model_validate({"variants": {"any": {"recipe": recipes[0]}}, "size": arguments.size})
+    weights = {r: base_settings(r, plan, settings).get("objective", {}).get("weights", {}) for r in recipes}
+    made = plan_of_recipes(
+        recipes,
+        drop=_split(arguments.drop),
+        add=_split(arguments.add),
+        weights=_split(arguments.weight),
+        students=arguments.student if len(arguments.student) > 1 else (),
+        teachers=arguments.teacher if len(arguments.teacher) > 1 else (),
+        batch_sizes=arguments.batch_size if len(arguments.batch_size) > 1 else (),
+        weights_of=weights,
+    )
+    return {name: as_dict(variant) for name, variant in made.items()}
+
+
+def _split(values: list[str]) -> list[str]:
+    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+
+
+def _seeds(text: str) -> int | list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if "," in text else int(text)
+    except ValueError as error:
+        raise InputError(f"--seeds {text}: write how many (5), or which, separated by commas (0,1,7)") from error
+
+
+def _store_plan(plan: Plan, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / ".plan.tmp"
+    temporary.write_text(yaml.safe_dump(as_dict(plan), sort_keys=False), encoding="utf-8")
+    temporary.replace(out / "plan.yaml")

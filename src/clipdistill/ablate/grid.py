@@ -1,0 +1,124 @@
+"""From a plan to the runs: one resolved configuration for each variant and seed, checked against what is on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clipdistill.ablate.plan import Plan, settings_of
+from clipdistill.config import as_dict, override, read_yaml
+from clipdistill.errors import InputError
+from clipdistill.recipes import lay, load_recipe
+from clipdistill.train.config import RunConfig, resolve_values
+from clipdistill.train.distributed import pick_device
+from clipdistill.train.run import changes, with_precision
+
+State = Literal["finished", "interrupted", "new"]
+
+
+@dataclass(frozen=True)
+class GridRun:
+    """One run of the grid; `config.out` is its folder, DIR/VARIANT.seed-N."""
+
+    variant: str
+    seed: int
+    config: RunConfig
+
+    @property
+    def name(self) -> str:
+        return self.config.out.name
+
+    @property
+    def folder(self) -> Path:
+        return self.config.out
+
+    def state(self) -> State:
+        """What is on disk. Raises InputError that names the key when it belongs to another configuration."""
+        stored = self.folder / "recipe.yaml"
+        if not stored.exists():
+            return "new"
+        changed = changes(read_yaml(stored), as_dict(self.config))
+        if changed:
+            raise InputError(
+                f"{self.folder} holds a run with other settings ({'; '.join(changed[:5])}): give the ablation another "
+                "--out, give the variant another name, or remove that folder"
+            )
+        described = self.folder / "run.json"
+        try:
+            status = json.loads(described.read_text(encoding="utf-8")).get("status")
+        except (FileNotFoundError, json.JSONDecodeError):
+            return "interrupted"
+        return "finished" if status == "finished" else "interrupted"
+
+
+def build_grid(
+    plan: Plan, out: Path, settings: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()
+) -> list[GridRun]:
+    """All runs, seed by seed, so that an unfinished grid has compared every variant equally often.
+
+    Rising precedence: recipe and size, the plan's settings, `settings` (the command line's options), the variant's
+    switches, `assignments` (key=value). Raises InputError for whatever a run could not be made of.
+    """
+    return [
+        GridRun(name, seed, _config(plan, name, seed, out, settings or {}, assignments))
+        for seed in plan.seeds
+        for name in plan.variants
+    ]
+
+
+def base_settings(recipe: str, plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe with the plan's size and settings and the command line's over it."""
+    return lay(lay(load_recipe(recipe, plan.size), plan.settings), settings)
+
+
+def _config(
+    plan: Plan, name: str, seed: int, out: Path, settings: Mapping[str, Any], assignments: Sequence[str]
+) -> RunConfig:
+    variant = plan.variants[name]
+    where = f"variant '{name}'"
+    values = settings_of(variant, base_settings(variant.recipe, plan, settings), where)
+    values = lay(values, override({}, assignments))
+    if "stages" in values:
+        raise InputError(f"{where}: recipe {variant.recipe} describes a run in stages; compare one of its stages")
+    own = {"out": str(out / f"{name}.seed-{seed}"), "name": f"{name} seed {seed}", "method": name}
+    values = lay(values, {**own, "train": {"seed": seed}})
+    config = resolve_values(values, variant.recipe)
+    return with_precision(config, pick_device(config.device))
+
+
+def shard(runs: Sequence[GridRun], text: str | None) -> list[GridRun]:
+    """The runs of one of n independent jobs: 'i/n' (from 1), 'ranks' (under torchrun), 'slurm' (array or step), None:
+    all. Raises InputError for anything else.
+    """
+    if text is None:
+        return list(runs)
+    if text == "ranks":
+        number, count = _environment("RANK", "WORLD_SIZE", "torchrun")
+        number += 1
+        # from here on this process is alone: each rank trains runs of its own
+        for key in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(key, None)
+    elif text == "slurm":
+        array = "SLURM_ARRAY_TASK_ID" in os.environ
+        names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT") if array else ("SLURM_PROCID", "SLURM_NTASKS")
+        number, count = _environment(*names, "SLURM")
+        number += 1 - (int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")) if array else 0)
+    else:
+        first, slash, second = text.partition("/")
+        if not (slash and first.isdecimal() and second.isdecimal()):
+            raise InputError(f"--shard {text}: write i/n, for example  --shard 2/4,  or 'ranks' or 'slurm'")
+        number, count = int(first), int(second)
+    if not 1 <= number <= count:
+        raise InputError(f"--shard {text}: job {number} of {count}; jobs are counted from 1 to {count}")
+    return list(runs)[number - 1 :: count]
+
+
+def _environment(number: str, count: str, what: str) -> tuple[int, int]:
+    try:
+        return int(os.environ[number]), int(os.environ[count])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"--shard: {what} has set no {number} and {count} here; write i/n instead") from error
