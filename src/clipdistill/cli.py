@@ -67,7 +67,7 @@ def _dispatch(arguments: list[str]) -> int:
         prog=f"clipdistill {known.command}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(command)
-    return int(module.run(command.parse_args(rest + arguments[1:])) or 0)
+    return int(module.run(command.parse_intermixed_args(rest + arguments[1:])) or 0)
 
 
 if __name__ == "__main__":
