@@ -12,16 +12,18 @@ import sys
 from collections.abc import Sequence
 
 from clipdistill import __version__
-from clipdistill.errors import ClipdistillError, nearest
+from clipdistill.errors import ClipdistillError, nearest, storage_error
 
 COMMANDS = {
     "demo": ("clipdistill.demo", "the whole way on built-in data: three students, measured and reported, in minutes"),
     "train": ("clipdistill.train.command", "distil a student from a teacher on your image-caption pairs"),
+    "replay": ("clipdistill.train.replay", "run a captured non-finite step again and say where it begins"),
     "ablate": ("clipdistill.ablate.command", "variants of recipes times seeds, compared in pairs with intervals"),
     "cache": ("clipdistill.cache.command", "compute a teacher's embeddings once, for any number of runs"),
     "eval": ("clipdistill.evaluate.command", "measure retrieval and zero-shot classification under a named protocol"),
     "bench": ("clipdistill.bench.command", "measure throughput, latency and size"),
     "report": ("clipdistill.report.command", "one HTML page from any number of runs"),
+    "search": ("clipdistill.search.command", "search a folder of photographs, student beside teacher"),
     "scenes": ("clipdistill.data.scenes_command", "write the built-in image-caption set to disk"),
     "list": ("clipdistill.listing", "recipes, students and data sets"),
     "doctor": ("clipdistill.doctor", "check this machine and say what to do"),
@@ -29,7 +31,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 2 unusable input, 75 stopped on request and resumable)."""
+    """Run one command; returns the exit code (0 done, 2 unusable input, others in docs/reliability.md)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(arguments)
@@ -42,6 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left (`clipdistill list students | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        full = storage_error(error)
+        if full is None:
+            raise
+        print(f"clipdistill: {full}", file=sys.stderr)
+        return full.exit_code
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -33,10 +36,39 @@ class BudgetError(ClipdistillError):
     exit_code = 3
 
 
+class StorageError(ClipdistillError):
+    """The disk is full or refuses to be written; what was good on it is still good."""
+
+    exit_code = 74
+
+
+class RankError(ClipdistillError):
+    """Another process of a distributed run has ended or does not answer."""
+
+    exit_code = 76
+
+
 class Preempted(ClipdistillError):
     """The run was asked to stop (SIGTERM, SIGINT, SIGUSR1), saved its state, and can be resumed."""
 
     exit_code = 75
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+_RUST = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust (safetensors) report what the system said
+
+
+def storage_error(
+    error: BaseException, advice: str = "make room and run the same command again"
+) -> StorageError | None:
+    """What to tell the user when `error` means that the disk is full or cannot be written; None for another error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and type(error).__name__ == "SafetensorError" and (found := _RUST.search(str(error))):
+        number = int(found[1])
+    if number not in _FULL:
+        return None
+    named = getattr(error, "filename", None)
+    return StorageError(f"{f'{named}: ' if named else ''}{os.strerror(number)}: {advice}")
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

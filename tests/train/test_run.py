@@ -139,6 +139,6 @@ def test_non_finite_steps_are_skipped_recorded_and_limited(tmp_path, monkeypatch
     run = distill(settings(tmp_path / "run"), quiet=True)
     described = json.loads((run.folder / "run.json").read_text())
     assert described["skipped_steps"] == 1
-    [record] = (run.folder / "skipped_steps").iterdir()
+    [record] = (run.folder / "skipped_steps").glob("*.json")
     assert len(json.loads(record.read_text())["keys"]) == 16
     assert all(torch.isfinite(v).all() for v in load_file(run.student / "model.safetensors").values())

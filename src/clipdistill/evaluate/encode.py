@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -351,6 +352,8 @@ def _most_captions(rule: str) -> int | None:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+        signal.signal(number, signal.SIG_IGN)  # the parent decides when to stop
 
 
 class _Rate(ProgressColumn):

@@ -24,12 +24,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clipdistill.errors import ClipdistillError, InputError
+from clipdistill.errors import InputError, StorageError, storage_error
 from clipdistill.models import ClipModel, save_model
 
 FORMAT = 1
 MASKS = "masks.safetensors"
 _PREFIX = "step-"
+_KEPT = "the last good checkpoint is kept: make room and run the same command again to resume"
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint `state["step"]` below `root` and remove all but the newest `keep`.
 
-    A crash at any moment leaves either the complete new folder or none of it. Raises ClipdistillError when the disk
-    is too small for it, before anything is written.
+    A crash at any moment leaves either the complete new folder or none of it. Raises StorageError when the disk is too
+    small for it, before anything is written, or when writing fails all the same; older checkpoints are kept then.
     """
     root.mkdir(parents=True, exist_ok=True)
     remove_leftovers(root)
@@ -72,32 +73,55 @@ def save_checkpoint(
         tensors[MASKS] = dict(masks.state_dict())
     _check_space(root, tensors, student.module)
     temporary = root / f".writing-{final.name}"
-    temporary.mkdir()
-    save_model(student, temporary / "student")
-    for name, content in tensors.items():
-        save_file({k: v.detach().contiguous().cpu() for k, v in content.items()}, temporary / name)
-    files = {str(p.relative_to(temporary)): _digest(p) for p in sorted(temporary.rglob("*")) if p.is_file()}
-    described = {"format": FORMAT, **state, "optimizer_groups": groups, "files": files}
-    (temporary / "state.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
-    for path in sorted(temporary.rglob("*")):
-        _flush(path)
-    _flush(temporary)
-    if final.exists():  # the same step written again after a resume: the old one goes only when the new one is there
-        final.rename(root / f".writing-replaced-{final.name}")
-    temporary.rename(final)
-    _flush(root)
+    try:
+        temporary.mkdir()
+        _write(temporary, student, tensors, {**state, "optimizer_groups": groups})
+        if final.exists():  # a damaged one that was passed over when the run was resumed
+            final.rename(root / f".writing-replaced-{final.name}")
+        temporary.rename(final)
+        _flush(root)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        full = storage_error(error, _KEPT)
+        if full is None:
+            raise
+        raise full from error
     remove_leftovers(root)
-    for old in sorted(root.glob(f"{_PREFIX}*"))[:-keep]:
+    # later steps than this one can only be damaged: they were passed over when the run was resumed
+    past = [folder for folder in sorted(root.glob(f"{_PREFIX}*")) if folder.name <= final.name]
+    for old in {*root.glob(f"{_PREFIX}*")} - {*past[-keep:]}:
         shutil.rmtree(old)
     return final
 
 
+def _write(folder: Path, student: ClipModel, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """The content of a checkpoint, made durable; state.json is the last file."""
+    save_model(student, folder / "student")
+    for name, content in tensors.items():
+        save_file({k: v.detach().contiguous().cpu() for k, v in content.items()}, folder / name)
+    files = {str(p.relative_to(folder)): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    described = {"format": FORMAT, **state, "files": files}
+    (folder / "state.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
+    for path in sorted(folder.rglob("*")):
+        _flush(path)
+    _flush(folder)
+
+
+class UnknownFormatError(InputError):
+    """A checkpoint of another version of this package: whole, so not to be passed over as a damaged one."""
+
+
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest complete checkpoint below `root`, and a sentence for each newer one that had to be passed over."""
+    """The newest complete checkpoint below `root`, and a sentence for each newer one that had to be passed over.
+
+    Raises InputError when one in the way is not damaged but in a format of another version.
+    """
     rejected: list[str] = []
     for folder in sorted(root.glob(f"{_PREFIX}*"), reverse=True):
         try:
             return read_checkpoint(folder), rejected
+        except UnknownFormatError:
+            raise
         except InputError as error:
             rejected.append(str(error))
     return None, rejected
@@ -108,19 +132,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
-            raise InputError(
+            raise UnknownFormatError(
                 f"{folder}: checkpoint format {state['format']}, this version reads {FORMAT}; "
                 "resume it with the version that wrote it"
             )
-        expected = state["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, InputError):
-            raise
+        for name, (size, checksum) in state["files"].items():
+            path = folder / name
+            if not path.is_file() or [path.stat().st_size, _digest(path)[1]] != [size, checksum]:
+                raise InputError(f"{path}: missing or damaged, so the checkpoint is not used")
+        if folder.name != f"{_PREFIX}{int(state['step']):08d}":
+            raise InputError(f"{folder}: its state.json is that of step {state['step']}")
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: not a complete checkpoint (state.json: {error})") from error
-    for name, (size, checksum) in expected.items():
-        path = folder / name
-        if not path.is_file() or [path.stat().st_size, _digest(path)[1]] != [size, checksum]:
-            raise InputError(f"{path}: missing or damaged, so the checkpoint is not used")
     return Checkpoint(folder, state)
 
 
@@ -184,9 +209,8 @@ def _check_space(root: Path, tensors: dict[str, dict[str, Tensor]], module: torc
     needed = int(needed * 1.05) + 1_000_000
     free = shutil.disk_usage(root).free
     if free < needed:
-        raise ClipdistillError(
-            f"{root}: a checkpoint needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; "
-            "the last good checkpoint is kept: make room and run the same command again to resume"
+        raise StorageError(
+            f"{root}: a checkpoint needs {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB are free: {_KEPT}"
         )
 
 

@@ -11,6 +11,7 @@ from clipdistill.train import preflight
 from clipdistill.train.distributed import is_main, world_size
 from clipdistill.train.logs import Display
 from clipdistill.train.setup import Setup
+from clipdistill.train.step import frozen_batch_statistics
 
 
 def run(setup: Setup, display: Display, explain: bool) -> None:
@@ -107,13 +108,13 @@ def _magnitudes(setup: Setup, batches: list[Batch], display: Display) -> None:
     """Each term's value on the first batch, its weighted share, and the size of its gradient at the embeddings."""
     batch = batches[0]
     towers = setup.bare_towers
-    with torch.no_grad():
+    with torch.no_grad(), frozen_batch_statistics(towers):
         image, text, scale, bias = towers(batch.student_images.to(setup.device), batch.student_tokens.to(setup.device))
     teacher = None if setup.teacher is None else setup.teacher(batch)
     display.say(f"{'term':<12}{'weight':>10}{'value':>12}{'weighted':>12}{'gradient norm':>16}")
     for name, weight in setup.objective.weights.items():
         images, texts = leaves = image.clone().requires_grad_(), text.clone().requires_grad_()
-        alone = _one_term(setup, name)
+        alone = one_term(setup, name)
         output = alone(Embeddings(images, texts, scale, logit_bias=bias), teacher)
         gradients = torch.autograd.grad(output.total, leaves, allow_unused=True)
         norm = sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
@@ -121,7 +122,7 @@ def _magnitudes(setup: Setup, batches: list[Batch], display: Display) -> None:
         display.say(f"{name:<12}{weight:>10.4g}{value:>12.4g}{weight * value:>12.4g}{norm:>16.4g}")
 
 
-def _one_term(setup: Setup, name: str) -> Objective:
+def one_term(setup: Setup, name: str) -> Objective:
     """The objective with one term at weight 1 and the same scales and projections."""
     single = setup.config.objective.model_copy(update={"weights": {name: 1.0}})
     whole = setup.objective

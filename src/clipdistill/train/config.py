@@ -72,6 +72,8 @@ class TrainConfig(Config):
     keep_checkpoints: int = pydantic.Field(default=2, ge=1)
     max_skipped_steps: int = pydantic.Field(default=3, ge=0)
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
+    rank_timeout: float = pydantic.Field(default=300.0, gt=0)
+    """Seconds after which the other ranks stop waiting for one that does not answer, and the run ends."""
 
 
 class EvaluationConfig(Config):

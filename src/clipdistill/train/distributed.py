@@ -6,16 +6,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import socket
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, RankError
+
+T = TypeVar("T")
+_BEAT = 5.0
+"""Seconds between two signs of life of rank 0 while the others wait for it."""
 
 
 def rank() -> int:
@@ -42,21 +49,47 @@ def pick_device(name: str | None) -> torch.device:
 
 
 class ProcessGroup(AbstractContextManager["ProcessGroup"]):
-    """Joins the process group that torchrun describes, if any, and leaves it at the end."""
+    """Joins the process group that torchrun describes, if any, and leaves it at the end.
+
+    A collective operation fails when a rank ends, or does not take part in it within `timeout`.
+    """
 
     def __init__(self, device: torch.device, timeout: timedelta = timedelta(minutes=5)) -> None:
         self.owns = False
+        self.peers: list[tuple[str, int]] = []
+        """(host, process number) of each rank."""
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
             self.owns = True
+            self.peers = gather_lists([(socket.gethostname(), os.getpid())])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.owns:
             dist.destroy_process_group()
+
+    def states(self) -> str:
+        """What has become of the other ranks, as far as this machine can tell: 'rank 0 (process 71) has ended'."""
+        here, own = socket.gethostname(), os.getpid()
+        known = [
+            f"rank {number} (process {process}) {_state(process)}"
+            for number, (host, process) in enumerate(self.peers)
+            if host == here and process != own
+        ]
+        elsewhere = sorted({host for host, _ in self.peers if host != here})
+        return "; ".join(known + [f"see also the ranks on {host}" for host in elsewhere])
+
+
+def _state(process: int) -> str:
+    """What a process on this machine is doing."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return "has ended" if Path("/proc/self").exists() else "does not answer"
+    return {"Z": "has ended", "X": "has ended", "T": "is suspended"}.get(state, "is running but does not answer")
 
 
 def barrier() -> None:
@@ -110,3 +143,62 @@ def gather_lists(values: Sequence[Any]) -> list[Any]:
     boxes: list[list[Any]] = [[] for _ in range(world_size())]
     dist.all_gather_object(boxes, list(values))
     return [item for box in boxes for item in box]
+
+
+def on_main(work: Callable[[], T]) -> T | None:
+    """`work()` on rank 0 (its result there, None elsewhere), however long it takes; the others wait for the end.
+
+    Rank 0 gives a sign of life every few seconds, so that waiting never runs into the timeout of collective operations
+    while it lives, and ends at once when it does not. Raises RankError on the others when `work` raised on rank 0.
+    """
+    if not dist.is_initialized():
+        return work()
+    if not is_main():
+        while (word := _beat(0)) == _WORKING:
+            pass
+        if word == _FAILED:
+            raise RankError(f"rank {rank()}: rank 0 failed, so this rank stops too; rank 0 says why")
+        return None
+    ended, outcome = threading.Event(), [_FAILED]
+
+    def beats() -> None:
+        while not ended.wait(_BEAT):
+            _beat(_WORKING)
+        _beat(outcome[0])
+
+    thread = threading.Thread(target=beats, daemon=True)
+    thread.start()
+    try:
+        result = work()
+        outcome[0] = _DONE
+        return result
+    finally:
+        ended.set()
+        thread.join()
+
+
+_WORKING, _DONE, _FAILED = 1, 2, 3
+
+
+def _beat(word: int) -> int:
+    """Rank 0's word, on every rank."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    value = torch.tensor(word, device=device)
+    dist.broadcast(value, src=0)
+    return int(value.item())
+
+
+def agree(work: Callable[[], T]) -> T:
+    """`work()` on every rank. Raises the first rank's InputError on all of them when it fails on one."""
+    problems: list[str] = []
+    result: list[T] = []
+    try:
+        result.append(work())
+    except InputError as error:
+        if not dist.is_initialized():
+            raise
+        problems.append(str(error))
+    problems = gather_lists(problems)
+    if problems:
+        raise InputError(problems[0])
+    return result[0]

@@ -50,12 +50,12 @@ class JsonLines:
 class TensorBoard:
     """Scalars for TensorBoard in `tensorboard/` of the run folder (extra `tensorboard`)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, resume_step: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise MissingExtraError("tensorboard", "tensorboard", "tensorboard: true") from error
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def record(self, kind: str, values: Mapping[str, Any]) -> None:
         for name, value in flatten(values).items():
@@ -170,7 +170,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    kept = [line for line in read_lines(path) if line.get("step", 0) <= step]
+    kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line.get("step", 0) <= step)
+    if kept == path.read_text(encoding="utf-8"):
+        return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    temporary.write_text(kept, encoding="utf-8")
     temporary.replace(path)

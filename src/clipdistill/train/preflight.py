@@ -13,7 +13,7 @@ from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.objective import Embeddings, Objective
 from clipdistill.train.config import RunConfig
 from clipdistill.train.distributed import world_size
-from clipdistill.train.step import Towers, autocast
+from clipdistill.train.step import Towers, autocast, frozen_batch_statistics
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def estimate_memory(
 
     known = {p.untyped_storage().data_ptr() for p in towers.parameters()}
     images, tokens = batch.student_images[:2].to(device), batch.student_tokens[:2].to(device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast(device, precision):
+    kept = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+    with kept, frozen_batch_statistics(towers), autocast(device, precision):
         towers(images, tokens)
     per_sample = sum(size for pointer, size in saved.items() if pointer not in known) / max(len(images), 1)
     encoded = min(rows, micro_batch or rows)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,24 @@ from clipdistill.evaluate.evaluate import evaluate
 from clipdistill.evaluate.scores import Scores
 from clipdistill.models import save_model
 from clipdistill.train import checks
-from clipdistill.train.checkpoint import newest_checkpoint
+from clipdistill.train.checkpoint import Checkpoint, newest_checkpoint
 from clipdistill.train.config import RunConfig, resolve
-from clipdistill.train.distributed import ProcessGroup, barrier, is_main, pick_device, world_size
+from clipdistill.train.distributed import (
+    ProcessGroup,
+    agree,
+    barrier,
+    gather_lists,
+    is_main,
+    on_main,
+    pick_device,
+    world_size,
+)
+from clipdistill.train.failures import Place, explained
 from clipdistill.train.logs import Display, JsonLines, Sink, TensorBoard, WeightsAndBiases
 from clipdistill.train.loop import Progress, train
 from clipdistill.train.setup import Setup
 from clipdistill.train.setup import build as build_setup
+from clipdistill.train.signals import Interrupted, StopSignal
 from clipdistill.train.sources import Sources
 
 FORMAT = 1
@@ -41,6 +56,7 @@ _FREE_TRAIN = {
     "keep_checkpoints",
     "max_skipped_steps",
     "micro_batch",
+    "rank_timeout",
 }
 """Settings that a resumed run may change: none of them changes what is learned."""
 
@@ -85,30 +101,58 @@ def distill(
     config = with_precision(config, device)
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
-    with ProcessGroup(device):
-        folder = config.out
-        if not explain:
-            finished = _open_folder(config, folder, allow_changes)
-            if finished is not None:
-                return finished
-        setup = build_setup(config, device, sources)
-        progress = Progress()
-        checkpoint, rejected = newest_checkpoint(folder / "checkpoints")
-        resumed = checkpoint is not None and not explain
-        if checkpoint is not None and not explain:
-            setup.resume(checkpoint)
-            progress = Progress(**{name: checkpoint.state[name] for name in vars(progress)})
-        shown = is_main() and not quiet
-        with show(config.run_name, setup.total_steps, progress.step, shown) as display:
+    place = Place(rows=_rows(config))
+    limit = timedelta(seconds=config.train.rank_timeout)
+    with StopSignal() as stop, ProcessGroup(device, limit) as group, explained(place):
+        place.group = group
+        with stop.at_once():
+            if not explain:
+                # rank 0 looks and writes before the others look
+                agree(lambda: _open_folder(config, config.out, allow_changes) if is_main() else None)
+                finished = agree(lambda: _finished(config, config.out))
+                if finished is not None:
+                    return finished
+            setup = build_setup(config, device, sources)
+            checkpoint, rejected = (None, []) if explain else _newest(config.out)
+            progress = _resume(setup, checkpoint)
+        with show(config.run_name, setup.total_steps, progress.step, is_main() and not quiet) as display:
             for sentence in rejected:
                 display.say(f"passed over: {sentence}")
-            if resumed:
-                display.say(f"continuing {folder} from step {progress.step}")
+            if checkpoint is not None:
+                display.say(f"continuing {config.out} from step {progress.step}")
             elif config.preflight.enabled or explain:
-                checks.run(setup, display, explain=explain)
+                with stop.at_once():
+                    agree(lambda: checks.run(setup, display, explain=explain))
             if explain:
-                return Run(folder, "explained", 0, None)
-            return _train_and_finish(setup, progress, folder, display)
+                return Run(config.out, "explained", 0, None)
+            return _train_and_finish(setup, progress, display, stop, place)
+
+
+def _resume(setup: Setup, checkpoint: Checkpoint | None) -> Progress:
+    """The counters to go on from; a checkpoint of an older version may lack some."""
+    progress = Progress()
+    if checkpoint is None:
+        return progress
+    setup.resume(checkpoint)
+    return Progress(**{name: checkpoint.state[name] for name in vars(progress) if name in checkpoint.state})
+
+
+def _rows(config: RunConfig) -> int:
+    """Pairs a rank encodes at a time."""
+    share = -(-config.train.batch_size // int(os.environ.get("WORLD_SIZE", "1")))
+    return min(config.train.micro_batch or share, share)
+
+
+def _newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to resume from, the same on every rank. Raises InputError when the ranks see different folders."""
+    checkpoint, rejected = agree(lambda: newest_checkpoint(folder / "checkpoints"))
+    steps = gather_lists([-1 if checkpoint is None else checkpoint.step])
+    if len(set(steps)) > 1:
+        raise InputError(
+            f"{folder}: the ranks find different checkpoints there (steps {steps}): the run folder must be the same "
+            "for all of them, on a shared file system"
+        )
+    return checkpoint, rejected
 
 
 def _from_mapping(settings: Mapping[str, Any]) -> RunConfig:
@@ -127,32 +171,45 @@ def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     return config.model_copy(update={"train": chosen})
 
 
-def _train_and_finish(setup: Setup, progress: Progress, folder: Path, display: Display) -> Run:
-    status = "failed"
+def _train_and_finish(setup: Setup, progress: Progress, display: Display, stop: StopSignal, place: Place) -> Run:
+    folder, status = setup.config.out, "failed"
     sinks = _sinks(setup, progress, folder) if is_main() else []
     if is_main():
+        _remove_leftovers(folder)
         _describe(setup, progress, folder, "running")
     try:
-        train(setup, progress, folder, sinks, display)
+        train(setup, progress, folder, sinks, display, stop, place)
+        place.doing = "finishing"
+        if setup.masking is not None:  # the run was only as long as its masks
+            setup.prune()
+        scores = on_main(lambda: _finish(setup, folder, display, stop))
         status = "finished"
-    except Preempted:
+    except (Preempted, Interrupted):
         status = "stopped"
         raise
     finally:
         for sink in sinks:
             sink.close()
-        if is_main() and status != "finished":
-            _describe(setup, progress, folder, status)
-    scores = None
-    if setup.masking is not None:  # the run was only as long as its masks
-        setup.prune()
-    if is_main():
-        setup.student.module.eval()
-        save_model(setup.student, folder / "student")
-        scores = _final_scores(setup, folder, display)
-        _describe(setup, progress, folder, status)
+        if is_main():
+            # on a full disk, the error that led here is the one to tell
+            with contextlib.suppress(*([OSError] if status != "finished" else [])):
+                _describe(setup, progress, folder, status)
     barrier()
     return Run(folder, status, progress.step, scores)
+
+
+def _finish(setup: Setup, folder: Path, display: Display, stop: StopSignal) -> Scores | None:
+    """The student's folder and the final scores. Nothing is lost when a signal ends this: resuming does it again."""
+    with stop.at_once():
+        setup.student.module.eval()
+        save_model(setup.student, folder / "student")
+        return _final_scores(setup, folder, display)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what a killed writer of the final student left behind."""
+    for path in (*folder.glob(".student.writing-*"), *folder.glob(".student.replaced-*")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _final_scores(setup: Setup, folder: Path, display: Display) -> Scores | None:
@@ -184,31 +241,40 @@ def _final_scores(setup: Setup, folder: Path, display: Display) -> Scores | None
     return scores
 
 
-def _open_folder(config: RunConfig, folder: Path, allow_changes: bool) -> Run | None:
-    """Make the run folder, or check that the one there belongs to this configuration; the run if it is finished."""
+def _open_folder(config: RunConfig, folder: Path, allow_changes: bool) -> None:
+    """Make the run folder, or check that the one there belongs to this configuration."""
     stored = folder / "recipe.yaml"
+    temporary = folder / ".recipe.yaml.tmp"
     if not stored.exists():
-        if is_main():
-            if folder.exists() and any(folder.iterdir()):
-                raise InputError(f"{folder}: the folder is not empty and holds no run; give a new one as --out")
-            folder.mkdir(parents=True, exist_ok=True)
-            stored.write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
-        barrier()
-        return None
+        if folder.exists() and any(path != temporary for path in folder.iterdir()):
+            raise InputError(f"{folder}: the folder is not empty and holds no run; give a new one as --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
+        temporary.replace(stored)
+        return
     changed = changes(read_yaml(stored), as_dict(config))
     if changed and not allow_changes:
         raise InputError(
             f"{folder} holds a run with other settings ({'; '.join(changed[:5])}): give another --out, "
             "or --allow-changes to continue it with the new ones"
         )
+
+
+def _finished(config: RunConfig, folder: Path) -> Run | None:
+    """The run in `folder` when it is finished and has this configuration."""
     described = folder / "run.json"
-    if described.exists() and not changed:
-        values = json.loads(described.read_text(encoding="utf-8"))
-        if values.get("status") == "finished":
-            path = folder / "scores.json"
-            scores = Scores.load(path) if path.exists() else None
-            return Run(folder, "finished", int(values["steps"]), scores)
-    return None
+    if not described.exists() or changes(read_yaml(folder / "recipe.yaml"), as_dict(config)):
+        return None
+    values = json.loads(described.read_text(encoding="utf-8"))
+    if values.get("format") != FORMAT:
+        raise InputError(
+            f"{described}: format {values.get('format')!r}, this version reads {FORMAT}; "
+            "go on with the version that wrote it"
+        )
+    if values.get("status") != "finished":
+        return None
+    path = folder / "scores.json"
+    return Run(folder, "finished", int(values["steps"]), Scores.load(path) if path.exists() else None)
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

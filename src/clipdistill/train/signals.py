@@ -1,26 +1,34 @@
-"""Stopping on request: the first signal asks the loop to save and leave, the second leaves at once."""
+"""Stopping on request: the first signal asks the run to save and leave, the second leaves at once."""
 
 from __future__ import annotations
 
 import os
 import signal
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 _SIGNALS = [s for name in ("SIGTERM", "SIGINT", "SIGUSR1") if (s := getattr(signal, name, None)) is not None]
 
 
+class Interrupted(BaseException):
+    """A signal within `StopSignal.at_once`. Not an Exception, so that no reader of data takes it for bad data."""
+
+
 class StopSignal(AbstractContextManager["StopSignal"]):
     """While open, SIGTERM, SIGINT and SIGUSR1 set `received` instead of killing the process.
 
-    The loop looks at it once a step. A second signal ends the process with 128 + its number, as a shell would report.
+    The loop looks at it once a step; work that may be dropped at any point runs within `at_once`. A second signal ends
+    the process with 128 + its number, as a shell would report.
     Only the main thread can install handlers; elsewhere (a notebook's worker thread) nothing is installed.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._previous: dict[int, Any] = {}
+        self._owner = os.getpid()
+        self._droppable = 0
 
     def __enter__(self) -> StopSignal:
         for number in _SIGNALS:
@@ -36,7 +44,29 @@ class StopSignal(AbstractContextManager["StopSignal"]):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, a signal (also one that came before) raises Interrupted wherever the program is.
+
+        For work that leaves nothing behind when it is dropped: starting up, evaluating.
+        """
+        self._droppable += 1
+        try:
+            self._drop()
+            yield
+            self._drop()  # a library that swallows every exception does not make the request undone
+        finally:
+            self._droppable -= 1
+
+    def _drop(self) -> None:
+        if self.received is not None:
+            raise Interrupted(self.received)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            return  # a forked helper: its parent decides
         if self.received is not None:
             os._exit(128 + number)
         self.received = signal.Signals(number).name
+        if self._droppable:
+            raise Interrupted(self.received)

@@ -71,7 +71,7 @@ def captions_of(batch: Batch) -> Tensor:
     return torch.stack([batch.student_tokens, batch.synthetic_tokens], 1)
 
 
-def _student_embeddings(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Embeddings:
+def student_embeddings(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Embeddings:
     """What the objective takes; text (B, D), or (B, 2, D) with a synthetic caption each."""
     if text.ndim == 2:
         return Embeddings(image, text, scale, logit_bias=bias)
@@ -113,12 +113,12 @@ def forward_backward(
         torch.manual_seed(step_seed(*seed, 0))
         with autocast(images.device, precision):
             image, text, scale, bias = towers(images, tokens)
-        output = objective(_student_embeddings(image, text, scale, bias), teacher)
+        output = objective(student_embeddings(image, text, scale, bias), teacher)
         (output.total + _touch(scale, bias)).backward()
         return output
     parts = list(zip(images.split(micro_batch), tokens.split(micro_batch), strict=True))
     leaves, scale_leaf, bias_leaf = _embed(towers, parts, precision, seed)
-    output = objective(_student_embeddings(*leaves, scale_leaf, bias_leaf), teacher)
+    output = objective(student_embeddings(*leaves, scale_leaf, bias_leaf), teacher)
     output.total.backward()
     gradients = [leaf.grad.split(micro_batch) for leaf in leaves if leaf.grad is not None]
     for index, (part_images, part_tokens) in enumerate(parts):

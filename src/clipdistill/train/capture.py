@@ -1,0 +1,101 @@
+"""What is kept of a step whose loss or gradient is not finite, and undoing what its forward pass left behind.
+
+skipped_steps/
+    step-00000123-rank-0.json      keys, captions, seeds and terms of the rank's part of the batch
+    state/step-00000123/           the run's state before that step, as a checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from clipdistill.data.loader import Batch
+from clipdistill.errors import StorageError
+from clipdistill.objective import ObjectiveOutput
+from clipdistill.train.checkpoint import save_checkpoint
+from clipdistill.train.distributed import is_main, rank, world_size
+from clipdistill.train.setup import Setup
+from clipdistill.train.step import step_seed
+
+CAPTURED = "skipped_steps"
+STATE = "state"
+
+
+class Statistics:
+    """The running statistics of batch-norm layers, which a forward pass changes although its step is skipped."""
+
+    def __init__(self, module: nn.Module) -> None:
+        layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._live = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+        self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
+        self._kept = [b.clone() for b in self._live]
+        self._kept_counters = [b.clone() for b in self._counters]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember them as they are now."""
+        for kept, live in ((self._kept, self._live), (self._kept_counters, self._counters)):
+            if live:
+                torch._foreach_copy_(kept, live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make them what they were at the last `keep`."""
+        for kept, live in ((self._kept, self._live), (self._kept_counters, self._counters)):
+            if live:
+                torch._foreach_copy_(live, kept)
+
+
+def capture(
+    setup: Setup, folder: Path, step: int, batch: Batch, output: ObjectiveOutput, progress: dict[str, Any]
+) -> str:
+    """Write down this rank's part of the batch, and (rank 0) the state before the step; says what was written.
+
+    The state needs as much room as a checkpoint; on a full disk it is left out rather than stopping the run.
+    """
+    seed = setup.config.train.seed
+    record = {
+        "step": step,
+        "rank": rank(),
+        "ranks": world_size(),
+        "seed": seed,
+        "device_seed": step_seed(seed, step, rank(), 0),
+        "epoch": batch.epoch,
+        "keys": batch.keys,
+        "indices": batch.indices.tolist(),
+        "caption_indices": batch.caption_indices.tolist(),
+        "captions": batch.captions,
+        "views": [view.to_json() for view in batch.views],
+        "terms": {name: float(value) for name, value in output.terms.items()},
+    }
+    path = folder / CAPTURED / f"step-{step:08d}-rank-{rank()}.json"
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(f".{rank()}.tmp")
+    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    temporary.replace(path)
+    if not is_main():
+        return "its batch is kept"
+    try:
+        save_checkpoint(
+            path.parent / STATE,
+            setup.student,
+            setup.objective,
+            setup.optimiser,
+            {**progress, "step": step, "total_steps": setup.total_steps},
+            keep=setup.config.train.max_skipped_steps + 1,
+            masks=None if setup.masking is None else setup.masking.state(),
+        )
+    except StorageError as error:
+        return f"its batch is kept, its state is not: {error}"
+    return "its batch and state are kept"
+
+
+def captured_steps(folder: Path) -> list[int]:
+    """The steps whose batch was kept in the run `folder`, rising."""
+    found = {int(path.name.split("-")[1]) for path in (folder / CAPTURED).glob("step-*-rank-*.json")}
+    return sorted(found)
