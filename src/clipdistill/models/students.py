@@ -129,6 +129,14 @@ def _students() -> list[Student]:
             embed_dim=256,
             words=True,
         ),
+        entry(
+            "flickr-student-vit",
+            own,
+            _vit(64, 3, 8, image_size=64),
+            _text(64, 2, 32, 8192),
+            embed_dim=128,
+            words=True,
+        ),
     ]
 
 
