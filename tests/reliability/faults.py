@@ -1,0 +1,107 @@
+"""Faults put into a child process before its command runs (tests/reliability/zygote.py)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from typing import Any
+
+import torch
+
+
+def nan_gradient(step: int, rank: int = 0) -> None:
+    """One rank's gradients are NaN at one step (0-based)."""
+    from clipdistill.train import loop
+
+    original = loop.forward_backward
+
+    def poisoned(towers: Any, *arguments: Any, **settings: Any) -> Any:
+        output = original(towers, *arguments, **settings)
+        if settings["seed"][1:] == (step, rank):
+            next(p for p in towers.parameters() if p.grad is not None).grad.fill_(float("nan"))
+        return output
+
+    loop.forward_backward = poisoned
+
+
+def stall(step: int, rank: int, seconds: float) -> None:
+    """One rank does nothing for a while before a step."""
+    from clipdistill.train import loop
+
+    original = loop.forward_backward
+
+    def late(*arguments: Any, **settings: Any) -> Any:
+        if settings["seed"][1:] == (step, rank):
+            time.sleep(seconds)
+        return original(*arguments, **settings)
+
+    loop.forward_backward = late
+
+
+def die(step: int, rank: int) -> None:
+    """One rank is killed at one step."""
+    import signal
+
+    from clipdistill.train import loop
+
+    original = loop.forward_backward
+
+    def killed(*arguments: Any, **settings: Any) -> Any:
+        if settings["seed"][1:] == (step, rank):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **settings)
+
+    loop.forward_backward = killed
+
+
+def slow_evaluation(seconds: float) -> None:
+    """The points of the curve take long on rank 0, while the others wait."""
+    from clipdistill.train import loop
+
+    original = loop.curve_scores
+
+    def slow(setup: Any) -> dict[str, float]:
+        time.sleep(seconds)
+        return original(setup)
+
+    loop.curve_scores = slow
+
+
+def small_files(bytes: int) -> None:
+    """No file of this process may grow beyond so many bytes (the system refuses the write, as on a full disk)."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, bytes))
+
+
+def full_disk(name: str, skip: int = 0) -> None:
+    """Opening a file called `name` for writing fails as on a full disk, after `skip` times."""
+    import pathlib
+
+    original, seen = pathlib.Path.open, [0]
+
+    def refused(self: pathlib.Path, mode: str = "r", *arguments: Any, **settings: Any) -> Any:
+        if self.name == name and set(mode) & set("wa"):
+            seen[0] += 1
+            if seen[0] > skip:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return original(self, mode, *arguments, **settings)
+
+    pathlib.Path.open = refused  # type: ignore[method-assign]
+
+
+def no_memory(step: int) -> None:
+    """The device has no memory left at one step."""
+    from clipdistill.train import loop
+
+    original = loop.forward_backward
+
+    def exhausted(*arguments: Any, **settings: Any) -> Any:
+        if settings["seed"][1] == step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(*arguments, **settings)
+
+    loop.forward_backward = exhausted
