@@ -1,0 +1,143 @@
+"""A folder of photographs that can be asked: one or two models, each with its index, answering the same query."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from clipdistill.data.files import read_image_file
+from clipdistill.data.images import decode
+from clipdistill.data.problems import BadSample
+from clipdistill.errors import InputError
+from clipdistill.search.encoder import SearchModel, timed
+from clipdistill.search.find import Finder, make_finder
+from clipdistill.search.store import Store
+
+_ROUNDS = (3, 9)
+_SECONDS = 0.2
+"""A query is answered at least three times, at most nine while this lasts: one call alone says little about time."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One photograph found: its path, cosine with the query, its number in the collection, and whether the other
+    model found it as well."""
+
+    path: str
+    score: float
+    number: int
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model found, best first. encode_ms: preparing and encoding the query; search_ms: finding
+    the nearest; both are medians of a few calls, in which the models take turns."""
+
+    model: str
+    role: str
+    encode_ms: float
+    search_ms: float
+    hits: tuple[Hit, ...]
+    cut: bool = False
+
+    @property
+    def total_ms(self) -> float:
+        """Encoding and searching together."""
+        return self.encode_ms + self.search_ms
+
+
+@dataclass
+class Side:
+    """A model with its index."""
+
+    model: SearchModel
+    store: Store
+    finder: Finder
+
+
+class Collection:
+    """The photographs of `folder` that are in the index of at least one model; `sides` has the student first.
+
+    `paths[number]` is a photograph; the numbers hold as long as this object.
+    """
+
+    def __init__(self, folder: Path, models: Sequence[tuple[SearchModel, Store]], kind: str = "exact") -> None:
+        self.folder = folder
+        self.sides: list[Side] = []
+        for model, store in models:
+            if not store.entries:
+                raise InputError(f"{folder}: holds no photograph that can be read")
+            self.sides.append(Side(model, store, make_finder(kind, store)))
+            model.warm_up()
+        self.paths = sorted({path for side in self.sides for path in side.store.entries})
+        self._numbers = {path: number for number, path in enumerate(self.paths)}
+        self._by_row = [{e.row: e.path for e in side.store.entries.values()} for side in self.sides]
+        for side in self.sides:  # the first pass over memory-mapped vectors reads them from the disk
+            side.finder.search(np.zeros(side.store.dimension, dtype=np.float32), 1)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def sha256(self, number: int) -> str:
+        """The content of a photograph when it was indexed."""
+        path = self.paths[number]
+        return next(side.store.entries[path].sha256 for side in self.sides if path in side.store.entries)
+
+    def ask_text(self, text: str, top: int = 10) -> list[Answer]:
+        """Each model's nearest photographs to a text."""
+        text = " ".join(text.split())
+        if not text:
+            raise InputError("the query is empty")
+        cut = [side.model.cut(text) for side in self.sides]
+        return self._ask([functools.partial(side.model.text, text) for side in self.sides], top, cut)
+
+    def ask_image(self, data: bytes, top: int = 10) -> list[Answer]:
+        """Each model's nearest photographs to an encoded image. Raises InputError when it cannot be decoded."""
+        try:
+            picture = decode(data, at_least=max(side.model.at_least() for side in self.sides))
+        except BadSample as error:
+            raise InputError(f"the query image cannot be read: {error.reason}") from error
+        return self._ask_picture(picture, top)
+
+    def ask_like(self, number: int, top: int = 10) -> list[Answer]:
+        """Each model's nearest photographs to one of the collection. Raises BadSample when its file is gone."""
+        return self.ask_image(read_image_file(self.folder / self.paths[number]), top)
+
+    def _ask_picture(self, picture: Image.Image, top: int) -> list[Answer]:
+        return self._ask([functools.partial(side.model.image, picture) for side in self.sides], top)
+
+    def _ask(self, encoders: Sequence[Callable[[], np.ndarray]], top: int, cut: Sequence[bool] = ()) -> list[Answer]:
+        if top < 1:
+            raise InputError(f"top must be at least 1, got {top}")
+        found: list[tuple[list[float], list[float], list[int], list[float]]] = [([], [], [], []) for _ in self.sides]
+        deadline = time.monotonic() + _SECONDS
+        for round in range(_ROUNDS[1]):
+            if round >= _ROUNDS[0] and time.monotonic() > deadline:
+                break
+            # the models take turns, so that a busy moment does not fall on one of them
+            for side, encode, (encode_ms, search_ms, rows, scores) in zip(self.sides, encoders, found, strict=True):
+                query, milliseconds = timed(encode)
+                encode_ms.append(milliseconds)
+                search = functools.partial(side.finder.search, query, min(top, len(side.store.entries)))
+                nearest, milliseconds = timed(search)
+                search_ms.append(milliseconds)
+                rows[:], scores[:] = nearest[0].tolist(), nearest[1].tolist()
+        paths = [[self._by_row[s][row] for row in rows] for s, (_, _, rows, _) in enumerate(found)]
+        answers = []
+        for s, (side, (encode_ms, search_ms, _, scores)) in enumerate(zip(self.sides, found, strict=True)):
+            others = {path for other in (*paths[:s], *paths[s + 1 :]) for path in other}
+            hits = tuple(
+                Hit(path, float(score), self._numbers[path], path in others)
+                for path, score in zip(paths[s], scores, strict=True)
+            )
+            model = side.model
+            times = float(np.median(encode_ms)), float(np.median(search_ms))
+            answers.append(Answer(model.name, model.role, *times, hits, bool(cut) and cut[s]))
+        return answers

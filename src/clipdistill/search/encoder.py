@@ -1,0 +1,88 @@
+"""One model as search uses it: pictures and queries in, vectors of length 1 out, and how long that took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from threading import Lock
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipdistill.data.views import EVALUATION_VIEW, normalise, render_pixels
+from clipdistill.errors import InputError
+from clipdistill.models import load_model
+
+
+class SearchModel:
+    """The model called `name` (any model name), in evaluation mode on `device` (None: CUDA when there is one).
+
+    role: "student" or "teacher"; a lock lets several threads ask.
+    """
+
+    def __init__(self, name: str, role: str = "student", device: str | None = None) -> None:
+        self.name = name
+        self.role = role
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = load_model(name, device=self.device, teacher=True)
+        self.fingerprint = self.model.fingerprint()
+        self._lock = Lock()
+
+    @property
+    def description(self) -> dict[str, object]:
+        """What the index remembers of the model."""
+        return {"name": self.name, "fingerprint": self.fingerprint, "embed_dim": self.model.embed_dim}
+
+    def pixels(self, picture: Image.Image) -> np.ndarray:
+        """The evaluation view of a picture before normalisation, uint8 (size, size, 3)."""
+        return render_pixels(picture, EVALUATION_VIEW, self.model.image)
+
+    def at_least(self) -> int:
+        """Pixels of the shorter side that a photograph is decoded to at least: twice what the model looks at."""
+        return 2 * self.model.image.size
+
+    def images(self, pixels: np.ndarray) -> np.ndarray:
+        """Vectors (n, D) float32 of the views (n, size, size, 3)."""
+        prepared = normalise(torch.from_numpy(pixels).to(self.device), self.model.image)
+        return self._run(self.model.module.encode_image, prepared)
+
+    def text(self, text: str) -> np.ndarray:
+        """The vector (D,) of a text."""
+        return self._run(self.model.module.encode_text, self.model.tokenizer([text]).to(self.device))[0]
+
+    def image(self, picture: Image.Image) -> np.ndarray:
+        """The vector (D,) of a picture."""
+        return self.images(self.pixels(picture)[None])[0]
+
+    def cut(self, text: str) -> bool:
+        """Whether the model reads only the beginning of this text."""
+        return self.model.tokenizer.lengths([text])[0] > self.model.context_length
+
+    def warm_up(self) -> None:
+        """Run both towers, so that the first query is not charged for what the first call sets up."""
+        size = self.model.image.size
+        for _ in range(2):
+            self.text("a photograph")
+            self.images(np.zeros((1, size, size, 3), dtype=np.uint8))
+
+    def _run(self, tower: Callable[[Tensor], Tensor], batch: Tensor) -> np.ndarray:
+        with self._lock, torch.inference_mode():
+            features = tower(batch).float()
+            if not torch.isfinite(features).all():
+                raise InputError(
+                    f"{self.name}: the embeddings are not finite (NaN or infinity): its weights are damaged"
+                )
+            return torch.nn.functional.normalize(features, dim=1).cpu().numpy()
+
+
+Result = TypeVar("Result")
+
+
+def timed(function: Callable[[], Result]) -> tuple[Result, float]:
+    """(what the function returns, the milliseconds it took)."""
+    began = time.perf_counter()
+    result = function()
+    return result, 1000 * (time.perf_counter() - began)

@@ -1,0 +1,62 @@
+"""The image files below a folder, as the index sees them: path, size and time of the last change."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipdistill.data.files import IMAGE_SUFFIXES
+from clipdistill.errors import InputError
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """One file: path relative to the folder (with "/"), bytes, and st_mtime in nanoseconds."""
+
+    path: str
+    size: int
+    modified: int
+
+
+def scan(folder: Path) -> tuple[list[Photograph], list[tuple[str, str]]]:
+    """(image files below `folder` sorted by path, (sub-folder, reason) of what could not be listed).
+
+    Told apart by suffix. Hidden files and folders (a leading dot) are left out, links to folders are not followed.
+    Raises InputError when `folder` is not a folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    found: list[Photograph] = []
+    problems: list[tuple[str, str]] = []
+    waiting = [""]
+    while waiting:
+        below = waiting.pop()
+        try:
+            with os.scandir(folder / below) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    path = f"{below}/{entry.name}" if below else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(path)
+                    elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
+                        _add(entry, path, found)
+        except OSError as error:
+            problems.append((below or ".", f"cannot be listed: {error.strerror or error}"))
+    return sorted(found, key=lambda photograph: photograph.path), sorted(problems)
+
+
+def _add(entry: os.DirEntry[str], path: str, found: list[Photograph]) -> None:
+    try:
+        if entry.is_file():
+            status = entry.stat()
+            found.append(Photograph(path, status.st_size, status.st_mtime_ns))
+    except OSError:
+        return  # gone between listing and looking, or a link that leads nowhere
+
+
+def printable(path: str) -> str:
+    """A file name that is safe to show: bytes that are no UTF-8 and control characters become a replacement mark."""
+    text = path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,0 +1,140 @@
+"""`clipdistill search` from the terminal."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipdistill.cli import main
+from clipdistill.data.images import decode
+from clipdistill.search.collection import Collection
+from clipdistill.search.encoder import SearchModel
+
+
+def test_text_and_image_queries(
+    photographs: Path, student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["search", str(photographs), "--model", "scenes-teacher", "--index", str(tmp_path / "i"), "--quiet"]
+    assert main([*base, "--query", "a red circle", "--top", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "21 photographs searched in" in shown
+    assert "(exact)" in shown
+    assert main([*base, "--image", str(photographs / "scene-01.png"), "--json", "--no-update"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    hits = answer["answers"][0]["hits"]
+    assert len(hits) == 10
+    assert hits[0]["file"] == "scene-01.png"
+    assert hits[0]["score"] == pytest.approx(1, abs=1e-5)
+    assert answer["answers"][0]["encode_ms"] > 0
+
+
+def test_index_summary_lists_what_cannot_be_read(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["search", str(photographs), "--model", "scenes-teacher", "--index", str(tmp_path / "i")]
+    assert main(base) == 0
+    shown = capsys.readouterr().out
+    assert "21 photographs in the index; 21 encoded (" in shown
+    assert "1 file cannot be read and is left out:\n  broken.jpg: " in shown
+    assert main(base) == 0
+    assert "21 photographs in the index; nothing new" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (["--query", "x", "--image", "y.png"], "two questions"),
+        (["--image", "nowhere.png"], "missing image file"),
+        (["--query", " "], "the query is empty"),
+        (["--top", "0"], "at least 1"),
+        (["--port", "70000"], "between 0 and 65535"),
+        (["--no-update", "--index", "elsewhere"], "leave --no-update out"),
+    ],
+)
+def test_unusable_questions_are_refused(
+    photographs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = ["search", str(photographs), "--model", "scenes-teacher", "--index", str(tmp_path / "i"), "--quiet"]
+    assert main([*base, *extra]) == 2
+    assert said in capsys.readouterr().err
+    assert main(["search", str(tmp_path / "no"), "--model", "scenes-teacher"]) == 2
+
+
+def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", str(tmp_path), "--model", "scenes-teacher", "--query", "x"]) == 2
+    assert "holds no photograph that can be read" in capsys.readouterr().err
+
+
+def test_both_models_answer_and_share(collection: Collection) -> None:
+    student, teacher = collection.ask_text("a red circle", 5)
+    assert (student.role, teacher.role) == ("student", "teacher")
+    assert sum(hit.shared for hit in student.hits) == sum(hit.shared for hit in teacher.hits)
+    files = {hit.path for hit in student.hits} & {hit.path for hit in teacher.hits}
+    assert {hit.path for hit in student.hits if hit.shared} == files
+    assert all(collection.paths[hit.number] == hit.path for hit in (*student.hits, *teacher.hits))
+    assert len(collection.ask_text("a red circle", 500)[0].hits) == 21
+
+
+def test_the_vectors_are_those_of_the_evaluation(collection: Collection, photographs: Path) -> None:
+    """PNG files are decoded in full, so the index holds exactly what `clipdistill eval` computes."""
+    from clipdistill.evaluate.encode import Encoder
+
+    side = collection.sides[1]
+    picture = decode((photographs / "scene-00.png").read_bytes())
+
+    class One:
+        name = "one"
+
+        def __len__(self) -> int:
+            return 1
+
+        def key(self, i: int) -> str:
+            return "scene-00.png"
+
+        def image(self, i: int) -> Image.Image:
+            return picture
+
+    wanted = Encoder(side.model.model, progress=False).images(One())[0][0].numpy()
+    stored = side.store.vector(side.store.entries["scene-00.png"].row)
+    np.testing.assert_allclose(stored, wanted, atol=1e-5)
+
+
+def test_large_photographs_are_decoded_smaller_with_nearly_the_same_vector(tmp_path: Path) -> None:
+    """The shortcut of the JPEG decoder costs less than a thousandth of the cosine."""
+    model = SearchModel("scenes-teacher", device="cpu")
+    generator = np.random.default_rng(0)
+    small = Image.fromarray(generator.integers(0, 255, (12, 16, 3), dtype=np.uint8))
+    small.resize((1600, 1200), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=92)
+    data = (tmp_path / "a.jpg").read_bytes()
+    reduced = decode(data, at_least=model.at_least())
+    assert reduced.width < 800
+    assert float(model.image(reduced) @ model.image(decode(data))) > 0.999
+
+
+@pytest.mark.slow
+def test_the_page_is_served_by_the_command_until_it_is_stopped(photographs: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "clipdistill.cli", "search", str(photographs), "--model", "scenes-teacher"]
+    command += ["--index", str(tmp_path / "i"), "--page", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = next(line for line in process.stdout if line.startswith("search page: "))
+    url = line.split()[2]
+    with urllib.request.urlopen(f"{url}?q=a+red+circle", timeout=60) as answer:
+        assert b'class="hits"' in answer.read()
+    process.terminate()
+    assert process.wait(60) == 0
+    time.sleep(0.1)
