@@ -21,8 +21,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="package")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+def launcher(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Launcher]:
     launcher = Launcher(tmp_path_factory.mktemp("said"))
+    launcher.warm("eval", models / "teacher", "--data", "scenes:val?size=8")
     yield launcher
     launcher.close()
 

@@ -1,8 +1,9 @@
 """A process that has imported everything and forks a child for each command: a run starts in milliseconds.
 
 Reads one JSON object a line: {"start": [arguments], "environment", "log", "fault", "settings"} answers {"pid"};
-{"wait": pid, "seconds"} answers {"code"} (null when it still runs, negative for the signal that ended it).
-No tensor is computed before a fork: autograd and OpenMP threads do not survive one.
+{"wait": pid, "seconds"} answers {"code"} (null when it still runs, negative for the signal that ended it);
+{"warm": [arguments]} runs a command in this process.
+No gradient is computed before a fork: the threads of autograd and OpenMP do not survive one.
 """
 
 from __future__ import annotations
@@ -76,7 +77,14 @@ def main() -> None:
     answers.flush()
     while line := sys.stdin.readline():
         request = json.loads(line)
-        answer = _start(request) if "start" in request else _wait(request["wait"], request["seconds"])
+        if "warm" in request:
+            from clipdistill import cli
+
+            answer = {"code": cli.main(request["warm"])}
+        elif "start" in request:
+            answer = _start(request)
+        else:
+            answer = _wait(request["wait"], request["seconds"])
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
