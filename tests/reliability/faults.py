@@ -105,3 +105,20 @@ def no_memory(step: int) -> None:
         return original(*arguments, **settings)
 
     loop.forward_backward = exhausted
+
+
+def note_batches(path: str) -> None:
+    """Each rank appends the step, its rank and the keys of every batch it trains on to a file of JSON lines."""
+    import json
+
+    from clipdistill.train import loop
+    from clipdistill.train.distributed import rank
+
+    original = loop._step
+
+    def noted(setup: Any, step: int, batch: Any) -> Any:
+        with open(path, "a", encoding="utf-8") as file:  # noqa: PTH123
+            file.write(json.dumps([step, rank(), batch.keys]) + "\n")
+        return original(setup, step, batch)
+
+    loop._step = noted

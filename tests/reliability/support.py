@@ -91,6 +91,8 @@ class Child:
 
     @property
     def said(self) -> str:
+        if not self.log.exists():  # it ended before it could say anything
+            return ""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def finish(self, code: int = 0) -> str:

@@ -180,7 +180,7 @@ def damaged_zip(data: bytes, mark: bytes, offset: int, value: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (damaged_zip(seeds.npz(), b"PK\x05\x06", 16, b"\xff\xff\xff\x7f"), "not readable as a numpy archive"),
+        (damaged_zip(seeds.npz(), b"PK\x05\x06", 16, b"\xff\xff\xff\x7f"), "cannot be read|not readable"),
         (damaged_zip(seeds.npz(), b"PK\x01\x02", 6, b"\x51\x00"), r"zip file version 8\.1"),
         (damaged_zip(seeds.npz(), b"PK\x01\x02", 10, b"\x0c\x00"), "cannot be read"),
         (seeds.npz(classnames=np.array(3)), r"'classnames' must be texts in one row, got the shape \(\)"),
@@ -253,7 +253,7 @@ def picky(data: bytes, folder: Path) -> None:
     if data[:1] == b"x":
         raise KeyError("x")
     if data[:1] == b"k":
-        os.kill(os.getpid(), signal.SIGSEGV)
+        os.kill(os.getpid(), signal.SIGKILL)
     if data[:1] == b"e":
         raise BadSample("e")
     (folder / "out").write_bytes(data)
@@ -266,7 +266,7 @@ def test_the_fuzzer_finds_exceptions_and_crashes(tmp_path: Path, capfd: pytest.C
     assert Path.cwd() == here
     assert result.tried == 150
     kinds = sorted(failure.kind for failure in result.failures)
-    assert kinds == ["KeyError", f"crash (exit code -{int(signal.SIGSEGV)})"]
+    assert kinds == ["KeyError", f"crash (exit code -{int(signal.SIGKILL)})"]
     assert result.refused > 5
     assert result.accepted > 5
     assert result.kept > 0

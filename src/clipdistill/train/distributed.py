@@ -145,11 +145,11 @@ def gather_lists(values: Sequence[Any]) -> list[Any]:
     return [item for box in boxes for item in box]
 
 
-def on_main(work: Callable[[], T]) -> T | None:
+def on_main(work: Callable[[], T], timeout: float) -> T | None:
     """`work()` on rank 0 (its result there, None elsewhere), however long it takes; the others wait for the end.
 
-    Rank 0 gives a sign of life every few seconds, so that waiting never runs into the timeout of collective operations
-    while it lives, and ends at once when it does not. Raises RankError on the others when `work` raised on rank 0.
+    Rank 0 gives signs of life, more often than the `timeout` (seconds) of collective operations, so that waiting never
+    runs into it while rank 0 lives, and ends when it does not. Raises RankError on the others when `work` raised.
     """
     if not dist.is_initialized():
         return work()
@@ -162,7 +162,7 @@ def on_main(work: Callable[[], T]) -> T | None:
     ended, outcome = threading.Event(), [_FAILED]
 
     def beats() -> None:
-        while not ended.wait(_BEAT):
+        while not ended.wait(min(_BEAT, timeout / 4)):
             _beat(_WORKING)
         _beat(outcome[0])
 

@@ -278,7 +278,7 @@ def _evaluate(
         except Interrupted:
             return None
 
-    scores = on_main(measured)
+    scores = on_main(measured, setup.config.train.rank_timeout)
     if not is_main():
         return
     if scores is None:

@@ -112,6 +112,8 @@ def distill(
                 finished = agree(lambda: _finished(config, config.out))
                 if finished is not None:
                     return finished
+            if config.meta_teacher is not None:
+                return _train_region_teacher(config, explain, quiet)
             setup = build_setup(config, device, sources)
             checkpoint, rejected = (None, []) if explain else _newest(config.out)
             progress = _resume(setup, checkpoint)
@@ -126,6 +128,14 @@ def distill(
             if explain:
                 return Run(config.out, "explained", 0, None)
             return _train_and_finish(setup, progress, display, stop, place)
+
+
+def _train_region_teacher(config: RunConfig, explain: bool, quiet: bool) -> Run:
+    """The meta-teacher of a recipe with `meta_teacher:`, trained by rank 0 while the others wait."""
+    from clipdistill.regions.training import train_meta_teacher
+
+    steps = on_main(lambda: train_meta_teacher(config, explain=explain, quiet=quiet))
+    return Run(config.out, "explained" if explain else "finished", steps or 0, None)
 
 
 def _resume(setup: Setup, checkpoint: Checkpoint | None) -> Progress:
@@ -182,7 +192,7 @@ def _train_and_finish(setup: Setup, progress: Progress, display: Display, stop: 
         place.doing = "finishing"
         if setup.masking is not None:  # the run was only as long as its masks
             setup.prune()
-        scores = on_main(lambda: _finish(setup, folder, display, stop))
+        scores = on_main(lambda: _finish(setup, folder, display, stop), setup.config.train.rank_timeout)
         status = "finished"
     except (Preempted, Interrupted):
         status = "stopped"
