@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from clipdistill.ablate.grid import base_settings, build_grid, shard
 from clipdistill.ablate.plan import Plan, plan_of_recipes, read_plan
 from clipdistill.ablate.run import failures, run_grid
+from clipdistill.ablate.summary import summarise
+from clipdistill.ablate.tables import terminal_table
 from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
+from clipdistill.evaluate.verdicts import verdict_table
 from clipdistill.train.command import settings_of as settings_of_options
 from clipdistill.train.distributed import is_main
 
@@ -62,15 +67,29 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if is_main():
         _store_plan(plan, out)
-    outcome = run_grid(mine, out, quiet=arguments.quiet, keep_checkpoints=arguments.keep_checkpoints)
-    if not arguments.quiet and is_main():
+    try:
+        outcome = run_grid(mine, out, quiet=arguments.quiet, keep_checkpoints=arguments.keep_checkpoints)
+    finally:  # also of what is there when the job is stopped
+        results = summarise(plan, grid, out, command=_command()) if is_main() else None
+    if not is_main():
+        return 1 if outcome.failed else 0
+    if not arguments.quiet:
         print(
             f"{len(outcome.finished)} runs trained, {len(outcome.skipped)} were finished, "
             f"{len(outcome.elsewhere)} at work in another process, {len(outcome.failed)} failed"
         )
+        if results is not None:
+            Console().print(terminal_table(results))
+            if results.verdicts:
+                Console().print(verdict_table(results.verdicts))
+            print(f"table and picture: {out / 'ablation.md'}   page: clipdistill report {out}")
     for name, message in failures(out).items():
         print(f"failed: {name}: {message}", file=sys.stderr)
     return 1 if outcome.failed else 0
+
+
+def _command() -> str:
+    return " ".join(["clipdistill", *(shlex.quote(part) for part in sys.argv[1:])])
 
 
 def read_arguments(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any], list[str]]:

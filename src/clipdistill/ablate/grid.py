@@ -20,7 +20,7 @@ from clipdistill.train.run import changes, with_precision
 State = Literal["finished", "interrupted", "new"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GridRun:
     """One run of the grid; `config.out` is its folder, DIR/VARIANT.seed-N."""
 

@@ -175,6 +175,21 @@ def judge(
     return verdicts
 
 
+def judge_difference(left: Sequence[Record], right: Sequence[Record], *, level: float = 0.95) -> Verdict:
+    """The verdict on "left is better than right" from their records of one metric on one data set, one each seed.
+
+    Raises InputError when the records were measured under different protocols.
+    """
+    one = left[0]
+    protocols = sorted({str(record.protocol) for record in (*left, *right)})
+    if len(protocols) > 1:
+        raise InputError(f"{one.metric} was measured under different protocols: {'; '.join(protocols)}")
+    text = f"{one.method} > {right[0].method} in {one.metric}"
+    statement = Statement(one.method, right[0].method, "difference", 0.0, one.metric, one.dataset)
+    base = Verdict(text, text, "undecided", "", one.dataset, threshold=0.0)
+    return _weigh(base, statement, [list(left), list(right)], level)
+
+
 def _judge_claim(claim: Claim, records: Sequence[Record], level: float) -> list[Verdict]:
     statements = claim.statements()
     found: dict[str | None, list[Verdict]] = {}
@@ -267,9 +282,9 @@ def _weigh(base: Verdict, statement: Statement, sides: list[list[Record]], level
         )
     below, above = (math.hypot(spread, part) for part in effect.sampling)
     base = replace(base, low=value - below, high=value + above)
-    side = above if value < statement.threshold else below
     distance = abs(value - statement.threshold)
-    base = replace(base, p=_p_value(distance, side, level))
+    own = effect.sampling[0 if value > statement.threshold else 1]
+    base = replace(base, p=_p_value(distance, spread, seeds if effect.trained else 0, own, level))
     low, threshold = value - below, statement.threshold
     if low > threshold or (statement.measure != "difference" and low >= threshold):
         return replace(base, outcome="supported", reason="the whole interval lies beyond the threshold")
@@ -399,13 +414,24 @@ def _seeds_needed(values: np.ndarray, distance: float, level: float) -> int | No
     return int(n[np.argmax(enough)]) if enough.any() else None
 
 
-def _p_value(distance: float, half: float, level: float) -> float:
-    """Two-sided p of a normal whose `level` interval has this half-width."""
+def _p_value(distance: float, spread: float, seeds: int, sampling: float, level: float) -> float:
+    """Two-sided p of an effect that is `distance` away, from the half-widths of its two independent uncertainties.
+
+    spread: Student's t over `seeds` (0: nothing was trained); sampling: normal. The variances add, with the degrees of
+    freedom of Welch and Satterthwaite.
+    """
     from scipy import stats
 
-    if half == 0:
+    share = (1 + level) / 2
+    sampled = sampling / float(stats.norm.ppf(share))
+    trained = spread / float(stats.t.ppf(share, seeds - 1)) if seeds > 1 else 0.0
+    variance = trained**2 + sampled**2
+    if variance == 0:
         return float(distance == 0)
-    return float(2 * stats.norm.sf(distance / half * stats.norm.ppf((1 + level) / 2)))
+    if trained == 0:
+        return float(2 * stats.norm.sf(distance / sampled))
+    freedom = (seeds - 1) * (variance / trained**2) ** 2
+    return float(2 * stats.t.sf(distance / math.sqrt(variance), freedom))
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Runs made of stages: a folder with `stages.json` stands for the run folders it lists."""
+"""Folders that stand for several runs: `stages.json` lists those of a run in stages, `ablation.json` an ablation's."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ from clipdistill.errors import InputError
 from clipdistill.report.data import read_json
 
 FILE = "stages.json"
+ABLATION = "ablation.json"
 
 
 def stage_folders(folder: Path) -> list[Path]:
-    """The run folders of the stages that have begun, in order; `folder` itself where it is no run of stages."""
+    """The run folders that `folder` stands for, in order: itself where it is a run.
+
+    A run of stages stands for the stages that have begun, an ablation for its finished runs. A file stands for none,
+    so that a pattern may be given for all runs beside each other (`runs/ablation/*`).
+    """
+    if folder.is_file():
+        return []
+    if (folder / ABLATION).is_file() and not (folder / "run.json").is_file():
+        return _ablation_runs(folder)
     listed = folder / FILE
     if not listed.is_file():
         return [folder]
@@ -25,3 +34,15 @@ def stage_folders(folder: Path) -> list[Path]:
     if not begun:
         raise InputError(f"{folder}: none of its stages has begun")
     return begun
+
+
+def _ablation_runs(folder: Path) -> list[Path]:
+    variants = read_json(folder / ABLATION).get("variants")
+    if not isinstance(variants, list) or not all(
+        isinstance(v, dict) and isinstance(v.get("runs"), list) for v in variants
+    ):
+        raise InputError(f"{folder / ABLATION}: expected a list of variants, each with its 'runs'")
+    runs = [folder / Path(str(name)).name for variant in variants for name in variant["runs"]]
+    if not runs:
+        raise InputError(f"{folder}: none of the ablation's runs has finished")
+    return runs

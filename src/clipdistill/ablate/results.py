@@ -1,0 +1,332 @@
+"""What a grid's finished runs say: scores by variant and seed, paired differences from the baseline, costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipdistill.ablate.grid import GridRun
+from clipdistill.ablate.plan import Plan
+from clipdistill.config import read_yaml
+from clipdistill.errors import InputError, nearest
+from clipdistill.evaluate.claims import Verdict, judge, judge_difference
+from clipdistill.evaluate.records import Record, read_records
+from clipdistill.evaluate.statistics import Comparison, holm, paired_bootstrap, paired_seeds
+from clipdistill.train.run import changes
+
+HEADLINE = ("t2i_R@1", "i2t_R@1", "top1", "mean_per_class")
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric under one protocol: what may stand in one column."""
+
+    metric: str
+    dataset: str | None
+    protocol: str | None
+
+    def holds(self, record: Record) -> bool:
+        return (record.metric, record.dataset, record.protocol) == (self.metric, self.dataset, self.protocol)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Variant minus baseline in one column, on shared seeds and queries.
+
+    over_seeds: Student's paired t over training seeds; over_queries: bootstrap and permutation over test queries,
+    clustered by image, of results averaged over seeds; verdict: both uncertainties together, and what it means;
+    p_holm: the verdict's p, adjusted over all differences of the table.
+    """
+
+    variant: str
+    column: Column
+    verdict: Verdict
+    over_seeds: Comparison | None
+    over_queries: Comparison | None
+    p_holm: float | None = None
+
+    @property
+    def outcome(self) -> str:
+        """'better', 'worse' or 'undecided', by the interval and by the adjusted p."""
+        if self.verdict.outcome == "undecided" or self.p_holm is None or self.p_holm >= 0.05:
+            return "undecided"
+        return "better" if self.verdict.outcome == "supported" else "worse"
+
+
+@dataclass
+class VariantResult:
+    """One row of the table. runs: names of their folders; scores: column -> one value a seed; seconds,
+    pairs_per_second: means over seeds.
+    """
+
+    name: str
+    about: str
+    seeds: tuple[int, ...]
+    runs: tuple[str, ...]
+    scores: dict[Column, list[float]]
+    seconds: float
+    pairs_per_second: float
+    pairs_seen: int
+    parameters: int | None
+    differs: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Results:
+    """Everything that tables, pictures and files show."""
+
+    plan: Plan
+    folder: Path
+    runs: int
+    finished: int
+    columns: list[Column]
+    variants: list[VariantResult]
+    differences: list[Difference]
+    verdicts: list[Verdict]
+    teacher: dict[Column, float]
+    curves: dict[str, dict[int, list[tuple[int, dict[str, float]]]]]
+    notes: list[str]
+    setting: dict[str, Any]
+    missing: list[str]
+
+    def difference(self, variant: str, column: Column) -> Difference | None:
+        return next((d for d in self.differences if (d.variant, d.column) == (variant, column)), None)
+
+
+def collect(plan: Plan, grid: Sequence[GridRun], out: Path) -> Results | None:
+    """Results of the finished runs of a grid; None when there is none. Unfinished ones are listed as missing."""
+    facts = {run: _facts(run) for run in grid}
+    done = {run: described for run, described in facts.items() if described is not None}
+    if not done:
+        return None
+    records = read_records([run.folder for run in done])
+    columns = _columns(plan, records)
+    variants = [_variant(plan, name, done, records, columns) for name in plan.variants]
+    variants = [variant for variant in variants if variant.seeds]
+    baseline = next((run for run in done if run.variant == plan.reference), None)
+    for variant in variants:
+        other = next(run for run in done if run.variant == variant.name)
+        variant.differs = [] if baseline is None else _differing(baseline, other)
+    first = next(iter(done.values()))
+    return Results(
+        plan=plan,
+        folder=out,
+        runs=len(grid),
+        finished=len(done),
+        columns=columns,
+        variants=variants,
+        differences=_differences(plan, variants, records, columns),
+        verdicts=judge(plan.claims, records),
+        teacher=_teacher(records, columns),
+        curves=_curves(done),
+        notes=_notes(done),
+        setting={
+            "student": first.get("student"),
+            "data": first.get("data"),
+            "validation": first.get("validation"),
+            "device": first.get("device"),
+            "steps": first.get("steps"),
+            "batch_size": first.get("batch_size"),
+            "parameters": first.get("parameters"),
+            "versions": first.get("versions"),
+        },
+        missing=[run.name for run in grid if run not in done],
+    )
+
+
+def _facts(run: GridRun) -> dict[str, Any] | None:
+    path = run.folder / "run.json"
+    if not path.is_file():
+        return None
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    return facts if facts.get("status") == "finished" else None
+
+
+def _columns(plan: Plan, records: Sequence[Record]) -> list[Column]:
+    """The compared columns: the plan's metrics, else the headline ones; those of students alone."""
+    metrics = list(dict.fromkeys(record.metric for record in records if record.seed is not None))
+    for name in plan.metrics:
+        if name not in metrics:
+            raise InputError(f"ablation: no run has the metric '{name}'{nearest(name, metrics)}")
+    wanted = plan.metrics or [metric for metric in HEADLINE if metric in metrics]
+    if "top1" in wanted and not plan.metrics and "mean_per_class" in wanted:
+        wanted = [metric for metric in wanted if metric != "mean_per_class"]
+    found = [
+        Column(record.metric, record.dataset, record.protocol)
+        for metric in wanted
+        for record in records
+        if record.metric == metric and record.seed is not None
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _variant(
+    plan: Plan, name: str, done: Mapping[GridRun, dict[str, Any]], records: Sequence[Record], columns: Sequence[Column]
+) -> VariantResult:
+    own = {run.seed: facts for run, facts in done.items() if run.variant == name}
+    seconds = [float(facts["seconds"]) for facts in own.values()]
+    pairs = [int(facts["samples_seen"]) for facts in own.values()]
+    first = next(iter(own.values()), {})
+    return VariantResult(
+        name=name,
+        about=plan.variants[name].about or "",
+        seeds=tuple(sorted(own)),
+        runs=tuple(run.name for run in sorted(done, key=lambda run: run.seed) if run.variant == name),
+        scores={c: [r.value for r in _by_seed(records, name, c).values()] for c in columns},
+        seconds=float(np.mean(seconds)) if seconds else 0.0,
+        pairs_per_second=float(np.mean([n / max(s, 1e-9) for n, s in zip(pairs, seconds)])) if seconds else 0.0,
+        pairs_seen=pairs[0] if pairs else 0,
+        parameters=first.get("parameters", {}).get("total"),
+    )
+
+
+def _by_seed(records: Sequence[Record], method: str, column: Column) -> dict[int, Record]:
+    own = [r for r in records if r.method == method and r.seed is not None and column.holds(r)]
+    return {r.seed: r for r in sorted(own, key=lambda r: r.seed or 0) if r.seed is not None}
+
+
+def _differences(
+    plan: Plan, variants: Sequence[VariantResult], records: Sequence[Record], columns: Sequence[Column]
+) -> list[Difference]:
+    found = []
+    for column in columns:
+        base = _by_seed(records, plan.reference, column)
+        for variant in variants:
+            own = _by_seed(records, variant.name, column)
+            shared = sorted(set(own) & set(base))
+            if variant.name != plan.reference and shared:
+                pairs = [own[seed] for seed in shared], [base[seed] for seed in shared]
+                found.append(paired_difference(variant.name, column, *pairs))
+    known = [i for i, difference in enumerate(found) if difference.verdict.p is not None]
+    for i, p in zip(known, holm([found[i].verdict.p or 0.0 for i in known]), strict=True):
+        found[i] = replace(found[i], p_holm=p)
+    return found
+
+
+def paired_difference(name: str, column: Column, ours: Sequence[Record], base: Sequence[Record]) -> Difference:
+    """`ours` minus `base`: records of the same seeds in the same order, measured on the same queries."""
+    a, b = ([record.value for record in side] for side in (ours, base))
+    over_queries = None
+    if all(record.per_query is not None for record in (*ours, *base)):
+        means = [np.mean([np.asarray(r.per_query, dtype=np.float64) for r in side], axis=0) for side in (ours, base)]
+        over_queries = paired_bootstrap(means[0], means[1], ours[0].clusters)
+    over_seeds = paired_seeds(a, b) if len(a) > 1 else None
+    return Difference(name, column, judge_difference(ours, base), over_seeds, over_queries)
+
+
+def _teacher(records: Sequence[Record], columns: Sequence[Column]) -> dict[Column, float]:
+    found = {}
+    for column in columns:
+        values = {r.value for r in records if r.method == "teacher" and column.holds(r)}
+        if len(values) == 1:
+            found[column] = values.pop()
+    return found
+
+
+def _curves(done: Mapping[GridRun, Any]) -> dict[str, dict[int, list[tuple[int, dict[str, float]]]]]:
+    """variant -> seed -> [(pairs seen, {metric: value})] of the evaluations during training."""
+    curves: dict[str, dict[int, list[tuple[int, dict[str, float]]]]] = {}
+    for run in done:
+        path = run.folder / "eval.jsonl"
+        if path.is_file():
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            points = [(int(line.get("samples", line["step"])), line["scores"]) for line in lines]
+            curves.setdefault(run.variant, {})[run.seed] = points
+    return curves
+
+
+def _differing(baseline: GridRun, other: GridRun) -> list[str]:
+    """Settings of `other` that are not the baseline's, apart from seed and names."""
+    if baseline.variant == other.variant:
+        return []
+    stored = [read_yaml(run.folder / "recipe.yaml") for run in (baseline, other)]
+    weights = [{k: v for k, v in values["objective"].pop("weights").items() if v} for values in stored]
+    for values in stored:
+        values["train"].pop("seed")
+        values.pop("recipe")
+    found = []
+    if weights[0] != weights[1]:
+        found.append("objective: " + " + ".join(k if v == 1 else f"{v:g} {k}" for k, v in weights[1].items()))
+    return found + changes(stored[0], stored[1])
+
+
+def _notes(done: Mapping[GridRun, dict[str, Any]]) -> list[str]:
+    """What was held equal, as the runs recorded it; a sentence for whatever was not."""
+    notes = []
+    starts: dict[tuple[int, Any], set[str]] = {}
+    orders: dict[int, set[tuple[Any, ...]]] = {}
+    for run, facts in done.items():
+        starts.setdefault((run.seed, facts.get("student")), set()).add(str(facts.get("initial_weights")))
+        order = (facts.get("data_fingerprint"), facts.get("batch_size"), facts.get("ranks"))
+        orders.setdefault(run.seed, set()).add(order)
+    if all(len(found) == 1 for found in starts.values()):
+        notes.append("The runs of a seed started from the same weights (fingerprints equal).")
+    else:
+        notes.append("The runs of a seed did NOT all start from the same weights.")
+    if all(len(found) == 1 for found in orders.values()):
+        notes.append("The runs of a seed saw the same pairs in the same order.")
+    else:
+        notes.append("The runs of a seed did NOT all see the same pairs in the same order (data or batch size differ).")
+    seen = {facts.get("samples_seen") for facts in done.values()}
+    if len(seen) == 1:
+        notes.append(f"Every run saw {next(iter(seen)):,} pairs.")
+    else:
+        notes.append(f"The budgets differ: {', '.join(f'{n:,}' for n in sorted(seen))} pairs.")
+    bad = sum(int(facts.get("bad_samples", 0)) for facts in done.values())
+    skipped = sum(int(facts.get("skipped_steps", 0)) for facts in done.values())
+    if bad or skipped:
+        notes.append(f"Over all runs {bad} samples could not be read and {skipped} steps were skipped.")
+    return notes
+
+
+def to_json(results: Results) -> dict[str, Any]:
+    """JSON-able: the numbers of the table, by variant and metric."""
+
+    def place(column: Column) -> dict[str, Any]:
+        return {"metric": column.metric, "dataset": column.dataset, "protocol": column.protocol}
+
+    return {
+        "format": 1,
+        "title": results.plan.title,
+        "baseline": results.plan.reference,
+        "seeds": list(results.plan.seeds),
+        "runs": results.runs,
+        "finished": results.finished,
+        "missing": results.missing,
+        "setting": results.setting,
+        "notes": results.notes,
+        "teacher": [place(column) | {"value": value} for column, value in results.teacher.items()],
+        "variants": [
+            {
+                "name": v.name,
+                "about": v.about,
+                "seeds": list(v.seeds),
+                "runs": list(v.runs),
+                "seconds": v.seconds,
+                "pairs_per_second": v.pairs_per_second,
+                "pairs_seen": v.pairs_seen,
+                "parameters": v.parameters,
+                "differs": v.differs,
+                "scores": [place(column) | {"by_seed": values} for column, values in v.scores.items()],
+            }
+            for v in results.variants
+        ],
+        "differences": [
+            place(d.column)
+            | {
+                "variant": d.variant,
+                "outcome": d.outcome,
+                "p_holm": d.p_holm,
+                "both": d.verdict.to_dict(),
+                "over_seeds": None if d.over_seeds is None else asdict(d.over_seeds),
+                "over_queries": None if d.over_queries is None else asdict(d.over_queries),
+            }
+            for d in results.differences
+        ],
+        "claims": [verdict.to_dict() for verdict in results.verdicts],
+    }

@@ -1,0 +1,208 @@
+"""An ablation in words: the Markdown page and the table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from clipdistill.ablate.results import Column, Difference, Results, VariantResult
+from clipdistill.evaluate.verdicts import p_text, verdicts_markdown
+
+_NAMES = {"top1": "zero-shot top-1", "top5": "zero-shot top-5", "mean_per_class": "zero-shot mean per class"}
+
+
+def column_title(column: Column, columns: Sequence[Column]) -> str:
+    """'text→image R@1'; with the data set where several columns have the metric."""
+    name = _NAMES.get(column.metric, column.metric)
+    for short, long in (("i2t_", "image→text "), ("t2i_", "text→image ")):
+        if name.startswith(short):
+            name = long + name.removeprefix(short).replace("_", " ")
+    several = sum(other.metric == column.metric for other in columns) > 1
+    return f"{name} ({column.dataset})" if several else name
+
+
+def markdown(results: Results, *, picture: str | None = None, command: str | None = None, level: int = 1) -> str:
+    """The whole page. picture: address of the picture; command: what made it; level: of the first heading."""
+    plan = results.plan
+    blocks = [f"{'#' * level} {plan.title or 'Ablation'}", _setting(results)]
+    if command:
+        blocks.append(f"```\n{command}\n```")
+    if results.missing:
+        blocks.append(
+            f"**Not finished:** {results.finished} of {results.runs} runs; missing: {', '.join(results.missing)}."
+        )
+    blocks.append(main_table(results))
+    blocks.append(_legend(results))
+    if picture:
+        blocks.append(f"![differences from {plan.reference} and learning curves]({picture})")
+    if results.verdicts:
+        blocks += [f"{'#' * (level + 1)} Claims", verdicts_markdown(results.verdicts)]
+    blocks += [f"{'#' * (level + 1)} Over seeds and over queries", detail_table(results)]
+    blocks += [f"{'#' * (level + 1)} What was compared", _compared(results)]
+    return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
+
+
+def main_table(results: Results) -> str:
+    """One row a variant: score (standard deviation over seeds), difference from the baseline, p by Holm, cost."""
+    heads = ["variant"]
+    for column in results.columns:
+        heads += [column_title(column, results.columns), f"minus {results.plan.reference}"]
+    heads += ["seconds", "pairs/s"]
+    rows = []
+    if results.teacher:
+        cells = ["teacher"]
+        for column in results.columns:
+            cells += [_percent(results.teacher.get(column), column), ""]
+        rows.append([*cells, "", ""])
+    for variant in results.variants:
+        cells = [f"**{variant.name}**" if variant.name == results.plan.reference else variant.name]
+        for column in results.columns:
+            cells += [_score(variant, column), _difference(results.difference(variant.name, column))]
+        rows.append([*cells, f"{variant.seconds:.0f}", f"{variant.pairs_per_second:.0f}"])
+    return _table(heads, rows, right=len(heads) - 1)
+
+
+def detail_table(results: Results) -> str:
+    """Each difference with both kinds of uncertainty apart and together."""
+    heads = ["difference", "metric", "points", "over seeds", "over queries", "together", "p", "p (Holm)", "verdict"]
+    rows = []
+    for d in results.differences:
+        scale = _scale(d.column)
+        rows.append(
+            [
+                f"{d.variant} − {results.plan.reference}",
+                column_title(d.column, results.columns),
+                _signed(d.verdict.effect, scale),
+                _range(d.over_seeds, scale),
+                _range(d.over_queries, scale),
+                _bounds(d.verdict.low, d.verdict.high, scale),
+                "" if d.verdict.p is None else p_text(d.verdict.p),
+                "" if d.p_holm is None else p_text(d.p_holm),
+                _outlook(d),
+            ]
+        )
+    return _table(heads, rows)
+
+
+def terminal_table(results: Results) -> Table:
+    """The main table for the terminal."""
+    table = Table("variant", title=results.plan.title or "ablation", caption=_caption(results))
+    for column in results.columns:
+        table.add_column(column_title(column, results.columns), justify="right")
+        table.add_column(f"minus {results.plan.reference}", justify="right")
+    table.add_column("seconds", justify="right")
+    for variant in results.variants:
+        cells = [variant.name]
+        for column in results.columns:
+            difference = results.difference(variant.name, column)
+            colour = {"better": "green", "worse": "red"}.get(difference.outcome if difference else "", "")
+            text = _difference(difference).replace("**", "")
+            cells += [_score(variant, column), f"[{colour}]{text}[/]" if colour and text else text]
+        table.add_row(*cells, f"{variant.seconds:.0f}")
+    return table
+
+
+def _setting(results: Results) -> str:
+    facts: dict[str, Any] = results.setting
+    parameters = (facts.get("parameters") or {}).get("total")
+    size = f" ({parameters / 1e6:.2f} M parameters)" if parameters else ""
+    protocols = list(dict.fromkeys(c.protocol.partition(" #")[0] for c in results.columns if c.protocol))
+    return (
+        f"{len(results.variants)} variants x {len(results.plan.seeds)} seeds. Student {facts.get('student')}{size}; "
+        f"data {facts.get('data')}; {facts.get('steps')} steps of {facts.get('batch_size')} pairs; "
+        f"{facts.get('device')}. Measured: {'; '.join(protocols)}."
+    )
+
+
+def _legend(results: Results) -> str:
+    return (
+        "Scores in per cent: mean ± standard deviation over seeds. Differences in points with 95 % intervals that hold "
+        "the spread over seeds (Student's t, paired by seed) and the sampling of test queries (bootstrap, clustered by "
+        "image) together, and two-sided p adjusted by Holm over all differences of the table; bold where both say that "
+        f"there is a difference. Seconds of training a run. {_caption(results)}"
+    )
+
+
+def _caption(results: Results) -> str:
+    return " ".join(results.notes)
+
+
+def _compared(results: Results) -> str:
+    lines = []
+    for variant in results.variants:
+        about = f" ({variant.about})" if variant.about else ""
+        if variant.name == results.plan.reference:
+            text = "the baseline"
+        else:
+            text = "; ".join(variant.differs) or "no setting differs from the baseline's"
+        lines.append(f"- **{variant.name}**{about}: {text}")
+    return "\n".join(lines)
+
+
+def _score(variant: VariantResult, column: Column) -> str:
+    values = variant.scores.get(column, [])
+    if not values:
+        return ""
+    mean, scale = sum(values) / len(values), _scale(column)
+    text = f"{mean * scale:.1f}"
+    if len(values) > 1:
+        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+        text += f" ± {spread * scale:.1f}"
+    return text
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None or difference.verdict.effect is None:
+        return ""
+    scale = _scale(difference.column)
+    text = f"{_signed(difference.verdict.effect, scale)}"
+    if difference.verdict.low is not None:
+        text += f" [{_bounds(difference.verdict.low, difference.verdict.high, scale)}]"
+    if difference.p_holm is not None:
+        text += f", p {p_text(difference.p_holm)}"
+    return f"**{text}**" if difference.outcome != "undecided" else text
+
+
+def _outlook(difference: Difference) -> str:
+    verdict = difference.verdict
+    if difference.outcome != "undecided":
+        return f"**{difference.outcome}**"
+    if verdict.outcome != "undecided":
+        return "undecided (not after Holm)"
+    if verdict.seeds_needed is not None:
+        return f"undecided; {max(1, verdict.seeds_needed - verdict.seeds)} more seeds"
+    if verdict.images_needed is not None:
+        return f"undecided; more than {verdict.images_needed:,} test images"
+    return "undecided"
+
+
+def _range(comparison: Any, scale: float) -> str:
+    if comparison is None:
+        return ""
+    return f"{_bounds(comparison.low, comparison.high, scale)}, p {p_text(comparison.p)}"
+
+
+def _bounds(low: float | None, high: float | None, scale: float) -> str:
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        return ""
+    return f"{_signed(low, scale)} to {_signed(high, scale)}"
+
+
+def _signed(value: float | None, scale: float) -> str:
+    return "" if value is None else f"{value * scale:+.2f}".replace("-", "−")
+
+
+def _percent(value: float | None, column: Column) -> str:
+    return "" if value is None else f"{value * _scale(column):.1f}"
+
+
+def _scale(column: Column) -> float:
+    return 1.0 if column.metric.endswith("median_rank") or column.metric == "ties" else 100.0
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> str:
+    marks = ["---"] * (len(heads) - right) + ["---:"] * right
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, marks, *rows))
