@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from clipdistill.data.files import is_there, local_path
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.tar_headers import looks_like_tar
 from clipdistill.errors import InputError, nearest
@@ -23,8 +24,8 @@ def open_by_content(config: DataConfig, default_split: str | None) -> PairSource
         from clipdistill.data.hub import open_hub
 
         return open_hub(name.removeprefix("hf:"), config, default_split)
-    path = Path(name).expanduser()
-    if _is_there(path):
+    path = local_path(name)
+    if is_there(path):
         return _open_path(path, config, default_split)
     if _SCENES.match(name):
         return _open_scenes(config, default_split)
@@ -33,20 +34,13 @@ def open_by_content(config: DataConfig, default_split: str | None) -> PairSource
     if "{" in name:
         from clipdistill.data.tars import expand_braces, open_tars
 
-        shards = [Path(shard).expanduser() for shard in expand_braces(name)]
+        shards = [local_path(shard) for shard in expand_braces(name)]
         return open_tars(shards, Path(name).name if Path(name).parent == Path() else name, config)
     with_split = _WITH_SPLIT.match(name)
-    if with_split and _is_there(Path(with_split["path"]).expanduser()):
+    if with_split and is_there(local_path(with_split["path"])):
         split = config.split or with_split["split"]
         return open_by_content(config.model_copy(update={"path": with_split["path"], "split": split}), default_split)
     raise InputError(f"data '{name}': no such file or folder{_near(path)}")
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError, RuntimeError):  # a name too long for the file system
-        return False
 
 
 def _near(path: Path) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from clipdistill.data.pairs import IndexedPairs
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.data.strings import Strings
@@ -20,6 +22,24 @@ LARGEST_FILE = 1 << 29
 MISSING_FILE = "missing image file"
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 _PROBES = 50  # names tried in each candidate folder
+
+
+def local_path(name: str) -> Path:
+    """The path that a user's name of a file or folder means. Raises InputError for what can be none."""
+    if "\0" in name:
+        raise InputError(f"{name!r} is not the name of a file: it holds a null character")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # the home folder of a user that does not exist
+        raise InputError(f"'{name}' is not the name of a file ({error})") from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder; False for names that no file system takes."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def read_image_file(path: str | Path) -> bytes:
@@ -60,7 +80,9 @@ class FilePairs(IndexedPairs):
     ) -> None:
         super().__init__(name, paths if keys is None else keys, captions, problems, max_pixels)
         self._root = str(root)
-        self._paths = self._keys if keys is None else Strings.pack(paths)
+        raw = Strings.pack(paths)
+        # the same memory where the keys are the paths, as they are unless a name is not UTF-8
+        self._paths = self._keys if np.array_equal(raw.buffer, self._keys.buffer) else raw
 
     def path(self, i: int) -> str:
         """Where the image of sample i lies."""

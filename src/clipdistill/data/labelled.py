@@ -23,7 +23,7 @@ from clipdistill.data.class_names import KNOWN_SETS, Rule, deviation, is_wnids, 
 from clipdistill.data.files import read_json
 from clipdistill.data.images import MAX_PIXELS
 from clipdistill.data.problems import BadSample, Problems
-from clipdistill.data.strings import Strings
+from clipdistill.data.strings import Strings, valid_text
 from clipdistill.errors import InputError, nearest
 
 __all__ = ["BadSample", "LabelledSource", "Naming", "is_labelled_name", "open_labelled", "read_class_file"]
@@ -52,12 +52,12 @@ class LabelledSource(ABC):
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         """Raises InputError when there is no image or no class, or a label has no name."""
-        self.name = name
+        self.name = valid_text(name)
         self.problems = problems or Problems()
         self.max_pixels = max_pixels
         self.labels: NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
-        self.class_labels = tuple(class_labels)
-        self._keys = Strings.pack(keys)
+        self.class_labels = tuple(valid_text(label) for label in class_labels)
+        self._keys = Strings.pack(valid_text(key) for key in keys)
         if not len(self.labels):
             found = self.problems.summary()
             raise InputError(f"{name}: no labelled image in it" + (f" ({found})" if found else ""))
@@ -205,6 +205,14 @@ def read_class_file(path: Path, *, wnids: bool = False) -> list[str] | dict[str,
 
     wnids: where every entry also has a WordNet identifier ('wnid'), return those instead of the names.
     """
+    found = _read_class_file(path, wnids)
+    for text in (*found, *(found.values() if isinstance(found, dict) else ())):
+        if valid_text(text) != text:
+            raise InputError(f"class names '{path}': {valid_text(text)[:60]!r} holds bytes that are not UTF-8")
+    return found
+
+
+def _read_class_file(path: Path, wnids: bool) -> list[str] | dict[str, str]:
     if not path.is_file():
         raise InputError(f"class names '{path}': no such file")
     if path.suffix.lower() != ".json":

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipdistill.data.class_names import class_labels, imagenet_wnids
-from clipdistill.data.files import IMAGE_SUFFIXES, read_image_file
+from clipdistill.data.files import IMAGE_SUFFIXES, is_there, local_path, read_image_file
 from clipdistill.data.folder import list_images
 from clipdistill.data.labelled import LabelledSource, Naming, read_class_file
 from clipdistill.data.problems import BadSample, Problems
+from clipdistill.data.strings import Strings
 from clipdistill.data.tar_headers import DamagedTar, Member, looks_like_tar, members
 from clipdistill.errors import InputError, nearest
 
@@ -31,13 +32,14 @@ def open_files(
     path: str, known: str | None, own_names: OwnNames, naming: Naming, split: str | None, max_pixels: int
 ) -> LabelledSource:
     """See labelled.open_labelled."""
-    place = Path(path).expanduser()
-    if not place.exists() and "{" in path:
+    place = local_path(path)
+    there = is_there(place)
+    if not there and "{" in path:
         from clipdistill.data.tars import expand_braces
 
-        shards = [Path(name).expanduser() for name in expand_braces(path)]
+        shards = [local_path(name) for name in expand_braces(path)]
         return _open_tars(shards, place.name, known, own_names, naming, split, max_pixels)
-    if not place.exists():
+    if not there:
         raise InputError(f"labelled data '{path}': no such file or folder")
     if place.is_dir():
         tars = sorted(entry for entry in place.iterdir() if entry.suffix.lower() == ".tar")
@@ -58,12 +60,12 @@ def open_files(
 
 def looks_labelled(name: str) -> bool:
     """Whether a path holds a classification set, as far as a quick look tells; False for what does not exist."""
-    place = Path(name).expanduser()
     try:
+        place = local_path(name)
         if "{" in name and not place.exists():
             from clipdistill.data.tars import expand_braces
 
-            place = Path(expand_braces(name)[0]).expanduser()
+            place = local_path(expand_braces(name)[0])
         if place.is_dir():
             tars = sorted(entry for entry in place.iterdir() if entry.suffix.lower() == ".tar")
             return _has_classes(tars[0]) if tars else _is_class_folder(place)
@@ -73,7 +75,7 @@ def looks_labelled(name: str) -> bool:
             with zipfile.ZipFile(place) as archive:
                 return {"images.npy", "labels.npy"} <= set(archive.namelist())
         return _has_classes(place)
-    except (OSError, InputError):
+    except Exception:  # zipfile raises almost any type on damaged archives
         return False
 
 
@@ -130,9 +132,10 @@ class FolderLabels(LabelledSource):
     ):
         super().__init__(root.name, paths, labels, class_labels, **rest)
         self._root = str(root)
+        self._paths = Strings.pack(paths)
 
     def _bytes(self, i: int) -> bytes:
-        return read_image_file(f"{self._root}/{self._keys[i]}")
+        return read_image_file(f"{self._root}/{self._paths[i]}")
 
 
 def _open_folder(
@@ -246,9 +249,9 @@ class ArrayLabels(LabelledSource):
             labels = self._array(archive, "labels")
             names = own_names
             if names is None and "classnames" in archive.files:
-                names = [str(text) for text in self._array(archive, "classnames").tolist()]
+                names = self._texts(archive, "classnames")
             has_files = "filenames" in archive.files
-            keys = [str(text) for text in self._array(archive, "filenames").tolist()] if has_files else []
+            keys = self._texts(archive, "filenames") if has_files else []
         if not isinstance(names, list):
             raise InputError(f"'{path}': no class names (array 'classnames'): give them as a list with classes=FILE")
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
@@ -259,21 +262,27 @@ class ArrayLabels(LabelledSource):
         keys = keys or [f"{k:06d}" for k in range(len(labels))]
         super().__init__(path.stem, keys, labels, names, naming=naming, known=known)
         shape = self._shape()
-        if len(shape) != 4 or shape[0] != len(labels) or shape[3] != 3:
+        if len(shape) != 4 or shape[0] != len(labels) or shape[3] != 3 or 0 in shape:
             raise InputError(f"'{path}': images must be uint8 of shape ({len(labels)}, height, width, 3), got {shape}")
 
     def _archive(self) -> Any:
         try:
             return np.load(self._path, allow_pickle=False)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise InputError(f"'{self._path}': not readable as a numpy archive ({error})") from error
+        except Exception as error:  # zipfile and numpy raise almost any type on damaged archives
+            raise InputError(f"'{self._path}': not readable as a numpy archive ({_words(error)})") from error
 
     def _array(self, archive: Any, name: str) -> NDArray[Any]:
         try:
             result: NDArray[Any] = archive[name]
-        except (OSError, ValueError, zipfile.BadZipFile) as error:  # ValueError: an array of Python objects
-            raise InputError(f"'{self._path}': the array '{name}' cannot be read ({error})") from error
+        except Exception as error:  # as above; ValueError: an array of Python objects
+            raise InputError(f"'{self._path}': the array '{name}' cannot be read ({_words(error)})") from error
         return result
+
+    def _texts(self, archive: Any, name: str) -> list[str]:
+        array = self._array(archive, name)
+        if array.ndim != 1:
+            raise InputError(f"'{self._path}': '{name}' must be texts in one row, got the shape {array.shape}")
+        return [str(text) for text in array.tolist()]
 
     def _shape(self) -> tuple[int, ...]:
         return self._load().shape if self._load().dtype == np.uint8 else ()
@@ -297,6 +306,10 @@ class ArrayLabels(LabelledSource):
     def _hash_content(self, digest: hashlib._Hash) -> None:
         if self._numbered:
             digest.update(np.ascontiguousarray(self._load()).data)
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class TarLabels(LabelledSource):
@@ -346,8 +359,8 @@ def _open_tars(
                 problems.add("sample without image" if image is None else "sample without label", key, dropped=True)
                 continue
             try:
-                label = int(cls)
-            except ValueError:
+                label = int(np.int64(int(cls)))
+            except (ValueError, OverflowError):
                 raise InputError(f"'{shard}': the label of '{stem}' is {cls[:20]!r}, not a whole number") from None
             keys.append(key)
             labels.append(label)

@@ -108,7 +108,7 @@ def _read_written(path: Path) -> set[tuple[str, str]]:
         try:
             row = json.loads(line)
             written.add((row["key"], row["reason"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     if text and not text.endswith("\n"):
         with path.open("a", encoding="utf-8") as file:

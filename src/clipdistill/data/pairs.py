@@ -17,7 +17,7 @@ from pydantic import Field
 
 from clipdistill.config import Config
 from clipdistill.data.problems import BadSample, Problems
-from clipdistill.data.strings import Strings
+from clipdistill.data.strings import Strings, valid_text
 
 __all__ = ["BadSample", "DataConfig", "IndexedPairs", "PairSource", "Problems", "open_pairs"]
 
@@ -102,10 +102,10 @@ class IndexedPairs(PairSource):
     def __init__(
         self, name: str, keys: Iterable[str], captions: Sequence[Sequence[str]], problems: Problems, max_pixels: int
     ) -> None:
-        self.name = name
+        self.name = valid_text(name)
         self.problems = problems
         self.max_pixels = max_pixels
-        self._keys = Strings.pack(keys)
+        self._keys = Strings.pack(valid_text(key) for key in keys)
         self._captions = Strings.pack(c for group in captions for c in group)
         self._starts = np.zeros(len(captions) + 1, dtype=np.int64)
         np.cumsum([len(c) for c in captions], out=self._starts[1:])

@@ -33,11 +33,11 @@ def open_parquet(files: Sequence[Path], where: Path, config: DataConfig, default
     """
     import pyarrow as pa
 
-    tables = [_open(file) for file in files]
-    schema = tables[0].schema_arrow
-    for file, table in zip(files, tables):
-        if table.schema_arrow.names != schema.names:
-            raise InputError(f"'{file}' has other columns than '{files[0]}': {', '.join(table.schema_arrow.names)}")
+    opened = [_open(file) for file in files]
+    tables, schema = [table for table, _ in opened], opened[0][1]
+    for file, (_, other) in zip(files, opened):
+        if other.names != schema.names:
+            raise InputError(f"'{file}' has other columns than '{files[0]}': {', '.join(other.names)}")
     image = guessed_column(config.image_column, "filepath", IMAGE_NAMES, schema.names, "image_column", str(where))
     caption = guessed_column(config.caption_column, "title", CAPTION_NAMES, schema.names, "caption_column", str(where))
     split = "split" if "split" in schema.names else None
@@ -47,21 +47,29 @@ def open_parquet(files: Sequence[Path], where: Path, config: DataConfig, default
             return _open_paths(files, tables, where, (image, caption, split), config, default_split)
         if _holds_bytes(kind):
             return _open_bytes(files, tables, where, (image, caption, split), config, default_split)
-    except (pa.ArrowException, OSError) as error:
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name that is not UTF-8
         raise InputError(f"'{where}': damaged Parquet file ({_first_line(error)})") from error
     raise InputError(
         f"'{where}': the column '{image}' holds {kind}, neither paths nor encoded images; set image_column"
     )
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path) -> tuple[Any, Any]:
+    """The file and its schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
+        str(file).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"'{file}': pyarrow opens only files whose name is valid UTF-8: rename it") from None
+    try:
         # mapped, and without pyarrow's read-ahead threads: both must survive the fork into workers
-        return pq.ParquetFile(file, memory_map=True, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+        table = pq.ParquetFile(file, memory_map=True, pre_buffer=False)
+        return table, table.schema_arrow
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name that is not UTF-8
         raise InputError(f"'{file}': not a readable Parquet file ({_first_line(error)})") from error
 
 
@@ -192,14 +200,13 @@ class ParquetPairs(IndexedPairs):
             raise IndexError(f"sample {i} of {len(self)}")
         file, group, row = (int(v) for v in self._places[i])
         value = self._group(file, group)[row].as_py()
-        if isinstance(value, dict):
-            value = value.get("bytes")
         if value is None:
             raise BadSample("empty image file")
         return value
 
     def _group(self, file: int, group: int) -> Any:
         import pyarrow as pa
+        import pyarrow.compute as pc
 
         if self._process != os.getpid():
             self._forget_files()
@@ -207,9 +214,11 @@ class ParquetPairs(IndexedPairs):
         if cells is None:
             try:
                 if file not in self._tables:
-                    self._tables[file] = _open(self._paths[file])
+                    self._tables[file] = _open(self._paths[file])[0]
                 cells = self._tables[file].read_row_group(group, columns=[self._column], use_threads=False).column(0)
-            except (pa.ArrowException, OSError, InputError) as error:
+                while pa.types.is_struct(cells.type):
+                    cells = pc.struct_field(cells, "bytes")  # the path beside it may be no text
+            except (pa.ArrowException, OSError, ValueError) as error:
                 raise BadSample(f"unreadable row group: {self._paths[file].name}: {_first_line(error)}") from error
             self._groups[file, group] = cells
             while len(self._groups) > 1 and sum(c.nbytes for c in self._groups.values()) > _KEPT_BYTES:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from clipdistill.data.strings import valid_text
+
 ROWS_KEPT = 1000
 """Rows remembered per reason; the counts are always complete."""
 
@@ -44,7 +46,7 @@ class Problems:
         """Count `reason` (its class) `times`; `dropped` says that a whole sample was left out because of it."""
         name = reason_class(reason)
         if self.counts[name] < ROWS_KEPT:
-            self.rows.append((key, reason))
+            self.rows.append((valid_text(key), valid_text(reason)))
         self.counts[name] += times
         self.dropped += dropped
 

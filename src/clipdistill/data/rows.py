@@ -33,7 +33,7 @@ class Rows:
         if not isinstance(path, str) or not path.strip() or "\0" in path:
             self.problems.add("row without image", place, dropped=True)
             return
-        path = path.strip().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        path = path.strip()
         label = "" if split is None else str(split)
         values = self.present(captions, path, place)
         if (label, path) not in self._entries:

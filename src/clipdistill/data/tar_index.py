@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import tempfile
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,7 +56,7 @@ def index_shard(path: Path, label: str) -> ShardIndex:
     status = path.stat()
     remembered = _cache_file(path)
     key = json.dumps([FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns, label])
-    index = _recall(remembered, key)
+    index = _recall(remembered, key, status.st_size)
     if index is None:
         with path.open("rb") as file:
             index = _scan(file, status.st_size, label)
@@ -155,7 +154,7 @@ def _cache_file(path: Path) -> Path | None:
         return None
 
 
-def _recall(file: Path | None, key: str) -> ShardIndex | None:
+def _recall(file: Path | None, key: str, length: int) -> ShardIndex | None:
     """A remembered index if it belongs to exactly this file; anything unreadable is simply scanned again."""
     if file is None or not file.is_file():
         return None
@@ -176,10 +175,13 @@ def _recall(file: Path | None, key: str) -> ShardIndex | None:
         index.problems.counts.update(found["counts"])
         index.problems.rows = [(str(k), str(r)) for k, r in found["rows"]]
         index.problems.dropped = int(found["dropped"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError, zipfile.BadZipFile):
+        counts = {len(index.stems), len(index.offsets), len(index.sizes), len(index.captions)}
+        whole = len(counts) == 1 and len(set(index.stems)) == len(index.stems) and starts[-1:] == [len(captions)]
+        inside = all(0 <= at <= at + size <= length for at, size in zip(index.offsets, index.sizes))
+        filled = all(captions) and all(index.captions)
+    except Exception:  # zipfile and numpy raise almost any type on damaged archives
         return None
-    lengths = {len(index.stems), len(index.offsets), len(index.sizes), len(index.captions)}
-    return index if len(lengths) == 1 else None
+    return index if whole and inside and filled else None
 
 
 def _remember(file: Path | None, key: str, index: ShardIndex) -> None:

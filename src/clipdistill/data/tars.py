@@ -20,6 +20,7 @@ import numpy as np
 
 from clipdistill.data.pairs import DataConfig, IndexedPairs
 from clipdistill.data.problems import BadSample, Problems
+from clipdistill.data.strings import valid_text
 from clipdistill.data.tar_index import DUPLICATE, ShardIndex, index_shard
 from clipdistill.errors import InputError
 
@@ -197,12 +198,12 @@ def open_tars(shards: Sequence[Path], name: str, config: DataConfig) -> TarPairs
 
 def _labels(shards: Sequence[Path]) -> list[str]:
     """A short unique name for each shard: its stem, or its path below the common folder where stems repeat."""
-    stems = [path.stem for path in shards]
+    stems = [valid_text(path.stem) for path in shards]
     if len(set(stems)) == len(stems):
         return stems
     paths = [os.path.abspath(path) for path in shards]  # noqa: PTH100 - links are to stay as they are named
     common = os.path.commonpath(paths)
-    labels = [os.path.relpath(path, common) for path in paths]
+    labels = [valid_text(os.path.relpath(path, common)) for path in paths]
     if len(set(labels)) < len(labels):
         repeated = next(path for path, label in zip(shards, labels) if labels.count(label) > 1)
         raise InputError(f"the shard '{repeated}' is named more than once")

@@ -95,8 +95,11 @@ class View:
             box = None if box is None else tuple(int(v) for v in box)
             if box is not None and (len(box) != 4 or min(box[0], box[1]) < 0 or min(box[2], box[3]) < 1):
                 raise ValueError(f"the box {box} is not (top, left, height, width)")
-            return cls(box, bool(flip), tuple((str(name), float(value)) for name, value in operations))
-        except (TypeError, ValueError) as error:
+            drawn = tuple((str(name), float(value)) for name, value in operations)
+            if not all(math.isfinite(value) for _, value in drawn):
+                raise ValueError("a magnitude is not a finite number")
+            return cls(box, bool(flip), drawn)
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{values!r:.200} is not a stored view: {error}") from error
 
 
