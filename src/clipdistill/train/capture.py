@@ -1,4 +1,4 @@
-"""What is kept of a step whose loss or gradient is not finite, and undoing what its forward pass left behind.
+"""What is kept of a step whose loss or gradient is not finite.
 
 skipped_steps/
     step-00000123-rank-0.json      keys, captions, seeds and terms of the rank's part of the batch
@@ -11,9 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from clipdistill.data.loader import Batch
 from clipdistill.errors import StorageError
 from clipdistill.objective import ObjectiveOutput
@@ -24,31 +21,6 @@ from clipdistill.train.step import step_seed
 
 CAPTURED = "skipped_steps"
 STATE = "state"
-
-
-class Statistics:
-    """The running statistics of batch-norm layers, which a forward pass changes although its step is skipped."""
-
-    def __init__(self, module: nn.Module) -> None:
-        layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self._live = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
-        self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
-        self._kept = [b.clone() for b in self._live]
-        self._kept_counters = [b.clone() for b in self._counters]
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        """Remember them as they are now."""
-        for kept, live in ((self._kept, self._live), (self._kept_counters, self._counters)):
-            if live:
-                torch._foreach_copy_(kept, live)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Make them what they were at the last `keep`."""
-        for kept, live in ((self._kept, self._live), (self._kept_counters, self._counters)):
-            if live:
-                torch._foreach_copy_(live, kept)
 
 
 def capture(

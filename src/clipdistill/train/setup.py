@@ -29,7 +29,7 @@ from clipdistill.train.config import RunConfig
 from clipdistill.train.distributed import broadcast_module, rank, world_size
 from clipdistill.train.optimiser import build_optimiser, learning_rate_factor
 from clipdistill.train.sources import Sources
-from clipdistill.train.step import Towers
+from clipdistill.train.step import Towers, settle_buckets
 
 
 class Teacher(Protocol):
@@ -200,7 +200,11 @@ def _make_trainable(student: ClipModel, config: RunConfig, device: torch.device,
         module.encode_image = torch.compile(module.encode_image)
         module.encode_text = torch.compile(module.encode_text)
     if world_size() > 1:
+        if masking is not None:
+            masking.before_step(train.seed, 0)
         towers = DistributedDataParallel(towers, device_ids=[device] if device.type == "cuda" else None)
+        images = torch.zeros(2, 3, student.image.size, student.image.size, device=device)
+        settle_buckets(towers, images, student.tokenizer(["a"] * 2).to(device))
     return towers
 
 

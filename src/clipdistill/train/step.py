@@ -185,3 +185,41 @@ def frozen_batch_statistics(module: nn.Module) -> Iterator[None]:
             m.momentum = momentum
             if seen is not None and m.num_batches_tracked is not None:
                 m.num_batches_tracked.copy_(seen)
+
+
+class Statistics:
+    """The running statistics of batch-norm layers, which a forward pass changes although its step is skipped."""
+
+    def __init__(self, module: nn.Module) -> None:
+        layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._live = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+        self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
+        self._kept = [b.clone() for b in self._live]
+        self._kept_counters = [b.clone() for b in self._counters]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Remember them as they are now."""
+        for kept, live in ((self._kept, self._live), (self._kept_counters, self._counters)):
+            if live:
+                torch._foreach_copy_(kept, live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Make them what they were at the last `keep`."""
+        for kept, live in ((self._kept, self._live), (self._kept_counters, self._counters)):
+            if live:
+                torch._foreach_copy_(live, kept)
+
+
+def settle_buckets(towers: DistributedDataParallel, images: Tensor, tokens: Tensor) -> None:
+    """One backward pass whose gradients are thrown away, before the first step.
+
+    DDP sorts its buckets anew after the first backward pass that it sees, and the order in which numbers are summed
+    over three or more ranks follows from that: without this, the first step after a resume would round differently
+    from the same step of an uninterrupted run.
+    """
+    with frozen_batch_statistics(towers):
+        image, text, scale, bias = towers(images, tokens)
+        (0.0 * (image.sum() + text.sum()) + _touch(scale, bias)).backward()
+    towers.zero_grad(set_to_none=True)
