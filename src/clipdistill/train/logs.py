@@ -33,11 +33,11 @@ class Sink(Protocol):
 class JsonLines:
     """`log.jsonl` (training) and `eval.jsonl` (curve) in the run folder, one JSON object a line."""
 
-    def __init__(self, folder: Path, resume_step: int) -> None:
+    def __init__(self, folder: Path, resume_step: int, evaluation_due: bool = False) -> None:
         self.paths = {"train": folder / "log.jsonl", "eval": folder / "eval.jsonl"}
-        for path in self.paths.values():
+        for kind, path in self.paths.items():
             if path.exists():
-                _keep_until(path, resume_step)
+                _keep_until(path, resume_step - int(evaluation_due and kind == "eval"))
 
     def record(self, kind: str, values: Mapping[str, Any]) -> None:
         with self.paths[kind].open("a", encoding="utf-8") as file:
