@@ -21,6 +21,8 @@ COMMANDS = {
     "ablate": ("clipdistill.ablate.command", "variants of recipes times seeds, compared in pairs with intervals"),
     "cache": ("clipdistill.cache.command", "compute a teacher's embeddings once, for any number of runs"),
     "eval": ("clipdistill.evaluate.command", "measure retrieval and zero-shot classification under a named protocol"),
+    "compare": ("clipdistill.evaluate.compare_command", "two models, or the seeds of two methods, on the same queries"),
+    "claims": ("clipdistill.evaluate.claims_command", "claims judged from runs: supported, contradicted or undecided"),
     "bench": ("clipdistill.bench.command", "measure throughput, latency and size"),
     "report": ("clipdistill.report.command", "one HTML page from any number of runs"),
     "search": ("clipdistill.search.command", "search a folder of photographs, student beside teacher"),
