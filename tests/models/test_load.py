@@ -153,7 +153,7 @@ def test_fetching_is_announced(
         ("timm:resnet18.a1_in1kk", "did you mean 'a1_in1k'"),
         ("timm:resnet18.a1_in1k", "the weights of timm:resnet18.a1_in1k must be fetched"),
         ("timm:hf-hub:a/b", "timm has no architecture"),
-        ("onnx:folder", "an exported model is no PyTorch model"),
+        ("onnx:folder", "needs a folder written by  clipdistill export --to onnx"),
         ("ViT-T-16@nothing.pt", "nothing.pt: no such file"),
         ("scenes-student", "takes its vocabulary from"),
         ("ViT-B-16-SigLIP", "the tokenizer of ViT-B-16-SigLIP must be fetched"),

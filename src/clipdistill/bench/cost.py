@@ -30,15 +30,17 @@ def describe_model(model: ClipModel) -> dict[str, Any]:
         "architecture": architecture_fingerprint(model.architecture),
         "parameters": model.parameter_counts(),
         "flops": {tower: count_flops(model, tower) for tower in ("image", "text")},
-        "size_bytes": tensor_bytes(model.module),
+        "size_bytes": getattr(model.module, "size_bytes", None) or tensor_bytes(model.module),
         "image_size": model.image.size,
         "context_length": model.context_length,
     }
 
 
 def count_flops(model: ClipModel, tower: str) -> int:
-    """FLOPs of one image or one text through a tower (a multiply-add is two)."""
+    """FLOPs of one image or one text through a tower (a multiply-add is two). An export knows its own."""
     module = model.module
+    if isinstance(known := getattr(module, "flops", None), dict):
+        return int(known.get(tower, 0))
     device = next(module.parameters()).device
     dtype = next(module.parameters()).dtype
     fast = torch.backends.mha.get_fastpath_enabled()

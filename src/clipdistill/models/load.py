@@ -5,6 +5,7 @@ ViT-T-16                    a registered student or an open_clip architecture, r
 scenes-teacher              the trained teacher of the demo, which comes with the package
 ViT-B-16@weights.pt         a checkpoint file with the architecture named; weights.pt alone where the shapes tell
 hf:owner/name               a model of the Hugging Face hub
+onnx:DIR, openvino:DIR      an export (clipdistill export), run by that runtime: to evaluate, measure, teach
 timm:name                   a timm image tower with the default text tower; weights if the name has one of timm's tags
 runs/x                      a run, its student/, its checkpoints/step-00000100; any model folder;
                             a Hugging Face CLIP folder; an open_clip folder
@@ -26,6 +27,7 @@ from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, render
 from clipdistill.errors import InputError
 from clipdistill.models import hub, hugging_face, open_clip_models
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.exported import MANIFEST, ExportedModel, read_exported
 from clipdistill.models.inherit import inherit
 from clipdistill.models.inherit_names import PREFIX, parse
 from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG
@@ -64,6 +66,8 @@ def load_model(
     forbidden or out of reach.
     """
     model = _read(str(name), tokenizer, seed)
+    if image_size is not None and isinstance(model, ExportedModel):
+        raise InputError(f"'{name}': an exported model has its image size for good: export it again at {image_size}")
     if image_size is not None:
         model = with_image_size(model, image_size)
     model.module.to(device)
@@ -151,7 +155,11 @@ def _from_timm(network: str, tokenizer: Tokenizer | None, seed: int) -> ClipMode
 
 
 def _from_onnx(folder: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
-    raise InputError(f"'onnx:{folder}': an exported model is no PyTorch model: name the one it was made from")
+    return read_exported(Path(folder).expanduser(), f"onnx:{folder}", "onnx")
+
+
+def _from_openvino(folder: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
+    return read_exported(Path(folder).expanduser(), f"openvino:{folder}", "openvino")
 
 
 def _inherited(sizes: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
@@ -165,6 +173,7 @@ _PREFIXES: dict[str, Callable[[str, Tokenizer | None, int], ClipModel]] = {
     "hf": _from_hub,
     "timm": _from_timm,
     "onnx": _from_onnx,
+    "openvino": _from_openvino,
     "inherit": _inherited,
 }
 
@@ -173,6 +182,11 @@ def read_folder(folder: Path, name: str) -> ClipModel:
     """The model in a folder: model folder, run, checkpoint of a run, open_clip or Hugging Face CLIP folder."""
     if (folder / DESCRIPTION).exists():
         return read_model(folder)
+    if any((part / "meta_teacher.json").exists() for part in (folder, folder / "student")):
+        raise InputError(
+            f"{folder}: a region teacher, which needs boxes of every image: name it as the teacher of a training run, "
+            "measure it with `clipdistill regions measure`, or take its frozen CLIP, the folder clip/ in it"
+        )
     if (folder / "student" / DESCRIPTION).exists():
         return read_model(folder / "student")
     if (folder / "checkpoints").is_dir():
@@ -181,6 +195,9 @@ def read_folder(folder: Path, name: str) -> ClipModel:
         return open_clip_models.read_open_clip_folder(folder, name)
     if (folder / hugging_face.CONFIG).exists():
         return hugging_face.read_hugging_face(folder, name)
+    runtime = "onnx" if (folder / "image.onnx").exists() else "openvino"
+    if (folder / MANIFEST).exists() and (runtime == "onnx" or (folder / "image.xml").exists()):
+        raise InputError(f"{folder}: an exported model is named with its runtime:  {runtime}:{name}")
     raise InputError(
         f"{folder}: holds no model: expected {DESCRIPTION} (a model folder), student/ (a run or checkpoint), "
         f"{OPEN_CLIP_CONFIG} or {hugging_face.CONFIG}"

@@ -1,0 +1,254 @@
+"""`--to onnx` and `--to openvino`: towers, tokenizer, transform, example, manifest in one folder, behind the gate."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from clipdistill.config import as_dict
+from clipdistill.data.pairs import PairSource
+from clipdistill.errors import InputError, MissingExtraError
+from clipdistill.evaluate.encode import EncodedPairs
+from clipdistill.export.accuracy import Accuracy, accuracy, calibration_arrays, embed
+from clipdistill.export.folder import MANIFEST, new_folder, write_json
+from clipdistill.export.gate import Parity, Tolerance, compare, require, summary
+from clipdistill.export.int8 import Choice, quantise_onnx, quantise_openvino, within_budget
+from clipdistill.export.tokenizer_json import FILE as TOKENIZER
+from clipdistill.export.tokenizer_json import differing, tokenizer_json
+from clipdistill.export.towers import INPUTS, OPSET, OUTPUTS, TOWERS, write_onnx
+from clipdistill.export.transform import FILE as TRANSFORM
+from clipdistill.export.transform import write_transform
+from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.exported import load_graph, read_exported
+from clipdistill.models.save import file_sha256
+
+FORMAT = 1
+SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
+_LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "tokenizers")
+
+
+@dataclass
+class Exported:
+    """What an export did: the folder, the gate's comparisons, R@1 before and after (where data was given), choices."""
+
+    folder: Path
+    parities: list[Parity]
+    before: Accuracy | None = None
+    after: Accuracy | None = None
+    choices: list[Choice] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def export_graphs(
+    model: ClipModel,
+    out: Path,
+    *,
+    runtime: str = "onnx",
+    normalised: bool = False,
+    int8: bool = False,
+    test: PairSource | None = None,
+    calibration: PairSource | None = None,
+    budget: float = 1.0,
+    tolerance: Tolerance | None = None,
+    opset: int = OPSET,
+) -> Exported:
+    """Export both towers for `runtime` ("onnx" or "openvino") into the folder `out`.
+
+    normalised: embeddings leave the graph at unit length. test: pairs on which R@1 is measured before and after.
+    int8: quantise, calibrated on `calibration`, within a budget of points of R@1 on `test`; both are needed then.
+    Raises InputError when a tower cannot be exported or misses the tolerance; then nothing is written under `out`.
+    """
+    if int8 and (test is None or calibration is None):
+        raise InputError("int8 needs pairs to calibrate on and to measure what is lost: name them with --data")
+    tokenizer = tokenizer_json(model.tokenizer)
+    notes = []
+    with new_folder(out) as folder:
+        write_json(folder / TOKENIZER, tokenizer)
+        write_transform(folder, model.image, runtime)
+        write_graphs(model, folder, runtime, normalised=normalised, opset=opset)
+        parities = compare(model, {t: load_graph(folder / f"{t}{SUFFIX[runtime]}", runtime) for t in TOWERS},
+                           normalised=normalised)  # fmt: skip
+        require(parities, tolerance or Tolerance(), str(out))
+        manifest = _manifest(model, folder, runtime, normalised, opset, tolerance or Tolerance(), parities)
+        write_json(folder / MANIFEST, manifest)
+        result = Exported(out, parities, notes=notes)
+        if test is not None:
+            captions = [caption for i in range(len(test)) for caption in test.captions(i)]
+            wrong = differing(model.tokenizer, tokenizer, captions)
+            manifest["tokenizer_check"] = {"captions": len(captions), "different": len(wrong)}
+            if wrong:
+                notes.append(
+                    f"{len(wrong)} of {len(captions)} captions get other ids from tokenizer.json, "
+                    f"first {wrong[0]!r:.80} (docs/deployment.md says which texts can)"
+                )
+            original = embed(model, test)
+            exported = embed(read_exported(folder, f"{runtime}:{out}", runtime), test)
+            result.before = accuracy(original, original, test.name)
+            result.after = accuracy(exported, exported, test.name)
+            manifest["scores"] = {"before": result.before.to_json(), "after": result.after.to_json()}
+            if int8 and calibration is not None:
+                _quantise(model, folder, runtime, result, exported, test, calibration, budget)
+                assert result.after is not None
+                manifest["scores"]["after_int8"] = result.after.to_json()
+                manifest["int8"] = {
+                    "budget_points": budget,
+                    "calibration": f"{calibration.name}, {len(calibration)} pairs",
+                    "towers": {
+                        c.tower: {"precision": c.precision, "points_lost": round(c.lost, 4), "tried": c.tried}
+                        for c in result.choices
+                    },
+                }
+                quantised = {c.tower for c in result.choices if c.precision == "int8"}
+                for tower in TOWERS:
+                    manifest["towers"][tower] |= _file_facts(folder, tower, runtime)
+                    manifest["towers"][tower]["precision"] = "int8" if tower in quantised else "float32"
+                manifest["versions"] = _versions()
+        manifest["notes"] = notes
+        write_json(folder / MANIFEST, manifest)
+    return result
+
+
+def write_graphs(
+    model: ClipModel, folder: Path, runtime: str, *, normalised: bool = False, opset: int = OPSET
+) -> dict[str, Path]:
+    """Write both towers as graphs for `runtime` into `folder`; returns tower -> file. Nothing is checked."""
+    if runtime == "onnx":
+        return write_onnx(model, folder, normalised=normalised, opset=opset)
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError("openvino", "openvino", "the export to OpenVINO") from error
+    files = {}
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".onnx-") as temporary:
+        for tower, path in write_onnx(model, Path(temporary), normalised=normalised, opset=opset).items():
+            files[tower] = folder / f"{tower}.xml"
+            try:
+                openvino.save_model(openvino.convert_model(str(path)), str(files[tower]), compress_to_fp16=False)
+            except Exception as error:  # openvino's conversion errors share no base class
+                raise InputError(
+                    f"the {tower} tower of {model.name} cannot be converted to OpenVINO: {str(error).strip()[:300]}"
+                ) from error
+    return files
+
+
+def _quantise(
+    model: ClipModel,
+    folder: Path,
+    runtime: str,
+    result: Exported,
+    full: EncodedPairs,
+    test: PairSource,
+    calibration: PairSource,
+    budget: float,
+) -> None:
+    """Replace the graphs in `folder` by int8 ones where the budget allows; fills `result`."""
+    samples = calibration_arrays(model, calibration)
+    suffix = SUFFIX[runtime]
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".int8-") as temporary:
+        trial = Path(temporary)
+        for file in folder.iterdir():
+            shutil.copy2(file, trial / file.name)
+        done: dict[str, str] = {}
+
+        def quantise(tower: str, attempt: str) -> EncodedPairs:
+            source, target = folder / f"{tower}{suffix}", trial / f"{tower}{suffix}"
+            for stale in _files(trial, tower, runtime):
+                stale.unlink()
+            function = quantise_onnx if runtime == "onnx" else quantise_openvino
+            try:
+                function(source, target, samples[tower], attempt)
+            except InputError:
+                raise
+            except Exception as error:  # onnxruntime and nncf raise many kinds
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                raise InputError(f"the {tower} tower cannot be quantised: {lines[0][:300]}") from error
+            done[tower] = attempt
+            return embed(read_exported(trial, "int8", runtime), test)
+
+        result.choices, result.after = within_budget(quantise, full, test.name, budget)
+        for choice in result.choices:
+            if choice.precision == "int8":
+                assert done[choice.tower] == choice.attempt
+                for stale in _files(folder, choice.tower, runtime):
+                    stale.unlink()
+                for file in _files(trial, choice.tower, runtime):
+                    shutil.move(file, folder / file.name)
+
+
+def _files(folder: Path, tower: str, runtime: str) -> list[Path]:
+    """All files of one tower's graph."""
+    names = (f"{tower}.xml", f"{tower}.bin") if runtime == "openvino" else (f"{tower}.onnx", f"{tower}.onnx.data")
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _file_facts(folder: Path, tower: str, runtime: str) -> dict[str, Any]:
+    files = _files(folder, tower, runtime)
+    return {
+        "files": {path.name: file_sha256(path) for path in files},
+        "bytes": sum(path.stat().st_size for path in files),
+    }
+
+
+def _manifest(
+    model: ClipModel,
+    folder: Path,
+    runtime: str,
+    normalised: bool,
+    opset: int,
+    tolerance: Tolerance,
+    parities: list[Parity],
+) -> dict[str, Any]:
+    from clipdistill import __version__
+    from clipdistill.bench.cost import count_flops
+
+    bias = getattr(model.module, "logit_bias", None)
+    shapes = {
+        "image": ["batch", 3, model.image.size, model.image.size],
+        "text": ["batch", model.context_length],
+    }
+    gate = summary(parities)
+    return {
+        "format": FORMAT,
+        "kind": runtime,
+        "name": model.name,
+        "model_fingerprint": model.fingerprint(),
+        "output": "normalised" if normalised else "raw",
+        "embed_dim": model.embed_dim,
+        "context_length": model.context_length,
+        "logit_scale": float(model.module.logit_scale.detach().exp().mean()),
+        "logit_bias": None if bias is None else float(bias),
+        "image": as_dict(model.image),
+        "tokenizer": TOKENIZER,
+        "transform": TRANSFORM,
+        "opset": opset,
+        "parameters": model.parameter_counts(),
+        "flops": {tower: count_flops(model, tower) for tower in TOWERS},
+        "towers": {
+            tower: {
+                "input": INPUTS[tower],
+                "input_shape": shapes[tower],
+                "input_type": "float32" if tower == "image" else "int64",
+                "output": OUTPUTS[tower],
+                "precision": "float32",
+                **_file_facts(folder, tower, runtime),
+                "float32_parity": gate[tower],
+            }
+            for tower in TOWERS
+        },
+        "tolerance": {"difference": tolerance.difference, "cosine": tolerance.cosine},
+        "versions": {"clipdistill": __version__, **_versions()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,196 @@
+"""`onnx:DIR` and `openvino:DIR`: exported towers behind the face of a ClipModel, for evaluation, benchmarks, teachers.
+
+The folder is an export (manifest.json, see docs/deployment.md), or holds image.onnx, text.onnx and a model.json with
+`image` (ImageSpec), `tokenizer` (Tokenizer.to_dict) and `logit_scale` (the multiplier): whoever has such graphs of a
+model from another framework can use it here. The graphs cannot be trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clipdistill.config import build
+from clipdistill.data.views import ImageSpec
+from clipdistill.errors import InputError, MissingExtraError
+from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.tokenizers import HuggingFaceTokenizer, tokenizer_from_dict
+
+RUNTIMES = ("onnx", "openvino")
+MANIFEST, DESCRIPTION = "manifest.json", "model.json"
+TOWERS = ("image", "text")
+_SUFFIXES = {"onnx": (".onnx",), "openvino": (".xml", ".onnx")}
+PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+"""Number formats in which OpenVINO may compute a float32 graph."""
+
+Runner = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass
+class ExportedModel(ClipModel):
+    """A ClipModel whose towers are graphs; counts and fingerprint come from its files."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Of the model that was exported; zeros where the folder does not say."""
+        return {key: self.counts.get(key, 0) for key in ("image", "text_transformer", "text_total", "total")}
+
+
+class ExportedTowers(nn.Module):
+    """Two graphs called like a CLIP module. `weights_sha256` stands for its weights in fingerprints.
+
+    runners: tower -> function on arrays; files: what they were read from; flops: per tower, from the manifest.
+    """
+
+    def __init__(
+        self, runners: Mapping[str, Runner], files: list[Path], logit_scale: float, flops: Mapping[str, int]
+    ) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=False)
+        self.logit_bias = None
+        self.runners = dict(runners)
+        self.flops = dict(flops)
+        self.size_bytes = sum(path.stat().st_size for path in files)
+        digest = hashlib.sha256()
+        for path in files:
+            with path.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        self.weights_sha256 = digest.hexdigest()
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """float32 (B, 3, H, W) -> (B, D), as the graph gives them."""
+        return self._run("image", images)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """int64 (B, L) -> (B, D), as the graph gives them."""
+        return self._run("text", tokens)
+
+    def _run(self, tower: str, values: Tensor) -> Tensor:
+        return torch.from_numpy(self.runners[tower](values.detach().cpu().numpy())).to(values.device)
+
+
+def read_exported(folder: Path, name: str, runtime: str, precision: str = "float32") -> ExportedModel:
+    """The export in `folder`, run by `runtime`. Raises InputError for missing or unusable files."""
+    graphs = {tower: _graph(folder, tower, runtime) for tower in TOWERS}
+    values = _description(folder, name)
+    where = str(folder / (MANIFEST if (folder / MANIFEST).is_file() else DESCRIPTION))
+    try:
+        spec = build(ImageSpec, values["image"], f"{where}: image")
+        tokenizer = (
+            tokenizer_from_dict(values["tokenizer"])
+            if isinstance(values["tokenizer"], Mapping)
+            else _exported_tokenizer(folder / "tokenizer.json")
+        )
+        logit_scale = float(values.get("logit_scale", 100.0))
+        counts, flops = dict(values.get("parameters", {})), dict(values.get("flops", {}))
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: not a description of exported towers ({error!r})") from error
+    runners = {tower: load_graph(path, runtime, precision) for tower, path in graphs.items()}
+    files = [part for path in graphs.values() for part in _parts(path)]
+    module = ExportedTowers(runners, files, logit_scale, flops)
+    width = module.encode_text(tokenizer(["a photo"])).shape[1]
+    architecture = {"exported": runtime, "precision": precision, "weights_sha256": module.weights_sha256}
+    return ExportedModel(name, module, spec, tokenizer, width, tokenizer.context_length, architecture, counts)
+
+
+def _graph(folder: Path, tower: str, runtime: str) -> Path:
+    for suffix in _SUFFIXES[runtime]:
+        if (folder / f"{tower}{suffix}").is_file():
+            return folder / f"{tower}{suffix}"
+    wanted = " or ".join(f"{tower}{suffix}" for suffix in _SUFFIXES[runtime])
+    raise InputError(
+        f"{folder / wanted}: no such file; '{runtime}:' needs a folder written by  clipdistill export --to {runtime}"
+    )
+
+
+def _description(folder: Path, name: str) -> dict[str, Any]:
+    path = next((folder / file for file in (MANIFEST, DESCRIPTION) if (folder / file).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder}: has neither {MANIFEST} (of an export) nor {DESCRIPTION}, so '{name}' is no model")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: not a description of exported towers")
+    return values
+
+
+def _exported_tokenizer(path: Path) -> HuggingFaceTokenizer:
+    """The export's own tokenizer.json, so that what is measured is what was shipped."""
+    try:
+        definition = json.loads(path.read_text(encoding="utf-8"))
+        length, padding = definition["truncation"]["max_length"], definition["padding"]["pad_id"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the tokenizer of an export ({error})") from error
+    return HuggingFaceTokenizer(definition, length, padding)
+
+
+def _parts(path: Path) -> list[Path]:
+    """A graph's files: large ONNX graphs keep weights in a file beside them, OpenVINO's always."""
+    beside = [p for p in path.parent.iterdir() if p.name.startswith(f"{path.name}.") or p == path.with_suffix(".bin")]
+    return sorted([path, *(p for p in beside if p.is_file())])
+
+
+def load_graph(path: Path, runtime: str, precision: str = "float32") -> Runner:
+    """A graph with one input and one output as a function on arrays; threads as torch has them now."""
+    return _load_onnx(path) if runtime == "onnx" else _load_openvino(path, precision)
+
+
+def _load_onnx(path: Path) -> Runner:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "export", f"'{path.name}'") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's own exception types share no base class
+        raise InputError(f"{path}: onnxruntime cannot load it ({str(error).splitlines()[0][:200]})") from error
+    given = session.get_inputs()[0]
+    kind = {"tensor(int32)": np.int32, "tensor(float16)": np.float16}.get(given.type)
+
+    def run(values: np.ndarray) -> np.ndarray:
+        array = values if kind is None else values.astype(kind)
+        result: np.ndarray = session.run(None, {given.name: array})[0]
+        return result.astype(np.float32, copy=False)
+
+    return run
+
+
+def _load_openvino(path: Path, precision: str) -> Runner:
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingExtraError("openvino", "openvino", f"'{path.name}'") from error
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": PRECISIONS[precision],  # on processors with bfloat16 it would round silently
+    }
+    try:
+        compiled = openvino.Core().compile_model(str(path), "CPU", settings)
+    except Exception as error:  # openvino raises RuntimeError and its own kinds
+        raise InputError(f"{path}: openvino cannot load it ({str(error).strip().splitlines()[0][:200]})") from error
+
+    def run(values: np.ndarray) -> np.ndarray:
+        # the request reuses its output memory, so a copy is handed out
+        return np.array(compiled(values)[0], dtype=np.float32)
+
+    return run
