@@ -95,7 +95,7 @@ class Boxes:
         return found
 
     def pixel_boxes(self) -> list[tuple[int, int, int, int]]:
-        """(top, left, height, width) in whole pixels, at least one each, rounded as Pillow's crop does: View's boxes."""
+        """(top, left, height, width) in whole pixels, at least one each, rounded as Pillow's crop does."""
         result = []
         for left, top, right, bottom in self.corners.tolist():
             x, y = min(round(left), self.width - 1), min(round(top), self.height - 1)

@@ -10,12 +10,14 @@ import pydantic
 
 from clipdistill.cache.names import is_cached
 from clipdistill.config import Config, build, override
+from clipdistill.data.held_out import HeldOutConfig
 from clipdistill.data.pairs import DataConfig
 from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
 from clipdistill.inheritance.config import MaskConfig
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import lay, load_recipe
+from clipdistill.regions.config import MetaTeacherConfig, RegionsConfig
 
 
 class TrainConfig(Config):
@@ -111,6 +113,12 @@ class RunConfig(Config):
     teacher: str | tuple[str, ...] | None = None
     student_weights: str | None = None
     validation: DataConfig | None = None
+    held_out: HeldOutConfig | None = None
+    """A test split whose images must not be trained on; looked for in the training data before step 0."""
+    regions: RegionsConfig | None = None
+    """Boxes of the training images, for a region teacher (DCLIP)."""
+    meta_teacher: MetaTeacherConfig | None = None
+    """Train a region teacher on the frozen `teacher` instead of a student."""
     objective: ObjectiveConfig
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -134,7 +134,7 @@ def _train_region_teacher(config: RunConfig, explain: bool, quiet: bool) -> Run:
     """The meta-teacher of a recipe with `meta_teacher:`, trained by rank 0 while the others wait."""
     from clipdistill.regions.training import train_meta_teacher
 
-    steps = on_main(lambda: train_meta_teacher(config, explain=explain, quiet=quiet))
+    steps = on_main(lambda: train_meta_teacher(config, explain=explain, quiet=quiet), config.train.rank_timeout)
     return Run(config.out, "explained" if explain else "finished", steps or 0, None)
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from clipdistill.cache.teacher import CachedTeacher
 from clipdistill.config import Config, as_dict
+from clipdistill.data.held_out import HeldOutConfig, without_held_out
 from clipdistill.data.labelled import LabelledSource, open_labelled
 from clipdistill.data.memory import KeptInMemory, KeptLabelled
 from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
 from clipdistill.evaluate.scores import Scores
 from clipdistill.train.config import RunConfig
-from clipdistill.train.teacher import LiveTeacher, open_teacher
+from clipdistill.train.teacher import AnyTeacher, open_teacher
 
 
 class Sources:
@@ -25,7 +25,7 @@ class Sources:
 
     def training(self, config: RunConfig) -> PairSource:
         """The training pairs, with decoded pictures kept where `train.keep_in_memory` says so."""
-        source = open_pairs(config.data, default_split="train")
+        source = _allowed(open_pairs(config.data, default_split="train"), config)
         return KeptInMemory(source) if config.train.keep_in_memory else source
 
     def validation(self, config: RunConfig) -> PairSource | None:
@@ -36,7 +36,7 @@ class Sources:
         """The sets of `evaluation.zero_shot`."""
         return list(config.evaluation.zero_shot)
 
-    def teacher(self, config: RunConfig, source: PairSource, device: torch.device) -> LiveTeacher | CachedTeacher:
+    def teacher(self, config: RunConfig, source: PairSource, device: torch.device) -> AnyTeacher:
         """The teacher, live or cached, checked against the data."""
         return open_teacher(config, source, device)
 
@@ -59,7 +59,7 @@ class SharedSources(Sources):
         self._kept: dict[tuple[Any, ...], Any] = {}
 
     def training(self, config: RunConfig) -> PairSource:
-        return self._pairs(config.data, "train", config)
+        return self._pairs(config.data, "train", config, config.held_out)
 
     def validation(self, config: RunConfig) -> PairSource | None:
         return None if config.validation is None else self._pairs(config.validation, "val", config)
@@ -73,7 +73,7 @@ class SharedSources(Sources):
             found.append(self._kept[key])
         return found
 
-    def teacher(self, config: RunConfig, source: PairSource, device: torch.device) -> LiveTeacher | CachedTeacher:
+    def teacher(self, config: RunConfig, source: PairSource, device: torch.device) -> AnyTeacher:
         train = config.train
         key = (
             "teacher",
@@ -88,6 +88,7 @@ class SharedSources(Sources):
             train.teacher_logit_scale,
             train.cache_samples,
             train.cache_allow_versions,
+            repr(config.regions),
         )
         if key not in self._kept:
             self._kept[key] = super().teacher(config, source, device)
@@ -104,11 +105,14 @@ class SharedSources(Sources):
         own.notes = [note for note in scores.notes if "of the teacher" in note]
         self._kept[self._measured(config)] = own
 
-    def _pairs(self, data: DataConfig, default_split: str, config: RunConfig) -> PairSource:
+    def _pairs(
+        self, data: DataConfig, default_split: str, config: RunConfig, held_out: HeldOutConfig | None = None
+    ) -> PairSource:
         keep = config.train.keep_in_memory or config.train.workers == 0
-        key = ("pairs", _frozen(data), default_split, keep)
+        key = ("pairs", _frozen(data), default_split, keep, repr(held_out))
         if key not in self._kept:
             source = open_pairs(data, default_split=default_split)
+            source = source if held_out is None else without_held_out(source, held_out)
             self._kept[key] = KeptInMemory(source) if keep else source
         return self._kept[key]
 
@@ -116,6 +120,10 @@ class SharedSources(Sources):
     def _measured(config: RunConfig) -> tuple[Any, ...]:
         validation = None if config.validation is None else _frozen(config.validation)
         return ("scores", config.teachers, validation, _frozen(config.evaluation), config.device)
+
+
+def _allowed(source: PairSource, config: RunConfig) -> PairSource:
+    return source if config.held_out is None else without_held_out(source, config.held_out)
 
 
 def _frozen(config: Config) -> str:

@@ -14,6 +14,8 @@ from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, Tokenizer, load_model
 from clipdistill.objective import Embeddings
+from clipdistill.regions.meta_teacher import region_teacher_folder
+from clipdistill.regions.teacher import RegionTeacher, open_region_teacher
 from clipdistill.train.config import RunConfig
 from clipdistill.train.distributed import gather_lists, is_main
 from clipdistill.train.step import autocast
@@ -113,10 +115,15 @@ def load_teacher(
     return LiveTeacher([load_model(name, teacher=True) for name in names], device, precision, logit_scale)
 
 
-def open_teacher(config: RunConfig, source: PairSource, device: torch.device) -> LiveTeacher | CachedTeacher:
-    """The run's teacher: models, or a cache of their embeddings that was checked against the data and the models."""
+AnyTeacher = LiveTeacher | CachedTeacher | RegionTeacher
+
+
+def open_teacher(config: RunConfig, source: PairSource, device: torch.device) -> AnyTeacher:
+    """The run's teacher: models, a region teacher, or a cache of embeddings checked against data and models."""
     train = config.train
     scale = train.fixed_logit_scale if train.fixed_logit_scale is not None else train.teacher_logit_scale
+    if any(region_teacher_folder(name) for name in config.teachers):
+        return open_region_teacher(config, source, device)
     if not is_cached(config.teachers):
         return load_teacher(config.teachers, device, train.precision, scale)
     use = CacheUse(

@@ -1,0 +1,136 @@
+"""Images that must not be trained on: a test split, found in the training data by name or by picture.
+
+DCLIP's released script takes the first images of COCO train2017 and of Flickr30k's list, which contain images of the
+Karpathy test splits it is later measured on. The same photograph has several file names (`000000391895.jpg` in 2017,
+`COCO_val2014_000000391895.jpg` in Karpathy's file), so names are compared without folder, prefix and ending.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+
+from clipdistill.config import Config
+from clipdistill.data.files import read_json
+from clipdistill.data.karpathy import is_karpathy
+from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
+from clipdistill.data.problems import BadSample, Problems
+from clipdistill.data.subset import Subset
+from clipdistill.errors import InputError
+
+_COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_")
+_SIDE = 16
+SAME_PICTURE = 0.985
+"""Correlation of 16 x 16 grey thumbnails from which two pictures count as one (resized or compressed anew)."""
+
+
+class HeldOutConfig(Config):
+    """A split that training data must not contain.
+
+    data: its pairs, a Karpathy file whose pictures need not be there, or a text file of image names, one a line;
+    split: of the data; compare: "names", or "pictures" too (bytes and thumbnails; reads every image of both once);
+    action: what an image in both does: "error", or "drop" (left out of training and counted).
+    """
+
+    data: str
+    split: str = "test"
+    compare: Literal["names", "pictures"] = "names"
+    action: Literal["error", "drop"] = "error"
+
+
+def without_held_out(source: PairSource, config: HeldOutConfig) -> PairSource:
+    """`source` without the images of the held-out split. Raises InputError for overlap where `action` is "error"."""
+    names = {plain_name(name) for name in held_out_names(config)}
+    shared = {i for i in range(len(source)) if plain_name(source.key(i)) in names}
+    if config.compare == "pictures":
+        shared |= _same_pictures(source, open_pairs(DataConfig(path=config.data), split=_split(config)), shared)
+    if not shared:
+        return source
+    where = f"{config.data} ({config.split})"
+    first = source.key(min(shared))
+    if config.action == "error":
+        raise InputError(
+            f"{len(shared)} of {len(source)} training images of {source.name} are in the held-out {where}, the first "
+            f"is '{first}': scores on that split would not be held out; held_out.action=drop leaves them out"
+        )
+    if len(shared) == len(source):
+        raise InputError(f"every image of {source.name} is in the held-out {where}: nothing is left to train on")
+    kept = Subset(source, indices=[i for i in range(len(source)) if i not in shared])
+    kept.name = f"{source.name} without {config.split}"
+    kept.problems = Problems()
+    kept.problems.merge(source.problems)
+    for index in sorted(shared):
+        kept.problems.add("image of the held-out split", source.key(index))
+    return kept
+
+
+def held_out_names(config: HeldOutConfig) -> list[str]:
+    """Keys or file names of the held-out images. Raises InputError when there are none."""
+    path = Path(config.data).expanduser()
+    names: list[str] = []
+    if path.is_file() and path.suffix == ".txt":
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif path.is_file() and path.suffix == ".json":
+        content = read_json(path)
+        if is_karpathy(content):
+            names = [str(e.get("filename")) for e in content["images"] if str(e.get("split")) == config.split]
+            if not names:
+                splits = sorted({str(entry.get("split")) for entry in content["images"]})
+                raise InputError(f"held_out: {path} has no split '{config.split}'; it holds {', '.join(splits)}")
+    if not names:
+        source = open_pairs(DataConfig(path=config.data), split=_split(config))
+        names = [source.key(i) for i in range(len(source))]
+    return names
+
+
+def _split(config: HeldOutConfig) -> str | None:
+    """The split to open: none where the data is one whole (a COCO captions file, tars, a folder)."""
+    path = Path(config.data).expanduser()
+    if path.suffix == ".json" and path.is_file() and not is_karpathy(read_json(path)):
+        return None
+    return None if path.is_dir() or path.suffix == ".tar" or "{" in config.data else config.split
+
+
+def plain_name(key: str) -> str:
+    """'000000391895' for 'val2014/COCO_val2014_000000391895.jpg': what is left of a name in every distribution."""
+    return _COCO.sub("", PurePosixPath(key).stem)
+
+
+def _same_pictures(source: PairSource, held_out: PairSource, known: set[int]) -> set[int]:
+    """Indices of the images of `source` (those `known` aside) that show a picture of `held_out`."""
+    digests, thumbnails = _pictures(held_out, range(len(held_out)))
+    wanted = set(digests)
+    rest = [i for i in range(len(source)) if i not in known]
+    own_digests, own = _pictures(source, rest)
+    found = {index for index, digest in zip(rest, own_digests, strict=True) if digest in wanted}
+    for begin in range(0, len(rest), 4096):
+        close = (own[begin : begin + 4096] @ thumbnails.T).max(axis=1, initial=-1.0) > SAME_PICTURE
+        found |= {rest[begin + i] for i in np.flatnonzero(close).tolist()}
+    return found
+
+
+def _pictures(source: PairSource, indices: Sequence[int]) -> tuple[list[str], np.ndarray]:
+    """SHA-256 of the bytes, and the normalised thumbnail (float32, 256 numbers), of each image; unreadable: no match."""
+    digests, thumbnails = [], np.zeros((len(indices), _SIDE * _SIDE), dtype=np.float32)
+    for row, index in enumerate(indices):
+        try:
+            picture: Any = source.image(index)
+            digests.append(_digest(source, index))
+        except BadSample:
+            digests.append(f"unreadable {row}")
+            continue
+        values = np.asarray(picture.convert("L").resize((_SIDE, _SIDE)), dtype=np.float32).ravel()
+        values -= values.mean()
+        length = float(np.linalg.norm(values))
+        # a plain area has no pattern to compare
+        thumbnails[row] = values / length if length > _SIDE else 0
+    return digests, thumbnails
+
+
+def _digest(source: PairSource, index: int) -> str:
+    return hashlib.sha256(source.image_bytes(index)).hexdigest()
