@@ -115,7 +115,7 @@ def _same_pictures(source: PairSource, held_out: PairSource, known: set[int]) ->
 
 
 def _pictures(source: PairSource, indices: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """SHA-256 of the bytes, and the normalised thumbnail (float32, 256 numbers), of each image; unreadable: no match."""
+    """SHA-256 of the bytes, and the normalised thumbnail (256 numbers), of each image; unreadable: no match."""
     digests, thumbnails = [], np.zeros((len(indices), _SIDE * _SIDE), dtype=np.float32)
     for row, index in enumerate(indices):
         try:
