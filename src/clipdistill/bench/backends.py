@@ -1,4 +1,4 @@
-"""Back ends: how a model is made ready to run. Eager and torch.compile here; others register themselves.
+"""Back ends: how a model is made ready to run. Eager and torch.compile here, exported graphs in exported.py.
 
 A back end turns a ClipModel into callables for its towers. The benchmark knows nothing else about it, so an exported
 model measured by another runtime only has to offer the same `load`.

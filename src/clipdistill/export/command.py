@@ -117,21 +117,23 @@ def run_export(
             own = [p for p in exported.parities if p.tower == tower]
             console.print(
                 f"{tower} tower: {len(own)} comparisons with the model, largest difference "
-                f"{max(p.difference for p in own):.1e}, least cosine {min(p.cosine for p in own):.7f}"
+                f"{max(p.difference for p in own):.1e}, least cosine {min(p.cosine for p in own):.7f}",
+                soft_wrap=True,
             )
         if exported.before is not None and exported.after is not None:
             console.print(
                 f"R@1 on {exported.before.data} (image to text / text to image): "
                 f"{exported.before.text()} before, {exported.after.text()} after",
                 markup=False,
+                soft_wrap=True,
             )
         for line in (*(choice.text() for choice in exported.choices), *exported.notes):
-            console.print(line, markup=False)
+            console.print(line, markup=False, soft_wrap=True)
     else:
         from clipdistill.export.foreign import export_foreign
 
         export_foreign(load_model(model, teacher=True), out, to)
-    console.print(f"written: {out}", markup=False)
+    console.print(f"written: {out}", markup=False, soft_wrap=True)
     if push is not None:
         from clipdistill.export.hub import push_to_hub
 

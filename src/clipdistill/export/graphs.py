@@ -65,7 +65,7 @@ def export_graphs(
     if int8 and (test is None or calibration is None):
         raise InputError("int8 needs pairs to calibrate on and to measure what is lost: name them with --data")
     tokenizer = tokenizer_json(model.tokenizer)
-    notes = []
+    notes: list[str] = []
     with new_folder(out) as folder:
         write_json(folder / TOKENIZER, tokenizer)
         write_transform(folder, model.image, runtime)

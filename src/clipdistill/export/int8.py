@@ -20,7 +20,7 @@ from clipdistill.errors import InputError, MissingExtraError
 from clipdistill.evaluate.encode import EncodedPairs
 from clipdistill.export.accuracy import Accuracy, accuracy
 
-ATTEMPTS = ("all layers", "without the sensitive layers")
+ATTEMPTS = ("all layers", "sensitive layers in float32")
 BATCH = 8
 """Samples in each calibration step."""
 
@@ -151,7 +151,7 @@ class Choice:
         """One sentence for the terminal."""
         if self.precision == "int8":
             return f"{self.tower} tower: int8 ({self.attempt}), {self.lost:+.2f} points of R@1 lost"
-        losses = ", ".join(f"{t['lost']:.2f} with {t['attempt']}" for t in self.tried)
+        losses = ", ".join(f"{t['lost']:.2f} ({t['attempt']})" for t in self.tried)
         return f"{self.tower} tower: stays in float32, because int8 misses the budget (points of R@1 lost: {losses})"
 
 

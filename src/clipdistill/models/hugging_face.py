@@ -187,6 +187,29 @@ _BLOCK_NAMES = {
 }
 
 
+def rename_back(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `rename`: open_clip's tensors (text tower flat) under the names of a transformers CLIPModel."""
+    whole = {ours: theirs for theirs, ours in _WHOLE_NAMES.items()}
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in whole:
+            transposed = name in ("visual.proj", "text_projection")
+            result[whole[name]] = tensor.t().contiguous() if transposed else tensor
+            continue
+        block = name
+        for theirs, ours in _TOWER_PREFIXES.items():
+            block = theirs + block.removeprefix(ours) if block.startswith(ours) else block
+        for theirs, ours in _BLOCK_NAMES.items():
+            block = block.replace(ours, theirs)
+        head, found, kind = block.partition(".attn.in_proj_")
+        if found:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                result[f"{head}.self_attn.{letter}_proj.{kind}"] = part.contiguous()
+        else:
+            result[block] = tensor
+    return result
+
+
 def _projection(name: str) -> tuple[str, str, str]:
     """('x.0', 'q', 'weight') for 'x.0.self_attn.q_proj.weight'; empty strings for another name."""
     head, found, tail = name.partition(".self_attn.")

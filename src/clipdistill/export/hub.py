@@ -1,0 +1,179 @@
+"""To the Hugging Face hub: a folder with a model card that says how the model was made and how its numbers were."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from clipdistill.errors import InputError, MissingExtraError
+from clipdistill.evaluate.scores import Scores
+from clipdistill.export.folder import MANIFEST, write_json
+from clipdistill.export.tokenizer_json import FILE as TOKENIZER
+from clipdistill.models.hub import offline, reachable
+from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG
+
+CARD = "README.md"
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SHOWN = ("i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "top1", "top5", "mean_per_class")
+
+
+def push_to_hub(folder: Path, repository: str, *, source: Path | None = None, private: bool = False) -> str:
+    """Upload an export or model folder to `owner/name`, with a card made from the run `source`; returns its address.
+
+    Credentials are huggingface_hub's own (`hf auth login` or HF_TOKEN). Raises InputError for a name that is none,
+    where the network is forbidden, and for whatever the hub refuses.
+    """
+    if not _REPOSITORY.fullmatch(repository):
+        raise InputError(f"'{repository}' is not the name of a repository: expected  owner/name")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise InputError(f"{folder}: no such folder, or an empty one: export the model first")
+    if offline():
+        raise InputError(f"the upload of {folder} needs the network, which HF_HUB_OFFLINE forbids here: unset it")
+    if not reachable():
+        raise InputError(f"the upload of {folder} needs the network, and the Hugging Face hub cannot be reached")
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise MissingExtraError("huggingface_hub", "hf", "an upload to the hub") from error
+    (folder / CARD).write_text(model_card(folder, repository, source), encoding="utf-8")
+    _name_tokenizer(folder, repository)
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload by clipdistill")
+    except Exception as error:  # huggingface_hub and the HTTP library under it raise many kinds
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"'{repository}': the hub did not take the upload ({lines[0][:200]})") from error
+    return str(address)
+
+
+def _name_tokenizer(folder: Path, repository: str) -> None:
+    """Let an open_clip configuration name the repository as the place of its tokenizer, as open_clip expects there."""
+    config = _json(folder / OPEN_CLIP_CONFIG)
+    text = config.get("model_cfg", {}).get("text_cfg", {})
+    if text.get("hf_tokenizer_name") == TOKENIZER:
+        text["hf_tokenizer_name"] = repository
+        write_json(folder / OPEN_CLIP_CONFIG, config)
+
+
+def model_card(folder: Path, repository: str, source: Path | None = None) -> str:
+    """The README.md of a model: method, teacher, data, scores with their protocols, cost, use. Markdown with YAML.
+
+    source: the run folder the model comes from; without one the card holds only what the folder itself says.
+    """
+    run = _json(source / "run.json") if source is not None else {}
+    manifest = _json(folder / MANIFEST)
+    sections = [_front(folder), f"# {repository.partition('/')[2]}", _summary(run, manifest)]
+    scores = _scores(source)
+    if scores:
+        sections += ["## Scores", scores]
+    if manifest:
+        sections += ["## This export", _export(manifest)]
+    sections += ["## Use", _use(folder, repository)]
+    cost = _cost(run, source)
+    if cost:
+        sections += ["## What it cost", cost]
+    if run.get("command"):
+        sections += ["## How to make it again", f"```\n{_public(str(run['command']))}\n```"]
+    return "\n\n".join(sections) + "\n"
+
+
+def _front(folder: Path) -> str:
+    library = "transformers" if (folder / "preprocessor_config.json").is_file() else "open_clip"
+    library = (
+        "onnx" if (folder / "image.onnx").is_file() else "openvino" if (folder / "image.xml").is_file() else library
+    )
+    tags = ["clip", "knowledge-distillation", "clipdistill"]
+    lines = [f"library_name: {library}", "pipeline_tag: zero-shot-image-classification", "tags:"]
+    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
+
+
+def _summary(run: dict[str, Any], manifest: dict[str, Any]) -> str:
+    if not run:
+        name = manifest.get("name")
+        return f"A CLIP model ({name})." if name else "A CLIP model."
+    parameters = run.get("parameters") or {}
+    rows = [
+        ("method", run.get("method") or run.get("recipe")),
+        ("recipe", run.get("recipe")),
+        ("teacher", _public(str(run["teacher"])) if run.get("teacher") else None),
+        ("student", _public(str(run.get("student") or ""))),
+        ("data", _public(str(run.get("data") or ""))),
+        ("parameters", f"{parameters['total']:,}" if isinstance(parameters.get("total"), int) else None),
+        ("samples seen", f"{run['samples_seen']:,}" if isinstance(run.get("samples_seen"), int) else None),
+        ("seed", run.get("seed")),
+    ]
+    table = "".join(f"| {key} | {value} |\n" for key, value in rows if value not in (None, ""))
+    return "A CLIP student distilled with clipdistill.\n\n| | |\n|---|---|\n" + table.rstrip("\n")
+
+
+def _scores(source: Path | None) -> str:
+    path = None if source is None else source / "scores.json"
+    if path is None or not path.is_file():
+        return ""
+    scores = Scores.from_json(path.read_text(encoding="utf-8"), str(path))
+    return scores.to_markdown(_SHOWN).strip() + "\n\nPercent, with 95 % intervals in brackets."
+
+
+def _export(manifest: dict[str, Any]) -> str:
+    lines = []
+    for tower, facts in manifest.get("towers", {}).items():
+        parity = facts["float32_parity"]
+        lines.append(
+            f"- {tower} tower: {facts['precision']}, {facts['bytes'] / 1e6:.1f} MB; in float32 it differs from the "
+            f"original by at most {parity['difference']:.1e} (unit-length embeddings, cosine {parity['cosine']:.6f})"
+        )
+    for name, values in manifest.get("scores", {}).items():
+        lines.append(
+            f"- R@1 {name.replace('_', ' ')}: {100 * values['i2t_R@1']:.1f} image to text, "
+            f"{100 * values['t2i_R@1']:.1f} text to image ({values['protocol']})"
+        )
+    lines.append(f"- embeddings: {manifest.get('output')}, {manifest.get('embed_dim')} numbers")
+    return "\n".join(lines)
+
+
+def _use(folder: Path, repository: str) -> str:
+    if (folder / MANIFEST).is_file():
+        return '`python example.py PICTURE "a caption" "another"` needs nothing of clipdistill; the file is 30 lines.'
+    if (folder / "preprocessor_config.json").is_file():
+        code = f'from transformers import CLIPModel\n\nmodel = CLIPModel.from_pretrained("{repository}")'
+    elif (folder / "open_clip_config.json").is_file():
+        code = f'import open_clip\n\nmodel, _, transform = open_clip.create_model_and_transforms("hf-hub:{repository}")'
+    else:
+        code = f'import clipdistill\n\nmodel, transform, tokenizer = clipdistill.load_student("hf:{repository}")'
+    return f"```python\n{code}\n```"
+
+
+def _cost(run: dict[str, Any], source: Path | None) -> str:
+    lines = []
+    if isinstance(run.get("seconds"), int | float):
+        lines.append(f"- training: {run['seconds'] / 3600:.2f} hours on {run.get('device', 'an unknown device')}")
+    bench = _json(source / "bench.json") if source is not None else {}
+    for row in bench.get("measurements", []):
+        if row.get("tower") in ("image", "text") and row.get("batch") == 1:
+            lines.append(
+                f"- {_public(str(row['model']))}, {row['tower']} tower, {row['backend']}, {row['dtype']}, batch 1: "
+                f"{row['value']:.1f} per second"
+            )
+    if bench.get("measurements"):
+        lines.append(f"- measured on: {bench.get('device', {}).get('label', 'an unknown device')}")
+    return "\n".join(lines)
+
+
+def _public(text: str) -> str:
+    """Text without the folders of this machine: the last part of every absolute path."""
+    return re.sub(r"(?<![\w:/])~?/(?:[^\s/'\"]+/)+([^\s/'\"]+)", r"\1", text)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        if isinstance(error, NotADirectoryError):
+            return {}
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
+    return values if isinstance(values, dict) else {}
