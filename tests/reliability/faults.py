@@ -122,3 +122,33 @@ def note_batches(path: str) -> None:
         return original(setup, step, batch)
 
     loop._step = noted
+
+
+def stop_at(step: int) -> None:
+    """The process asks itself to stop in the middle of a step, always at the same place."""
+    import signal
+
+    from clipdistill.train import loop
+
+    original = loop.forward_backward
+
+    def stopping(*arguments: Any, **settings: Any) -> Any:
+        if settings["seed"][1] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **settings)
+
+    loop.forward_backward = stopping
+
+
+def nan_pixels(step: int) -> None:
+    """The pictures of one step hold NaN."""
+    from clipdistill.train import loop
+
+    original = loop.forward_backward
+
+    def poisoned(towers: Any, objective: Any, images: Any, *arguments: Any, **settings: Any) -> Any:
+        if settings["seed"][1] == step:
+            images = torch.full_like(images, float("nan"))
+        return original(towers, objective, images, *arguments, **settings)
+
+    loop.forward_backward = poisoned

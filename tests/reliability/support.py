@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -126,7 +127,7 @@ def training(models: Path, out: Path, *settings: str) -> list[str]:
     return [
         "train", "--recipe", "clip-rd", "--student", "tiny", "--student-weights", str(models / "student"),
         "--teacher", str(models / "teacher"), "--data", "scenes:train", "--validation", "scenes:val", "--out", str(out),
-        "--device", "cpu", "data.size=20", "validation.size=8", "train.epochs=null", f"train.steps={STEPS}",
+        "--device", "cpu", "data.size=20", "validation.size=8", f"train.steps={STEPS}",
         "train.batch_size=8", "train.warmup_steps=1", "train.precision=fp32", "train.log_every=2",
         "train.evaluate_every=3", "train.checkpoint_every=1", "preflight.allow_weak_teacher=true",
         "preflight.samples=8", *settings,
@@ -150,7 +151,8 @@ def require_same_run(one: Path, two: Path, step: int = STEPS, *, logs: bool = Tr
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a), name
     states = [json.loads((folder / last / "state.json").read_text()) for folder in (one, two)]
-    counters = [{k: v for k, v in state.items() if k not in ("files", "seconds", "window")} for state in states]
+    volatile = {"files", "seconds", "window", "evaluation_due"}
+    counters = [{k: v for k, v in state.items() if k not in volatile} for state in states]
     assert counters[0] == counters[1]
     if logs:
         for log in ("log.jsonl", "eval.jsonl"):
@@ -164,10 +166,15 @@ def newest_step(folder: Path) -> int | None:
     return None if checkpoint is None else checkpoint.step
 
 
-def wait_for(path: Path, pattern: str, child: Child) -> bool:
-    """Wait until something below `path` fits `pattern`; False when the child ended before."""
+def wait_for(path: Path, pattern: str, child: Child, count: int = 1) -> bool:
+    """Wait until `count` new things below `path` have fitted `pattern`; False when the child ended before."""
+    before = {found.stat().st_ino for found in path.glob(pattern)}
+    new: set[int] = set()
     while child.wait(0) is None:
-        if any(path.glob(pattern)):
+        for found in path.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                new.add(found.stat().st_ino)
+        if len(new - before) >= count:
             return True
         time.sleep(0.001)
     return False

@@ -28,18 +28,30 @@ class Torment:
         self.runs, self.out = 0, folder / "run-0"
         self.expected: int | None = None
         self.lasted = 1.0
+        self.writing = 0
+        """How many times a checkpoint was half written."""
         self.codes: dict[int, int] = {}
+
+    def measure(self) -> None:
+        """How long an undisturbed run takes on this machine now."""
+        began = time.monotonic()
+        self.finish()
+        self.lasted = time.monotonic() - began
 
     def start(self) -> Child:
         workers = self.rng.choice([0, 0, 1])
         return self.launcher.start(*training(self.models, self.out, f"train.workers={workers}"))
 
     def moment(self, child: Child) -> None:
-        """Wait for a random moment: any time, or just while a checkpoint is being written."""
-        if self.rng.random() < 0.5:
+        """Wait for a random moment: any time, while a checkpoint is being written, or some time after one was."""
+        kind = self.rng.random()
+        if kind < 0.3:
             child.wait(self.rng.random() * self.lasted)
-        elif wait_for(self.out, "checkpoints/.writing-*", child):
-            child.wait(self.rng.random() * 0.01)
+        elif kind < 0.65:
+            if wait_for(self.out, "checkpoints/.writing-*", child, self.rng.randint(1, 2)):
+                child.wait(self.rng.random() * 0.02)
+        elif wait_for(self.out, "checkpoints/step-*", child, self.rng.randint(1, 3)):
+            child.wait(self.rng.random() * self.lasted / 8)
 
     def disturb(self, number: int) -> bool:
         """One start and one signal; False when the run ended before the signal came."""
@@ -47,6 +59,7 @@ class Torment:
         child = self.start()
         self.moment(child)
         child.send(number)
+        half = [path.name for path in self.out.glob("checkpoints/.writing-*")]
         code = child.wait()
         assert code is not None, f"hangs:\n{child.said[-2000:]}"
         said = child.said
@@ -56,6 +69,7 @@ class Torment:
             self.ended()
             return False
         self.codes[code] = self.codes.get(code, 0) + 1
+        self.writing += bool(half)
         if number == signal.SIGKILL:
             assert code == -signal.SIGKILL, said
         elif code == -signal.SIGTERM:
@@ -95,6 +109,8 @@ def torment(
     count: int, number: int, launcher: Launcher, models: Path, folder: Path, undisturbed: Path, seed: int
 ) -> Torment:
     victim = Torment(launcher, models, folder, undisturbed, seed)
+    if count > 2:
+        victim.measure()
     done = 0
     while done < count:
         done += victim.disturb(number)
@@ -116,7 +132,8 @@ def test_rows_15_17_many_times(
     number: int, launcher: Launcher, models: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
     victim = torment(COUNT, number, launcher, models, tmp_path, undisturbed, seed=int(number))
-    print(f"{COUNT} x {signal.Signals(number).name}: {victim.runs} runs, exit codes {victim.codes}")
+    name = signal.Signals(number).name
+    print(f"{COUNT} x {name}: {victim.runs} runs, {victim.writing} while writing, exit codes {victim.codes}")
 
 
 def test_row_17_a_second_signal_leaves_at_once(

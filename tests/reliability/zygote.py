@@ -36,7 +36,7 @@ def _child(request: dict[str, Any]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(request.get("environment", {}))
+    os.environ.update({"COLUMNS": "1000", **request.get("environment", {})})  # nothing said is folded
     if request.get("fault"):
         getattr(faults, request["fault"])(**request.get("settings", {}))
     return cli.main(request["start"])

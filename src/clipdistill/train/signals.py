@@ -55,6 +55,11 @@ class StopSignal(AbstractContextManager["StopSignal"]):
             self._drop()
             yield
             self._drop()  # a library that swallows every exception does not make the request undone
+        except Exception as error:
+            if self.received is None:
+                raise
+            # compiled code in whose middle the handler raised may have made another exception of it
+            raise Interrupted(self.received) from error
         finally:
             self._droppable -= 1
 
