@@ -23,6 +23,7 @@ from clipdistill.config import as_dict, read_yaml
 from clipdistill.errors import InputError, Preempted
 from clipdistill.evaluate.evaluate import evaluate
 from clipdistill.evaluate.scores import Scores
+from clipdistill.links import refuse_links
 from clipdistill.models import save_model
 from clipdistill.train import checks
 from clipdistill.train.checkpoint import Checkpoint, newest_checkpoint
@@ -255,6 +256,8 @@ def _open_folder(config: RunConfig, folder: Path, allow_changes: bool) -> None:
     """Make the run folder, or check that the one there belongs to this configuration."""
     stored = folder / "recipe.yaml"
     temporary = folder / ".recipe.yaml.tmp"
+    if folder.is_dir():
+        refuse_links(folder, "run")
     if not stored.exists():
         if folder.exists() and any(path != temporary for path in folder.iterdir()):
             raise InputError(f"{folder}: the folder is not empty and holds no run; give a new one as --out")
@@ -302,9 +305,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") ->
 
 def _sinks(setup: Setup, progress: Progress, folder: Path) -> list[Sink]:
     config = setup.config
-    sinks: list[Sink] = [JsonLines(folder, progress.step)]
+    sinks: list[Sink] = [JsonLines(folder, progress.step, progress.evaluation_due)]
     if config.tensorboard:
-        sinks.append(TensorBoard(folder))
+        sinks.append(TensorBoard(folder, progress.step))
     if config.wandb is not None:
         sinks.append(WeightsAndBiases(folder, config.wandb, config.run_name, as_dict(config)))
     return sinks
