@@ -78,9 +78,10 @@ def small_files(bytes: int) -> None:
 
 
 def full_disk(name: str, skip: int = 0) -> None:
-    """Opening a file called `name` for writing fails as on a full disk, after `skip` times."""
+    """Opening a file called `name` (PID: the process) for writing fails as on a full disk, after `skip` times."""
     import pathlib
 
+    name = name.replace("PID", str(os.getpid()))
     original, seen = pathlib.Path.open, [0]
 
     def refused(self: pathlib.Path, mode: str = "r", *arguments: Any, **settings: Any) -> Any:
