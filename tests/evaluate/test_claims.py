@@ -242,7 +242,7 @@ def test_run_folders_become_records_and_verdicts(tmp_path: Path) -> None:
             folders.append(tmp_path / f"{method}-{seed}")
             row = {"tower": "pair", "backend": "eager", "dtype": "float32", "low": None, "high": None}
             rows = [
-                {**row, "model": name, "batch_size": batch, "value": float(batch)}
+                {**row, "model": name, "batch": batch, "value": float(batch)}
                 for batch in (1, 64)
                 for name in (folders[-1].name, "teacher")
             ]

@@ -125,11 +125,11 @@ def _of_speeds(bench: Mapping[str, Any] | None, methods: Mapping[Any, str]) -> l
     rows = [row for row in (bench or {}).get("measurements", []) if row.get("tower") == "pair"]
     if not rows:
         return []
-    setting = (rows[0]["backend"], rows[0]["dtype"], max(row["batch_size"] for row in rows))
+    setting = (rows[0]["backend"], rows[0]["dtype"], max(row["batch"] for row in rows))
     found = []
     for row in rows:
         name = "teacher" if row["model"] == "teacher" else methods.get(row["model"])
-        if name is not None and (row["backend"], row["dtype"], row["batch_size"]) == setting:
+        if name is not None and (row["backend"], row["dtype"], row["batch"]) == setting:
             where = f"{setting[0]}, {setting[1]}, batch {setting[2]}"
             bounds = {"low": row.get("low"), "high": row.get("high")}
             found.append(Record(name, SPEED, float(row["value"]), protocol=where, **bounds))

@@ -4,6 +4,7 @@ and only charts made by svg.py are handed over as markup.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from clipdistill.report import plots
 from clipdistill.report.data import Run
 from clipdistill.report.gallery import Gallery
 from clipdistill.report.geometry import Shape
+from clipdistill.report.reproduce import reproduce
 from clipdistill.report.svg import SMALL_WIDTH, WIDTH, compact
 from clipdistill.report.svg import rate as show
 from clipdistill.report.tables import MAIN_METRICS, Column, Comparison, Entry, Estimate, ScoreTable
@@ -38,6 +40,8 @@ class Report:
     claims: list[dict[str, str]]
     geometry: list[Shape]
     notices: list[str]
+    claims_note: str = ""
+    claims_source: str | None = None
 
 
 def page(report: Report) -> dict[str, Any]:
@@ -86,6 +90,7 @@ def page(report: Report) -> dict[str, Any]:
         "geometry_charts": _geometry_charts(report),
         "geometry_table": _geometry_table(report),
         "claims": report.claims,
+        "claims_note": report.claims_note,
         "cost_table": cost_table(table),
         "bad_table": _bad_table(table),
         "bad_examples": [example for run in report.runs for example in run.bad_examples][:20],
@@ -93,9 +98,9 @@ def page(report: Report) -> dict[str, Any]:
             {"number": number, "label": label, "conditions": _conditions(conditions)}
             for number, label, conditions in table.protocols
         ],
-        "reproduce": [_reproduce(run) for run in report.runs],
-        "bench_commands": list(dict.fromkeys(c for d in report.trade.devices for c in d.commands)),
-        "report_command": report_command(report.runs),
+        "reproduce": [reproduce(run) for run in report.runs],
+        "bench_commands": bench_commands(report),
+        "report_command": report_command(report),
     }
     context["symbols"] = {key: symbol for symbol, key in context["gallery"]["names"]} if context["gallery"] else {}
     if not table.columns:
@@ -106,9 +111,20 @@ def page(report: Report) -> dict[str, Any]:
     return context
 
 
-def report_command(runs: Sequence[Run]) -> str:
+def report_command(report: Report) -> str:
     """The command that writes this page again."""
-    return f"clipdistill report {' '.join(str(run.folder) for run in runs)} --out report.html"
+    claims = ["--claims", report.claims_source] if report.claims_source else []
+    folders = [str(run.folder) for run in report.runs]
+    return shlex.join(["clipdistill", "report", *folders, *claims, "--out", "report.html"])
+
+
+def bench_commands(report: Report) -> list[str]:
+    """The commands that measured speed; where none was kept (a demo measures by itself), one that measures it again."""
+    kept = list(dict.fromkeys(c for d in report.trade.devices for c in d.commands))
+    if kept or not report.trade.devices:
+        return kept
+    teachers = list(dict.fromkeys(run.teacher for run in report.runs if run.teacher))
+    return [shlex.join(["clipdistill", "bench", *teachers, *(str(run.folder) for run in report.runs)])]
 
 
 def comparison_table(report: Report) -> dict[str, Any] | None:
@@ -377,26 +393,6 @@ def _bad_table(table: ScoreTable) -> dict[str, Any] | None:
 
 def _conditions(protocol: Sequence[tuple[str, Any]]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), str(value)) for name, value in protocol if value not in (None, "")]
-
-
-def _reproduce(run: Run) -> dict[str, Any]:
-    prints = {row.role: row.fingerprint for row in run.scores if row.fingerprint}
-    versions = run.facts.get("versions")
-    facts = [
-        ("folder", str(run.folder)),
-        ("method", run.method),
-        ("student", run.student),
-        ("teacher", run.teacher or "none"),
-        ("data", run.data),
-        ("seed", "" if run.seed is None else str(run.seed)),
-        ("steps", str(run.facts.get("steps", ""))),
-        ("samples seen", f"{run.samples_seen:,}"),
-        ("device", ", ".join(p for p in (run.device, run.dtype) if p)),
-        *((f"{role} fingerprint", value) for role, value in prints.items()),
-        ("architecture", run.architecture),
-        ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else ""),
-    ]
-    return {"label": run.name, "command": run.command, "facts": [(n, v) for n, v in facts if v], "recipe": run.recipe}
 
 
 def _sections(context: dict[str, Any]) -> list[tuple[str, str]]:

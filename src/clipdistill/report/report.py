@@ -7,11 +7,15 @@ for how differences are judged and words.py for what it says about them.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clipdistill.errors import InputError
+from clipdistill.evaluate.claims import judge, read_claims
+from clipdistill.evaluate.records import read_records
+from clipdistill.evaluate.verdicts import evidence
 from clipdistill.report.context import VERDICTS, Report
 from clipdistill.report.data import Run, read_optional, read_runs
 from clipdistill.report.gallery import read_galleries
@@ -35,9 +39,12 @@ class ReportSummary:
     size: int
 
 
-def write_report(runs: Sequence[Path | str], out: Path | str, *, title: str | None = None) -> ReportSummary:
+def write_report(
+    runs: Sequence[Path | str], out: Path | str, *, title: str | None = None, claims: str | Path | None = None
+) -> ReportSummary:
     """Write a report on run folders to `out` (.html), with the same name ending in .md and .csv beside it.
 
+    claims: judge these on the runs (a YAML file of claims, or "published"; see evaluate/claims.py).
     Read beside or in the run folders when present: bench.json, gallery.json, geometry.json, claims.json.
     Raises InputError for a folder that is no run, a broken file, or an `out` that is a folder.
     """
@@ -46,7 +53,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str, *, title: str | No
         raise InputError(f"{out}: this is a folder; name the file to write, for example {out / 'report.html'}")
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{out}: the report is an HTML file; end its name in .html")
-    report = collect([Path(run) for run in runs], title)
+    report = collect([Path(run) for run in runs], title, claims)
     markdown, csv = out.with_suffix(".md"), out.with_suffix(".csv")
     out.parent.mkdir(parents=True, exist_ok=True)
     html = render(report)
@@ -57,13 +64,14 @@ def write_report(runs: Sequence[Path | str], out: Path | str, *, title: str | No
     return ReportSummary(out, markdown, csv, sentences, tuple(report.notices), len(html.encode()))
 
 
-def collect(folders: Sequence[Path], title: str | None = None) -> Report:
+def collect(folders: Sequence[Path], title: str | None = None, claims: str | Path | None = None) -> Report:
     """Read the run folders and work out everything that the three forms of the report say."""
     runs = read_runs(folders)
     table = build_table(runs)
     comparisons = compare(table)
     trade = read_trade(runs, table)
     gallery = read_galleries(runs, table)
+    judged, silent = _judged(folders, claims) if claims is not None else ([], "")
     return Report(
         title=title or _title(table),
         runs=runs,
@@ -72,9 +80,11 @@ def collect(folders: Sequence[Path], title: str | None = None) -> Report:
         trade=trade,
         gallery=gallery,
         headline=headline(table, comparisons, trade),
-        claims=_claims(runs),
+        claims=[*_claims(runs), *judged],
         geometry=read_geometry(runs, table),
         notices=[*table.notices, *(gallery.notices if gallery else [])],
+        claims_note=silent,
+        claims_source=None if claims is None else str(claims),
     )
 
 
@@ -99,8 +109,25 @@ def _claims(runs: Sequence[Run]) -> list[dict[str, str]]:
                 str(row.get("claim") or row.get("text") or ""),
                 str(row.get("evidence") or row.get("why") or ""),
             )
-            found.append({"kind": kind, "verdict": kind, "text": text, "evidence": evidence})
+            found.append({"kind": kind, "verdict": kind, "text": _in_place(text), "evidence": evidence})
     return found
+
+
+def _judged(folders: Sequence[Path], source: str | Path) -> tuple[list[dict[str, str]], str]:
+    """(verdicts on the claims of `source` as the page shows them, a sentence on those these runs say nothing of)."""
+    verdicts = judge(read_claims(source), read_records(folders))
+    known = [v for v in verdicts if v.effect is not None or any(part.effect is not None for part in v.parts)]
+    rows = [
+        {"kind": v.outcome, "verdict": v.outcome, "text": _in_place(v.claim), "evidence": evidence(v)} for v in known
+    ]
+    silent = len(verdicts) - len(known)
+    said = f"{silent} of {len(verdicts)} claims ({source}) are about methods or data that these runs do not have."
+    return rows, said if silent else ""
+
+
+def _in_place(claim: str) -> str:
+    """ "a > b on flickr8k top1" for "a > b on * top1 [flickr8k]"."""
+    return re.sub(r" on \* (\S+) \[(.+)\]$", r" on \2 \1", claim)
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,7 +7,16 @@ import io
 import re
 from typing import Any
 
-from clipdistill.report.context import Report, comparison_table, cost_table, report_command, size_table, speed_table
+from clipdistill.report.context import (
+    Report,
+    bench_commands,
+    comparison_table,
+    cost_table,
+    report_command,
+    size_table,
+    speed_table,
+)
+from clipdistill.report.reproduce import eval_commands, train_command
 from clipdistill.report.tables import Estimate
 from clipdistill.report.words import interval_text, value_text
 
@@ -69,8 +78,11 @@ def to_markdown(report: Report) -> str:
             + [""]
         )
     parts += ["## How to reproduce", ""]
-    parts += [f"- {escape(run.name)}: {_code(run.command)}" for run in report.runs if run.command]
-    parts += [f"- this report: {_code(report_command(report.runs))}", ""]
+    parts += [f"- {escape(run.name)}: {_code(command)}" for run in report.runs if (command := train_command(run))]
+    parts += [f"- speed: {_code(command)}" for command in bench_commands(report)]
+    for run in report.runs:
+        parts += [f"- scores of {escape(run.name)}: {_code(command)}" for command in eval_commands(run)]
+    parts += [f"- this report: {_code(report_command(report))}", ""]
     return "\n".join(parts)
 
 
