@@ -63,8 +63,10 @@ def build_grid(
     Rising precedence: recipe and size, the plan's settings, `settings` (the command line's options), the variant's
     switches, `assignments` (key=value). Raises InputError for whatever a run could not be made of.
     """
+    recipes = dict.fromkeys(variant.recipe for variant in plan.variants.values())
+    bases = {recipe: base_settings(recipe, plan, settings or {}) for recipe in recipes}
     return [
-        GridRun(name, seed, _config(plan, name, seed, out, settings or {}, assignments))
+        GridRun(name, seed, _config(plan, name, seed, out, bases, assignments))
         for seed in plan.seeds
         for name in plan.variants
     ]
@@ -76,11 +78,11 @@ def base_settings(recipe: str, plan: Plan, settings: Mapping[str, Any]) -> dict[
 
 
 def _config(
-    plan: Plan, name: str, seed: int, out: Path, settings: Mapping[str, Any], assignments: Sequence[str]
+    plan: Plan, name: str, seed: int, out: Path, bases: Mapping[str, Mapping[str, Any]], assignments: Sequence[str]
 ) -> RunConfig:
     variant = plan.variants[name]
     where = f"variant '{name}'"
-    values = settings_of(variant, base_settings(variant.recipe, plan, settings), where)
+    values = settings_of(variant, bases[variant.recipe], where)
     values = lay(values, override({}, assignments))
     if "stages" in values:
         raise InputError(f"{where}: recipe {variant.recipe} describes a run in stages; compare one of its stages")

@@ -104,7 +104,12 @@ class Plan(Config):
 
 def read_plan(path: Path) -> Plan:
     """The plan in a YAML file. Raises InputError with the key that is wrong."""
-    return build(Plan, read_yaml(path), str(path))
+    values = read_yaml(path)
+    variants = values.get("variants")
+    if isinstance(variants, Mapping):  # each by itself first: the message then names the nearest key
+        for name, variant in variants.items():
+            build(Variant, variant, f"{path}: variant '{name}'")
+    return build(Plan, values, str(path))
 
 
 def plan_of_recipes(

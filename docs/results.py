@@ -1,0 +1,87 @@
+"""Makes docs/results.md from finished ablations: tables, pictures, verdicts, commands, and the published claims.
+
+python docs/results.py runs/ablation-scenes runs/ablation-flickr8k
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipdistill.ablate.summary import NAME
+from clipdistill.errors import ClipdistillError, InputError
+from clipdistill.evaluate.claims import judge, read_claims
+from clipdistill.evaluate.records import read_records
+from clipdistill.evaluate.verdicts import verdicts_markdown
+from clipdistill.report.stages import stage_folders
+
+HERE = Path(__file__).resolve().parent
+
+HEAD = """# Results: which distillation terms help
+
+What the ablations below say, each a grid of variants x seeds at one budget. [ablation.md](ablation.md) explains how to
+read them. The students are small and the budgets short, so these figures say what the terms do *here*; they are no statement about
+the papers' own settings. This page is made from the finished runs by
+
+```
+{command}
+```
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ablations", nargs="+", type=Path, help="folders that clipdistill ablate wrote")
+    parser.add_argument("--out", type=Path, default=HERE / "results.md", help="the page (default: docs/results.md)")
+    options = parser.parse_args(arguments)
+    try:
+        write_results(options.ablations, options.out)
+    except ClipdistillError as error:
+        print(f"results.py: {error}", file=sys.stderr)
+        return error.exit_code
+    print(options.out)
+    return 0
+
+
+def write_results(ablations: Sequence[Path], out: Path) -> None:
+    """The page at `out`, the pictures in images/ beside it. Raises InputError for a folder without an ablation."""
+    images = out.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    listed = " ".join(f"runs/{folder.resolve().name}" for folder in ablations)
+    blocks = [HEAD.format(command=f"python docs/results.py {listed}")]
+    for folder in ablations:
+        page = folder / f"{NAME}.md"
+        if not page.is_file():
+            raise InputError(f"{folder}: no {NAME}.md there; run  clipdistill ablate PLAN --out {folder}  first")
+        text = page.read_text(encoding="utf-8")
+        picture = folder / f"{NAME}.png"
+        if picture.is_file():
+            name = f"{folder.resolve().name}.png"
+            shutil.copyfile(picture, images / name)
+            text = text.replace(f"({NAME}.png)", f"(images/{name})")
+        blocks.append(re.sub(r"^#", "##", without_paths(text), flags=re.MULTILINE))
+    runs = [run for folder in ablations for run in stage_folders(folder)]
+    verdicts = [v for v in judge(read_claims("published"), read_records(runs)) if v.effect is not None]
+    if verdicts:
+        blocks.append(
+            "## The published claims on these runs\n\n`clipdistill claims published "
+            f"{listed}`: the papers' own figures beside the verdicts are single runs, mostly on other data and with "
+            "other students.\n"
+        )
+        blocks.append(verdicts_markdown(verdicts))
+    out.write_text("\n".join(blocks), encoding="utf-8")
+
+
+def without_paths(text: str) -> str:
+    """Commands without the folders of the machine they ran on: '/data/f8k/dataset.json' is 'dataset.json'."""
+    text = re.sub(r"(?<![\w./~-])(?:/[\w.+~-]+)+/", "", text)
+    return re.sub(r"(?<![\w./-])[\w.+~/-]*/(?=benchmarks/)", "", text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""The generator of docs/results.md."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from clipdistill.ablate.summary import summarise
+from clipdistill.errors import InputError
+from tests.ablate.synthetic import plan_of, write_grid
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "results.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    specification = importlib.util.spec_from_file_location("results_page", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_page_holds_tables_pictures_and_published_claims(script, tmp_path):
+    folder = tmp_path / "runs" / "ablation-made-up"
+    plan = plan_of({"clip-kd": {"recipe": "clip-kd"}, "clip-rd": {"recipe": "clip-rd"}}, seeds=3, title="Made up")
+    grid = write_grid(plan, folder, {"clip-kd": 0.3, "clip-rd": 0.4})
+    command = "clipdistill ablate s4/benchmarks/plan.yaml --data /data/some/where/set.json --out runs/x train.steps=5"
+    summarise(plan, grid, folder, command=command)
+    out = tmp_path / "docs" / "results.md"
+    script.write_results([folder], out)
+    text = out.read_text()
+    assert "\n## Made up\n" in text
+    assert "clipdistill ablate benchmarks/plan.yaml --data set.json --out runs/x train.steps=5" in text
+    assert "(images/ablation-made-up.png)" in text
+    assert (tmp_path / "docs" / "images" / "ablation-made-up.png").is_file()
+    assert "python docs/results.py runs/ablation-made-up" in text
+    claims = text.split("## The published claims")[1]
+    assert "| **supported** | `clip-rd > clip-kd on * t2i_R@1 [flickr8k]` |" in claims
+    assert "clip-kd 24.1, clip-rd 25.1" in claims
+    assert str(tmp_path) not in text
+
+
+def test_a_folder_without_an_ablation_is_refused(script, tmp_path):
+    with pytest.raises(InputError, match=r"no ablation\.md there"):
+        script.write_results([tmp_path], tmp_path / "results.md")
+    assert script.main([str(tmp_path), "--out", str(tmp_path / "results.md")]) == 2
