@@ -153,3 +153,14 @@ def nan_pixels(step: int) -> None:
         return original(towers, objective, images, *arguments, **settings)
 
     loop.forward_backward = poisoned
+
+
+def no_network() -> None:
+    """Every attempt to look up or reach another machine fails."""
+    import socket
+
+    def unreachable(*arguments: Any, **settings: Any) -> Any:
+        raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+
+    socket.socket.connect = unreachable  # type: ignore[method-assign]
+    socket.getaddrinfo = unreachable

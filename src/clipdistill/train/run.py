@@ -47,6 +47,7 @@ from clipdistill.train.signals import Interrupted, StopSignal
 from clipdistill.train.sources import Sources
 
 FORMAT = 1
+_RECIPE_BEING_WRITTEN = ".recipe.yaml.tmp"
 
 _FREE = {"out", "name", "method", "device", "tensorboard", "wandb", "evaluation", "preflight"}
 _FREE_TRAIN = {
@@ -110,7 +111,7 @@ def distill(
             if not explain:
                 # rank 0 looks and writes before the others look
                 agree(lambda: _open_folder(config, config.out, allow_changes) if is_main() else None)
-                finished = agree(lambda: _finished(config, config.out))
+                finished = agree(lambda: _finished(config.out))
                 if finished is not None:
                     return finished
             if config.meta_teacher is not None:
@@ -262,21 +263,33 @@ def _open_folder(config: RunConfig, folder: Path, allow_changes: bool) -> None:
         if folder.exists() and any(path != temporary for path in folder.iterdir()):
             raise InputError(f"{folder}: the folder is not empty and holds no run; give a new one as --out")
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
-        temporary.replace(stored)
+        _write_recipe(config, stored)
         return
     changed = changes(read_yaml(stored), as_dict(config))
-    if changed and not allow_changes:
+    begun = (folder / "run.json").exists()
+    if changed and begun and not allow_changes:
         raise InputError(
             f"{folder} holds a run with other settings ({'; '.join(changed[:5])}): give another --out, "
             "or --allow-changes to continue it with the new ones"
         )
+    if changed:
+        if begun:  # a finished run that was changed is not finished
+            described = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            _write_json(folder / "run.json", {**described, "status": "running"})
+        _write_recipe(config, stored)
 
 
-def _finished(config: RunConfig, folder: Path) -> Run | None:
-    """The run in `folder` when it is finished and has this configuration."""
+def _write_recipe(config: RunConfig, stored: Path) -> None:
+    """Store the configuration in one step; a killed writer leaves nothing that looks like a recipe."""
+    temporary = stored.with_name(_RECIPE_BEING_WRITTEN)
+    temporary.write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
+    temporary.replace(stored)
+
+
+def _finished(folder: Path) -> Run | None:
+    """The run in `folder` when it is finished."""
     described = folder / "run.json"
-    if not described.exists() or changes(read_yaml(folder / "recipe.yaml"), as_dict(config)):
+    if not described.exists():
         return None
     values = json.loads(described.read_text(encoding="utf-8"))
     if values.get("format") != FORMAT:
@@ -353,9 +366,14 @@ def _describe(setup: Setup, progress: Progress, folder: Path, status: str) -> No
         },
         "command": " ".join(["clipdistill", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "clipdistill" else None,
     }
-    temporary = folder / ".run.json.tmp"
-    temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
-    temporary.replace(folder / "run.json")
+    _write_json(folder / "run.json", described)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Replace a file in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _device_name(device: torch.device) -> str:
