@@ -25,7 +25,7 @@ def picture(seed: int) -> Image.Image:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """Training data train.csv with images 0 to 5; Karpathy's file, whose test split has 1 and 4 under COCO's old names."""
+    """train.csv with images 0 to 5, and a Karpathy file whose test split has 1 and 4 under COCO's old names."""
     rows = ["filepath,title"]
     for number in range(6):
         picture(number).save(tmp_path / f"{number:012d}.jpg", quality=95)
