@@ -24,8 +24,8 @@ HERE = Path(__file__).resolve().parent
 HEAD = """# Results: which distillation terms help
 
 What the ablations below say, each a grid of variants x seeds at one budget. [ablation.md](ablation.md) explains how to
-read them. The students are small and the budgets short, so these figures say what the terms do *here*; they are no statement about
-the papers' own settings. This page is made from the finished runs by
+read them. The students are small and the budgets short, so these figures say what the terms do *here*; they are no
+statement about the papers' own settings. This page is made from the finished runs by
 
 ```
 {command}
