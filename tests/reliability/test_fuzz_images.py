@@ -139,7 +139,7 @@ LOSSY: dict[str, tuple[bytes, tuple[int, int, int]]] = {
     "JPEG CMYK": (encoded(Image.new("CMYK", (32, 32), (55, 155, 205, 0)), "JPEG", quality=95), (200, 100, 50)),
     "JPEG RGB, progressive": (encoded(Image.new("RGB", (32, 32), (200, 100, 50)), "JPEG", progressive=True),
                               (200, 100, 50)),
-    "TIFF LAB": (encoded(Image.new("LAB", (32, 32), (128, 0, 0)), "TIFF"), (118, 118, 118)),
+    "TIFF LAB": (encoded(Image.new("LAB", (32, 32), (128, 128, 128)), "TIFF"), (118, 118, 118)),
     "TIFF YCbCr": (encoded(Image.new("YCbCr", (32, 32), (90, 128, 128)), "TIFF"), (90, 90, 90)),
     "MPO": (encoded(Image.new("RGB", (32, 32), (200, 100, 50)), "MPO", save_all=True,
                     append_images=[Image.new("RGB", (32, 32), "white")]), (200, 100, 50)),
