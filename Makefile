@@ -37,5 +37,10 @@ test-all: lint types
 fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS) --seconds 7200 --out $(FUZZ_OUT)
 
+# the book as a site in site/; a link that leads nowhere is an error
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/zensical build --clean --strict
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -17,6 +17,7 @@ def test_the_demo_trains_measures_and_reports(tmp_path, capsys):
         assert json.loads((folder / "run.json").read_text())["status"] == "finished"
         assert json.loads((folder / "bench.json").read_text())
         assert json.loads((folder / "gallery.json").read_text())
+        assert "student" in json.loads((folder / "geometry.json").read_text())
     budgets = {
         (described["steps"], described["samples_seen"], described["seed"], described["student"])
         for described in (json.loads((out / r / "run.json").read_text()) for r in ("clip", "clip-kd", "clip-rd"))

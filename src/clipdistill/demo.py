@@ -21,12 +21,9 @@ from clipdistill.bench.throughput import throughput
 from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.fill import fill
 from clipdistill.config import as_dict, build
-from clipdistill.data.pairs import open_pairs
-from clipdistill.data.subset import Subset
-from clipdistill.evaluate.encode import encode_pairs
 from clipdistill.evaluate.scores import Scores
 from clipdistill.models import load_model
-from clipdistill.report.gallery import build_gallery
+from clipdistill.report.look import look
 from clipdistill.report.report import write_report
 from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.run import Run, distill
@@ -69,9 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     console.print("[bold]measuring speed[/bold]")
     measure_speed(runs, arguments.seconds)
     console.print("[bold]drawing the report[/bold]")
-    draw_gallery(runs, configs[0])
+    look([run.folder for run in runs], images=300, queries=8, progress=False)
     report = out / "report.html"
-    summary = write_report([r.folder for r in runs], report, title="clipdistill demo")
+    summary = write_report([r.folder for r in runs], report, title="clipdistill demo", claims="published")
     print_summary(runs)
     console.print(summary.headline)
     console.print(f"\nreport: {report}   ({time.monotonic() - began:.0f} s)", soft_wrap=True)
@@ -96,20 +93,6 @@ def measure_speed(runs: Sequence[Run], seconds: float) -> None:
     result = throughput(models, batch_sizes=(1, 64), seconds=seconds)
     for run in runs:
         (run.folder / "bench.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-
-
-def draw_gallery(runs: Sequence[Run], config: RunConfig, images: int = 300) -> None:
-    """What teacher and each student retrieve for the same queries."""
-    assert config.validation is not None
-    source = open_pairs(config.validation, default_split="val")
-    if len(source) > images:
-        source = Subset(source, images)
-    encoded = {"teacher": encode_pairs(load_model(TEACHER, teacher=True), source, progress=False)}
-    for run in runs:
-        encoded[run.folder.name] = encode_pairs(load_model(str(run.student), teacher=True), source, progress=False)
-    gallery = build_gallery(encoded, source, queries=8, top=5)
-    for run in runs:
-        (run.folder / "gallery.json").write_text(json.dumps(gallery), encoding="utf-8")
 
 
 def print_summary(runs: Sequence[Run]) -> None:

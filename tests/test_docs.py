@@ -1,0 +1,271 @@
+"""The book: every command is one that exists and is accepted, the tutorial's are run, links lead somewhere."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clipdistill.ablate import command as ablate_command
+from clipdistill.cli import COMMANDS, main
+from clipdistill.data.scenes import open_scenes
+from clipdistill.errors import InputError
+from clipdistill.train.command import settings_of
+from clipdistill.train.config import resolve
+from clipdistill.train.stages import resolve_stages
+from tests.conftest import REPOSITORY
+from tests.documents import Command, anchors, blocks, commands, links, pages
+
+DOCS = REPOSITORY / "docs"
+ALL = [command for page in pages() for command in commands(page)]
+OURS = [command for command in ALL if command.clipdistill is not None]
+SMALL = ["train.steps=2", "train.batch_size=16", "train.precision=fp32", "train.warmup_steps=1"]
+
+
+def parsed(command: Command) -> argparse.Namespace:
+    """The arguments of a command as its own parser reads them."""
+    name, *rest = command.clipdistill or []
+    assert name in COMMANDS, f"{command}: no such command"
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(prog=f"clipdistill {name}")
+    module.add_arguments(parser)
+    try:
+        return parser.parse_args(rest)
+    except SystemExit as error:
+        if error.code == 0:  # --help
+            return argparse.Namespace(help=True)
+        raise AssertionError(f"{command}: not accepted") from error
+
+
+@pytest.mark.parametrize("command", OURS, ids=[f"{c.page}:{c.line}" for c in OURS])
+def test_every_command_is_accepted_by_its_parser(command: Command) -> None:
+    if command.clipdistill == ["--version"]:
+        return
+    arguments = parsed(command)
+    assert command.clipdistill is not None
+    if command.clipdistill[0] == "train" and "help" not in arguments:
+        settings = settings_of(arguments)
+        settings = {
+            "student": "ViT-T-16",
+            "data": {"path": "scenes"},
+            "out": "x",
+            "teacher": "scenes-teacher",
+        } | settings
+        arguments.recipe = re.sub(r"^\$\w+$", "clip-rd", arguments.recipe)  # the variable of a loop over recipes
+        if Path(arguments.recipe).suffix in (".yaml", ".yml") and not Path(arguments.recipe).is_file():
+            return  # the reader's own recipe
+        named = (arguments.recipe, settings)
+        try:
+            stages = resolve_stages(*named, size=arguments.size, assignments=arguments.settings)
+            if not stages:
+                resolve(*named, size=arguments.size, assignments=arguments.settings)
+        except InputError as error:
+            raise AssertionError(f"{command}: {error}") from error
+    elif command.clipdistill[0] == "ablate" and not any(w.endswith((".yaml", ".yml")) for w in arguments.plan):
+        ablate_command.read_arguments(arguments)
+
+
+def test_the_other_programs_exist() -> None:
+    """make targets, our scripts with their options, and nothing else."""
+    for command in ALL:
+        words = command.words
+        if words[0] == "make":
+            done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True, check=False)
+            assert done.returncode == 0, str(command)
+        elif words[0] == "python" and words[1] != "-m":
+            script = REPOSITORY / words[1]
+            if words[1].startswith("benchmarks/"):
+                text = script.read_text(encoding="utf-8")
+                for word in words[2:]:
+                    assert not word.startswith("--") or f'"{word.partition("=")[0]}"' in text, str(command)
+        elif words[0] == "pip":
+            extras = re.findall(r"\[([\w,-]+)\]", command.text)
+            known = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+            for extra in ",".join(extras).split(","):
+                assert not extra or re.search(rf"^{extra} = \[", known, flags=re.MULTILINE), str(command)
+
+
+def test_python_blocks_compile() -> None:
+    for page in pages():
+        for block in blocks(page):
+            if block.language == "python":
+                compile(block.text, f"{block.page}:{block.line}", "exec")
+
+
+def test_links_and_anchors_lead_somewhere() -> None:
+    for page in pages():
+        for path, anchor in links(page):
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{page.name}: {path}"
+            if anchor and target.suffix == ".md":
+                assert anchor in anchors(target), f"{page.name}: {path}#{anchor}"
+
+
+def book() -> list[str]:
+    """The pages in the site's navigation."""
+    text = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["theme"]["font"] is False  # nothing is fetched from elsewhere
+    return re.findall(r": ([\w/-]+\.md)$", text, flags=re.MULTILINE)
+
+
+def test_the_book_lists_pages_that_exist() -> None:
+    listed = book()
+    assert len(listed) == len(set(listed)) > 10
+    for page in listed:
+        assert (DOCS / page).is_file(), page
+
+
+def test_the_slurm_script_is_shell() -> None:
+    [script] = [block for block in blocks(DOCS / "scaling.md") if block.language == "slurm"]
+    subprocess.run(["bash", "-n"], input=script.text, text=True, check=True)
+    assert script.text.count("#SBATCH --signal=TERM@120") == 1
+
+
+def test_the_figures_of_scaling_are_those_of_the_script() -> None:
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    try:
+        from scaling import DATA, disk, hours
+    finally:
+        sys.path.pop(0)
+    page = (DOCS / "scaling.md").read_text(encoding="utf-8")
+    rows = {"shards, shorter": ("shards", 0), "cache, 512": ("cache", 0), "cache, five": ("cache", 5)}
+    for start, (kind, views) in rows.items():
+        [row] = re.findall(rf"^\| {start}.*$", page, flags=re.MULTILINE)
+        for name, cell in zip(("CC3M", "CC12M", "CC3M+CC12M"), row.split("|")[3:]):
+            images, captions = DATA[name]
+            size = disk(images, captions, 512, views)[kind]
+            assert abs(float(cell.split()[0]) - size) <= (0.05 if size < 10 else 0.5), (start, name, size)
+    rates = {"live": 41.1e9, "cached": 0.0}
+    for start, teacher in rates.items():
+        [row] = re.findall(rf"^\| training, {start} teacher.*$", page, flags=re.MULTILINE)
+        for name, cell in zip(("CC3M", "CC12M", "CC3M+CC12M"), row.split("|")[2:]):
+            wanted = hours(DATA[name][0] * 32, 5.9e9, teacher, 8, 312, 0.3)
+            assert abs(float(cell.split()[0]) - wanted) <= 0.06, (start, name, wanted)
+
+
+def test_quick_commands_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in OURS:
+        if command.clipdistill in (["list", "recipes"], ["list", "datasets"]):
+            assert main(command.clipdistill) == 0, str(command)
+    shown = capsys.readouterr().out
+    assert "clip-rd" in shown
+    assert "scenes" in shown
+
+
+@pytest.mark.slow
+def test_listing_students_and_the_doctor_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "students"]) == 0
+    assert "ViT-T-16" in capsys.readouterr().out
+    assert main(["doctor"]) in (0, 1)
+
+
+def smaller(words: list[str]) -> list[str]:
+    """A command of the tutorial with less of everything."""
+    sizes = {"6000": "64", "1000": "48"}
+    words = [sizes.get(word, word) if words[i - 1] == "--size" else word for i, word in enumerate(words)]
+    if words[0] == "train" and "--explain" not in words:
+        words += SMALL
+    if words[0] == "bench":
+        words += ["--seconds", "0.05", "--rounds", "2"]
+    return words
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs_from_start_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "tutorial.md"
+    for command in commands(page):
+        if command.clipdistill is not None:
+            assert main(smaller(command.clipdistill)) == 0, f"{command}\n{capsys.readouterr().err}"
+    assert (tmp_path / "report.html").stat().st_size > 50_000
+    assert '<section id="gallery"' in (tmp_path / "report.html").read_text()
+    [code] = [block.text for block in blocks(page) if block.language == "python"]
+    names: dict[str, object] = {}
+    exec(compile(code, "tutorial.md", "exec"), names)
+    assert names["similarity"].shape == (2,)  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the pages name: captions.json, photographs, holiday.jpg."""
+    folder = tmp_path_factory.mktemp("book")
+    images = []
+    for split, count in (("train", 48), ("val", 24)):
+        source = open_scenes(split, count, 0)
+        for i in range(count):
+            path = folder / "photographs" / f"{split}-{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            source.image(i).save(path)
+            sentences = [{"raw": caption} for caption in source.captions(i)]
+            images.append({"filename": f"photographs/{path.name}", "split": split, "sentences": sentences})
+    (folder / "captions.json").write_text(json.dumps({"dataset": "mine", "images": images}))
+    source.image(0).save(folder / "holiday.jpg")
+    return folder
+
+
+def ours(text: str) -> str:
+    """The models of the book replaced by the small ones that come with the package."""
+    for name in ("ViT-B-16/laion400m_e32", "ViT-B-16"):
+        text = text.replace(name, "scenes-teacher")
+    return text.replace("ViT-T-16 RN50", "scenes-student").replace("ViT-T-16", "scenes-student")
+
+
+@pytest.mark.slow
+def test_choosing_and_search_run(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    for page in ("choosing.md", "search.md"):
+        for command in commands(DOCS / page):
+            words = smaller(shlex.split(ours(command.text))[1:])
+            if words[0] == "ablate":
+                words += ["data.size=64", "validation.size=24", "--seeds", "2", *SMALL, "train.evaluate_every=2"]
+                words = [word for word in words if word not in ("train.warmup_steps=1",)]
+            if "--page" in words:  # tests/search runs it
+                continue
+            assert main(words) == 0, f"{command}\n{capsys.readouterr().err}"
+    assert (workplace / "ablation.html").is_file()
+
+
+@pytest.mark.slow
+def test_torchrun_as_in_the_book(workplace: Path) -> None:
+    """The first command of Scaling out with two processes on the CPU."""
+    command = next(c for c in commands(DOCS / "scaling.md") if c.words[0] == "torchrun")
+    text = (
+        ours(command.text)
+        .replace("cache:cache/cc12m", "scenes-teacher")
+        .replace("--nproc-per-node 8", "--nproc-per-node 2")
+    )
+    text = re.sub(r"'cc12m/[^']*'", "captions.json", text).replace("coco/dataset_coco.json", "captions.json")
+    words = [*shlex.split(text)[1:], "--split", "train", *SMALL, "train.workers=0", "device=cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words], cwd=workplace, check=True, env=environment, timeout=280
+    )
+    facts = json.loads((workplace / "runs/rd/run.json").read_text())
+    assert (facts["status"], facts["ranks"]) == ("finished", 2)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_holds_every_page(tmp_path: Path) -> None:
+    pytest.importorskip("zensical")
+    shutil.copytree(DOCS, tmp_path / "docs")
+    shutil.copy(REPOSITORY / "mkdocs.yml", tmp_path)
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "tutorial" / "index.html").is_file()
+    there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert there == set(book()), "pages without a place in the navigation of mkdocs.yml"
