@@ -6,7 +6,7 @@ PYTEST_WORKERS ?= 2
 FUZZ_INPUTS ?= 100000
 FUZZ_OUT ?= build/fuzz
 
-.PHONY: demo test test-all fuzz lint types install clean
+.PHONY: demo test test-all fuzz docs lint types install clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
