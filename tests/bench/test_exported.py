@@ -26,13 +26,15 @@ def test_onnx_runs_in_both_formats_beside_eager(model):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     result = throughput(
-        {"a": model, "b": model}, backends=("eager", "onnx"), dtype=("float32", "int8"), batch_sizes=(3,),
+        {"a": model}, backends=("eager", "onnx"), dtype=("float32", "int8"), batch_sizes=(3,),
         seconds=0.02, rounds=3, device="cpu", towers=("image",),
     )  # fmt: skip
     measured = {(row["backend"], row["dtype"]) for row in result["measurements"]}
     assert measured == {("eager", "float32"), ("onnx", "float32"), ("onnx", "int8")}
     assert {(f["backend"], f["dtype"]) for f in result["failures"]} == {("eager", "int8")}
     assert all(row["value"] > 0 for row in result["measurements"])
+    compared = {(r["backend"], r["dtype"], r["against"]["backend"], r["value"] > 0) for r in result["setting_ratios"]}
+    assert compared == {("onnx", "float32", "eager", True), ("onnx", "int8", "eager", True)}
 
 
 def test_openvino_gives_the_models_embeddings_in_its_formats(model):

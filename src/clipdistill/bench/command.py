@@ -134,6 +134,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         sizes.add_row(_plain(name), *row)
     console.print(sizes)
     ratios = {_key(r): r for r in result["ratios"]}
+    others = {_key(r): r for r in result.get("setting_ratios", [])}
+    first = next(iter(result.get("setting_ratios", [])), {}).get("against", {})
     reference = result["settings"]["reference"]
     speed = Table(
         "model",
@@ -144,6 +146,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         "median",
         "p95",
         "memory",
+        *([f"ratio to {first['backend']}, {first['dtype']}"] if first else []),
         title="speed",
     )
     for row in result["measurements"]:
@@ -158,6 +161,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{row['median_ms']:.2f} ms" if "median_ms" in row else "",
             f"{row['p95_ms']:.2f} ms" if "p95_ms" in row else "",
             _megabytes(row.get("peak_bytes")),
+            *([f"{others[_key(row)]['value']:.2f}" if _key(row) in others else ""] if first else []),
         )
     console.print(speed)
     for failure in result["failures"]:

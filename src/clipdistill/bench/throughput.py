@@ -43,7 +43,7 @@ def throughput(
 ) -> dict[str, Any]:
     """Measure models against each other; the result can be written as JSON.
 
-    models: name -> model; all of them alternate within each setting (back end, dtype, batch size).
+    models: name -> model; all of them alternate in all back ends and dtypes, for one batch size after the other.
     seconds: timed seconds for each model, tower, batch size, dtype and back end, after warm-up.
     source: also measure end to end (read, decode, transform, image tower; one process) on these pairs.
     threads: of torch on the CPU, for this measurement only. reference: the model that ratios refer to (default
@@ -79,19 +79,22 @@ def throughput(
             "models": {name: describe_model(model) for name, model in models.items()},
             "measurements": [],
             "ratios": [],
+            "setting_ratios": [],
             "failures": [],
             "warnings": [busy] if busy else [],
         }
         bench = _Bench(models, where, tuple(towers), seconds, rounds, reference, source, result)
-        for backend in chosen:
-            for name in formats:
-                bench.measure(backend, name, batch_sizes)
+        bench.measure([(backend, name) for backend in chosen for name in formats], batch_sizes)
     finally:
         torch.set_num_threads(before)
     if not result["measurements"]:
         reasons = "; ".join(f"{f['model']} with {f['backend']}: {f['reason']}" for f in result["failures"])
         raise InputError(f"nothing could be measured ({reasons})")
     return result
+
+
+_Setting = tuple[str, str]
+"""Names of a back end and a number format."""
 
 
 class _Bench:
@@ -112,65 +115,85 @@ class _Bench:
         self.seconds, self.rounds, self.reference = seconds, rounds, reference
         self.source, self.result = source, result
 
-    def measure(self, backend: Backend, dtype: str, batch_sizes: Sequence[int]) -> None:
-        """All models in one back end and number format, every batch size."""
-        loaded: dict[str, Loaded] = {}
-        if dtype not in backend.dtypes:
-            for name in self.models:
-                self._fail(name, backend.name, dtype, f"this back end runs in {', '.join(backend.dtypes)} only")
-            return
+    def measure(self, settings: Sequence[tuple[Backend, str]], batch_sizes: Sequence[int]) -> None:
+        """All models in all back ends and number formats, every batch size."""
+        loaded: dict[_Setting, dict[str, Loaded]] = {}
         try:
-            for name, model in self.models.items():
-                try:
-                    loaded[name] = backend.load(model, self.device, dtype)
-                except Exception as error:  # a back end may fail in any way; the others are still measured
-                    self._fail(name, backend.name, dtype, _sentence(error))
+            for backend, dtype in settings:
+                if dtype not in backend.dtypes:
+                    for name in self.models:
+                        reason = f"this back end runs in {', '.join(backend.dtypes)} only"
+                        self._fail(name, backend.name, dtype, reason)
+                    continue
+                ready = loaded[backend.name, dtype] = {}
+                for name, model in self.models.items():
+                    try:
+                        ready[name] = backend.load(model, self.device, dtype)
+                    except Exception as error:  # a back end may fail in any way; the others are still measured
+                        self._fail(name, backend.name, dtype, _sentence(error))
+            visible = {backend.name: backend.visible for backend, _ in settings}
             for batch in batch_sizes:
-                self._batch(backend, dtype, batch, loaded)
+                self._batch(batch, loaded, visible)
         finally:
             for ready in loaded.values():
-                ready.close()
+                for one in ready.values():
+                    one.close()
 
-    def _batch(self, backend: Backend, dtype: str, batch: int, loaded: dict[str, Loaded]) -> None:
+    def _batch(self, batch: int, loaded: dict[_Setting, dict[str, Loaded]], visible: Mapping[str, bool]) -> None:
         tasks: list[Task] = []
         peaks: dict[str, int | None] = {}
         parts: dict[str, endtoend.Pipeline] = {}
         with torch.inference_mode():
-            for name in list(loaded):
-                try:
-                    for task, peak in self._tower_tasks(name, loaded[name], batch, dtype, backend.visible):
-                        tasks.append(task)
-                        peaks[task.name] = peak
-                    if self.source is not None and "image" in self.towers:
-                        encode = loaded[name].towers["image"]
-                        pipeline = endtoend.Pipeline(
-                            self.source,
-                            self.models[name].image,
-                            encode,
-                            batch,
-                            self.device,
-                            DTYPES.get(dtype, torch.float32),
-                        )
-                        pipeline()
-                        parts[f"{name}|end-to-end"] = pipeline
-                        tasks.append(Task(f"{name}|end-to-end", self._synchronised(pipeline), pipeline.batch))
-                except InputError:
-                    raise
-                except Exception as error:  # compilation and unsupported operations fail on the first call
-                    self._fail(name, backend.name, dtype, _sentence(error))
-                    tasks = [task for task in tasks if task.name.partition("|")[0] != name]
-                    loaded.pop(name).close()
+            for (backend, dtype), ready in loaded.items():
+                for name in list(ready):
+                    end = f"|{backend}|{dtype}"
+                    try:
+                        for task, peak in self._tower_tasks(name, ready[name], batch, dtype, visible[backend]):
+                            task.name += end
+                            tasks.append(task)
+                            peaks[task.name] = peak
+                        if self.source is not None and "image" in self.towers:
+                            encode = ready[name].towers["image"]
+                            pipeline = endtoend.Pipeline(
+                                self.source,
+                                self.models[name].image,
+                                encode,
+                                batch,
+                                self.device,
+                                DTYPES.get(dtype, torch.float32),
+                            )
+                            pipeline()
+                            parts[f"{name}|end-to-end{end}"] = pipeline
+                            call = self._synchronised(pipeline)
+                            tasks.append(Task(f"{name}|end-to-end{end}", call, pipeline.batch))
+                    except InputError:
+                        raise
+                    except Exception as error:  # compilation and unsupported operations fail on the first call
+                        self._fail(name, backend, dtype, _sentence(error))
+                        mine = [task for task in tasks if task.name.startswith(f"{name}|") and task.name.endswith(end)]
+                        tasks = [task for task in tasks if task not in mine]
+                        ready.pop(name).close()
             if not tasks:
                 return
             for pipeline in parts.values():
                 pipeline.clear()
             session = measure(tasks, seconds=self.seconds, rounds=self.rounds)
-        self.result["warnings"] += [
-            w
-            for w in (f"{backend.name}, {dtype}, batch {batch}: {text}" for text in session.warnings)
-            if w not in self.result["warnings"]
-        ]
-        self._record(session, {"backend": backend.name, "dtype": dtype, "batch": batch}, loaded, peaks, parts)
+        self.result["warnings"] += [f"batch {batch}: {text}" for text in session.warnings]
+        rates: dict[tuple[str, str], dict[_Setting, list[float]]] = {}
+        for setting, ready in loaded.items():
+            for key, values in self._record(session, setting, batch, ready, peaks, parts).items():
+                rates.setdefault(key, {})[setting] = values
+        self._compare_settings(rates, batch)
+
+    def _compare_settings(self, rates: Mapping[tuple[str, str], Mapping[_Setting, list[float]]], batch: int) -> None:
+        """Each back end and number format of a model against the first one it was measured in."""
+        for (name, tower), by_setting in rates.items():
+            (first, base), *others = by_setting.items()
+            for (backend, dtype), values in others:
+                value, low, high = ratio_interval(values, base)
+                row = {"model": name, "tower": tower, "backend": backend, "dtype": dtype, "batch": batch}
+                row |= {"against": {"backend": first[0], "dtype": first[1]}, "value": value, "low": low, "high": high}
+                self.result["setting_ratios"].append(row)
 
     def _tower_tasks(
         self, name: str, loaded: Loaded, batch: int, dtype: str, visible: bool
@@ -202,15 +225,19 @@ class _Bench:
     def _record(
         self,
         session: Session,
-        setting: dict[str, Any],
+        chosen: _Setting,
+        batch: int,
         loaded: Mapping[str, Loaded],
         peaks: Mapping[str, int | None],
         parts: Mapping[str, endtoend.Pipeline],
-    ) -> None:
-        """Rows of every tower, then the pair, then the ratios to the reference."""
+    ) -> dict[tuple[str, str], list[float]]:
+        """One setting's rows of every tower, then the pair, then the ratios to the reference; returns the rates."""
+        setting = {"backend": chosen[0], "dtype": chosen[1], "batch": batch}
         rates: dict[tuple[str, str], list[float]] = {}
         for key, timing in session.timings.items():
-            name, _, tower = key.partition("|")
+            name, tower, *own = key.split("|")
+            if tuple(own) != chosen:
+                continue
             rates[name, tower] = timing.rates()
             median, p95 = timing.latency()
             activations = peaks.get(key)
@@ -240,6 +267,7 @@ class _Bench:
                 value, low, high = ratio_interval(values, other)
                 ratio = {"model": name, "reference": self.reference, "tower": tower, **setting}
                 self.result["ratios"].append({**ratio, "value": value, "low": low, "high": high})
+        return rates
 
     def _row(self, name: str, tower: str, setting: dict[str, Any], rates: list[float]) -> dict[str, Any]:
         value, low, high = median_interval(rates)

@@ -136,7 +136,9 @@ def _export(manifest: dict[str, Any]) -> str:
 
 def _use(folder: Path, repository: str) -> str:
     if (folder / MANIFEST).is_file():
-        return '`python example.py PICTURE "a caption" "another"` needs nothing of clipdistill; the file is 30 lines.'
+        return (
+            '`python example.py PICTURE "a caption" "another"` needs nothing of clipdistill; the file is some 20 lines.'
+        )
     if (folder / "preprocessor_config.json").is_file():
         code = f'from transformers import CLIPModel\n\nmodel = CLIPModel.from_pretrained("{repository}")'
     elif (folder / "open_clip_config.json").is_file():

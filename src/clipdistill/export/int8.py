@@ -8,6 +8,8 @@ and in the manifest.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,15 +37,16 @@ def quantise_onnx(source: Path, target: Path, samples: np.ndarray, attempt: str 
         from onnxruntime import quantization
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "export", "int8") from error
-    graph = onnx.load(str(source)).graph
+    prepared = target.with_name(f"{target.stem}.prepared.onnx")
+    _prepare(source, prepared)
+    graph = onnx.load(str(prepared)).graph
     name = graph.input[0].name
     constants = {tensor.name for tensor in graph.initializer}
-    products = [
-        node for node in graph.node if node.op_type in ("MatMul", "Gemm", "Conv") and constants & set(node.input)
-    ]
-    skipped = [node.name for node in graph.node if node.op_type in ("MatMul", "Gemm", "Conv") and node not in products]
+    all_products = [node for node in graph.node if node.op_type in _ONNX_PRODUCTS]
+    products = [node.name for node in all_products if constants & set(node.input)]
+    skipped = [node.name for node in all_products if node.name not in products]
     if attempt == ATTEMPTS[1]:
-        skipped += _sensitive(graph, [node.name for node in products])
+        skipped += _sensitive(graph, products)
 
     class Samples(quantization.CalibrationDataReader):
         def __init__(self) -> None:
@@ -59,7 +62,7 @@ def quantise_onnx(source: Path, target: Path, samples: np.ndarray, attempt: str 
     logging.root.setLevel(logging.ERROR)  # it advises a preparation that does not change these graphs
     try:
         quantization.quantize_static(
-            str(source),
+            str(prepared),
             str(target),
             Samples(),
             quant_format=quantization.QuantFormat.QDQ,
@@ -67,13 +70,39 @@ def quantise_onnx(source: Path, target: Path, samples: np.ndarray, attempt: str 
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             reduce_range=not _has_vnni(),
-            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+            op_types_to_quantize=list(_ONNX_PRODUCTS),
             nodes_to_exclude=skipped,
             calibrate_method=quantization.CalibrationMethod.MinMax,
-            extra_options={"MatMulConstBOnly": True, "ActivationSymmetric": False, "WeightSymmetric": True},
+            extra_options={
+                "MatMulConstBOnly": True,
+                "ActivationSymmetric": False,
+                "WeightSymmetric": True,
+                # their sums go on in float32 (bias, residual, norm): rounding them to 8 bits costs accuracy and a pass
+                "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"],
+            },
         )
     finally:
         logging.root.setLevel(previous)
+        prepared.unlink(missing_ok=True)
+
+
+_ONNX_PRODUCTS = ("MatMul", "Gemm", "Conv")
+
+
+def _prepare(source: Path, target: Path) -> None:
+    """A copy with constants folded and batch norms merged into their convolutions, and a name for every node."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(target)
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(str(target))
+    for number, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{number}"
+    onnx.save(model, str(target))
 
 
 def _sensitive(graph: Any, products: list[str]) -> list[str]:
@@ -124,13 +153,14 @@ def quantise_openvino(source: Path, target: Path, samples: np.ndarray, attempt: 
             if op.get_type_name() == "MatMul" and op.input_value(0).get_node().get_type_name() in ("Gelu", "Multiply")
         ]
         ignored = nncf.IgnoredScope(names=sorted({names[0], names[-1], *after_gelu}), validate=False)
-    quantised = nncf.quantize(
-        graph,
-        nncf.Dataset(batches, lambda batch: {name: batch}),
-        subset_size=len(batches),
-        model_type=nncf.ModelType.TRANSFORMER,
-        ignored_scope=ignored,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # five progress bars
+        quantised = nncf.quantize(
+            graph,
+            nncf.Dataset(batches, lambda batch: {name: batch}),
+            subset_size=len(batches),
+            model_type=nncf.ModelType.TRANSFORMER,
+            ignored_scope=ignored,
+        )
     openvino.save_model(quantised, str(target), compress_to_fp16=False)
 
 

@@ -34,67 +34,60 @@ def transform_json(image: ImageSpec) -> dict[str, Any]:
 _RESIZE = {
     # sides are cut to whole pixels and the crop begins at the rounded middle, as torchvision does
     "shortest": """\
-    (w, h), n = picture.size, transform["size"]
     w, h = (n, int(n * h / w)) if w <= h else (int(n * w / h), n)
-    x, y = round((w - n) / 2), round((h - n) / 2)
-    picture = picture.resize((w, h), method).crop((x, y, x + n, y + n))
+    box = (x := round((w - n) / 2), y := round((h - n) / 2), x + n, y + n)
+    picture = picture.resize((w, h), method).crop(box)
 """,
     "longest": """\
-    (w, h), n = picture.size, transform["size"]
-    w, h = max(1, round(w / (max(w, h) / n))), max(1, round(h / (max(picture.size) / n)))
-    x, y = -((n - w) // 2), -((n - h) // 2)
-    picture = picture.resize((w, h), method).crop((x, y, x + n, y + n))
+    w, h = max(1, round(w / (max(w, h) / n))), max(1, round(h / (max(w, h) / n)))
+    box = (x := -((n - w) // 2), y := -((n - h) // 2), x + n, y + n)
+    picture = picture.resize((w, h), method).crop(box)
 """,
     "squash": """\
-    picture = picture.resize((transform["size"], transform["size"]), method)
+    picture = picture.resize((n, n), method)
 """,
 }
 
-_LOAD = {
+_RUN = {
     "onnx": (
-        "import onnxruntime",
-        'image, text = (onnxruntime.InferenceSession(here / f"{t}.onnx") for t in ("image", "text"))',
-        "tower.run(None, {tower.get_inputs()[0].name: batch})[0]",
+        "onnxruntime",
+        'session = onnxruntime.InferenceSession(here / f"{tower}.onnx")',
+        "session.run(None, {session.get_inputs()[0].name: batch})[0]",
     ),
-    "openvino": (
-        "import openvino",
-        'image, text = (openvino.compile_model(here / f"{t}.xml", "CPU") for t in ("image", "text"))',
-        "tower(batch)[0]",
-    ),
+    "openvino": ("openvino", 'session = openvino.compile_model(here / f"{tower}.xml", "CPU")', "session(batch)[0]"),
 }
 
 
 def example(image: ImageSpec, runtime: str = "onnx") -> str:
     """The program example.py of an export for `runtime` ("onnx" or "openvino")."""
-    imported, loaded, called = _LOAD[runtime]
+    package, loaded, called = _RUN[runtime]
     return f'''\
 """How well captions fit a picture:  python example.py PICTURE "a caption" "another caption" """
 import json, pathlib, sys
-import numpy as np
-{imported}
+import numpy as np, {package}
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 here = pathlib.Path(__file__).parent
-transform, manifest = (json.loads((here / f"{{n}}.json").read_text()) for n in ("transform", "manifest"))
-tokenizer = Tokenizer.from_file(str(here / "tokenizer.json"))
-{loaded}
+transform = json.loads((here / "transform.json").read_text())
 
 def pixels(path):
     picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    method = Image.Resampling[transform["interpolation"].upper()]
+    (w, h), n, method = picture.size, transform["size"], Image.Resampling[transform["interpolation"].upper()]
 {_RESIZE[image.resize_mode]}\
     values = (np.asarray(picture, np.float32) / 255 - np.float32(transform["mean"])) / np.float32(transform["std"])
     return values.transpose(2, 0, 1)[None].copy()
 
 def embed(tower, batch):
+    {loaded}
     rows = {called}
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
-if __name__ == "__main__":
-    tokens = np.array([e.ids for e in tokenizer.encode_batch(sys.argv[2:])], np.int64)
-    for caption, fit in zip(sys.argv[2:], (embed(image, pixels(sys.argv[1])) @ embed(text, tokens).T)[0]):
-        print(f"{{fit:.6f}}  {{caption}}")
+captions = sys.argv[2:]
+tokens = Tokenizer.from_file(str(here / "tokenizer.json")).encode_batch(captions)
+fits = embed("image", pixels(sys.argv[1])) @ embed("text", np.array([t.ids for t in tokens], np.int64)).T
+for caption, fit in zip(captions, fits[0]):
+    print(f"{{fit:.6f}}  {{caption}}")
 '''
 
 
