@@ -24,6 +24,10 @@ class Config(pydantic.BaseModel):
 
 C = TypeVar("C", bound=Config)
 
+_LARGEST_YAML = 1 << 22  # bytes
+_MOST_VALUES = 100_000
+_DEEPEST = 100  # mappings and lists in each other
+
 
 def build(cls: type[C], values: Mapping[str, Any], where: str = "configuration") -> C:
     """Fill the configuration class `cls` from nested mappings.
@@ -31,7 +35,7 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "configuration")
     Raises InputError that names the key (with the nearest known one), what was expected and `where` it was read.
     """
     if not isinstance(values, Mapping):
-        raise InputError(f"{where}: expected a mapping of settings, got {values!r}")
+        raise InputError(f"{where}: expected a mapping of settings, got {values!r:.200}")
     try:
         return cls.model_validate(dict(values))
     except pydantic.ValidationError as error:
@@ -49,7 +53,7 @@ def _first_problem(cls: type[Config], error: pydantic.ValidationError) -> str:
     if problem["type"] == "missing":
         return f"the key '{path}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{path}: {message}, got {problem['input']!r}" if path else message
+    return f"{path}: {message}, got {problem['input']!r:.200}" if path else message
 
 
 def _keys_at(cls: type[Config], path: Sequence[str]) -> list[str]:
@@ -76,10 +80,7 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
             if not isinstance(child, dict):
                 raise InputError(f"'{assignment}': '{parent}' is a plain value, it has no setting '{leaf}'")
             node = child
-        try:
-            node[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"'{assignment}': the value is not readable as YAML ({error})") from error
+        node[leaf] = parse_yaml(text, f"'{assignment}'")
     return result
 
 
@@ -97,16 +98,54 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, or an InputError with file and line."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_YAML + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        place = getattr(error, "problem_mark", None)
-        line = f" (line {place.line + 1})" if place else ""
-        raise InputError(f"{path}{line}: not readable as YAML: {getattr(error, 'problem', error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as text ({error})") from error
+    if len(content) > _LARGEST_YAML:
+        raise InputError(f"{path}: longer than {_LARGEST_YAML} bytes, so these are no settings")
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected 'key: value' settings, got {type(values).__name__}")
     return values
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The plain values of a YAML text that may come from anywhere.
+
+    Raises InputError, beginning with `where`, for text that is no YAML, tags that name Python objects, and aliases that
+    would unfold into more than a hundred thousand values (a few lines can stand for billions) or into themselves.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f" (line {place.line + 1})" if place else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())[:200]
+        raise InputError(f"{where}{line}: not readable as YAML: {problem}") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: not readable as YAML: nested too deeply") from error
+    except (ValueError, OverflowError, TypeError, AttributeError, KeyError) as error:  # values such as 2000-13-77
+        raise InputError(f"{where}: not readable as YAML: {' '.join(str(error).split())[:200]}") from error
+    if _unfolded(values, {}, 0) > _MOST_VALUES:
+        raise InputError(f"{where}: its aliases unfold into more than {_MOST_VALUES} values, so these are no settings")
+    return values
+
+
+def _unfolded(value: Any, known: dict[int, int], depth: int) -> int:
+    """How many values there are when every alias is written out; a value inside itself counts as endless."""
+    if not isinstance(value, dict | list | tuple | set):
+        return 1
+    if depth > _DEEPEST:
+        return _MOST_VALUES + 1
+    if id(value) not in known:
+        known[id(value)] = _MOST_VALUES + 1  # while it is being counted: met again, it holds itself
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_unfolded(part, known, depth + 1) for part in parts)
+    return known[id(value)]
 
 
 def as_dict(config: Config) -> dict[str, Any]:

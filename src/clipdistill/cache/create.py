@@ -27,6 +27,7 @@ from clipdistill.cache.synthetic import matched, read_synthetic, synthetic_finge
 from clipdistill.config import as_dict
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
+from clipdistill.links import refuse_links
 from clipdistill.models import ClipModel
 
 _BLOCK_BYTES = 64_000_000
@@ -46,6 +47,8 @@ def open_for_filling(config: CacheConfig, source: PairSource, teachers: Sequence
         leftovers = [p for p in folder.iterdir() if not p.name.startswith((".", "samples-", "teacher-", "locks"))]
         if leftovers:
             raise InputError(f"{folder}: holds other files ('{leftovers[0].name}') and no cache; give a new folder")
+    if folder.is_dir():
+        refuse_links(folder, "cache")
     entries = [teacher_entry(m, name, precision) for m, name in zip(teachers, config.teachers, strict=True)]
     claims = Claims(folder / "locks")
     began = time.monotonic()

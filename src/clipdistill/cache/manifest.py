@@ -139,7 +139,7 @@ def read_manifest(folder: Path, kind: str = KIND) -> Manifest:
         raise InputError(
             f"{folder}: no {MANIFEST}, so this is not a cache: make one with `clipdistill cache`"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(values, dict) or values.get("kind") != kind:
         found = values.get("kind") if isinstance(values, dict) else None
@@ -152,6 +152,8 @@ def read_manifest(folder: Path, kind: str = KIND) -> Manifest:
     ends = list(manifest.segments)
     if not ends or ends != sorted(set(ends)) or ends[0] < 1 or ends[-1] != manifest.data.samples:
         raise InputError(f"{path}: segments {ends} do not rise to the number of samples, {manifest.data.samples}")
+    if Path(manifest.samples).name != manifest.samples or manifest.samples in ("", ".", ".."):
+        raise InputError(f"{path}: samples: '{manifest.samples}' is not the name of a file in this folder")
     if not manifest.teachers:
         raise InputError(f"{path}: teachers: the list is empty")
     return manifest

@@ -48,9 +48,11 @@ class SampleTable:
         self.path = path
         try:
             self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            # offsets are trusted by everything that reads them: a damaged or hostile file could lead outside its memory
+            self._table.validate(full=True)
         except FileNotFoundError:
             raise InputError(f"{path}: the table of samples is missing, so the cache cannot be used") from None
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path}: not readable as an Arrow file ({error}), so the cache cannot be used") from error
         if self._table.schema != _SCHEMA:
             raise InputError(f"{path}: columns {self._table.schema.names} instead of {_SCHEMA.names}")

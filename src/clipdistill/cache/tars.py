@@ -157,7 +157,7 @@ def _decode(name: str, tensors: bytes, description: bytes, teachers: int, where:
             synthetic_text=rows("synthetic_text") if "0.synthetic_text" in values else (),
             synthetic=tuple(str(caption) for caption in described["synthetic"]),
         )
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{where}: '{name}' is damaged ({error!r}): export the shard again") from error
 
 
@@ -168,9 +168,10 @@ def read_shard(path: Path) -> Iterator[ShardSample]:
     try:
         with tarfile.open(path, "r|") as tar:
             for member in tar:
+                if not member.isreg():
+                    continue  # links are not followed
                 content = tar.extractfile(member)
-                if content is None:
-                    continue
+                assert content is not None
                 if member.name.endswith(_TENSORS):
                     waiting = {member.name.removesuffix(_TENSORS): content.read()}
                 elif (name := member.name.removesuffix(_DESCRIPTION)) in waiting:

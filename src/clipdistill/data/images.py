@@ -135,7 +135,10 @@ def _orientation(picture: Image.Image) -> int:
     try:
         if "exif" not in picture.info and picture.format in ("JPEG", "MPO"):
             return 1  # spares the search through other metadata for nearly every photograph
-        return int(picture.getexif().get(0x0112, 1))
+        found = picture.getexif()
+        orientation = int(found.get(0x0112, 1))
+        found.clear()  # the picture keeps it beside `info`
+        return orientation
     except Exception:
         return 1
 

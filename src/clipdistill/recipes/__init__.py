@@ -56,7 +56,8 @@ def lay(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Settings `over` laid over `base`; a run length in steps replaces one in epochs, and the other way round."""
     values = merge(base, over)
     for ours, other in (("steps", "epochs"), ("epochs", "steps")):
-        if ours in over.get("train", {}) and other not in over.get("train", {}):
+        train = over.get("train")
+        if isinstance(train, Mapping) and ours in train and other not in train:
             values["train"].pop(other, None)
     return values
 
@@ -73,7 +74,9 @@ def _resolve(name: str | Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], 
         raise InputError(f"{path}: 'from:' leads back to the same recipe")
     values = read_yaml(path)
     values.pop("about", None)
-    sizes = values.pop("sizes", {})
+    sizes = values.pop("sizes", None) or {}
+    if not isinstance(sizes, dict) or not all(isinstance(size, dict) for size in sizes.values()):
+        raise InputError(f"{path}: 'sizes' must hold settings by name, such as  debug: {{train: {{steps: 4}}}}")
     parent = values.pop("from", None)
     if parent is not None:
         base, base_sizes, _ = _resolve(parent, (*seen, path))

@@ -15,6 +15,7 @@ from clipdistill.data.files import read_image_file
 from clipdistill.data.images import decode
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
+from clipdistill.links import is_inside
 from clipdistill.search.encoder import SearchModel, timed
 from clipdistill.search.find import Finder, make_finder
 from clipdistill.search.store import Store
@@ -108,7 +109,14 @@ class Collection:
 
     def ask_like(self, number: int, top: int = 10) -> list[Answer]:
         """Each model's nearest photographs to one of the collection. Raises BadSample when its file is gone."""
-        return self.ask_image(read_image_file(self.folder / self.paths[number]), top)
+        return self.ask_image(self.read(number), top)
+
+    def read(self, number: int) -> bytes:
+        """The file of a photograph as it is now. Raises BadSample when it is gone or lies outside the folder."""
+        path = self.folder / self.paths[number]
+        if not is_inside(self.folder, path):
+            raise BadSample("unreadable image file: a link leads out of the folder")
+        return read_image_file(path)
 
     def _ask_picture(self, picture: Image.Image, top: int) -> list[Answer]:
         return self._ask([functools.partial(side.model.image, picture) for side in self.sides], top)

@@ -25,6 +25,7 @@ from rich.text import Text
 from clipdistill.data.files import read_image_file
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
+from clipdistill.links import is_inside, refuse_links
 from clipdistill.search.collection import Answer, Collection
 from clipdistill.search.encoder import SearchModel
 from clipdistill.search.find import FINDERS, recall
@@ -94,6 +95,9 @@ def open_collection(arguments: argparse.Namespace, console: Console) -> Collecti
     """Load the models and index the folder with each; the student first."""
     names = [("student", arguments.model)] + ([("teacher", arguments.teacher)] if arguments.teacher else [])
     index = arguments.index or arguments.folder / HIDDEN
+    if arguments.index is None and index.is_symlink() and not is_inside(arguments.folder, index):
+        raise InputError(f"{index}: is a link that leads out of the folder: remove it, or name the index with --index")
+    refuse_links(index, "index")
     sides: list[tuple[SearchModel, Store]] = []
     listed: list[tuple[str, str]] = []
     for role, name in names:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from clipdistill.data.files import IMAGE_SUFFIXES
 from clipdistill.errors import InputError
+from clipdistill.links import is_inside
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Photograph:
 def scan(folder: Path) -> tuple[list[Photograph], list[tuple[str, str]]]:
     """(image files below `folder` sorted by path, (sub-folder, reason) of what could not be listed).
 
-    Told apart by suffix. Hidden files and folders (a leading dot) are left out, links to folders are not followed.
+    Told apart by suffix. Hidden files and folders (a leading dot) are left out, links to folders are not followed,
+    links to files only where they lead to a file in `folder`.
     Raises InputError when `folder` is not a folder.
     """
     if not folder.is_dir():
@@ -41,7 +43,10 @@ def scan(folder: Path) -> tuple[list[Photograph], list[tuple[str, str]]]:
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(path)
                     elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
-                        _add(entry, path, found)
+                        if entry.is_symlink() and not is_inside(folder, Path(entry.path)):
+                            problems.append((path, "is a link that leads out of the folder"))
+                        else:
+                            _add(entry, path, found)
         except OSError as error:
             problems.append((below or ".", f"cannot be listed: {error.strerror or error}"))
     return sorted(found, key=lambda photograph: photograph.path), sorted(problems)

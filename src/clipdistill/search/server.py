@@ -26,7 +26,6 @@ from urllib.parse import parse_qs, urlsplit
 from PIL import Image
 from rich.console import Console
 
-from clipdistill.data.files import read_image_file
 from clipdistill.data.images import decode
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
@@ -121,8 +120,7 @@ class SearchServer(ThreadingHTTPServer):
             if key in self.thumbnails:
                 self.thumbnails.move_to_end(key)
                 return self.thumbnails[key]
-        path = self.collection.folder / self.collection.paths[number]
-        data = shrunk(read_image_file(path), _SIDES[kind])
+        data = shrunk(self.collection.read(number), _SIDES[kind])
         if kind == "thumb":
             with self.lock:
                 self.thumbnails[key] = data

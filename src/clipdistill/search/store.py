@@ -245,6 +245,8 @@ def _fill(store: Store, document: dict[str, Any]) -> None:
 
 def _read_part(store: Store, name: str) -> tuple[np.ndarray, dict[str, list[Any]]] | None:
     """(vectors, columns) of a part, None when it is damaged."""
+    if "/" in name or not name.startswith("part-"):
+        return None
     columns = _read_json(store.folder / f"{name}.json", [])
     try:
         vectors = np.load(store.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
@@ -253,7 +255,16 @@ def _read_part(store: Store, name: str) -> tuple[np.ndarray, dict[str, list[Any]
     if columns is None or vectors.ndim != 2 or vectors.shape[1] != store.dimension or vectors.dtype != np.float32:
         return None
     lists = [columns.get(c) for c in _COLUMNS]
-    return (vectors, columns) if all(isinstance(c, list) and len(c) == len(vectors) for c in lists) else None
+    if not all(isinstance(c, list) and len(c) == len(vectors) for c in lists):
+        return None
+    return (vectors, columns) if all(map(_stays_below, columns["paths"])) else None
+
+
+def _stays_below(path: Any) -> bool:
+    """Whether a stored path can only mean a file below the folder: an index may come with a folder from elsewhere."""
+    return isinstance(path, str) and path != "" and "\0" not in path and not path.startswith("/") and (
+        ".." not in path.split("/")
+    )  # fmt: skip
 
 
 def _number(name: str) -> int:

@@ -144,7 +144,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise InputError(f"{folder}: its state.json is that of step {state['step']}")
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder}: not a complete checkpoint (state.json: {error})") from error
     return Checkpoint(folder, state)
 
