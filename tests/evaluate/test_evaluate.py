@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import clipdistill as cd
 from clipdistill.cli import main
 from clipdistill.data.pairs import open_pairs
 from clipdistill.errors import InputError
+from clipdistill.evaluate.command import geometry_file, write_geometry
+from clipdistill.evaluate.encode import EncodedPairs
 from clipdistill.evaluate.scores import Scores
 from clipdistill.models import build_student, build_words_tokenizer, save_model
 from tests.conftest import shared_folder
@@ -209,3 +212,23 @@ def test_real_photographs_and_labels(folders: list[Path]) -> None:
     score = next(s for s in scores if s.metric == "t2i_R@10" and s.protocol.dataset == "flickr8k")
     assert score.low is not None
     assert score.low < 0.01 < 2 * score.value
+
+
+def test_geometry_goes_where_reports_find_it(tmp_path: Path) -> None:
+    found: dict[tuple[str, str], EncodedPairs] = {}
+    source = ColourPairs(per_colour=4)
+    teacher = colour_model(noise=0.5)
+    cd.evaluate(colour_model(), source, teacher=teacher, progress=False, intervals=False, embeddings=found)
+    assert set(found) == {("student", source.name), ("teacher", source.name)}
+    write_geometry(found, tmp_path / "geometry.json")
+    stored = json.loads((tmp_path / "geometry.json").read_text())
+    assert stored["data"] == source.name
+    assert stored["student"]["gap"] > 0
+    assert 0 < stored["alignment"]["cka"]["image"] <= 1
+    with pytest.raises(InputError, match="describes one set of image-caption pairs, and --data names none"):
+        write_geometry({}, tmp_path / "none.json")
+    (tmp_path / "run.json").write_text("{}")
+    assert geometry_file("", str(tmp_path)) == tmp_path / "geometry.json"
+    assert geometry_file("g.json", "any") == Path("g.json")
+    with pytest.raises(InputError, match="is no run folder"):
+        geometry_file("", "ViT-T-16")

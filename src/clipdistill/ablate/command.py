@@ -5,22 +5,24 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 
-from clipdistill.ablate.grid import base_settings, build_grid, shard
+from clipdistill.ablate.grid import GridRun, base_settings, build_grid, shard
 from clipdistill.ablate.plan import Plan, plan_of_recipes, read_plan
-from clipdistill.ablate.run import failures, run_grid
+from clipdistill.ablate.results import Results
+from clipdistill.ablate.run import Outcome, failures, run_grid
 from clipdistill.ablate.summary import summarise
 from clipdistill.ablate.tables import terminal_table
 from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
 from clipdistill.evaluate.verdicts import verdict_table
 from clipdistill.train.command import settings_of as settings_of_options
-from clipdistill.train.distributed import is_main
+from clipdistill.train.distributed import ProcessGroup, barrier, is_main, pick_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train the grid and summarise it. 0: all finished; 1: some failed or are left; 75: stopped on request."""
+    """Train the grid and summarise it. Returns 0, 1 when some failed."""
     plan, settings, assignments = read_arguments(arguments)
     out: Path = arguments.out
     grid = build_grid(plan, out, settings, assignments)
@@ -65,27 +67,37 @@ def run(arguments: argparse.Namespace) -> int:
     if not mine:
         print(f"--shard {arguments.shard}: no run of the {len(grid)} is left for this job")
         return 0
+    with ProcessGroup(pick_device(mine[0].config.device)):
+        return _train(plan, grid, mine, arguments)
+
+
+def _train(plan: Plan, grid: Sequence[GridRun], mine: Sequence[GridRun], arguments: argparse.Namespace) -> int:
+    out: Path = arguments.out
     if is_main():
         _store_plan(plan, out)
+    barrier()
     try:
         outcome = run_grid(mine, out, quiet=arguments.quiet, keep_checkpoints=arguments.keep_checkpoints)
     finally:  # also of what is there when the job is stopped
         results = summarise(plan, grid, out, command=_command()) if is_main() else None
-    if not is_main():
-        return 1 if outcome.failed else 0
-    if not arguments.quiet:
-        print(
-            f"{len(outcome.finished)} runs trained, {len(outcome.skipped)} were finished, "
-            f"{len(outcome.elsewhere)} at work in another process, {len(outcome.failed)} failed"
-        )
-        if results is not None:
-            Console().print(terminal_table(results))
-            if results.verdicts:
-                Console().print(verdict_table(results.verdicts))
-            print(f"table and picture: {out / 'ablation.md'}   page: clipdistill report {out}")
-    for name, message in failures(out).items():
-        print(f"failed: {name}: {message}", file=sys.stderr)
+    if is_main():
+        if not arguments.quiet:
+            _tell(outcome, results, out)
+        for name, message in failures(out).items():
+            print(f"failed: {name}: {message}", file=sys.stderr)
     return 1 if outcome.failed else 0
+
+
+def _tell(outcome: Outcome, results: Results | None, out: Path) -> None:
+    print(
+        f"{len(outcome.finished)} runs trained, {len(outcome.skipped)} were finished, "
+        f"{len(outcome.elsewhere)} at work in another process, {len(outcome.failed)} failed"
+    )
+    if results is not None:
+        Console().print(terminal_table(results))
+        if results.verdicts:
+            Console().print(verdict_table(results.verdicts))
+        print(f"table and picture: {out / 'ablation.md'}   page: clipdistill report {out}")
 
 
 def _command() -> str:

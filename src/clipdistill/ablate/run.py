@@ -17,7 +17,7 @@ from typing import Any
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.progress import GridDisplay
 from clipdistill.cache.claims import LEASE, Claims
-from clipdistill.errors import ClipdistillError, Preempted
+from clipdistill.errors import ClipdistillError, Preempted, StorageError
 from clipdistill.train.distributed import ProcessGroup, gather_lists, is_main, pick_device, world_size
 from clipdistill.train.run import Run, distill
 from clipdistill.train.sources import SharedSources
@@ -47,8 +47,9 @@ def run_grid(
 
     A failed run is recorded in OUT/.failures and the others go on; it is tried again by the next call. A run that
     another process works on is left to it. Under torchrun all ranks train each run together, and a failure ends the
-    job, as ranks that failed at different places could not go on together. Raises Preempted after a stop signal, and
-    InputError before the first run when a folder belongs to another configuration.
+    job, as ranks that failed at different places could not go on together. Raises Preempted after a stop signal,
+    StorageError when the disk is full, and InputError before the first run when a folder belongs to another
+    configuration.
     """
     states = {run.name: run.state() for run in runs}
     waiting = [run for run in runs if states[run.name] != "finished"]
@@ -98,7 +99,7 @@ def _one(
                 after(run, result)
         outcome.finished.append(run.name)
         display.end(run, result, time.monotonic() - began)
-    except Preempted:
+    except (Preempted, StorageError):  # a full disk would stop the next run too
         raise
     except Exception as error:
         outcome.failed[run.name] = f"{type(error).__name__}: {error}"

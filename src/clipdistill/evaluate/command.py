@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from clipdistill.errors import InputError
+from clipdistill.evaluate.encode import EncodedPairs
 from clipdistill.evaluate.evaluate import evaluate
+from clipdistill.evaluate.geometry import geometry
 from clipdistill.evaluate.protocol import RETRIEVAL_PROTOCOLS
 from clipdistill.evaluate.scores import Scores
 
@@ -37,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--strict-counts", action="store_true", help="refuse a published set that is not complete")
     add("--no-intervals", action="store_true", help="leave out the bootstrap intervals")
     add("--json", type=Path, help="write the scores here; per-query results go beside it as .npz")
+    add(
+        "--geometry",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="describe the embedding space too (similarities, modality gap, alignment with --teacher); written here, "
+        "or without a name into the run's folder as geometry.json, where reports draw it",
+    )
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--quiet", action="store_true", help="no progress bars")
 
@@ -63,6 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         strict_counts=arguments.strict_counts,
         intervals=not arguments.no_intervals,
         json_path=arguments.json,
+        geometry_path=None if arguments.geometry is None else geometry_file(arguments.geometry, arguments.model),
         markdown=arguments.markdown,
         progress=not arguments.quiet,
     )
@@ -86,28 +98,43 @@ def run_eval(
     strict_counts: bool = False,
     intervals: bool = True,
     json_path: Path | None = None,
+    geometry_path: Path | None = None,
     markdown: bool = False,
     progress: bool = True,
     console: Console | None = None,
 ) -> Scores:
-    """`evaluate`, then a table on the terminal (or Markdown) and, with json_path, files. See `evaluate`."""
-    scores = evaluate(
-        model,
-        list(data),
-        protocol=protocol,
-        teacher=teacher,
-        ks=ks,
-        batch_size=batch_size,
-        device=device,
-        workers=workers,
-        templates=templates,
-        classes=classes,
-        split=split,
-        progress=progress,
-        intervals=intervals,
-        dtype=dtype,
-        strict_counts=strict_counts,
-    )
+    """`evaluate`, then a table on the terminal (or Markdown) and, with json_path, files. See `evaluate`.
+
+    geometry_path: where to write the geometry of the embeddings (one set of pairs). Under torchrun the ranks share the
+    work and the first one writes.
+    """
+    from clipdistill.train.distributed import ProcessGroup, is_main, pick_device, world_size
+
+    embeddings: dict[tuple[str, str], EncodedPairs] = {}
+    with ProcessGroup(pick_device(device)):
+        scores = evaluate(
+            model,
+            list(data),
+            protocol=protocol,
+            teacher=teacher,
+            ks=ks,
+            batch_size=batch_size,
+            device=pick_device(device),
+            workers=workers,
+            templates=templates,
+            classes=classes,
+            split=split,
+            progress=progress,
+            intervals=intervals,
+            dtype=dtype,
+            strict_counts=strict_counts,
+            distributed=world_size() > 1,
+            embeddings=None if geometry_path is None else embeddings,
+        )
+        if not is_main():
+            return scores
+    if geometry_path is not None:
+        write_geometry(embeddings, geometry_path)
     if json_path is not None:
         scores.save(json_path)
     console = console or Console()
@@ -116,3 +143,23 @@ def run_eval(
     else:
         scores.print(console)
     return scores
+
+
+def geometry_file(name: str, model: str) -> Path:
+    """Where the geometry goes: the file named, or geometry.json in the folder of the run that is measured."""
+    if name:
+        return Path(name)
+    if not (Path(model) / "run.json").is_file():
+        raise InputError(f"--geometry: '{model}' is no run folder to write geometry.json into; name a file")
+    return Path(model) / "geometry.json"
+
+
+def write_geometry(embeddings: dict[tuple[str, str], EncodedPairs], path: Path) -> None:
+    """Geometry of the student's embeddings as JSON, with the teacher's and their alignment where it was measured."""
+    sets = list(dict.fromkeys(name for _, name in embeddings))
+    if len(sets) != 1:
+        listed = ", ".join(sets) or "none"
+        raise InputError(f"--geometry describes one set of image-caption pairs, and --data names {listed}")
+    shape = geometry(embeddings["student", sets[0]], embeddings.get(("teacher", sets[0])))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(shape | {"data": sets[0]}, indent=1) + "\n", encoding="utf-8")

@@ -16,7 +16,7 @@ import torch
 from clipdistill.data.labelled import LabelledSource, is_labelled_name, open_labelled
 from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
 from clipdistill.errors import InputError
-from clipdistill.evaluate.encode import Encoder
+from clipdistill.evaluate.encode import EncodedPairs, Encoder
 from clipdistill.evaluate.protocol import (
     Protocol,
     captions_rule,
@@ -58,6 +58,7 @@ def evaluate(
     captions: str | None = None,
     strict_counts: bool = False,
     distributed: bool = False,
+    embeddings: dict[tuple[str, str], EncodedPairs] | None = None,
 ) -> Scores:
     """Measure a model, and its teacher where given, on image-caption pairs (retrieval) and labelled sets (zero-shot).
 
@@ -70,6 +71,7 @@ def evaluate(
     "first 5"). device: None is where a loaded model is, and for names CUDA where there is one, else the CPU.
     strict_counts: a published set with other than its published counts is an error, not a note.
     distributed: share the work between the ranks of torch.distributed; every rank must call and gets everything.
+    embeddings: filled with what was encoded, by (model, name of the pair set), for evaluate.geometry.
 
     Returns Scores: models "student" and "teacher" (or only the model's own scores, as "student", without a teacher),
     per-query results kept for paired tests. Raises InputError for what cannot be scored.
@@ -98,8 +100,13 @@ def evaluate(
         for source in sources:
             if isinstance(source, PairSource):
                 rule = captions or captions_rule(protocol, source.name)
+                encoded = encoder.pairs(source, rule)
+                if embeddings is not None:
+                    embeddings[name, source.name] = encoded
                 own.add(
-                    _retrieval_scores(encoder, source, protocol, rule, name, fingerprint, ks, intervals, strict_counts)
+                    _retrieval_scores(
+                        encoder, source, encoded, protocol, rule, name, fingerprint, ks, intervals, strict_counts
+                    )
                 )
             else:
                 if strict_counts and source.deviation():
@@ -114,6 +121,7 @@ def evaluate(
 def _retrieval_scores(
     encoder: Encoder,
     source: PairSource,
+    encoded: EncodedPairs,
     protocol_name: str,
     rule: str,
     model: str,
@@ -122,7 +130,6 @@ def _retrieval_scores(
     intervals: bool,
     strict: bool,
 ) -> Scores:
-    encoded = encoder.pairs(source, rule)
     dataset, split = known_name(source.name)
     deviation = check_known_pairs(source.name, len(encoded.keys), len(encoded.captions), rule, strict=strict)
     protocol = Protocol(
