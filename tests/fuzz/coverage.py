@@ -9,6 +9,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+_WATCHED = 1000
+
 
 class Coverage:
     """Records lines and edges (pairs of consecutive lines) inside functions of `files` while `recording()`."""
@@ -19,6 +21,7 @@ class Coverage:
         self.edges: set[tuple[str, int, int]] = set()
         self._wanted = frozenset(self.files)
         self._mine: dict[CodeType, bool] = {}
+        self._quiet: dict[CodeType, int] = {}  # calls of a function since it did something new
         self._last = 0
         self._new = False
 
@@ -42,7 +45,11 @@ class Coverage:
         mine = self._mine.get(code)
         if mine is None:
             mine = self._mine[code] = code.co_filename in self._wanted and code.co_name != "<module>"
-        return self._line if mine else None
+        if not mine:
+            return None
+        self._quiet[code] = quiet = self._quiet.get(code, 0) + 1
+        # tracing costs more than running: functions that have long done nothing new are watched now and then
+        return self._line if quiet < _WATCHED or quiet % 8 == 0 else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
@@ -52,6 +59,7 @@ class Coverage:
                 self.edges.add(edge)
                 self.lines.add((name, number))
                 self._new = True
+                self._quiet[frame.f_code] = 0
             self._last = number
         return self._line
 

@@ -173,13 +173,22 @@ class Worker:
 
 
 def _work(
-    pipe: Connection, targets: Sequence[Target], files: Sequence[Path], place: Path, corpus: Path, seed: int, count: int
+    pipe: Connection,
+    targets: Sequence[Target],
+    files: Sequence[Path],
+    place: Path,
+    corpus: Path,
+    seed: int,
+    count: int,
+    until: float,
 ) -> None:
-    """A worker's life: one message an input, the coverage at the end."""
+    """A worker's life: one message an input, the coverage at the end, after `count` inputs or at the time `until`."""
     worker = Worker(targets, files, place, corpus, seed)
     worker.load(lambda: pipe.send(("", "loading", "", b"")))
     weights = [target.weight for target in targets]
     for _ in range(count):
+        if time.monotonic() > until:
+            break
         (target,) = worker.rng.choices(targets, weights)
         data = worker.next_input(target)
         kind, detail = worker.attempt(target, data)
@@ -214,7 +223,8 @@ def fuzz(
         round_ = 0
         while result.tried < inputs and time.monotonic() - began < seconds and len(known) < stop_at:
             here, there = context.Pipe(duplex=False)
-            arguments = (there, targets, files, place, corpus, seed + round_, inputs - result.tried)
+            left = inputs - result.tried
+            arguments = (there, targets, files, place, corpus, seed + round_, left, began + seconds)
             process = context.Process(target=_work, args=arguments)
             process.start()
             there.close()
@@ -253,7 +263,7 @@ def fuzz(
                         f"  {len(known)} failures",
                         flush=True,
                     )
-                if now - began > seconds or len(known) >= stop_at:
+                if len(known) >= stop_at:
                     process.kill()
                     process.join()
                     break
