@@ -133,7 +133,8 @@ def _compare(arguments: argparse.Namespace) -> None:
         values = {"path": path, "split": arguments.split, "image_root": arguments.image_root}
         data.append(build(DataConfig, {k: v for k, v in values.items() if v is not None}, "regions"))
     data += arguments.zero_shot
-    changes, scores = before_after(*arguments.models, data, device=arguments.device)
+    before, after = arguments.models
+    changes, scores = before_after(before, after, data, device=arguments.device)
     show(changes)
     for note in scores.notes:
         print(note)
