@@ -126,8 +126,8 @@ def test_row_20_a_rank_that_does_not_answer_ends_the_run_after_the_timeout(
 
 def test_row_20_waiting_for_a_long_evaluation_is_not_a_stall(launcher: Launcher, models: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    settings = training(models, out, "train.rank_timeout=4", "train.steps=3")
-    children = ranks(launcher, 2, *settings, fault="slow_evaluation", seconds=6.0)
+    settings = training(models, out, "train.rank_timeout=3", "train.steps=3")
+    children = ranks(launcher, 2, *settings, fault="slow_evaluation", seconds=4.0)
     for child in children:
         child.finish()
 

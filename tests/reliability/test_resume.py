@@ -19,7 +19,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", sorted(CASES))
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if "masked" in case else []) for case in sorted(CASES)]
+)
 def test_row_18_two_halves_are_one_run(launcher: Launcher, models: Path, tmp_path: Path, case: str) -> None:
     step, settings = CASES[case]
     whole = training(models, tmp_path / "whole", *settings, "train.checkpoint_every=null")
@@ -30,6 +32,7 @@ def test_row_18_two_halves_are_one_run(launcher: Launcher, models: Path, tmp_pat
     require_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_row_18_with_a_cache_of_stored_views(launcher: Launcher, models: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     fill = ["cache", "--teacher", models / "teacher", "--data", "scenes:train", "--out", cache, "--device", "cpu"]
