@@ -57,6 +57,10 @@ def test_what_is_on_disk_is_recognised(tmp_path):
     changed = build_grid(plan, tmp_path, {"train": {"learning_rate": 0.5}})
     with pytest.raises(InputError, match=r"clip.seed-0 holds .*train.learning_rate: 0.001 -> 0.5"):
         changed[0].state()
+    stored = grid[0].folder / "recipe.yaml"  # as an older version wrote it, without a setting that came later
+    stored.write_text("".join(line for line in stored.open() if "max_logit_scale" not in line))
+    assert "max_logit_scale" not in stored.read_text()
+    assert grid[0].state() == "finished"
     faster = build_grid(plan, tmp_path, {"train": {"log_every": 7}})  # changes nothing that is learned
     assert faster[0].state() == "finished"
 

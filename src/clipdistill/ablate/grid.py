@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clipdistill.ablate.plan import Plan, settings_of
-from clipdistill.config import as_dict, override, read_yaml
+from clipdistill.config import as_dict, override
 from clipdistill.errors import InputError
 from clipdistill.recipes import lay, load_recipe
 from clipdistill.train.config import RunConfig, resolve_values
 from clipdistill.train.distributed import pick_device
-from clipdistill.train.run import changes, with_precision
+from clipdistill.train.run import changes, stored_settings, with_precision
 
 State = Literal["finished", "interrupted", "new"]
 
@@ -41,7 +41,7 @@ class GridRun:
         stored = self.folder / "recipe.yaml"
         if not stored.exists():
             return "new"
-        changed = changes(read_yaml(stored), as_dict(self.config))
+        changed = changes(stored_settings(stored), as_dict(self.config))
         if changed:
             raise InputError(
                 f"{self.folder} holds a run with other settings ({'; '.join(changed[:5])}): give the ablation another "

@@ -29,16 +29,21 @@ def draw(results: Results, path: Path, curve_metric: str | None = None) -> bool:
     matplotlib.use("Agg", force=False)
     from matplotlib import pyplot as plt
 
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"}
+    style: dict[Any, Any] = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+    }
     others = [v.name for v in results.variants if v.name != results.plan.reference]
     panels = [v.name for v in results.variants if v.name in results.curves] if metric else []
     across = 4
     down = math.ceil(len(panels) / across)
     with plt.rc_context(style):
         heights = [0.6 + 0.26 * max(len(others), 1) if columns else 0.0, 1.55 * down]
-        figure = plt.figure(figsize=(10, sum(heights) + 0.5), layout="constrained")
-        parts = figure.subfigures(2 if columns and panels else 1, 1, height_ratios=[h for h in heights if h] or None)
-        parts = list(np.atleast_1d(parts))
+        figure: Any = plt.figure(figsize=(10, sum(heights) + 0.5), layout="constrained")
+        drawn = [height for height in heights if height]
+        parts = list(figure.subfigures(len(drawn), 1, squeeze=False, height_ratios=drawn)[:, 0])
         if columns:
             _differences(results, columns, others, parts.pop(0))
         if panels and metric:

@@ -149,8 +149,9 @@ def plan_of_recipes(
                 changed = {"weights" if has else "add": {term: weight}}
                 plain[name] = Variant.model_validate({"recipe": recipe, **changed})
     variants: dict[str, Variant] = {}
-    axes = product(plain.items(), students or [None], teachers or [None], batch_sizes or [None])
-    for (name, variant), student, teacher, batch_size in axes:
+    named: list[Sequence[str | None]] = [students or [None], teachers or [None]]
+    sizes: Sequence[int | None] = batch_sizes or [None]
+    for (name, variant), student, teacher, batch_size in product(plain.items(), named[0], named[1], sizes):
         parts = [name]
         parts += [_short(student)] if student is not None and len(students) > 1 else []
         parts += [_short(teacher)] if teacher is not None and len(teachers) > 1 else []

@@ -12,12 +12,11 @@ import numpy as np
 
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.plan import Plan
-from clipdistill.config import read_yaml
 from clipdistill.errors import InputError, nearest
 from clipdistill.evaluate.claims import Verdict, judge, judge_difference
 from clipdistill.evaluate.records import Record, read_records
 from clipdistill.evaluate.statistics import Comparison, holm, paired_bootstrap, paired_seeds
-from clipdistill.train.run import changes
+from clipdistill.train.run import changes, stored_settings
 
 HEADLINE = ("t2i_R@1", "i2t_R@1", "top1", "mean_per_class")
 
@@ -244,7 +243,7 @@ def _differing(baseline: GridRun, other: GridRun) -> list[str]:
     """Settings of `other` that are not the baseline's, apart from seed and names."""
     if baseline.variant == other.variant:
         return []
-    stored = [read_yaml(run.folder / "recipe.yaml") for run in (baseline, other)]
+    stored = [stored_settings(run.folder / "recipe.yaml") for run in (baseline, other)]
     weights = [{k: v for k, v in values["objective"].pop("weights").items() if v} for values in stored]
     for values in stored:
         values["train"].pop("seed")
@@ -272,7 +271,7 @@ def _notes(done: Mapping[GridRun, dict[str, Any]]) -> list[str]:
         notes.append("The runs of a seed saw the same pairs in the same order.")
     else:
         notes.append("The runs of a seed did NOT all see the same pairs in the same order (data or batch size differ).")
-    seen = {facts.get("samples_seen") for facts in done.values()}
+    seen = {int(facts.get("samples_seen", 0)) for facts in done.values()}
     if len(seen) == 1:
         notes.append(f"Every run saw {next(iter(seen)):,} pairs.")
     else:

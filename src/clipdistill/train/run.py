@@ -19,7 +19,7 @@ import torch
 import yaml
 
 import clipdistill
-from clipdistill.config import as_dict, read_yaml
+from clipdistill.config import as_dict, build, read_yaml
 from clipdistill.errors import InputError, Preempted
 from clipdistill.evaluate.evaluate import evaluate
 from clipdistill.evaluate.scores import Scores
@@ -265,7 +265,7 @@ def _open_folder(config: RunConfig, folder: Path, allow_changes: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _write_recipe(config, stored)
         return
-    changed = changes(read_yaml(stored), as_dict(config))
+    changed = changes(stored_settings(stored), as_dict(config))
     begun = (folder / "run.json").exists()
     if changed and begun and not allow_changes:
         raise InputError(
@@ -301,6 +301,15 @@ def _finished(folder: Path) -> Run | None:
         return None
     path = folder / "scores.json"
     return Run(folder, "finished", int(values["steps"]), Scores.load(path) if path.exists() else None)
+
+
+def stored_settings(path: Path) -> dict[str, Any]:
+    """The settings in a run's recipe.yaml; those that the version which wrote it did not know have their defaults."""
+    values = read_yaml(path)
+    try:
+        return as_dict(build(RunConfig, values, str(path)))
+    except InputError:  # settings this version does not know: they are compared as they are
+        return values
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
