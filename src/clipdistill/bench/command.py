@@ -134,8 +134,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         sizes.add_row(_plain(name), *row)
     console.print(sizes)
     ratios = {_key(r): r for r in result["ratios"]}
-    others = {_key(r): r for r in result.get("setting_ratios", [])}
-    first = next(iter(result.get("setting_ratios", [])), {}).get("against", {})
+    compared: list[dict[str, Any]] = result.get("setting_ratios", [])
+    others = {_key(r): r for r in compared}
+    first: dict[str, str] = compared[0]["against"] if compared else {}
     reference = result["settings"]["reference"]
     speed = Table(
         "model",
