@@ -65,7 +65,12 @@ class BoxFile:
         if not isinstance(boxes, list | tuple | np.ndarray):
             raise InputError(f"{where} ('{key}'): 'boxes' must be a list of [left, top, right, bottom]")
         self._rows[key] = {name: row.get(name) for name in ("boxes", "confidences", "labels", "width", "height")}
-        self.get(key, int(row.get("width") or 1), int(row.get("height") or 1))  # a bad row is an error now, not later
+        try:  # a bad row is an error now, not later
+            self.get(key, int(row.get("width") or 1), int(row.get("height") or 1))
+        except InputError:
+            raise
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{where} ('{key}'): not boxes with sizes and labels ({error})") from error
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -168,7 +173,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
     try:
         table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path}: not readable as Parquet ({error})") from error
     names = {"key", "file_name", "boxes", "confidences", "labels", "width", "height"} & set(table.column_names)
     if "boxes" not in names or not names & {"key", "file_name"}:
@@ -178,27 +183,38 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _coco_rows(content: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
     """One row an image of COCO's instances; crowds are no objects and left out."""
-    names = {c.get("id"): c.get("name", "") for c in content.get("categories") or [] if isinstance(c, Mapping)}
+    for part in ("images", "annotations"):
+        if not isinstance(content[part], list):
+            raise InputError(f"{path}: '{part}' is not a list")
+    listed = content.get("categories")
+    categories = [c for c in listed if isinstance(c, Mapping)] if isinstance(listed, list) else []
+    names = {c.get("id"): c.get("name", "") for c in categories if isinstance(c.get("id"), int | str)}
     rows: dict[Any, dict[str, Any]] = {}
     for number, image in enumerate(content["images"]):
-        if not isinstance(image, Mapping) or "id" not in image or not isinstance(image.get("file_name"), str):
+        named = isinstance(image, Mapping) and isinstance(image.get("file_name"), str)
+        if not named or not isinstance(image.get("id"), int | str):
             raise InputError(f"{path}: images[{number}] has no 'id' and 'file_name'")
         size = {side: image.get(side) for side in ("width", "height")}
         rows[image["id"]] = {"key": image["file_name"], "boxes": [], "confidences": [], "labels": [], **size}
+    if not rows:
+        raise InputError(f"{path}: lists no images")
     for number, annotation in enumerate(content["annotations"]):
         if not isinstance(annotation, Mapping) or "bbox" not in annotation:
             hint = " (captions: take the file instances_*.json)" if "caption" in annotation else ""
             raise InputError(f"{path}: annotations[{number}] has no 'bbox'{hint}")
-        row = rows.get(annotation.get("image_id"))
-        if row is None or annotation.get("iscrowd"):
-            continue
         try:
+            row = rows.get(annotation.get("image_id"))
+            if row is None or annotation.get("iscrowd"):
+                continue
             left, top, width, height = (float(value) for value in annotation["bbox"])
+            score, name = float(annotation.get("score", 1.0)), str(names.get(annotation.get("category_id"), ""))
         except (TypeError, ValueError) as error:
-            raise InputError(f"{path}: annotations[{number}]: 'bbox' is not [left, top, width, height]") from error
+            raise InputError(
+                f"{path}: annotations[{number}]: not an annotation with 'bbox' [left, top, width, height] ({error})"
+            ) from error
         row["boxes"].append([left, top, left + width, top + height])
-        row["confidences"].append(float(annotation.get("score", 1.0)))
-        row["labels"].append(str(names.get(annotation.get("category_id"), "")))
+        row["confidences"].append(score)
+        row["labels"].append(name)
     yield from rows.values()
 
 

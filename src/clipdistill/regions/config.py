@@ -26,12 +26,14 @@ class BoxLimits(Config):
 class RegionsConfig(Config):
     """The boxes of a run's images and their embeddings.
 
-    boxes: a file or folder of boxes, or a detector (see regions.detectors); limits: which of them are used;
+    boxes: a file or folder of boxes, or a detector (see regions.detectors); validation_boxes: those of the validation
+    set, where they are in another file; limits: which of them are used;
     store: folder for the embeddings of the regions, made once and shared by runs (None: `regions/` in the run's
     folder); batch_size: crops a forward pass.
     """
 
     boxes: str
+    validation_boxes: str | None = None
     limits: BoxLimits = BoxLimits()
     store: Path | None = None
     batch_size: int = pydantic.Field(default=64, ge=1)

@@ -78,8 +78,8 @@ def open_folder(folder: Path, source: PairSource, wanted: dict[str, Any]) -> Non
     described = {**wanted, "data": source.name, "data_sha256": source.fingerprint(), "images": len(source)}
     if path.exists():
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: not readable as JSON ({error})") from error
         for key in ("format", "detector_sha256", "data_sha256"):
             if stored.get(key) != described[key]:

@@ -33,6 +33,7 @@ from clipdistill.errors import BudgetError, InputError, Preempted
 from clipdistill.models import load_model
 from clipdistill.models.parameters import decays
 from clipdistill.objective import Embeddings, Objective
+from clipdistill.regions.config import RegionsConfig
 from clipdistill.regions.measure import Measured, measure
 from clipdistill.regions.meta_teacher import MetaTeacher, caption_tokens
 from clipdistill.regions.store import RegionStore
@@ -87,7 +88,11 @@ class _Run:
         per_epoch = StepSampler(len(self.source), train.batch_size, train.seed).steps_per_epoch
         self.total = train.steps if train.steps is not None else max(round((train.epochs or 0) * per_epoch), 1)
         self.display = Display(config.run_name, self.total, 0, enabled=not quiet)
-        self.store = self._regions(self.source)
+        self.store = self._regions(self.source, config.regions)
+        self.validation = Sources().validation(config)
+        if self.validation is not None:  # made before training: boxes of other images are an error now
+            boxes = config.regions.validation_boxes or config.regions.boxes
+            self.validation_store = self._regions(self.validation, config.regions.model_copy(update={"boxes": boxes}))
         readable = torch.nonzero(self.store.readable()).flatten().tolist()
         if len(readable) < 2:
             raise InputError(f"data '{config.data.path}': {len(readable)} readable images; training needs at least 2")
@@ -99,13 +104,9 @@ class _Run:
         self.optimiser = _optimiser(self.teacher, self.objective, config)
         self.progress = _Progress()
 
-    def _regions(self, source: PairSource) -> RegionStore:
-        config = self.config
-        assert config.regions is not None
-        assert config.meta_teacher is not None
-        return open_store(
-            config.regions, source, self.teacher.clip, config.meta_teacher, config.out, self.device, self.display.say
-        )
+    def _regions(self, source: PairSource, regions: RegionsConfig) -> RegionStore:
+        teacher = self.teacher
+        return open_store(regions, source, teacher.clip, teacher.config, self.config.out, self.device, self.display.say)
 
     def train(self) -> int:
         config, out = self.config, self.config.out
@@ -230,11 +231,10 @@ class _Run:
 
     def _measure(self) -> Measured | None:
         """The teacher on the validation set: with its own caption, without it, and the plain CLIP beside it."""
-        validation = Sources().validation(self.config)
-        if validation is None:
+        if self.validation is None:
             return None
-        self.display.say(f"measuring on {validation.name}")
-        return measure(self.teacher, validation, self._regions(validation), device=self.device)
+        self.display.say(f"measuring on {self.validation.name}")
+        return measure(self.teacher, self.validation, self.validation_store, device=self.device)
 
     def _save(self, path: Path) -> None:
         """Network, objective and moments in one file that is whole or not there."""
