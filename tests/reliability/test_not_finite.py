@@ -45,12 +45,13 @@ def test_row_13_too_many_stop_the_run_and_replay_says_where_it_begins(
     out = tmp_path / "run"
     settings = training(models, out, "train.learning_rate=1e30", "train.max_skipped_steps=1")
     said = " ".join(launcher.start(*settings).finish(3).split())
-    assert "not finite for the 2th time" in said
+    assert "was not finite in 2 steps of this run" in said
     assert f"clipdistill replay {out}" in said
     assert newest_step(out) == 2  # after the first of the two; the step that ended the run wrote nothing
     said = launcher.start("replay", out, "--step", 1).finish()
     assert "NOT FINITE" in said
     assert "it begins at: student, output of" in said
+    assert "weights have grown to 1" in said
     found = replay(out, 1)
     assert found.first is not None
     assert found.first.what in said

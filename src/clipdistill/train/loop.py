@@ -212,8 +212,8 @@ def _record_skipped(
     )
     if progress.skipped_steps > setup.config.train.max_skipped_steps:
         raise BudgetError(
-            f"step {progress.step}: the loss or its gradient is not finite for the {progress.skipped_steps}th time "
-            f"(train.max_skipped_steps={setup.config.train.max_skipped_steps}); the batches are in "
+            f"step {progress.step}: the loss or its gradient was not finite in {progress.skipped_steps} steps of this "
+            f"run (train.max_skipped_steps={setup.config.train.max_skipped_steps}); the batches are in "
             f"{folder / CAPTURED} (`clipdistill replay {folder}` says where it begins); "
             "try a lower train.learning_rate, train.clip_grad_norm=1 or train.precision=fp32"
         )

@@ -39,6 +39,8 @@ from clipdistill.train.step import (
 )
 
 Say = Callable[[str], None]
+_HUGE = 1e6
+"""No weight of a model that still works is larger."""
 
 
 @dataclass
@@ -50,12 +52,15 @@ class Finding:
     total: int
     largest: float
     keys: list[str] = field(default_factory=list)
+    samples: int = 0
 
     def __str__(self) -> str:
         if not self.bad:
             return f"{self.what:<44} finite, largest {self.largest:.4g}"
-        rows = f" ({', '.join(self.keys[:4])}{', ...' if len(self.keys) > 4 else ''})" if self.keys else ""
-        return f"{self.what:<44} NOT FINITE: {self.bad} of {self.total}{rows}"
+        rows = f", in {', '.join(self.keys[:4])}{', ...' if len(self.keys) > 4 else ''}" if self.keys else ""
+        if self.keys and len(self.keys) == self.samples:
+            rows = ", in every sample"
+        return f"{self.what:<44} NOT FINITE: {self.bad} of {self.total} numbers{rows}"
 
 
 @dataclass
@@ -284,12 +289,17 @@ def _advice(setup: Setup, batch: Batch, step: int, found: Replay) -> str:
         return f"{begins}: an earlier step made them so; go back to an earlier checkpoint with a lower learning rate"
     if first.what.startswith(("pixels", "teacher")):
         return f"{begins}: the student and the objective are not the cause; check the data and the teacher"
+    weights = next((f for f in found.findings if f.what == "weights"), None)
+    if weights is not None and weights.largest > _HUGE:
+        return f"{begins}: weights have grown to {weights.largest:.3g}: go back and use a lower train.learning_rate"
     if setup.config.train.precision != "fp32":
         again = next((f for f in _look(setup, batch, step, "fp32") if f.bad), None)
         if again is None:
             return f"{begins}: with train.precision=fp32 the same step is finite"
         return f"{begins}: with train.precision=fp32 it is still not finite ({again.what})"
-    return f"{begins}: try a lower train.learning_rate, train.clip_grad_norm=1 or a smaller weight of that term"
+    term = first.what.split()[1].rstrip(",") if first.what.startswith("term") else None
+    smaller = "" if term is None else f" or a smaller objective.weights.{term}"
+    return f"{begins}: try a lower train.learning_rate, train.clip_grad_norm=1{smaller}"
 
 
 def _bad(tensor: Tensor) -> int:
@@ -311,7 +321,7 @@ def _rows(what: str, tensor: Tensor, keys: Sequence[str]) -> Finding:
     """A tensor with a row for each sample."""
     good = tensor.detach().flatten(1).isfinite().all(1).tolist()
     bad = [key for key, fine in zip(keys, good) if not fine]
-    return Finding(what, _bad(tensor), tensor.numel(), _largest(tensor), bad)
+    return Finding(what, _bad(tensor), tensor.numel(), _largest(tensor), bad, len(keys))
 
 
 def _parameters(
