@@ -40,7 +40,7 @@ class Browser:
     """One headless Chromium with one page. `console` lists what pages logged as errors, refusals by their policy and
     uncaught exceptions included."""
 
-    def __init__(self, profile: Path, wait: float = 90.0) -> None:
+    def __init__(self, profile: Path, wait: float = 240.0) -> None:
         assert CHROMIUM is not None
         self.wait = wait
         self.console: list[str] = []

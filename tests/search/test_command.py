@@ -15,7 +15,7 @@ from PIL import Image
 
 from clipdistill.cli import main
 from clipdistill.data.images import decode
-from clipdistill.search.collection import Collection
+from clipdistill.search.collection import Answer, Collection, times_as_fast
 from clipdistill.search.encoder import SearchModel
 
 
@@ -87,6 +87,16 @@ def test_both_models_answer_and_share(collection: Collection) -> None:
     assert {hit.path for hit in student.hits if hit.shared} == files
     assert all(collection.paths[hit.number] == hit.path for hit in (*student.hits, *teacher.hits))
     assert len(collection.ask_text("a red circle", 500)[0].hits) == 21
+
+
+def test_who_is_faster_is_only_said_when_the_rounds_agree() -> None:
+    def answer(*rounds: float) -> Answer:
+        return Answer("m", "student", 1.0, 1.0, (), False, rounds)
+
+    assert times_as_fast(answer(1, 1, 2, 1, 1), answer(4, 4, 8, 5, 0.5)) == pytest.approx(4)
+    assert times_as_fast(answer(4, 4, 4, 4, 4), answer(1, 1, 1, 1, 1)) == pytest.approx(0.25)
+    assert times_as_fast(answer(1, 1, 1, 9, 9), answer(4, 4, 4, 4, 4)) is None
+    assert times_as_fast(answer(), answer()) is None
 
 
 def test_the_vectors_are_those_of_the_evaluation(collection: Collection, photographs: Path) -> None:

@@ -20,9 +20,9 @@ from clipdistill.search.encoder import SearchModel, timed
 from clipdistill.search.find import Finder, make_finder
 from clipdistill.search.store import Store
 
-_ROUNDS = (3, 9)
+_ROUNDS = (5, 15)
 _SECONDS = 0.2
-"""A query is answered at least three times, at most nine while this lasts: one call alone says little about time."""
+"""A query is answered at least five times, at most fifteen while this lasts: one call alone says little about time."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Hit:
 @dataclass(frozen=True)
 class Answer:
     """What one model found, best first. encode_ms: preparing and encoding the query; search_ms: finding
-    the nearest; both are medians of a few calls, in which the models take turns."""
+    the nearest; both are medians of a few calls, in which the models take turns.
+    cut: whether the model read only the beginning of the text. rounds_ms: both times together, call by call."""
 
     model: str
     role: str
@@ -47,11 +48,22 @@ class Answer:
     search_ms: float
     hits: tuple[Hit, ...]
     cut: bool = False
+    rounds_ms: tuple[float, ...] = ()
 
     @property
     def total_ms(self) -> float:
         """Encoding and searching together."""
         return self.encode_ms + self.search_ms
+
+
+def times_as_fast(first: Answer, second: Answer) -> float | None:
+    """How many times as fast `first` answered (median over rounds); None when the rounds do not agree on who is faster.
+
+    A busy machine can delay a call by more than it takes; one round in five may say otherwise.
+    """
+    ratios = [b / max(a, 1e-9) for a, b in zip(first.rounds_ms, second.rounds_ms, strict=True)]
+    ahead = sum(ratio > 1 for ratio in ratios)
+    return float(np.median(ratios)) if ratios and 5 * min(ahead, len(ratios) - ahead) <= len(ratios) else None
 
 
 @dataclass
@@ -147,5 +159,6 @@ class Collection:
             )
             model = side.model
             times = float(np.median(encode_ms)), float(np.median(search_ms))
-            answers.append(Answer(model.name, model.role, *times, hits, bool(cut) and cut[s]))
+            rounds = tuple(a + b for a, b in zip(encode_ms, search_ms, strict=True))
+            answers.append(Answer(model.name, model.role, *times, hits, bool(cut) and cut[s], rounds))
         return answers

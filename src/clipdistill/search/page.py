@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 
-from clipdistill.search.collection import Answer, Collection
+from clipdistill.search.collection import Answer, Collection, times_as_fast
 from clipdistill.search.photographs import printable
 
 POLICY = (
@@ -87,11 +87,12 @@ def _comparison(answers: Sequence[Answer]) -> dict[str, Any] | None:
     if len(answers) < 2:
         return None
     student, teacher = answers
-    ratio = teacher.total_ms / max(student.total_ms, 1e-9)
+    ratio = times_as_fast(student, teacher)
+    faster, slower = ("student", "teacher") if ratio is None or ratio >= 1 else ("teacher", "student")
     return {
-        "ratio": f"{ratio:.1f}" if ratio >= 1 else f"{1 / ratio:.1f}",
-        "faster": "student" if ratio >= 1 else "teacher",
-        "slower": "teacher" if ratio >= 1 else "student",
+        "ratio": "" if ratio is None else f"{max(ratio, 1 / ratio):.1f}",
+        "faster": faster,
+        "slower": slower,
         "shared": sum(hit.shared for hit in student.hits),
         "shown": len(student.hits),
     }
