@@ -64,6 +64,17 @@ def test_row_16_a_cache_that_does_not_fit(launcher: Launcher, models: Path, tmp_
     assert verify(cache).good
 
 
+def test_row_16_an_export_that_does_not_fit(launcher: Launcher, models: Path, tmp_path: Path) -> None:
+    out = tmp_path / "export"
+    command = ["export", models / "student", "--to", "open_clip", "--out", out]
+    launcher.start(*command).finish()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    said = launcher.start(*command, fault="small_files", bytes=60_000).finish(74)
+    assert "File too large" in said
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before  # the last good one is kept
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
 def test_row_16_what_counts_as_a_full_disk(tmp_path: Path) -> None:
     error = storage_error(OSError(28, "No space left on device", "/x/y"))
     assert str(error) == "/x/y: No space left on device: make room and run the same command again"
