@@ -9,7 +9,7 @@ with it is then no retrieval. All conditions here use the first caption of each 
     other caption    g(image, its second caption) against the first captions: no query is in its own answer
     wrong caption    g(image, the next image's caption): is the image found, or the caption?
     every pair       score(i, j) = cos(g(image i, caption j), caption j): the one honest use of the published form,
-                     a forward pass for every pair
+                     a forward pass for every pair (with the CLIP's scores on the same images)
     regions alone    the caption-free forms
 """
 
@@ -99,6 +99,7 @@ def measure(
     add("wrong caption: the caption", wrong, sentences.roll(-1, 0))
     count = min(pairs, len(readable))
     chosen = [i * len(readable) // count for i in range(count)]
+    add("every pair's images: clip", encoded.image[chosen], encoded.text[chosen])
     measured.scores["every pair"] = matrix_scores(conditions.every_pair(chosen, [firsts[i] for i in chosen]))
     measured.images["every pair"] = count
     return measured
