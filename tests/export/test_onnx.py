@@ -98,6 +98,8 @@ def test_graphs_from_elsewhere_with_a_description_of_their_own(exported, tiny, t
 def test_unusable_exports_are_one_sentence(exported, tmp_path):
     with pytest.raises(InputError, match="named with its runtime"):
         load_model(exported)
+    with pytest.raises(InputError, match="is an export already"):
+        graphs.export_graphs(load_model(f"onnx:{exported}"), tmp_path / "again")
     with pytest.raises(InputError, match="image size for good"):
         load_model(f"onnx:{exported}", image_size=64)
     shutil.copytree(exported, tmp_path / "broken")

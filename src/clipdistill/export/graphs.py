@@ -62,6 +62,8 @@ def export_graphs(
     int8: quantise, calibrated on `calibration`, within a budget of points of R@1 on `test`; both are needed then.
     Raises InputError when a tower cannot be exported or misses the tolerance; then nothing is written under `out`.
     """
+    if "exported" in model.architecture:
+        raise InputError(f"'{model.name}' is an export already: name the model it was made from")
     if int8 and (test is None or calibration is None):
         raise InputError("int8 needs pairs to calibrate on and to measure what is lost: name them with --data")
     tokenizer = tokenizer_json(model.tokenizer)
