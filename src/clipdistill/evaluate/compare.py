@@ -148,7 +148,10 @@ def read_side(paths: Sequence[Path], model: str) -> Side:
     for path in paths:
         file = path / "scores.json" if path.is_dir() else path
         if path.is_dir() and not file.is_file():
-            raise InputError(f"{path}: no scores.json there; measure the run with  clipdistill eval {path} --data ...")
+            raise InputError(
+                f"{path}: no scores.json there; measure the run with  "
+                f"clipdistill eval {path} --data ... --json {path}/scores.json"
+            )
         found = Scores.load(file)
         if model not in found.models():
             raise InputError(
