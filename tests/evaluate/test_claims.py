@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from clipdistill.errors import InputError
 from clipdistill.evaluate.claims import Claim, Statement, judge, read_claims
@@ -295,3 +296,18 @@ def test_claim_files_are_checked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_claims(tmp_path / "none.yaml")
     assert judge([Claim(id="x", claim="a > b on d m", source="s")], [])[0].source == "s"
+
+
+def test_p_and_interval_agree() -> None:
+    from clipdistill.evaluate.claims import _p_value
+
+    # of one kind of uncertainty alone, the known tests
+    assert _p_value(1.3, 1.0, 5, 0.0, 0.95) == pytest.approx(2 * stats.t.sf(1.3 * stats.t.ppf(0.975, 4), 4), rel=1e-6)
+    assert _p_value(1.3, 0.0, 0, 1.0, 0.95) == pytest.approx(2 * stats.norm.sf(1.3 * stats.norm.ppf(0.975)), rel=1e-6)
+    # of both, p is 0.05 where the interval ends, and falls with the distance
+    assert _p_value(5.0, 3.0, 4, 4.0, 0.95) == pytest.approx(0.05)
+    falling = [_p_value(distance, 3.0, 4, 4.0, 0.95) for distance in (0.0, 1.0, 4.9, 5.1, 20.0, 1e6)]
+    assert falling == sorted(falling, reverse=True)
+    assert (falling[0], falling[2] > 0.05, falling[3] < 0.05) == (1.0, True, True)
+    assert _p_value(0.0, 0.0, 3, 0.0, 0.95) == 1
+    assert _p_value(0.1, 0.0, 3, 0.0, 0.95) == 0

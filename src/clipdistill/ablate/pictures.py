@@ -68,8 +68,9 @@ def _differences(results: Results, columns: list[Column], others: list[str], par
             verdict, decided = found.verdict, found.outcome != "undecided"
             value = 100 * found.verdict.effect
             variant = next(v for v in results.variants if v.name == name)
-            if base is not None and variant.seeds == base.seeds:
-                each = [100 * (a - b) for a, b in zip(variant.scores[column], base.scores[column])]
+            if base is not None:
+                ours, theirs = (dict(zip(v.seeds, v.scores[column])) for v in (variant, base))
+                each = [100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
                 axis.plot(each, [place - 0.22] * len(each), ".", color=_GREY, markersize=3)
             if verdict.low is not None and verdict.high is not None:
                 axis.plot([100 * verdict.low, 100 * verdict.high], [place, place], color=_BLUE, linewidth=1.4)
@@ -106,7 +107,10 @@ def _curves(results: Results, metric: str, panels: list[str], down: int, across:
         axis.xaxis.set_major_formatter(lambda v, _: f"{v / 1000:g}k" if v else "0")
     title = column_title(Column(metric, None, None), [])
     part.supylabel(f"{title}, %", fontsize=8.5)
-    part.supxlabel(f"pairs seen (orange: {results.plan.reference}; band: range over seeds)", fontsize=8.5)
+    part.supxlabel(
+        f"pairs seen (on a sample of the validation set; orange: {results.plan.reference}; band: range over seeds)",
+        fontsize=8.5,
+    )
 
 
 def _mean_curve(results: Results, name: str, metric: str) -> tuple[list[int], list[float], list[float], list[float]]:

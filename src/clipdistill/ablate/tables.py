@@ -121,8 +121,8 @@ def _legend(results: Results) -> str:
     return (
         "Scores in per cent: mean ± standard deviation over seeds. Differences in points with 95 % intervals that hold "
         "the spread over seeds (Student's t, paired by seed) and the sampling of test queries (bootstrap, clustered by "
-        "image) together, and two-sided p adjusted by Holm over all differences of the table; bold where both say that "
-        f"there is a difference. Seconds of training a run. {_caption(results)}"
+        "image) together, and two-sided p adjusted by Holm over all differences of the table; bold where p is below "
+        f"0.05. Seconds of training a run. {_caption(results)}"
     )
 
 
