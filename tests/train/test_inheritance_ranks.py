@@ -51,3 +51,27 @@ def test_two_ranks_make_the_students_of_one(tmp_path: Path) -> None:
             assert a.get("sparsity", {}).keys() == b.get("sparsity", {}).keys()
             for name, value in a.get("sparsity", {}).items():
                 assert b["sparsity"][name] == pytest.approx(value, rel=1e-3, abs=1e-4)
+
+
+GROUPS = """
+import time
+from datetime import timedelta
+import torch
+from clipdistill.train.distributed import ProcessGroup, gather_lists, rank
+for number in range(4):
+    with ProcessGroup(torch.device("cpu"), timedelta(seconds=120)) as group:
+        assert gather_lists([(number, rank())]) == [(number, 0), (number, 1)]
+        first = rank() == 0
+    time.sleep(0.5 * first)
+"""
+
+
+@pytest.mark.slow
+def test_groups_follow_each_other(tmp_path: Path) -> None:
+    """Every stage forms a group of its own; none meets at the addresses that an earlier one left."""
+    script = tmp_path / "groups.py"
+    script.write_text(GROUPS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src")}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(launcher, env=environment, capture_output=True, text=True, check=False, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]

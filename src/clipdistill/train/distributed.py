@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import socket
 import threading
@@ -61,7 +63,12 @@ class ProcessGroup(AbstractContextManager["ProcessGroup"]):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            store, own, size = _meeting_place()
+            # a place of its own for each group: what an earlier one of the same processes left there (addresses of
+            # closed connections) would be read again, and the ranks would wait for each other for ever
+            store = dist.PrefixStore(f"clipdistill/{next(_groups)}", store)
+            dist.init_process_group(backend, store=store, rank=own, world_size=size, timeout=timeout)
             self.owns = True
             self.peers = gather_lists([(socket.gethostname(), os.getpid())])
 
@@ -81,6 +88,18 @@ class ProcessGroup(AbstractContextManager["ProcessGroup"]):
         ]
         elsewhere = sorted({host for host, _ in self.peers if host != here})
         return "; ".join(known + [f"see also the ranks on {host}" for host in elsewhere])
+
+
+_groups = itertools.count()
+
+
+@functools.cache
+def _meeting_place() -> tuple[dist.Store, int, int]:
+    """The store that torchrun's ranks share, this rank and how many there are; joined once in a process."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, own, size = next(rendezvous("env://"))
+    return store, own, size
 
 
 def _state(process: int) -> str:
