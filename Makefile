@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST_WORKERS ?= 2
+OLDEST ?= build/oldest
 FUZZ_INPUTS ?= 100000
 FUZZ_OUT ?= build/fuzz
 
-.PHONY: demo test test-all fuzz docs lint types install clean
+.PHONY: demo test test-all test-oldest fuzz docs lint types install clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -32,6 +33,13 @@ test: lint types
 
 test-all: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not gpu"
+
+# the lowest versions that pyproject.toml allows, in an environment of their own; not of Python's newest versions
+test-oldest:
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+		--editable . pytest pytest-timeout pytest-xdist hypothesis transformers
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(PYTEST_WORKERS)
 
 # nightly: every reader of foreign files against a hundred thousand bad inputs, guided by what they reach
 fuzz: install

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from clipdistill.errors import InputError
 from clipdistill.train.checkpoint import newest_checkpoint
 from clipdistill.train.run import distill
 from tests.cache.support import filled
+from tests.conftest import REPOSITORY
 from tests.reliability.support import Launcher, require_same_run, training
 
 
@@ -76,3 +79,16 @@ def test_a_cache_of_a_later_version_is_refused(models: Path, tmp_path: Path) -> 
     edit(store.folder / "manifest.json", format=2)
     with pytest.raises(InputError, match="format 2, this version reads 1: use the version that wrote it"):
         Store(store.folder)
+
+
+def test_the_oldest_versions_are_the_declared_ones() -> None:
+    """`make test-oldest` installs what pyproject.toml says is enough: neither can change without the other."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    lines = (REPOSITORY / "constraints-oldest.txt").read_text().splitlines()
+    pinned = dict(line.lower().split("==") for line in lines if "==" in line)
+    optional = project["optional-dependencies"]
+    declared = [*project["dependencies"], *optional["hf"], *optional["dev"]]
+    bounds = {m[1].lower(): m[2] for d in declared if (m := re.match(r"([\w-]+)>=([\d.]+)", d))}
+    assert {d.split(">=")[0].lower() for d in project["dependencies"]} <= pinned.keys()
+    for name, version in pinned.items():
+        assert version == bounds[name] or version.startswith(bounds[name] + "."), name
