@@ -181,6 +181,7 @@ def smaller(words: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_tutorial_runs_from_start_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +223,7 @@ def ours(text: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_choosing_and_search_run(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +241,7 @@ def test_choosing_and_search_run(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_torchrun_as_in_the_book(workplace: Path) -> None:
     """The first command of Scaling out with two processes on the CPU."""
     command = next(c for c in commands(DOCS / "scaling.md") if c.words[0] == "torchrun")
@@ -251,7 +254,11 @@ def test_torchrun_as_in_the_book(workplace: Path) -> None:
     words = [*shlex.split(text)[1:], "--split", "train", *SMALL, "train.workers=0", "device=cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src")}
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words], cwd=workplace, check=True, env=environment, timeout=280
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        cwd=workplace,
+        check=True,
+        env=environment,
+        timeout=1000,
     )
     facts = json.loads((workplace / "runs/rd/run.json").read_text())
     assert (facts["status"], facts["ranks"]) == ("finished", 2)
@@ -263,7 +270,7 @@ def test_the_site_builds_without_a_warning_and_holds_every_page(tmp_path: Path) 
     shutil.copytree(DOCS, tmp_path / "docs")
     shutil.copy(REPOSITORY / "mkdocs.yml", tmp_path)
     command = [sys.executable, "-m", "zensical", "build", "--strict"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1000, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "tutorial" / "index.html").is_file()
     there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
