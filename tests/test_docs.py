@@ -176,7 +176,7 @@ def smaller(words: list[str]) -> list[str]:
     if words[0] == "train" and "--explain" not in words:
         words += SMALL
     if words[0] == "bench":
-        words += ["--seconds", "0.05", "--rounds", "2"]
+        words += ["--seconds", "0.05", "--rounds", "3"]
     return words
 
 
