@@ -40,7 +40,7 @@ def parsed(command: Command) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"clipdistill {name}")
     module.add_arguments(parser)
     try:
-        return parser.parse_args(rest)
+        return parser.parse_intermixed_args(rest)
     except SystemExit as error:
         if error.code == 0:  # --help
             return argparse.Namespace(help=True)
