@@ -2,13 +2,14 @@
 
 The engine room of `ranking.py`. A tile is a float32 product. Each of its scores is compared with two limits, the
 positive's score plus and minus the rounding bound; what lies between the two is scored again in float64.
-On a GPU the comparisons run over the whole tile in float32. On the CPU they run over blocks that fit the cache, in
-16-bit fixed point: cutting off digits keeps the order, widens the uncertain band a little, and is three times faster.
+On a GPU the comparisons run over the whole tile in float32; the CPU's way is in `tiles_cpu.py`.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import copy
+from typing import Self
+
 import torch
 
 from clipdistill.errors import InputError
@@ -18,10 +19,8 @@ TIE_TOLERANCE = 1e-12
 
 # A block with more than this share of its pairs inside the float32 error bound is computed in float64 as a whole:
 # collapsed embeddings (all scores alike) would otherwise be scored again pair by pair.
-_DENSE_SHARE = 1 / 128
-# CPU blocks fit the second-level cache, and at most 255 rows and 128 x 8 columns let byte-wide counters hold a sum
-_BLOCK_ROWS, _BLOCK_COLUMNS = 240, 1024
-_CHUNK = 1024
+DENSE_SHARE = 1 / 128
+_CHUNK = 256
 """Rows or pairs converted to float64 at a time: bounds memory and stays in the cache."""
 
 
@@ -101,8 +100,19 @@ class TileCounter:
         self.row_of_text = row_of_text
         device = images.device
         self.threshold = exact_scores(self.rows, self.columns, row_of_text, torch.arange(len(texts), device=device))
-        self.counts = torch.zeros(4, len(texts), dtype=torch.int64, device=device)
+        self.make_buffers()
+
+    def make_buffers(self) -> None:
+        """Counts and working memory of this object's own."""
+        device = self.threshold.device
+        self.counts = torch.zeros(4, len(self.threshold), dtype=torch.int64, device=device)
         self.buffer = torch.empty(0, dtype=torch.float32, device=device)
+
+    def another(self) -> Self:
+        """A counter of the same embeddings with counts of its own, for another thread."""
+        made = copy.copy(self)
+        made.make_buffers()
+        return made
 
     def add_tile(self, top: int, bottom: int, left: int, right: int, pairs: torch.Tensor) -> None:
         """Compare images top..bottom with texts left..right.
@@ -116,7 +126,7 @@ class TileCounter:
         torch.mm(self.rows.single[top:bottom], self.columns.single[left:right].T, out=tile)
         # text-to-image first (None), then image-to-text with each of the images' own texts in turn
         own = [None, *(pairs[: int((pairs[:, g] >= 0).sum()), g] for g in range(pairs.shape[1]))]
-        near: tuple[list[_Near], list[_Near]] = ([], [])
+        near: tuple[list[Near], list[Near]] = ([], [])
         self.compare(tile, top, left, own, near)
         for direction in (0, 1):
             if near[direction]:
@@ -131,29 +141,29 @@ class TileCounter:
     def _rescore(self, direction: int, i: torch.Tensor, j: torch.Tensor, text: torch.Tensor) -> None:
         """Compare the scores of images i with texts j with those of the positive pairs `text`, in float64."""
         itself = (j == text) & (i == self.row_of_text[text])
-        self._add(2 * direction + 1, text[itself], torch.ones_like(text[itself]))
+        self.add(2 * direction + 1, text[itself], torch.ones_like(text[itself]))
         i, j, text = i[~itself], j[~itself], text[~itself]
         difference = exact_scores(self.rows, self.columns, i, j) - self.threshold[text]
-        self._add(2 * direction, text, difference > TIE_TOLERANCE)
-        self._add(2 * direction + 1, text, difference.abs() <= TIE_TOLERANCE)
+        self.add(2 * direction, text, difference > TIE_TOLERANCE)
+        self.add(2 * direction + 1, text, difference.abs() <= TIE_TOLERANCE)
 
-    def _add_dense(self, tile: torch.Tensor, left: int, own: torch.Tensor | None) -> None:
+    def add_dense(self, tile: torch.Tensor, left: int, own: torch.Tensor | None) -> None:
         """Compare a block of exact scores."""
         axis = 0 if own is None else 1
         texts = torch.arange(left, left + tile.shape[1], device=tile.device) if own is None else own
         threshold = self.threshold[texts]
         difference = tile[: len(texts)] - threshold[:, None] if axis else tile - threshold
-        self._add(2 * axis, texts, (difference > TIE_TOLERANCE).sum(dim=axis))
-        self._add(2 * axis + 1, texts, (difference.abs() <= TIE_TOLERANCE).sum(dim=axis))
+        self.add(2 * axis, texts, (difference > TIE_TOLERANCE).sum(dim=axis))
+        self.add(2 * axis + 1, texts, (difference.abs() <= TIE_TOLERANCE).sum(dim=axis))
 
-    def _dense_tile(self, top: int, left: int, shape: tuple[int, ...]) -> torch.Tensor:
+    def dense_tile(self, top: int, left: int, shape: tuple[int, ...]) -> torch.Tensor:
         return self.rows.double(slice(top, top + shape[0])) @ self.columns.double(slice(left, left + shape[1])).T
 
-    def _add(self, line: int, texts: torch.Tensor, values: torch.Tensor) -> None:
+    def add(self, line: int, texts: torch.Tensor, values: torch.Tensor) -> None:
         self.counts[line].index_add_(0, texts, values.long())
 
 
-_Near = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Near = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class GpuCounter(TileCounter):
@@ -174,92 +184,14 @@ class GpuCounter(TileCounter):
             else:
                 above, reach = (tile[: len(texts)] > limit[texts, None] for limit in (upper, lower))
             uncertain = above ^ reach
-            if int(uncertain.sum()) > max(256, _DENSE_SHARE * uncertain.numel()):
-                dense = self._dense_tile(top, left, tile.shape) if dense is None else dense
-                self._add_dense(dense, left, texts)
+            if int(uncertain.sum()) > max(256, DENSE_SHARE * uncertain.numel()):
+                dense = self.dense_tile(top, left, tile.shape) if dense is None else dense
+                self.add_dense(dense, left, texts)
                 continue
             i, j = torch.nonzero(uncertain, as_tuple=True)
             if texts is None:
                 self.counts[0, span] += above.sum(dim=0)
                 near[0].append((i + top, j + left, j + left))
             else:
-                self._add(2, texts, above.sum(dim=1))
+                self.add(2, texts, above.sum(dim=1))
                 near[1].append((i + top, j + left, texts[i]))
-
-
-class CpuCounter(TileCounter):
-    """Compares blocks of a tile in 16-bit fixed point, and counts booleans eight at a time.
-
-    Eight booleans are one 64-bit word of eight byte-wide counters, which can be added up 255 times before a byte
-    overflows; that makes counting nearly free beside the comparison.
-    """
-
-    tile_shape = (2 * _BLOCK_ROWS, 4 * _BLOCK_COLUMNS)
-
-    def __init__(self, *arguments: torch.Tensor) -> None:
-        super().__init__(*arguments)
-        # a score is surely above when its digits are above those of threshold + bound, and uncertain when they are at
-        # or above those of threshold - bound
-        self.upper = ((self.threshold + self.bound) * self.scale).numpy().astype(np.int16)
-        self.reach = ((self.threshold - self.bound) * self.scale).numpy().astype(np.int16) - np.int16(1)
-        self.masks = np.zeros((2, _BLOCK_ROWS * _BLOCK_COLUMNS), dtype=np.bool_)
-        self.digits = np.empty(_BLOCK_ROWS * _BLOCK_COLUMNS, dtype=np.int16)
-        self.width = 0
-
-    def compare(
-        self, tile: torch.Tensor, top: int, left: int, own: list[torch.Tensor | None], near: tuple[list, list]
-    ) -> None:
-        counts, scores = self.counts.numpy(), tile.numpy()
-        for r in range(0, tile.shape[0], _BLOCK_ROWS):
-            for c in range(0, tile.shape[1], _BLOCK_COLUMNS):
-                block = scores[r : r + _BLOCK_ROWS, c : c + _BLOCK_COLUMNS]
-                digits = self.digits[: block.size].reshape(block.shape)
-                np.copyto(digits, block, casting="unsafe")  # towards zero, which keeps the order
-                dense: torch.Tensor | None = None
-                for texts in own:
-                    part = None if texts is None else texts[r : r + _BLOCK_ROWS].numpy()
-                    found = self._compare_block(digits, left + c, part)
-                    if found is None:
-                        dense = self._dense_tile(top + r, left + c, block.shape) if dense is None else dense
-                        self._add_dense(dense, left + c, None if part is None else torch.from_numpy(part))
-                        continue
-                    greater, i, j = found
-                    if part is None:
-                        counts[0, left + c : left + c + block.shape[1]] += greater
-                    else:
-                        counts[2, part] += greater  # an image's own text occurs once, so no index repeats
-                    if len(i):
-                        text = left + c + j if part is None else part[i]
-                        triple = (i + top + r, j + left + c, text)
-                        near[0 if part is None else 1].append(tuple(map(torch.from_numpy, triple)))
-
-    def _compare_block(
-        self, digits: np.ndarray, left: int, own: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """How many scores are surely above each text's positive, and row and column of each uncertain score.
-
-        own: the texts to compare the rows with; None to compare the columns with their own positives. None is
-        returned when the uncertain scores are too many to list.
-        """
-        width = digits.shape[1]
-        words = -(-width // 8)
-        if width != self.width:
-            self.masks[:] = False  # columns that only fill up a word must stay False
-            self.width = width
-        height = len(digits) if own is None else len(own)
-        place: slice | np.ndarray = slice(left, left + width) if own is None else own[:, None]
-        above, reach = (mask[: height * 8 * words].reshape(height, 8 * words) for mask in self.masks)
-        np.greater(digits[:height], self.upper[place], out=above[:, :width])
-        np.greater(digits[:height], self.reach[place], out=reach[:, :width])
-        above_words, uncertain = above.view(np.uint64), reach.view(np.uint64)
-        uncertain ^= above_words
-        # most rows hold no uncertain score, and looking through words for it is slower than the comparison itself
-        rows = np.flatnonzero(np.bitwise_or.reduce(uncertain, axis=1))
-        k, column = np.nonzero(reach[rows])
-        if len(k) > max(256, _DENSE_SHARE * height * width):
-            return None
-        if own is None:
-            greater = np.add.reduce(above_words, axis=0).view(np.uint8)[:width]
-        else:
-            greater = np.add.reduce(above_words, axis=1)[:, None].view(np.uint8).sum(axis=1)
-        return greater.astype(np.int64), rows[k], column
