@@ -3,8 +3,8 @@
     python benchmarks/retrieval.py [--images 5000] [--captions 5] [--dimensions 512] [--threads 2] [--json out.json]
 
 Needs the package clip-benchmark (its functions only:  pip install --no-deps clip-benchmark tqdm). The two take turns,
-ours twice for each run of theirs, and best and median are reported. Memory is the peak above the embeddings, sampled from
-the process. On a busy machine  --clock cpu --threads 1  compares processor time instead of time on the wall.
+ours twice for each run of theirs, and best and median are reported. Memory is the peak above the embeddings,
+sampled from the process. On a busy machine  --clock cpu --threads 1  compares processor time instead.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ from clipdistill.errors import InputError
 from clipdistill.evaluate.tiles import TIE_TOLERANCE, GpuCounter, TileCounter
 from clipdistill.evaluate.tiles_cpu import CpuCounter
 
-
 # each has its own working memory of some 30 MB
 _MOST_THREADS = 16
 
