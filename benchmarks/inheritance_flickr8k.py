@@ -25,13 +25,13 @@ from clipdistill.train.config import resolve
 from clipdistill.train.logs import read_lines
 from clipdistill.train.run import Run, distill
 
-SIZES = "layers=4,width=128,text_layers=2,text_width=128,depth=even"
+SIZES = "layers=3,width=128,text_layers=2,text_width=128,depth=even"
 SMALL = "layers=2,width=64,text_layers=1,text_width=64,depth=even"  # of the demo's teacher
 TEACHER = {
     "embed_dim": 256,
     "quick_gelu": False,
-    "vision_cfg": {"image_size": 144, "layers": 8, "width": 256, "head_width": 64, "patch_size": 16},
-    "text_cfg": {"context_length": 40, "vocab_size": 8192, "width": 256, "heads": 4, "layers": 4},
+    "vision_cfg": {"image_size": 112, "layers": 6, "width": 256, "head_width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 32, "vocab_size": 8192, "width": 192, "heads": 3, "layers": 3},
 }
 
 
@@ -41,13 +41,14 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="pairs with a train and a val split")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--teacher", help="a ViT teacher (default: one is trained on the data)")
-    parser.add_argument("--teacher-epochs", type=float, default=30)
+    parser.add_argument("--teacher-epochs", type=float, default=15)
     parser.add_argument("--sizes", help=f"what manual inheritance keeps (default: {SIZES})")
     parser.add_argument("--recipes", default="tinyclip,clip-rd")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=192)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"))
     parser.add_argument("--limit", type=int, help="with --data scenes: so many pictures")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of all student runs")
     options = parser.parse_args()
@@ -80,10 +81,10 @@ def train_teacher(options: argparse.Namespace) -> Run:
     if not start.exists():
         source = open_pairs(DataConfig(**data["data"]), default_split="train")
         captions = (caption for i in range(len(source)) for caption in source.captions(i))
-        model = build_student(TEACHER, seed=0, tokenizer=build_words_tokenizer(captions, 40, max_size=8188))
+        model = build_student(TEACHER, seed=0, tokenizer=build_words_tokenizer(captions, 32, max_size=8188))
         save_model(model, start)
     settings = {**data, "student": "vit-teacher", "student_weights": str(start), "out": str(options.out / "teacher")}
-    changes = [f"train.epochs={options.teacher_epochs}"]
+    changes = [f"train.epochs={options.teacher_epochs}", f"train.precision={options.precision}"]
     return distill(resolve("clip", settings, size="flickr-teacher", assignments=changes))
 
 
@@ -109,7 +110,7 @@ def train_student(options: argparse.Namespace, recipe: str, start: str, seed: in
             "warmup_steps": options.steps // 20,
             "clip_grad_norm": 1.0,
             "keep_in_memory": True,
-            "precision": "fp32",
+            "precision": options.precision,
             "log_every": 10,
             "evaluate_every": max(options.steps // 12, 1),
             "checkpoint_every": max(options.steps // 6, 1),

@@ -3,12 +3,14 @@
 import builtins
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from clipdistill.errors import MissingExtraError
 from clipdistill.train.config import resolve
 from clipdistill.train.logs import TensorBoard, WeightsAndBiases
 from clipdistill.train.run import distill
+from clipdistill.train.setup import build
 
 
 @pytest.fixture
@@ -41,6 +43,17 @@ def test_tensorboard_receives_every_term(tmp_path):
     events.Reload()
     assert {"train/total", "train/terms/task", "train/terms/xrd"} <= set(events.Tags()["scalars"])
     assert events.Scalars("train/terms/xrd")[0].value == 0.5
+
+
+def test_fast_pixels_are_nearly_the_exact_ones(tmp_path):
+    """The setting reaches the loader, and what it hands out is within rounding of the exact pixels."""
+    batches = {}
+    for pixels in ("exact", "fast"):
+        config = resolve("clip", {"out": str(tmp_path / pixels)}, size="debug", assignments=[f"train.pixels={pixels}"])
+        batches[pixels] = next(iter(build(config, torch.device("cpu")).loader(0)))
+    assert batches["exact"].keys == batches["fast"].keys
+    difference = (batches["exact"].student_images - batches["fast"].student_images).abs()
+    assert 0 < difference.max() < 0.05  # in units of a standard deviation of pixels, about 64 of 255
 
 
 @pytest.mark.slow

@@ -102,6 +102,7 @@ class Setup:
             stored=None if self.teacher is None else self.teacher.stored,
             view=ViewPolicy() if train.views == "fixed" else train.view,
             caption=train.caption,
+            exact=train.pixels == "exact",
             seed=train.seed,
             rank=rank(),
             world=world_size(),
