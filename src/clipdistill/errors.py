@@ -55,7 +55,8 @@ class Preempted(ClipdistillError):
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-_RUST = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust (safetensors) report what the system said
+# how libraries written in Rust (safetensors; the second form before its 0.5) report what the system said
+_RUST = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")
 
 
 def storage_error(
@@ -64,7 +65,7 @@ def storage_error(
     """What to tell the user when `error` means that the disk is full or cannot be written; None for another error."""
     number = error.errno if isinstance(error, OSError) else None
     if number is None and type(error).__name__ == "SafetensorError" and (found := _RUST.search(str(error))):
-        number = int(found[1])
+        number = int(found[1] or found[2])
     if number not in _FULL:
         return None
     named = getattr(error, "filename", None)

@@ -8,6 +8,7 @@ import torch
 
 from clipdistill import cli
 from clipdistill.cache.plain import PlainEmbeddings
+from clipdistill.cache.samples import DIGEST_BYTES, SampleTable, write_samples
 from clipdistill.cache.sizes import readable, sample_bytes
 from clipdistill.cache.store import Store
 from clipdistill.cache.synthetic import read_synthetic
@@ -231,3 +232,12 @@ def test_exported_towers_fill_a_cache(tmp_path, teacher):
         assert torch.allclose(found, expected, atol=2e-3)
     assert exported.manifest.teachers[0].logit_scale == pytest.approx(scale)
     assert "onnxruntime" in exported.manifest.versions
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 1], [0, 1, 3], [-1, 0, 1], [0, 1, 142936511610884]])
+def test_rows_that_are_no_order_are_refused(tmp_path, rows):
+    names = ("key", "row", "captions", "digest", "synthetic")
+    records = [dict(zip(names, (str(row), row, 1, bytes(DIGEST_BYTES), []))) for row in rows]
+    table = SampleTable(tmp_path / write_samples(tmp_path, records))
+    with pytest.raises(InputError, match=r"each of the 3 rows once; `clipdistill cache verify`"):
+        _ = table.in_row_order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 
@@ -25,6 +26,9 @@ from clipdistill.evaluate.statistics import (
     welch,
 )
 
+# SciPy 1.15 renamed it
+SEED = {"rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state": 1}
+
 
 def clustered(rng: np.random.Generator, clusters: int, size: int, p: float = 0.4) -> tuple[np.ndarray, np.ndarray]:
     """0/1 results of `size` captions for each image; images differ in difficulty, so captions are correlated."""
@@ -36,7 +40,7 @@ def clustered(rng: np.random.Generator, clusters: int, size: int, p: float = 0.4
 def test_bootstrap_agrees_with_scipy_without_clusters() -> None:
     values = np.random.default_rng(0).exponential(size=400)
     ours = bootstrap(values, replicates=8000)
-    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=8000, rng=1).confidence_interval
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=8000, **SEED).confidence_interval
     assert ours.value == pytest.approx(values.mean())
     assert ours.low == pytest.approx(theirs.low, abs=0.01)
     assert ours.high == pytest.approx(theirs.high, abs=0.01)
@@ -45,7 +49,7 @@ def test_bootstrap_agrees_with_scipy_without_clusters() -> None:
 def test_median_agrees_with_scipy() -> None:
     values = np.random.default_rng(0).exponential(size=301)
     ours = bootstrap(values, statistic="median", replicates=4000)
-    theirs = stats.bootstrap((values,), np.median, method="percentile", n_resamples=4000, rng=1).confidence_interval
+    theirs = stats.bootstrap((values,), np.median, method="percentile", n_resamples=4000, **SEED).confidence_interval
     assert ours.value == np.median(values)
     assert ours.low == pytest.approx(theirs.low, abs=0.03)
     assert ours.high == pytest.approx(theirs.high, abs=0.03)
@@ -120,7 +124,7 @@ def test_permutation_test_agrees_with_scipy_on_many() -> None:
     b = np.zeros(120)
     theirs = stats.permutation_test(
         (a, b), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples", vectorized=True,
-        n_resamples=10_000, rng=0,
+        n_resamples=10_000, **SEED,
     ).pvalue  # fmt: skip
     assert permutation_test(a, b) == pytest.approx(theirs, abs=0.02)
 

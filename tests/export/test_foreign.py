@@ -70,7 +70,7 @@ def test_transformers_loads_it_with_its_own_tokenizer(images, tmp_path):
     export_foreign(model, tmp_path / "out", "hf")
     theirs = transformers.CLIPModel.from_pretrained(tmp_path / "out").eval()
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(
-        CAPTIONS, return_tensors="pt", padding="max_length", truncation=True
+        CAPTIONS, return_tensors="pt", padding="max_length", truncation=True, return_token_type_ids=False
     )
     with torch.no_grad():
         found = theirs.text_projection(theirs.text_model(**tokens).pooler_output)

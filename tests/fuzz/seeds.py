@@ -67,7 +67,7 @@ def images() -> list[bytes]:
         *(encoded(base.convert(mode), "PPM") for mode in ("RGB", "L", "1")),
         b"P3\n2 2\n255\n1 2 3 4 5 6 7 8 9 10 11 12\n",
         b"P2\n2 2\n65535\n1 2 3 65535\n",
-        encoded(grey16, "PPM"),
+        b"P5\n%d %d\n65535\n" % grey16.size + np.asarray(grey16).astype(">u2").tobytes(),
         encoded(frames[0], "MPO", save_all=True, append_images=frames[1:]),
     ]
     if features.check("webp"):

@@ -71,10 +71,11 @@ IDS = torch.tensor([[49406, 5, 49407] + [0] * 9, [49406, 8, 9, 49407] + [0] * 8]
 
 
 def same_embeddings(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    # not to the bit: the products of some libraries round otherwise where weights lie elsewhere in memory
     a.eval(), b.eval()
     with torch.no_grad():
-        images = torch.equal(a.encode_image(IMAGES), b.encode_image(IMAGES))
-        return images and torch.equal(a.encode_text(IDS), b.encode_text(IDS))
+        images = torch.allclose(a.encode_image(IMAGES), b.encode_image(IMAGES), rtol=0, atol=1e-5)
+        return images and torch.allclose(a.encode_text(IDS), b.encode_text(IDS), rtol=0, atol=1e-5)
 
 
 # --- pretrained tags of open_clip -------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_fetching_is_announced(
         ("Other-16/openai", "open_clip has no pretrained weights for it"),
         ("ViT-B16/openai", "no architecture 'ViT-B16' .did you mean 'ViT-B-16'"),
         ("ViT-T16", "did you mean 'ViT-T-16'"),
-        ("runs/nothing", "'runs/nothing' is no file or folder"),
+        ("no-runs/nothing", "'no-runs/nothing' is no file or folder"),
         ("./nothing", "no such file or folder"),
         ("nothing.pt", "no such file or folder"),
         ("hf:owner", "expected  hf:owner/name"),

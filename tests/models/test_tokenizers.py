@@ -137,6 +137,7 @@ def test_hugging_face_padding_and_cleaning_follow_transformers() -> None:
     [
         ({}, "no? ?mapping|kind"),
         ({"kind": "wordz"}, "did you mean 'words'"),
+        ({"kind": {"words": 1}}, "unknown tokenizer kind"),
         ({"kind": "words", "words": ["a", "a"], "context_length": 5}, "more than once"),
         ({"kind": "words", "words": [1], "context_length": 5}, "list of words"),
         ({"kind": "words", "words": ["a"], "context_length": -1}, "context_length"),

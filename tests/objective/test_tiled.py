@@ -339,6 +339,7 @@ def test_bfloat16_products_leave_float64_exact() -> None:
     assert largest_error(make_features(30), plan_of(CLIP_RD), products="bfloat16") < 1e-12
 
 
+@pytest.mark.skipif(not tiled_products._WIDE_RESULTS, reason="torch.mm has no out_dtype before torch 2.8")
 def test_bfloat16_products_on_a_gpu_ask_for_float32_results() -> None:
     # no device needed: the meta device checks types and shapes of the calls a GPU would get
     products = tiled_products.Products(torch.device("cuda"), torch.float32, bfloat16=True)
@@ -349,6 +350,12 @@ def test_bfloat16_products_on_a_gpu_ask_for_float32_results() -> None:
     total = torch.empty(4, 8, device="meta")
     products.accumulate(total, products.factor(out), columns, 0.5)
     products.accumulate(torch.empty(6, 8, device="meta"), products.factor(out).T, rows, 0.5)
+
+
+def test_products_stay_exact_where_results_cannot_be_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled_products, "_WIDE_RESULTS", False)
+    products = tiled_products.Products(torch.device("cuda"), torch.float32, bfloat16=True)
+    assert products.factor(torch.empty(4, 8, device="meta")).dtype == torch.float32
 
 
 class Largest(TorchDispatchMode):

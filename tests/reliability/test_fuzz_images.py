@@ -151,9 +151,22 @@ if features.check("avif"):
     LOSSY["AVIF with alpha"] = (encoded(Image.new("RGBA", (32, 32), (200, 0, 0, 128)), "AVIF"), (227, 127, 127))
 
 
+def pillow_reads(data: bytes) -> bool:
+    """Whether this version of Pillow can (before 13, not all the TIFFs that it writes)."""
+    try:
+        Image.open(io.BytesIO(data)).load()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("name", LOSSY)
 def test_row_10_modes_of_lossy_files(name: str) -> None:
     data, expected = LOSSY[name]
+    if name == "TIFF YCbCr" and not pillow_reads(data):
+        with pytest.raises(BadSample, match="truncated"):
+            decode(data)
+        return
     found = np.asarray(decode(data)).reshape(-1, 3).astype(int)
     assert np.abs(found - expected).max() <= 4
     assert np.ptp(found, axis=0).max() <= 2

@@ -72,8 +72,17 @@ class SampleTable:
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """(N,) int64: the row of each sample in the store."""
-        return self._table["row"].to_numpy()
+        """(N,) int64: the row of each sample in the store. Raises InputError unless each row is there once."""
+        rows = self._table["row"].to_numpy()
+        seen = np.zeros(len(rows), dtype=np.bool_)
+        inside = rows[(rows >= 0) & (rows < len(rows))]
+        seen[inside] = True
+        if not seen.all():
+            raise InputError(
+                f"{self.path}: damaged: its column 'row' does not name each of the {len(rows)} rows once; "
+                "`clipdistill cache verify` says what else is"
+            )
+        return rows
 
     @cached_property
     def captions(self) -> np.ndarray:

@@ -253,7 +253,8 @@ class Scores:
                 if queries is not None and metric in queries.clusters:
                     arrays[f"{i}/{model}/{metric}/clusters"] = queries.clusters[metric]
         if arrays:
-            np.savez_compressed(path.with_suffix(".npz"), allow_pickle=False, **arrays)
+            # no allow_pickle=False here: NumPy before 2.1 would store it as one more array; these hold numbers only
+            np.savez_compressed(path.with_suffix(".npz"), **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Scores:

@@ -290,7 +290,7 @@ def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
         raise InputError("the tokenizer's description is not a mapping with a 'kind'")
     settings = {key: value for key, value in values.items() if key != "kind"}
     kind = values["kind"]
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise InputError(f"unknown tokenizer kind {kind!r}{nearest(str(kind), kinds)}")
     words = settings.get("words", [])
     if kind == "words" and not (isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)):

@@ -21,6 +21,9 @@ KEPT = {"cpu": 256 * 2**20, "cuda": 2**30}
 
 Range = tuple[int, int]
 
+_WIDE_RESULTS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+"""Whether torch.mm has `out_dtype`."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -95,8 +98,8 @@ class Products:
         self.bfloat16 = bfloat16 and dtype == torch.float32
         # on a CPU, oneDNN rounds the factors inside the product and keeps a float32 result
         self.inside = self.bfloat16 and device.type == "cpu"
-        # elsewhere the factors themselves are narrow
-        self.narrow = self.bfloat16 and not self.inside
+        # elsewhere the factors themselves are narrow, where torch (2.8 and later) can give float32 results for them
+        self.narrow = self.bfloat16 and not self.inside and _WIDE_RESULTS
 
     def factor(self, matrix: Tensor) -> Tensor:
         """The matrix as it enters a product."""
