@@ -8,7 +8,8 @@ and empty files in place of images, files that are missing from the start and fi
 opened, a tar cut in its middle, one that is no tar, one that vanishes later. One PairLoader then makes all passes, as a
 training run would. Checked in every pass: each sample of the pass's order is met once, good samples give the same
 pixels, tokens and captions as in the first pass, and exactly the spoiled ones are reported. Measured at sixteen moments
-of every pass, over this process and its workers: memory, open files, threads; the medians of each pass are compared.
+of every pass, over this process and its workers: memory, open files, threads. Compared are each pass's median of memory
+and its least of files and threads: batches on their way between processes hold files open for a moment.
 Memory is what these processes hold together that no file on disk backs, pages that they share counted once (the sums of
 Pss_Anon and Pss_Shmem): the libraries' code, which other programs share, does not blur it. Exit code 1 when a sample
 was lost or something grew by more than `--limit` from the second pass on. Needs /proc (Linux 5.9 or later).
@@ -170,7 +171,7 @@ def digests(batch: Batch) -> Iterable[tuple[int, int]]:
 def soak(
     where: Path, faults: Faults, *, passes: int, workers: int, batch: int, size: int, exact: bool, say: bool = True
 ) -> dict[str, Any]:
-    """Make the passes; what was lost, repeated, changed or misreported in each, and medians of what was measured."""
+    """Make the passes; what was lost, repeated, changed or misreported in each, and what was measured."""
     source = open_pairs(str(where))
     faults.vanish()
     model = SimpleNamespace(image=ImageSpec(size=size), tokenizer=ClipBpeTokenizer())
@@ -202,7 +203,10 @@ def soak(
                 readings.append(measure())
         expected = set(epoch_order(len(source), 5, number)[: per_pass * batch].tolist())
         good = {i for i in expected if names[i] not in faults.spoiled}
-        medians = {key: statistics.median(getattr(reading, key) for reading in readings) for key in vars(readings[0])}
+        measured = {
+            key: (statistics.median if "memory" in key else min)(getattr(reading, key) for reading in readings)
+            for key in vars(readings[0])
+        }
         row = {
             "lost": len(good - set(seen)),
             "repeated": len(seen) - len(set(seen)) + len(reported) - len(set(reported)),
@@ -210,14 +214,14 @@ def soak(
             "unwanted": len(set(seen) - good),
             "misreported": len(set(reported) ^ {names[i] for i in expected - good}),
             "seconds": time.monotonic() - began,
-            **medians,
+            **measured,
         }
         result["passes"].append(row)
         if say:
             print(
                 f"pass {number + 1:2d}: {len(seen)} good, {len(reported)} bad, lost {row['lost']}, repeated "
-                f"{row['repeated']}, changed {changed}; {medians['memory'] / 2**20:.1f} MiB (this process "
-                f"{medians['own_memory'] / 2**20:.1f}), {medians['files']:.0f} files, {medians['threads']:.0f} threads",
+                f"{row['repeated']}, changed {changed}; {measured['memory'] / 2**20:.1f} MiB (this process "
+                f"{measured['own_memory'] / 2**20:.1f}), {measured['files']:.0f} files, {measured['threads']:.0f} threads",
                 flush=True,
             )
     rest = next(batches, None)
