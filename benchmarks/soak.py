@@ -221,7 +221,8 @@ def soak(
             print(
                 f"pass {number + 1:2d}: {len(seen)} good, {len(reported)} bad, lost {row['lost']}, repeated "
                 f"{row['repeated']}, changed {changed}; {measured['memory'] / 2**20:.1f} MiB (this process "
-                f"{measured['own_memory'] / 2**20:.1f}), {measured['files']:.0f} files, {measured['threads']:.0f} threads",
+                f"{measured['own_memory'] / 2**20:.1f}), {measured['files']:.0f} files, "
+                f"{measured['threads']:.0f} threads",
                 flush=True,
             )
     rest = next(batches, None)

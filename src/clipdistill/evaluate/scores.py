@@ -254,7 +254,7 @@ class Scores:
                     arrays[f"{i}/{model}/{metric}/clusters"] = queries.clusters[metric]
         if arrays:
             # no allow_pickle=False here: NumPy before 2.1 would store it as one more array; these hold numbers only
-            np.savez_compressed(path.with_suffix(".npz"), **arrays)
+            np.savez_compressed(path.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: Path) -> Scores:
