@@ -4,7 +4,7 @@
 
 First a teacher, a small ViT, is trained on the same pairs (or named with --teacher), then each start with each recipe
 and seed sees the same number of pairs. Printed and written to OUT/inheritance.json: R@1 on the validation split, size,
-and the pairs seen until the mean R@1 of both directions first reaches the final one of the student from scratch.
+and the pairs seen until the mean R@1 (and R@10) of both directions first reaches the from-scratch student's final one.
 Interrupted, the same command goes on where it stopped. In seconds, to see that it runs:
 
     python benchmarks/inheritance_flickr8k.py --data scenes --limit 64 --steps 8 --teacher scenes-teacher --out /tmp/try
@@ -139,9 +139,12 @@ def lacking(teacher: str, sizes: str) -> float:
 
 def describe(recipe: str, seed: int, start: str, run: Run, scratch: Run) -> dict[str, Any]:
     """One row of the table."""
-    curve = [(line["samples"], mean_recall(line["scores"])) for line in read_lines(run.folder / "eval.jsonl")]
-    goal = mean_recall(read_lines(scratch.folder / "eval.jsonl")[-1]["scores"])
-    reached = next((samples for samples, value in curve if value >= goal), None)
+    curve, goals = (read_lines(folder / "eval.jsonl") for folder in (run.folder, scratch.folder))
+
+    def reached(k: int) -> int | None:
+        goal = mean_recall(goals[-1]["scores"], k)
+        return next((line["samples"] for line in curve if mean_recall(line["scores"], k) >= goal), None)
+
     scores = {s.metric: s.value for s in run.scores or () if s.model == "student"}
     parameters = json.loads((run.folder / "run.json").read_text())["parameters"]["total"]
     return {
@@ -149,27 +152,31 @@ def describe(recipe: str, seed: int, start: str, run: Run, scratch: Run) -> dict
         "seed": seed,
         "start": start,
         "parameters": parameters,
-        **{metric: scores[metric] for metric in ("t2i_R@1", "i2t_R@1")},
-        "samples": curve[-1][0],
-        "samples_to_scratch": reached,
+        **{metric: scores[metric] for metric in ("t2i_R@1", "i2t_R@1", "t2i_R@10", "i2t_R@10")},
+        "samples": curve[-1]["samples"],
+        "samples_to_scratch": {k: reached(k) for k in (1, 10)},
     }
 
 
-def mean_recall(scores: dict[str, float]) -> float:
-    """Mean R@1 of both directions."""
-    return (scores["t2i_R@1"] + scores["i2t_R@1"]) / 2
+def mean_recall(scores: dict[str, float], k: int) -> float:
+    """Mean R@k of both directions."""
+    return (scores[f"t2i_R@{k}"] + scores[f"i2t_R@{k}"]) / 2
 
 
 def report(rows: list[dict[str, Any]]) -> None:
     """The table."""
+    metrics = ("t2i_R@1", "i2t_R@1", "t2i_R@10", "i2t_R@10")
     print(
-        f"{'recipe':<12}{'start':<12}{'seed':>5}{'parameters':>12}{'t2i R@1':>9}{'i2t R@1':>9}{'pairs to scratch':>18}"
+        f"{'recipe':<12}{'start':<12}{'seed':>5}{'parameters':>12}"
+        + "".join(f"{m:>10}" for m in metrics)
+        + f"{'pairs to scratch, R@1':>24}{'R@10':>14}"
     )
     for row in rows:
-        reached = "not reached" if row["samples_to_scratch"] is None else f"{row['samples_to_scratch']:,}"
+        reached = ["not reached" if n is None else f"{n:,}" for n in row["samples_to_scratch"].values()]
         print(
             f"{row['recipe']:<12}{row['start']:<12}{row['seed']:>5}{row['parameters']:>12,}"
-            f"{row['t2i_R@1']:>9.1%}{row['i2t_R@1']:>9.1%}{reached:>18}"
+            + "".join(f"{row[m]:>10.1%}" for m in metrics)
+            + f"{reached[0]:>24}{reached[1]:>14}"
         )
 
 
