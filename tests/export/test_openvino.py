@@ -48,6 +48,22 @@ def test_openvino_runs_an_onnx_export(exported, tiny):
     assert torch.equal(first, kept)  # a result does not change when the next one is computed
 
 
+@pytest.mark.parametrize("rows", [15, 16, 33])
+def test_large_batches_shared_by_threads_keep_their_order(exported, tiny, rows):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = load_model(f"openvino:{exported}", teacher=True)
+        images = torch.randn(rows, 3, 32, 32)
+        with torch.no_grad():
+            expected = tiny.module.eval().encode_image(images)
+        for turn in (images, images.flip(0), images):  # the queue is used again
+            wanted = expected if turn is images else expected.flip(0)
+            torch.testing.assert_close(model.module.encode_image(turn), wanted, atol=1e-4, rtol=1e-4)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 def test_int8_by_nncf(exported, tiny, tmp_path):
     pytest.importorskip("nncf")
