@@ -1,5 +1,6 @@
 """Every command and the Python of the README run, on small models and data with the same names."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -64,6 +65,9 @@ def test_make_targets_exist():
 def test_clipdistill_commands_run_in_order(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     for line in COMMAND_LINES:
+        needs_extra = line.startswith("clipdistill export") or "onnx" in line
+        if needs_extra and importlib.util.find_spec("onnxscript") is None:
+            continue  # without the extra `export`, as in `make test-oldest`
         if line.startswith("clipdistill"):
             arguments = shlex.split(smaller(line))[1:]
             if arguments[0] in ("train", "ablate"):
