@@ -32,7 +32,12 @@ class Launcher:
     def __init__(self, logs: Path) -> None:
         self.logs = logs
         self.count = 0
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "1000",
+            "PYTHONPATH": f"{REPOSITORY / 'src'}:{REPOSITORY}",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.reliability.zygote"],
             cwd=REPOSITORY,
