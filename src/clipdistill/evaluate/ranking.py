@@ -14,8 +14,7 @@ This module counts; `retrieval.py` turns counts into metrics and says how ties a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,11 +23,8 @@ import torch
 import torch.distributed
 
 from clipdistill.errors import InputError
-from clipdistill.evaluate.tiles import TIE_TOLERANCE, GpuCounter, TileCounter
+from clipdistill.evaluate.tiles import TIE_TOLERANCE, GpuCounter
 from clipdistill.evaluate.tiles_cpu import CpuCounter
-
-# each has its own working memory of some 30 MB
-_MOST_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -87,30 +83,26 @@ def _count(images: torch.Tensor, texts: torch.Tensor, owner: np.ndarray, distrib
     first_pair = torch.cumsum(row_captions, 0) - row_captions
 
     kind = CpuCounter if device.type == "cpu" else GpuCounter
-    counter: TileCounter = kind(images, torch.from_numpy(image_order), texts, row_of_text)
+    counter = kind(images, torch.from_numpy(image_order), texts, row_of_text)
     threshold = counter.threshold
     rank, world = 0, 1
     if distributed and torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     height, width = counter.tile_shape
     height = min(height, -(-len(images) // world))
-
-    def own_texts(start: int, stop: int) -> torch.Tensor:
-        """(rows, g): the g-th caption of each image of a stripe; -1 where it has fewer."""
+    for start in range(rank * height, len(images), world * height):
+        stop = min(start + height, len(images))
         count = row_captions[start:stop]
         g = torch.arange(int(count[0]), device=device)
-        return torch.where(
+        # (rows, g): the g-th caption of each image of the block; -1 where it has fewer
+        pairs = torch.where(
             g < count[:, None],
             pair_order[(first_pair[start:stop, None] + g).clamp(max=len(texts) - 1)],
             torch.full((), -1, device=device, dtype=torch.int64),
         )
-
-    tiles = []
-    for start in range(rank * height, len(images), world * height):
-        stop = min(start + height, len(images))
-        pairs = own_texts(start, stop)
-        tiles += [(start, stop, left, min(left + width, len(texts)), pairs) for left in range(0, len(texts), width)]
-    counts = _walk(counter, tiles)
+        for left in range(0, len(texts), width):
+            counter.add_tile(start, stop, left, min(left + width, len(texts)), pairs)
+    counts = counter.counts
     if world > 1:
         counts = _sum_over_ranks(counts)
     greater, equal = _among_own(owner, threshold.cpu().numpy(), captions)
@@ -126,31 +118,6 @@ def _count(images: torch.Tensor, texts: torch.Tensor, owner: np.ndarray, distrib
         score=threshold.cpu().numpy(),
         images=len(images),
     )
-
-
-def _walk(counter: TileCounter, tiles: Sequence[tuple[int, int, int, int, torch.Tensor]]) -> torch.Tensor:
-    """The counts over all tiles. On a CPU each thread takes tiles of its own: products would share the threads well,
-    but the comparisons between them run on one."""
-    threads = min(torch.get_num_threads(), _MOST_THREADS)
-    if counter.threshold.device.type != "cpu" or threads < 2 or len(tiles) < 2 * threads:
-        for tile in tiles:
-            counter.add_tile(*tile)
-        return counter.counts
-    before = torch.get_num_threads()
-
-    def work(own: TileCounter, share: Sequence[tuple[int, int, int, int, torch.Tensor]]) -> torch.Tensor:
-        with torch.no_grad():  # a thread starts with the default
-            torch.set_num_threads(1)
-            for tile in share:
-                own.add_tile(*tile)
-        return own.counts
-
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            jobs = [pool.submit(work, counter.another(), tiles[k::threads]) for k in range(threads)]
-            return torch.stack([job.result() for job in jobs]).sum(dim=0)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _among_own(owner: np.ndarray, score: np.ndarray, captions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

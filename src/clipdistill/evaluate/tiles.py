@@ -7,9 +7,6 @@ On a GPU the comparisons run over the whole tile in float32; the CPU's way is in
 
 from __future__ import annotations
 
-import copy
-from typing import Self
-
 import torch
 
 from clipdistill.errors import InputError
@@ -20,7 +17,7 @@ TIE_TOLERANCE = 1e-12
 # A block with more than this share of its pairs inside the float32 error bound is computed in float64 as a whole:
 # collapsed embeddings (all scores alike) would otherwise be scored again pair by pair.
 DENSE_SHARE = 1 / 128
-_CHUNK = 256
+_CHUNK = 1024
 """Rows or pairs converted to float64 at a time: bounds memory and stays in the cache."""
 
 
@@ -100,19 +97,8 @@ class TileCounter:
         self.row_of_text = row_of_text
         device = images.device
         self.threshold = exact_scores(self.rows, self.columns, row_of_text, torch.arange(len(texts), device=device))
-        self.make_buffers()
-
-    def make_buffers(self) -> None:
-        """Counts and working memory of this object's own."""
-        device = self.threshold.device
-        self.counts = torch.zeros(4, len(self.threshold), dtype=torch.int64, device=device)
+        self.counts = torch.zeros(4, len(texts), dtype=torch.int64, device=device)
         self.buffer = torch.empty(0, dtype=torch.float32, device=device)
-
-    def another(self) -> Self:
-        """A counter of the same embeddings with counts of its own, for another thread."""
-        made = copy.copy(self)
-        made.make_buffers()
-        return made
 
     def add_tile(self, top: int, bottom: int, left: int, right: int, pairs: torch.Tensor) -> None:
         """Compare images top..bottom with texts left..right.
@@ -124,17 +110,13 @@ class TileCounter:
             self.buffer = torch.empty(shape[0] * shape[1], dtype=torch.float32, device=self.threshold.device)
         tile = self.buffer[: shape[0] * shape[1]].view(shape)
         torch.mm(self.rows.single[top:bottom], self.columns.single[left:right].T, out=tile)
-        # text-to-image first (None), then image-to-text with each of the images' own texts in turn
-        own = [None, *(pairs[: int((pairs[:, g] >= 0).sum()), g] for g in range(pairs.shape[1]))]
         near: tuple[list[Near], list[Near]] = ([], [])
-        self.compare(tile, top, left, own, near)
+        self.compare(tile, top, left, pairs, near)
         for direction in (0, 1):
             if near[direction]:
                 self._rescore(direction, *(torch.cat(parts) for parts in zip(*near[direction], strict=True)))
 
-    def compare(
-        self, tile: torch.Tensor, top: int, left: int, own: list[torch.Tensor | None], near: tuple[list, list]
-    ) -> None:
+    def compare(self, tile: torch.Tensor, top: int, left: int, pairs: torch.Tensor, near: tuple[list, list]) -> None:
         """Count what is surely above each limit, and append (i, j, text) of what is uncertain to `near`."""
         raise NotImplementedError
 
@@ -171,13 +153,13 @@ class GpuCounter(TileCounter):
 
     tile_shape = (4096, 16384)
 
-    def compare(
-        self, tile: torch.Tensor, top: int, left: int, own: list[torch.Tensor | None], near: tuple[list, list]
-    ) -> None:
+    def compare(self, tile: torch.Tensor, top: int, left: int, pairs: torch.Tensor, near: tuple[list, list]) -> None:
+        """See `TileCounter`."""
         upper = ((self.threshold + self.bound) * self.scale).float()
         lower = ((self.threshold - self.bound) * self.scale).float()
         dense: torch.Tensor | None = None
-        for texts in own:
+        # text-to-image first (None), then image-to-text with each of the images' own texts in turn
+        for texts in [None, *(column[column >= 0] for column in pairs.T)]:
             if texts is None:
                 span = slice(left, left + tile.shape[1])
                 above, reach = tile > upper[span], tile > lower[span]

@@ -1,9 +1,9 @@
-"""Comparing the scores of a tile with the limits of the positive pairs on the CPU: in blocks that fit the cache.
+"""Comparing the scores of a tile with the limits of the positive pairs on the CPU.
 
 Scores are compared in 16-bit fixed point: cutting off digits keeps the order, widens the uncertain band a little, and
 is three times faster than float32. A trained model ranks most positives near the top, so one comparison a score, with
 the lowest limit of its row or column, leaves a percent of the scores, and only these are looked at one by one. Where
-more are left (an untrained model), whole blocks are compared with every limit and counted instead.
+more are left (an untrained model), blocks that fit the cache are compared with every limit and counted instead.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LARGEST = np.iinfo(np.int16).max
 class CpuCounter(TileCounter):
     """Compares a tile in 16-bit fixed point."""
 
-    tile_shape = (2500, 1000)
+    tile_shape = (2500, 1000)  # the best of ten shapes for the product (480 x 4096: a quarter slower)
 
     def __init__(self, *arguments: torch.Tensor) -> None:
         super().__init__(*arguments)
@@ -33,24 +33,17 @@ class CpuCounter(TileCounter):
         # or above those of threshold - bound
         self.upper = ((self.threshold + self.bound) * self.scale).numpy().astype(np.int16)
         self.reach = ((self.threshold - self.bound) * self.scale).numpy().astype(np.int16) - np.int16(1)
-        self.make_buffers()
-
-    def make_buffers(self) -> None:
-        """Counts and working memory of this object's own."""
-        super().make_buffers()
         self.digits, self.mask = np.empty(0, dtype=np.int16), np.empty(0, dtype=np.bool_)
         self.words, self.words_width = np.empty((2, 0), dtype=np.bool_), 0
 
-    def compare(
-        self, tile: torch.Tensor, top: int, left: int, own: list[torch.Tensor | None], near: tuple[list, list]
-    ) -> None:
+    def compare(self, tile: torch.Tensor, top: int, left: int, pairs: torch.Tensor, near: tuple[list, list]) -> None:
         """See `TileCounter`."""
         scores = tile.numpy()
         if self.digits.size < scores.size:
             self.digits, self.mask = np.empty(scores.size, dtype=np.int16), np.empty(scores.size, dtype=np.bool_)
         digits = self.digits[: scores.size].reshape(scores.shape)
         np.copyto(digits, scores, casting="unsafe")  # towards zero, which keeps the order
-        rows = _Rows(_side_by_side(own, len(scores)), self.upper, self.reach)
+        rows = _Rows(pairs.numpy(), self.upper, self.reach)
         if not self._few_in_columns(digits, top, left, near[0]):
             self._count(digits, top, left, None, near[0])
         if not self._few_in_rows(digits, rows, top, left, near[1]):
@@ -111,9 +104,10 @@ class CpuCounter(TileCounter):
     def _count(self, digits: np.ndarray, top: int, left: int, rows: _Rows | None, near: list[Near]) -> None:
         """Count by comparing block after block with all limits; rows: None for text to image."""
         for r in range(0, digits.shape[0], BLOCK_ROWS):
+            lists = [None] if rows is None else rows.lists(r, r + BLOCK_ROWS)
             for c in range(0, digits.shape[1], BLOCK_COLUMNS):
                 block = digits[r : r + BLOCK_ROWS, c : c + BLOCK_COLUMNS]
-                self._count_block(block, top + r, left + c, [None] if rows is None else rows.lists(r, len(block)), near)
+                self._count_block(block, top + r, left + c, lists, near)
 
     def _count_block(
         self, digits: np.ndarray, top: int, left: int, lists: Sequence[np.ndarray | None], near: list[Near]
@@ -176,15 +170,6 @@ class _Rows:
         self.limits = [np.where(texts < 0, LARGEST, limit[texts]) for limit in (upper, reach)]
         self.lowest = self.limits[1].min(axis=1, keepdims=True, initial=LARGEST)
 
-    def lists(self, top: int, height: int) -> list[np.ndarray]:
+    def lists(self, top: int, bottom: int) -> list[np.ndarray]:
         """The g-th texts of those images of some rows that have so many; these are always the first ones."""
-        columns = self.texts[top : top + height].T
-        return [column[column >= 0] for column in columns if (column >= 0).any()]
-
-
-def _side_by_side(own: list[torch.Tensor | None], height: int) -> np.ndarray:
-    """The lists of own texts, each for the first rows only, as (height, G), -1 for none."""
-    texts = np.full((height, len(own) - 1), -1, dtype=np.int64)
-    for g, column in enumerate(part for part in own if part is not None):
-        texts[: len(column), g] = column.numpy()
-    return texts
+        return [column[column >= 0] for column in self.texts[top:bottom].T]

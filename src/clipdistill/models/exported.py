@@ -7,6 +7,7 @@ model from another framework can use it here. The graphs cannot be trained.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -196,26 +197,28 @@ def _load_openvino(path: Path, precision: str) -> Runner:
             raise InputError(f"{path}: openvino cannot load it ({str(error).strip().splitlines()[0][:200]})") from error
 
     one = compiled(PERFORMANCE_HINT="LATENCY")
-    queues: list[Any] = []
     busy = threading.Lock()
 
+    @functools.cache  # made when first needed: it holds the weights once more
+    def requests() -> list[Any]:
+        shared = compiled(NUM_STREAMS=threads)
+        return [shared.create_infer_request() for _ in range(threads)]
+
     def run(values: np.ndarray) -> np.ndarray:
+        # a request reuses its output memory, so a copy is handed out
         if threads == 1 or len(values) < 2 * threads * _PIECE:
-            # the request reuses its output memory, so a copy is handed out
             return np.array(one(values)[0], dtype=np.float32)
         pieces = np.array_split(values, -(-len(values) // _PIECE))
-        found: list[np.ndarray] = [values] * len(pieces)
-
-        def keep(request: Any, number: int) -> None:
-            found[number] = np.array(request.get_output_tensor(0).data, dtype=np.float32)
-
+        found = []
         with busy:
-            if not queues:  # made when first needed: it holds the weights once more
-                queues.append(openvino.AsyncInferQueue(compiled(NUM_STREAMS=threads), threads))
-            queues[0].set_callback(keep)
-            for number, piece in enumerate(pieces):
-                queues[0].start_async(piece, number)
-            queues[0].wait_all()
+            # one request a thread, in turns; the last ones are only waited for
+            for number in range(len(pieces) + threads):
+                request = requests()[number % threads]
+                if number >= threads:
+                    request.wait()
+                    found.append(np.array(request.get_output_tensor(0).data, dtype=np.float32))
+                if number < len(pieces):
+                    request.start_async({0: pieces[number]})
         return np.concatenate(found)
 
     return run
