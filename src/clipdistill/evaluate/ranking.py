@@ -23,8 +23,9 @@ import torch
 import torch.distributed
 
 from clipdistill.errors import InputError
-from clipdistill.evaluate.tiles import TIE_TOLERANCE, GpuCounter
+from clipdistill.evaluate.tiles import TIE_TOLERANCE, GpuCounter, TileCounter
 from clipdistill.evaluate.tiles_cpu import CpuCounter
+from clipdistill.evaluate.tiles_sift import SiftCounter, sifting_pays
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,19 @@ class PositiveCounts:
 
 
 def count_positives(
-    image_embeddings: Any, text_embeddings: Any, text_to_image: Any, *, distributed: bool = False
+    image_embeddings: Any,
+    text_embeddings: Any,
+    text_to_image: Any,
+    *,
+    depth: int | None = None,
+    distributed: bool = False,
 ) -> PositiveCounts:
     """Counts of `PositiveCounts` for images (N, D) against texts (M, D), tensors or arrays, any floating dtype.
 
     text_to_image: (M,) integers, the image of each text; every image needs at least one text.
+    depth: ranks beyond it interest only for an image's best text: where another of its texts has `depth` texts above
+    it, the count stops and is given as `depth`, or one more than the best text's where that is larger, and text_equal
+    as positive_equal. A third of the time. None: all counts to the end.
     distributed: the ranks of torch.distributed share the images between them and every rank gets the whole result;
     all ranks must call with the same embeddings.
     Raises InputError on empty, mis-shaped or non-finite embeddings and on a text_to_image that does not fit.
@@ -67,10 +76,12 @@ def count_positives(
     owner = _owners(text_to_image, len(images), len(texts))
     texts = texts.to(images.device)
     with torch.no_grad(), _full_precision(images.device.type):
-        return _count(images, texts, owner, distributed)
+        return _count(images, texts, owner, depth, distributed)
 
 
-def _count(images: torch.Tensor, texts: torch.Tensor, owner: np.ndarray, distributed: bool) -> PositiveCounts:
+def _count(
+    images: torch.Tensor, texts: torch.Tensor, owner: np.ndarray, depth: int | None, distributed: bool
+) -> PositiveCounts:
     device = images.device
     captions = np.bincount(owner, minlength=len(images))
     # images with many captions first: then the images that have a g-th caption are always the first rows of a block
@@ -78,13 +89,18 @@ def _count(images: torch.Tensor, texts: torch.Tensor, owner: np.ndarray, distrib
     position = np.empty_like(image_order)
     position[image_order] = np.arange(len(images))
     row_of_text = torch.from_numpy(position[owner]).to(device)
-    pair_order = torch.from_numpy(np.argsort(position[owner], kind="stable")).to(device)  # texts grouped by row
+
+    kind: type[TileCounter] = GpuCounter
+    if device.type == "cpu":
+        kind = SiftCounter if sifting_pays(len(images), *texts.shape) else CpuCounter
+    counter = kind(images, torch.from_numpy(image_order), texts, row_of_text)
+    score = counter.threshold.cpu().numpy()
+    greater, equal = _among_own(owner, score, captions)
+    counter.depth, counter.late = depth, torch.from_numpy(greater > 0).to(device)
+    # texts grouped by row, the lowest score first
+    pair_order = torch.from_numpy(np.lexsort((score, position[owner]))).to(device)
     row_captions = torch.from_numpy(captions[image_order]).to(device)
     first_pair = torch.cumsum(row_captions, 0) - row_captions
-
-    kind = CpuCounter if device.type == "cpu" else GpuCounter
-    counter = kind(images, torch.from_numpy(image_order), texts, row_of_text)
-    threshold = counter.threshold
     rank, world = 0, 1
     if distributed and torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -105,17 +121,23 @@ def _count(images: torch.Tensor, texts: torch.Tensor, owner: np.ndarray, distrib
     counts = counter.counts
     if world > 1:
         counts = _sum_over_ranks(counts)
-    greater, equal = _among_own(owner, threshold.cpu().numpy(), captions)
     table = counts.cpu().numpy()
+    text_greater, text_equal = table[2], np.maximum(table[3], equal)
+    if depth is not None:
+        best = np.full(len(images), len(texts))
+        np.minimum.at(best, owner[greater == 0], text_greater[greater == 0])
+        stop = (greater > 0) & (text_greater >= depth)
+        text_greater = np.where(stop, np.maximum(depth, best[owner] + 1), text_greater)
+        text_equal = np.where(stop, equal, text_equal)
     return PositiveCounts(
         image_greater=table[0],
         image_equal=table[1],
-        text_greater=table[2],
-        text_equal=np.maximum(table[3], equal),
+        text_greater=text_greater,
+        text_equal=text_equal,
         positive_greater=greater,
         positive_equal=equal,
         text_to_image=owner,
-        score=threshold.cpu().numpy(),
+        score=score,
         images=len(images),
     )
 

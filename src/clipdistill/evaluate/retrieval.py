@@ -53,7 +53,9 @@ def retrieval(
     Never holds more than a tile of the N x M scores. Raises InputError on input that has no defined score.
     """
     ks, map_ks = _positive(ks, "ks"), tuple(dict.fromkeys((*_positive(map_ks, "map_ks"), 10)))
-    ranks = retrieval_ranks(image_embeddings, text_embeddings, text_to_image, distributed=distributed)
+    ranks = retrieval_ranks(
+        image_embeddings, text_embeddings, text_to_image, depth=max(map_ks), distributed=distributed
+    )
     queries: dict[str, np.ndarray] = {}
     for direction in DIRECTIONS:
         queries |= {f"{direction}_R@{k}": ranks.recall(direction, k) for k in ks}
@@ -70,10 +72,19 @@ def retrieval(
 
 
 def retrieval_ranks(
-    image_embeddings: Any, text_embeddings: Any, text_to_image: Any, *, distributed: bool = False
+    image_embeddings: Any,
+    text_embeddings: Any,
+    text_to_image: Any,
+    *,
+    depth: int | None = None,
+    distributed: bool = False,
 ) -> RetrievalRanks:
-    """Per-query results of `retrieval`: same arguments; see `RetrievalRanks`."""
-    return RetrievalRanks(count_positives(image_embeddings, text_embeddings, text_to_image, distributed=distributed))
+    """Per-query results of `retrieval`: same arguments; see `RetrievalRanks`.
+
+    depth: the largest k that image-to-text `average_precision` will be asked for; None for any k, which takes longer.
+    """
+    counts = count_positives(image_embeddings, text_embeddings, text_to_image, depth=depth, distributed=distributed)
+    return RetrievalRanks(counts)
 
 
 class RetrievalRanks:

@@ -17,8 +17,9 @@ TIE_TOLERANCE = 1e-12
 # A block with more than this share of its pairs inside the float32 error bound is computed in float64 as a whole:
 # collapsed embeddings (all scores alike) would otherwise be scored again pair by pair.
 DENSE_SHARE = 1 / 128
-_CHUNK = 1024
-"""Rows or pairs converted to float64 at a time: bounds memory and stays in the cache."""
+_CHUNK = 2**18
+"""Numbers converted to float64 at a time: 2 MiB. From 8 MiB on, the memory of every chunk was given back to the system
+and asked for again, and scoring pairs took seven times as long."""
 
 
 class UnitRows:
@@ -36,8 +37,9 @@ class UnitRows:
         self.order = torch.arange(len(values), device=values.device) if order is None else order.to(values.device)
         self.inverse = torch.empty(len(values), dtype=torch.float64, device=values.device)
         self.single = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-        for start in range(0, len(values), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
+        size = max(1, _CHUNK // values.shape[1])
+        for start in range(0, len(values), size):
+            chunk = slice(start, start + size)
             rows = values[self.order[chunk]].double()
             norm = rows.norm(dim=1)
             bad = ~torch.isfinite(norm)
@@ -61,7 +63,7 @@ class UnitRows:
 def exact_scores(rows: UnitRows, columns: UnitRows, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
     """Cosines of the pairs (rows[i], columns[j]), float64, each from its two rows alone."""
     scores = torch.empty(len(i), dtype=torch.float64, device=i.device)
-    chunk_size = _CHUNK if i.device.type == "cpu" else 64 * _CHUNK
+    chunk_size = max(1, (_CHUNK if i.device.type == "cpu" else 128 * _CHUNK) // rows.source.shape[1])
     for start in range(0, len(i), chunk_size):
         a, b = i[start : start + chunk_size], j[start : start + chunk_size]
         product = rows.source[rows.order[a]].double() * columns.source[columns.order[b]].double()
@@ -97,6 +99,9 @@ class TileCounter:
         self.row_of_text = row_of_text
         device = images.device
         self.threshold = exact_scores(self.rows, self.columns, row_of_text, torch.arange(len(texts), device=device))
+        self.depth: int | None = None
+        """Counts of texts above the texts `late` may stop here."""
+        self.late = torch.zeros(len(texts), dtype=torch.bool, device=device)
         self.counts = torch.zeros(4, len(texts), dtype=torch.int64, device=device)
         self.buffer = torch.empty(0, dtype=torch.float32, device=device)
 
@@ -112,13 +117,17 @@ class TileCounter:
         torch.mm(self.rows.single[top:bottom], self.columns.single[left:right].T, out=tile)
         near: tuple[list[Near], list[Near]] = ([], [])
         self.compare(tile, top, left, pairs, near)
-        for direction in (0, 1):
-            if near[direction]:
-                self._rescore(direction, *(torch.cat(parts) for parts in zip(*near[direction], strict=True)))
+        self.rescore(near)
 
     def compare(self, tile: torch.Tensor, top: int, left: int, pairs: torch.Tensor, near: tuple[list, list]) -> None:
         """Count what is surely above each limit, and append (i, j, text) of what is uncertain to `near`."""
         raise NotImplementedError
+
+    def rescore(self, near: tuple[list[Near], list[Near]]) -> None:
+        """Decide what is uncertain, for each direction, in float64."""
+        for direction in (0, 1):
+            if near[direction]:
+                self._rescore(direction, *(torch.cat(parts) for parts in zip(*near[direction], strict=True)))
 
     def _rescore(self, direction: int, i: torch.Tensor, j: torch.Tensor, text: torch.Tensor) -> None:
         """Compare the scores of images i with texts j with those of the positive pairs `text`, in float64."""

@@ -9,6 +9,7 @@ more are left (an untrained model), blocks that fit the cache are compared with 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from clipdistill.evaluate.tiles import DENSE_SHARE, Near, TileCounter
 BLOCK_ROWS, BLOCK_COLUMNS = 240, 1024
 # up to this share of a tile, looking at scores one by one is faster than counting
 FEW_SHARE = 1 / 16
+STRIPE = 2**18
+"""Scores looked at in a row: their digits and their mask stay in the second-level cache."""
 LARGEST = np.iinfo(np.int16).max
 
 
@@ -31,95 +34,134 @@ class CpuCounter(TileCounter):
         super().__init__(*arguments)
         # a score is surely above when its digits are above those of threshold + bound, and uncertain when they are at
         # or above those of threshold - bound
-        self.upper = ((self.threshold + self.bound) * self.scale).numpy().astype(np.int16)
-        self.reach = ((self.threshold - self.bound) * self.scale).numpy().astype(np.int16) - np.int16(1)
-        self.digits, self.mask = np.empty(0, dtype=np.int16), np.empty(0, dtype=np.bool_)
+        upper, reach = ((self.threshold + sign * self.bound) * self.scale for sign in (1, -1))
+        self.limits = Limits(upper.numpy().astype(np.int16), reach.numpy().astype(np.int16))
+        self.digits, self.mask = np.empty(0, dtype=np.int16), np.empty((0, 0), dtype=np.bool_)
         self.words, self.words_width = np.empty((2, 0), dtype=np.bool_), 0
 
     def compare(self, tile: torch.Tensor, top: int, left: int, pairs: torch.Tensor, near: tuple[list, list]) -> None:
         """See `TileCounter`."""
         scores = tile.numpy()
         if self.digits.size < scores.size:
-            self.digits, self.mask = np.empty(scores.size, dtype=np.int16), np.empty(scores.size, dtype=np.bool_)
+            self.digits = np.empty(scores.size, dtype=np.int16)
         digits = self.digits[: scores.size].reshape(scores.shape)
         np.copyto(digits, scores, casting="unsafe")  # towards zero, which keeps the order
-        rows = _Rows(pairs.numpy(), self.upper, self.reach)
-        if not self._few_in_columns(digits, top, left, near[0]):
+        rows = self.still_open(Rows(pairs.numpy(), self.limits))
+        columns, place = self.few(digits, self.limits, rows, left)
+        if columns is None:
             self._count(digits, top, left, None, near[0])
-        if not self._few_in_rows(digits, rows, top, left, near[1]):
+        else:
+            self.add_to_columns(digits, columns, self.limits, top, left, near[0])
+        if place is None:
             self._count(digits, top, left, rows, near[1])
+        else:
+            self.add_to_rows(digits, place, rows, top, left, near[1])
+
+    def still_open(self, rows: Rows) -> Rows:
+        """The rows without the texts whose counts are as large as anybody wants to know."""
+        if self.depth is None:
+            return rows
+        texts = rows.texts
+        closed = (self.counts.numpy()[2][texts] >= self.depth) & self.late.numpy()[texts] & (texts >= 0)
+        return rows.without_first(closed.sum(axis=1))
 
     # -- few scores reach a limit: each is looked at ------------------------------------------------------------------
 
-    def _few(self, digits: np.ndarray, limits: np.ndarray) -> np.ndarray | None:
-        """Flat places of the scores above the limits, ascending; None when they are many."""
-        mask = self.mask[: digits.size].reshape(digits.shape)
-        np.greater(digits, limits, out=mask)
-        return None if np.count_nonzero(mask) > FEW_SHARE * digits.size else np.flatnonzero(mask)
+    def few(
+        self, digits: np.ndarray, limits: Limits, rows: Rows, left: int
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Flat places, ascending, of the scores that reach the limit of their column, and the lowest of their row.
 
-    def _few_in_columns(self, digits: np.ndarray, top: int, left: int, near: list[Near]) -> bool:
+        None where they are many.
+        """
+        height, width = digits.shape
+        step = max(1, STRIPE // width)
+        if self.mask.shape != (step, width):
+            self.mask = np.empty((step, width), dtype=np.bool_)
+        places: list[list[np.ndarray] | None] = [[], []]
+        room = [FEW_SHARE * digits.size] * 2
+        for r in range(0, height, step):
+            stripe = digits[r : r + step]
+            mask = self.mask[: len(stripe)]
+            for direction, limit in enumerate((limits.reach[left : left + width], rows.lowest[r : r + step])):
+                found = places[direction]
+                if found is None:
+                    continue
+                np.greater_equal(stripe, limit, out=mask)
+                place = np.flatnonzero(mask)
+                place += r * width
+                found.append(place)
+                room[direction] -= len(place)
+                if room[direction] < 0:
+                    places[direction] = None
+        columns, own = (None if parts is None else np.concatenate(parts) for parts in places)
+        return columns, own
+
+    def add_to_columns(
+        self, digits: np.ndarray, place: np.ndarray, limits: Limits, top: int, left: int, near: list[Near]
+    ) -> None:
         """Text to image: count what is surely above each text's positive, and list what is uncertain."""
         width = digits.shape[1]
-        place = self._few(digits, self.reach[left : left + width])
-        if place is None:
-            return False
         row, column = np.divmod(place, width)
-        above = digits.ravel()[place] > self.upper[left : left + width][column]
+        above = digits.ravel()[place] > limits.upper[left : left + width][column]
         self.counts.numpy()[0, left : left + width] += np.bincount(column[above], minlength=width)
         text = left + column[~above]
         near.append((torch.from_numpy(top + row[~above]), torch.from_numpy(text), torch.from_numpy(text)))
-        return True
 
-    def _few_in_rows(self, digits: np.ndarray, rows: _Rows, top: int, left: int, near: list[Near]) -> bool:
-        """Image to text: the same with each image's own texts, all at once.
+    def add_to_rows(
+        self, digits: np.ndarray, place: np.ndarray, rows: Rows, top: int, left: int, near: list[Near]
+    ) -> None:
+        """Image to text: the same with each image's own texts, from the lowest limit of each image to its highest.
 
-        The scores are sorted within their rows, so that a limit's place tells how many are above it.
+        What reaches one limit goes on to the next, so that after the first few are left.
         """
-        place = self._few(digits, rows.lowest)
-        if place is None:
-            return False
         height, width = digits.shape
-        bounds = np.searchsorted(place, np.arange(height + 1) * width)  # of each row's part of `place`
+        row = np.repeat(np.arange(height), np.diff(np.searchsorted(place, np.arange(height + 1) * width)))
         value = digits.ravel()[place]
-        # row and digits (from -32768 on) in one number of 32 bits
-        first = ((np.arange(height) << 16) + 32768).astype(np.int32)
-        keys = np.repeat(first, np.diff(bounds)) + value
-        keys.sort()
-        surely, possibly = (np.searchsorted(keys, first[:, None] + limit, side="right") for limit in rows.limits)
-        greater, present = self.counts.numpy()[2], rows.texts >= 0  # a text has one image, so no index repeats
-        greater[rows.texts[present]] += (bounds[1:, None] - surely)[present]
-        # which scores are uncertain: the parts of those (row, text) are looked through once more
-        row, g = np.nonzero(present & (surely > possibly))
-        sizes = np.diff(bounds)[row]
-        index = np.repeat(bounds[row + 1] - np.cumsum(sizes), sizes) + np.arange(sizes.sum())
-        upper, reach = (np.repeat(limit[row, g], sizes) for limit in rows.limits)
-        uncertain = (value[index] > reach) & (value[index] <= upper)
-        row, text = (np.repeat(each, sizes)[uncertain] for each in (row, rows.texts[row, g]))
-        column = place[index[uncertain]] - row * width
-        near.append((torch.from_numpy(top + row), torch.from_numpy(left + column), torch.from_numpy(text)))
-        return True
+        greater = self.counts.numpy()[2]
+        for text, upper, reach in zip(rows.texts.T, rows.upper.T, rows.reach.T, strict=True):
+            reaches = np.flatnonzero(value >= reach[row])
+            if not len(reaches):
+                break
+            place, value, row = place[reaches], value[reaches], row[reaches]
+            above = value > upper[row]
+            present = text >= 0  # a text has one image, so no index repeats
+            greater[text[present]] += np.bincount(row[above], minlength=height)[present]
+            k = np.flatnonzero(~above)
+            i, j = row[k], place[k] - row[k] * width
+            near.append((torch.from_numpy(top + i), torch.from_numpy(left + j), torch.from_numpy(text[i])))
 
     # -- many do: the block is compared with every limit --------------------------------------------------------------
 
-    def _count(self, digits: np.ndarray, top: int, left: int, rows: _Rows | None, near: list[Near]) -> None:
+    def _count(self, digits: np.ndarray, top: int, left: int, rows: Rows | None, near: list[Near]) -> None:
         """Count by comparing block after block with all limits; rows: None for text to image."""
         for r in range(0, digits.shape[0], BLOCK_ROWS):
-            lists = [None] if rows is None else rows.lists(r, r + BLOCK_ROWS)
+            own = [None] if rows is None else rows.lists(r, r + BLOCK_ROWS)
             for c in range(0, digits.shape[1], BLOCK_COLUMNS):
                 block = digits[r : r + BLOCK_ROWS, c : c + BLOCK_COLUMNS]
-                self._count_block(block, top + r, left + c, lists, near)
+                self._count_block(block, top + r, left + c, own, near)
 
     def _count_block(
-        self, digits: np.ndarray, top: int, left: int, lists: Sequence[np.ndarray | None], near: list[Near]
+        self,
+        digits: np.ndarray,
+        top: int,
+        left: int,
+        own: Sequence[tuple[np.ndarray, np.ndarray] | None],
+        near: list[Near],
     ) -> None:
-        """Count a block. lists: for each comparison the texts to compare the first rows with, or None: columns."""
+        """Count a block. own: for each comparison the rows and the texts to compare them with, or None: columns."""
         counts = self.counts.numpy()
         dense: torch.Tensor | None = None
-        for texts in lists:
-            found = self._compare_block(digits, left, texts)
+        for pair in own:
+            rows, texts = (None, None) if pair is None else pair
+            part = digits if rows is None or len(rows) == len(digits) else digits[rows]
+            found = self._compare_block(part, left, texts)
             if found is None:
                 dense = self.dense_tile(top, left, digits.shape) if dense is None else dense
-                self.add_dense(dense, left, None if texts is None else torch.from_numpy(texts))
+                if rows is None or texts is None:
+                    self.add_dense(dense, left, None)
+                else:
+                    self.add_dense(dense[torch.from_numpy(rows)], left, torch.from_numpy(texts))
                 continue
             greater, i, j = found
             if texts is None:
@@ -127,6 +169,7 @@ class CpuCounter(TileCounter):
             else:
                 counts[2, texts] += greater
             text = left + j if texts is None else texts[i]
+            i = i if rows is None else rows[i]
             near.append((torch.from_numpy(top + i), torch.from_numpy(left + j), torch.from_numpy(text)))
 
     def _compare_block(
@@ -134,7 +177,7 @@ class CpuCounter(TileCounter):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """How many scores are surely above each text's positive, and row and column of each uncertain score.
 
-        own: the texts to compare the rows with; None to compare the columns with their own positives. None is
+        own: (rows,) the texts to compare the rows with; None to compare the columns with their own positives. None is
         returned when the uncertain scores are too many to list. Booleans are counted eight at a time: eight are one
         64-bit word of eight byte-wide counters, which can be added up 255 times before a byte overflows.
         """
@@ -143,11 +186,11 @@ class CpuCounter(TileCounter):
         if width != self.words_width:
             # columns that only fill up a word must stay False
             self.words, self.words_width = np.zeros((2, BLOCK_ROWS * 8 * words), dtype=np.bool_), width
-        height = len(digits) if own is None else len(own)
+        height = len(digits)
         place: slice | np.ndarray = slice(left, left + width) if own is None else own[:, None]
         above, reach = (mask[: height * 8 * words].reshape(height, 8 * words) for mask in self.words)
-        np.greater(digits[:height], self.upper[place], out=above[:, :width])
-        np.greater(digits[:height], self.reach[place], out=reach[:, :width])
+        np.greater(digits, self.limits.upper[place], out=above[:, :width])
+        np.greater_equal(digits, self.limits.reach[place], out=reach[:, :width])
         above_words, uncertain = above.view(np.uint64), reach.view(np.uint64)
         uncertain ^= above_words
         # most rows hold no uncertain score, and looking through words for it is slower than the comparison itself
@@ -162,14 +205,32 @@ class CpuCounter(TileCounter):
         return greater.astype(np.int64), rows[k], column
 
 
-class _Rows:
-    """Own texts of a tile's images and their limits, (rows, G); -1 and unreachable where an image has fewer."""
+@dataclass(frozen=True)
+class Limits:
+    """Digits above which a score is surely above each text's positive, and from which on it may be: (M,), int16."""
 
-    def __init__(self, texts: np.ndarray, upper: np.ndarray, reach: np.ndarray) -> None:
-        self.texts = texts
-        self.limits = [np.where(texts < 0, LARGEST, limit[texts]) for limit in (upper, reach)]
-        self.lowest = self.limits[1].min(axis=1, keepdims=True, initial=LARGEST)
+    upper: np.ndarray
+    reach: np.ndarray
 
-    def lists(self, top: int, bottom: int) -> list[np.ndarray]:
-        """The g-th texts of those images of some rows that have so many; these are always the first ones."""
-        return [column[column >= 0] for column in self.texts[top:bottom].T]
+
+class Rows:
+    """Own texts of a tile's images and their limits, (rows, G), ascending; -1 and unreachable where there are fewer."""
+
+    def __init__(self, texts: np.ndarray, limits: Limits) -> None:
+        self.texts, self.limits = texts, limits
+        self.upper, self.reach = (np.where(texts < 0, LARGEST, limit[texts]) for limit in (limits.upper, limits.reach))
+        self.lowest = self.reach[:, :1]
+
+    def without_first(self, number: np.ndarray) -> Rows:
+        """The same without the texts of the lowest limits, `number` (rows,) of them."""
+        if not number.any():
+            return self
+        filled = np.concatenate([self.texts, np.full_like(self.texts, -1)], axis=1)
+        index = np.arange(self.texts.shape[1]) + number[:, None]
+        return Rows(np.take_along_axis(filled, index, axis=1), self.limits)
+
+    def lists(self, top: int, bottom: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For g = 0, 1, ...: which of some rows have a g-th text, and these texts."""
+        texts = self.texts[top:bottom]
+        present = (np.flatnonzero(column >= 0) for column in texts.T)
+        return [(rows, texts[rows, g]) for g, rows in enumerate(present) if len(rows)]

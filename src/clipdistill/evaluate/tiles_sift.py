@@ -1,0 +1,139 @@
+"""Sifting the scores of a tile with a bfloat16 product before any exact product, on CPUs that make these fast.
+
+Processors with bfloat16 instructions multiply twice as fast in bfloat16 as in float32, and faster with matrix units.
+How far such a score can be off is bounded by how far the rounded rows are from the rows (Cauchy-Schwarz), 0.004 of
+cosine: too much to rank with, but enough to tell that most texts are far below an image's own. Only what may reach a
+limit, a few percent of the scores, gets its float32 score, in a sampled product (the dot products of these pairs and
+no others), and is counted as `tiles_cpu.py` counts. The result is the same to the last count.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from clipdistill.evaluate.tiles import Near, UnitRows, float32_bound
+from clipdistill.evaluate.tiles_cpu import CpuCounter, Limits, Rows
+
+LEAST_WORK = 2**33
+"""Multiply-adds below which a float32 product takes less than a tenth of a second: not worth trying both."""
+LEAST_GAIN = 1.4
+
+
+class SiftCounter(CpuCounter):
+    """Scores in float32 only what a bfloat16 product leaves undecided; a plain `CpuCounter` once that is too much."""
+
+    tile_shape = (2500, 2000)
+
+    def __init__(self, *arguments: torch.Tensor) -> None:
+        super().__init__(*arguments)
+        self.sifts = True
+        self.halves = self.rows.single.bfloat16(), self.columns.single.bfloat16()
+        # |ab - a'b'| <= |a - a'| |b| + |a'| |b - b'| for rows a, b of length 1 and their rounded a', b'
+        images, texts = _furthest(self.rows, self.halves[0]) / self.scale, _furthest(self.columns, self.halves[1])
+        error = images + (1 + images) * texts + 2 * self.bound
+        self.coarse = Limits(*(bfloat16_digits((self.threshold + sign * error) * self.scale, sign) for sign in (1, -1)))
+        self.fine = [((self.threshold + sign * self.bound) * self.scale).float() for sign in (1, -1)]
+        self.scores = torch.empty(0, dtype=torch.bfloat16)
+
+    def add_tile(self, top: int, bottom: int, left: int, right: int, pairs: torch.Tensor) -> None:
+        """See `TileCounter`."""
+        self.sifts = self.sifts and self._sift(top, bottom, left, right, pairs)
+        if not self.sifts:  # an untrained model: the next tiles will be no better
+            super().add_tile(top, bottom, left, right, pairs)
+
+    def _sift(self, top: int, bottom: int, left: int, right: int, pairs: torch.Tensor) -> bool:
+        """Count a tile; False, and nothing counted, when too many scores may reach a limit."""
+        shape = bottom - top, right - left
+        size = shape[0] * shape[1]
+        if self.scores.numel() < size:
+            self.scores = torch.empty(size, dtype=torch.bfloat16)
+        scores = self.scores[:size].view(shape)
+        torch.mm(self.halves[0][top:bottom], self.halves[1][left:right].T, out=scores)
+        digits, rows = scores.view(torch.int16).numpy(), self.still_open(Rows(pairs.numpy(), self.coarse))
+        columns, place = self.few(digits, self.coarse, rows, left)
+        if columns is None or place is None:
+            return False
+        undecided: tuple[list[Near], list[Near]] = ([], [])
+        self.add_to_columns(digits, columns, self.coarse, top, left, undecided[0])
+        self.add_to_rows(digits, place, rows, top, left, undecided[1])
+        single = self.rows.single[top:bottom], self.columns.single[left:right]
+        near: tuple[list[Near], list[Near]] = ([], [])
+        for direction in (0, 1):
+            for i, j, text in undecided[direction]:
+                score = sampled_product(*single, i - top, j - left)
+                reaches = torch.nonzero(score >= self.fine[1][text])[:, 0]
+                i, j, text, score = i[reaches], j[reaches], text[reaches], score[reaches]
+                above = score > self.fine[0][text]
+                self.counts[2 * direction] += torch.bincount(text[above], minlength=self.counts.shape[1])
+                near[direction].append((i[~above], j[~above], text[~above]))
+        self.rescore(near)
+        return True
+
+
+def bfloat16_digits(limits: torch.Tensor, sign: int) -> np.ndarray:
+    """Bits, as int16, of bfloat16 numbers at or below (sign -1) or at or above (sign 1) the limits.
+
+    Positive bfloat16 numbers are ordered as the integers of the same bits are, and negative ones are below them. So
+    limits up to zero become the smallest int16, or zero.
+    """
+    bits = (limits * (1 + sign * 2.0**-22)).float().view(torch.int32) >> 16  # the factor covers rounding to float32
+    if sign > 0:
+        bits += 1
+    return torch.where(limits > 0, bits, 0 if sign > 0 else -(2**15)).short().numpy()
+
+
+def sampled_product(rows: torch.Tensor, columns: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """Float32 dot products of rows[i] and columns[j], both (n, D); i ascending."""
+    start = torch.searchsorted(i, torch.arange(len(rows) + 1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        wanted = torch.sparse_csr_tensor(
+            start, j, torch.zeros(len(i)), (len(rows), len(columns)), check_invariants=False
+        )
+    return torch.sparse.sampled_addmm(wanted, rows, columns.T, beta=0.0).values()
+
+
+def sifting_pays(images: int, texts: int, dimensions: int) -> bool:
+    """Whether this machine multiplies clearly faster in bfloat16 (tried out), and the product is large enough."""
+    return images * texts * dimensions >= LEAST_WORK and _gain(dimensions, torch.get_num_threads()) >= LEAST_GAIN
+
+
+@functools.lru_cache
+def _gain(dimensions: int, threads: int) -> float:
+    """Time of a float32 product over that of a bfloat16 one; 0 where sifting does not work."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randn(n, dimensions, generator=generator) for n in (512, 1024))
+    halves = rows.bfloat16(), columns.bfloat16()
+    product = halves[0] @ halves[1].T
+    exact = halves[0].double() @ halves[1].double().T
+    # sums must be kept in float32 and rounded once
+    longest = float(rows.norm(dim=1).max() * columns.norm(dim=1).max())
+    allowed = 2.0**-8 * exact.abs() + float32_bound(dimensions) * longest
+    try:
+        sampled_product(rows, columns, *torch.arange(5).expand(2, -1))
+    except (RuntimeError, NotImplementedError):  # a torch built without it
+        return 0.0
+    if bool(((product.double() - exact).abs() > allowed).any()):
+        return 0.0
+    return _best(lambda: rows @ columns.T) / _best(lambda: halves[0] @ halves[1].T)
+
+
+def _best(function: Callable[[], object], repeats: int = 4) -> float:
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _furthest(unit: UnitRows, half: torch.Tensor, chunk: int = 1024) -> float:
+    """The largest distance of a row from its rounded row."""
+    parts = zip(unit.single.split(chunk), half.split(chunk), strict=True)
+    return max(float(torch.linalg.vector_norm(a - b, dim=1).max()) for a, b in parts)
