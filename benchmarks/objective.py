@@ -241,7 +241,7 @@ def measure(arguments: argparse.Namespace, report: Callable[[list[dict[str, Any]
             for _ in range(rounds):
                 for form in arguments.forms:
                     need = MATRICES.get(form, 0) * n * n * 4
-                    if need > 0.8 * available_bytes(arguments.device):
+                    if need > 0.8 * available_bytes(arguments.device) or n > arguments.largest.get(form, n):
                         continue
                     settings = {
                         "form": form,
@@ -401,6 +401,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=numbers, default=list(SIZES), help="batch sizes N, comma-separated")
     parser.add_argument("--dims", type=numbers, default=list(DIMS), help="embedding sizes D, comma-separated")
     parser.add_argument("--forms", type=lambda text: text.split(","), default=list(FORMS))
+    parser.add_argument(
+        "--largest", action="append", default=[], metavar="FORM=N", help="the largest N for a form; may be repeated"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="turns of each form, up to N = 8192")
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent per measurement, up to N = 4096")
     parser.add_argument("--device", default="cpu")
@@ -413,7 +416,8 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(child(json.loads(arguments.child))))
         return
-    unknown = set(arguments.forms) - set(FORMS)
+    arguments.largest = {form: int(n) for form, _, n in (text.partition("=") for text in arguments.largest)}
+    unknown = (set(arguments.forms) | set(arguments.largest)) - set(FORMS)
     if arguments.clock == "cpu" and arguments.threads != 1:
         parser.error("--clock cpu adds up the time of all threads: use it with --threads 1")
     if unknown:
