@@ -402,8 +402,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=numbers, default=list(SIZES), help="batch sizes N, comma-separated")
     parser.add_argument("--dims", type=numbers, default=list(DIMS), help="embedding sizes D, comma-separated")
     parser.add_argument("--forms", type=lambda text: text.split(","), default=list(FORMS))
+    limit = lambda text: (text.partition("=")[0], int(text.partition("=")[2]))  # noqa: E731
     parser.add_argument(
-        "--largest", action="append", default=[], metavar="FORM=N", help="the largest N for a form; may be repeated"
+        "--largest", type=limit, action="append", default=[], metavar="FORM=N", help="largest N of a form; repeatable"
     )
     parser.add_argument("--rounds", type=int, default=2, help="turns of each form, up to N = 8192")
     parser.add_argument("--seconds", type=float, default=2.0, help="time spent per measurement, up to N = 4096")
@@ -417,7 +418,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(child(json.loads(arguments.child))))
         return
-    arguments.largest = {form: int(n) for form, _, n in (text.partition("=") for text in arguments.largest)}
+    arguments.largest = dict(arguments.largest)
     unknown = (set(arguments.forms) | set(arguments.largest)) - set(FORMS)
     if arguments.clock == "cpu" and arguments.threads != 1:
         parser.error("--clock cpu adds up the time of all threads: use it with --threads 1")

@@ -126,9 +126,9 @@ def _count(
     if depth is not None:
         best = np.full(len(images), len(texts))
         np.minimum.at(best, owner[greater == 0], text_greater[greater == 0])
-        stop = (greater > 0) & (text_greater >= depth)
-        text_greater = np.where(stop, np.maximum(depth, best[owner] + 1), text_greater)
-        text_equal = np.where(stop, equal, text_equal)
+        beyond = (greater > 0) & (text_greater >= depth)
+        text_greater = np.where(beyond, np.maximum(depth, best[owner] + 1), text_greater)
+        text_equal = np.where(beyond, equal, text_equal)
     return PositiveCounts(
         image_greater=table[0],
         image_equal=table[1],

@@ -110,14 +110,26 @@ class TileCounter:
 
         pairs: (bottom - top, G) the own texts of each image, -1 for none; images with more texts come first.
         """
-        shape = (bottom - top, right - left)
-        if self.buffer.numel() < shape[0] * shape[1]:
-            self.buffer = torch.empty(shape[0] * shape[1], dtype=torch.float32, device=self.threshold.device)
-        tile = self.buffer[: shape[0] * shape[1]].view(shape)
-        torch.mm(self.rows.single[top:bottom], self.columns.single[left:right].T, out=tile)
+        tile = self.product(self.rows.single[top:bottom], self.columns.single[left:right])
         near: tuple[list[Near], list[Near]] = ([], [])
         self.compare(tile, top, left, pairs, near)
         self.rescore(near)
+
+    def product(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """The scores of rows (H, D) and columns (W, D), (H, W), in memory that the next product uses again."""
+        size = len(rows) * len(columns)
+        if self.buffer.dtype != rows.dtype or self.buffer.numel() < size:
+            self.buffer = torch.empty(size, dtype=rows.dtype, device=rows.device)
+        tile = self.buffer[:size].view(len(rows), len(columns))
+        torch.mm(rows, columns.T, out=tile)
+        return tile
+
+    def limits_at(self, error: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """For scores off by at most `error`: what is surely above each positive, and what may be; (M,), float64.
+
+        A score above the first limit surely is, one from the second on may be. Both in the products' unit (`scale`).
+        """
+        return (self.threshold + error) * self.scale, (self.threshold - error) * self.scale
 
     def compare(self, tile: torch.Tensor, top: int, left: int, pairs: torch.Tensor, near: tuple[list, list]) -> None:
         """Count what is surely above each limit, and append (i, j, text) of what is uncertain to `near`."""
@@ -164,8 +176,7 @@ class GpuCounter(TileCounter):
 
     def compare(self, tile: torch.Tensor, top: int, left: int, pairs: torch.Tensor, near: tuple[list, list]) -> None:
         """See `TileCounter`."""
-        upper = ((self.threshold + self.bound) * self.scale).float()
-        lower = ((self.threshold - self.bound) * self.scale).float()
+        upper, lower = (limit.float() for limit in self.limits_at(self.bound))
         dense: torch.Tensor | None = None
         # text-to-image first (None), then image-to-text with each of the images' own texts in turn
         for texts in [None, *(column[column >= 0] for column in pairs.T)]:

@@ -34,8 +34,7 @@ class CpuCounter(TileCounter):
         super().__init__(*arguments)
         # a score is surely above when its digits are above those of threshold + bound, and uncertain when they are at
         # or above those of threshold - bound
-        upper, reach = ((self.threshold + sign * self.bound) * self.scale for sign in (1, -1))
-        self.limits = Limits(upper.numpy().astype(np.int16), reach.numpy().astype(np.int16))
+        self.limits = Limits(*(limit.numpy().astype(np.int16) for limit in self.limits_at(self.bound)))
         self.digits, self.mask = np.empty(0, dtype=np.int16), np.empty((0, 0), dtype=np.bool_)
         self.words, self.words_width = np.empty((2, 0), dtype=np.bool_), 0
 
@@ -46,7 +45,7 @@ class CpuCounter(TileCounter):
             self.digits = np.empty(scores.size, dtype=np.int16)
         digits = self.digits[: scores.size].reshape(scores.shape)
         np.copyto(digits, scores, casting="unsafe")  # towards zero, which keeps the order
-        rows = self.still_open(Rows(pairs.numpy(), self.limits))
+        rows = self.open_rows(pairs, self.limits)
         columns, place = self.few(digits, self.limits, rows, left)
         if columns is None:
             self._count(digits, top, left, None, near[0])
@@ -57,13 +56,16 @@ class CpuCounter(TileCounter):
         else:
             self.add_to_rows(digits, place, rows, top, left, near[1])
 
-    def still_open(self, rows: Rows) -> Rows:
-        """The rows without the texts whose counts are as large as anybody wants to know."""
-        if self.depth is None:
-            return rows
-        texts = rows.texts
-        closed = (self.counts.numpy()[2][texts] >= self.depth) & self.late.numpy()[texts] & (texts >= 0)
-        return rows.without_first(closed.sum(axis=1))
+    def open_rows(self, pairs: torch.Tensor, limits: Limits) -> Rows:
+        """The own texts of a tile's images, without those whose counts are as large as anybody wants to know."""
+        texts = pairs.numpy()
+        if self.depth is not None:
+            closed = (self.counts.numpy()[2][texts] >= self.depth) & self.late.numpy()[texts] & (texts >= 0)
+            if closed.any():  # always the first ones, whose limits are the lowest
+                filled = np.concatenate([texts, np.full_like(texts, -1)], axis=1)
+                index = np.arange(texts.shape[1]) + closed.sum(axis=1, keepdims=True)
+                texts = np.take_along_axis(filled, index, axis=1)
+        return Rows(texts, limits)
 
     # -- few scores reach a limit: each is looked at ------------------------------------------------------------------
 
@@ -217,17 +219,9 @@ class Rows:
     """Own texts of a tile's images and their limits, (rows, G), ascending; -1 and unreachable where there are fewer."""
 
     def __init__(self, texts: np.ndarray, limits: Limits) -> None:
-        self.texts, self.limits = texts, limits
+        self.texts = texts
         self.upper, self.reach = (np.where(texts < 0, LARGEST, limit[texts]) for limit in (limits.upper, limits.reach))
         self.lowest = self.reach[:, :1]
-
-    def without_first(self, number: np.ndarray) -> Rows:
-        """The same without the texts of the lowest limits, `number` (rows,) of them."""
-        if not number.any():
-            return self
-        filled = np.concatenate([self.texts, np.full_like(self.texts, -1)], axis=1)
-        index = np.arange(self.texts.shape[1]) + number[:, None]
-        return Rows(np.take_along_axis(filled, index, axis=1), self.limits)
 
     def lists(self, top: int, bottom: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """For g = 0, 1, ...: which of some rows have a g-th text, and these texts."""

@@ -2,15 +2,16 @@
 
 Processors with bfloat16 instructions multiply twice as fast in bfloat16 as in float32, and faster with matrix units.
 How far such a score can be off is bounded by how far the rounded rows are from the rows (Cauchy-Schwarz), 0.004 of
-cosine: too much to rank with, but enough to tell that most texts are far below an image's own. Only what may reach a
-limit, a few percent of the scores, gets its float32 score, in a sampled product (the dot products of these pairs and
-no others), and is counted as `tiles_cpu.py` counts. The result is the same to the last count.
+cosine: too much to rank with, but enough to tell that most texts are far below an image's own and that some are surely
+above. Only what is undecided, less than a percent of the scores, gets its float32 score, in a sampled product (the dot
+products of these pairs and no others), and what is then still within the rounding of float32 is scored in float64 as
+everywhere. The result is the same to the last count.
 """
 
 from __future__ import annotations
 
 import functools
-import time
+import timeit
 import warnings
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from clipdistill.evaluate.tiles import Near, UnitRows, float32_bound
-from clipdistill.evaluate.tiles_cpu import CpuCounter, Limits, Rows
+from clipdistill.evaluate.tiles_cpu import CpuCounter, Limits
 
 LEAST_WORK = 2**33
 """Multiply-adds below which a float32 product takes less than a tenth of a second: not worth trying both."""
@@ -37,9 +38,8 @@ class SiftCounter(CpuCounter):
         # |ab - a'b'| <= |a - a'| |b| + |a'| |b - b'| for rows a, b of length 1 and their rounded a', b'
         images, texts = _furthest(self.rows, self.halves[0]) / self.scale, _furthest(self.columns, self.halves[1])
         error = images + (1 + images) * texts + 2 * self.bound
-        self.coarse = Limits(*(bfloat16_digits((self.threshold + sign * error) * self.scale, sign) for sign in (1, -1)))
-        self.fine = [((self.threshold + sign * self.bound) * self.scale).float() for sign in (1, -1)]
-        self.scores = torch.empty(0, dtype=torch.bfloat16)
+        self.coarse = Limits(*map(bfloat16_digits, self.limits_at(error), (1, -1)))
+        self.fine = tuple(limit.float() for limit in self.limits_at(self.bound))
 
     def add_tile(self, top: int, bottom: int, left: int, right: int, pairs: torch.Tensor) -> None:
         """See `TileCounter`."""
@@ -49,13 +49,8 @@ class SiftCounter(CpuCounter):
 
     def _sift(self, top: int, bottom: int, left: int, right: int, pairs: torch.Tensor) -> bool:
         """Count a tile; False, and nothing counted, when too many scores may reach a limit."""
-        shape = bottom - top, right - left
-        size = shape[0] * shape[1]
-        if self.scores.numel() < size:
-            self.scores = torch.empty(size, dtype=torch.bfloat16)
-        scores = self.scores[:size].view(shape)
-        torch.mm(self.halves[0][top:bottom], self.halves[1][left:right].T, out=scores)
-        digits, rows = scores.view(torch.int16).numpy(), self.still_open(Rows(pairs.numpy(), self.coarse))
+        scores = self.product(self.halves[0][top:bottom], self.halves[1][left:right])
+        digits, rows = scores.view(torch.int16).numpy(), self.open_rows(pairs, self.coarse)
         columns, place = self.few(digits, self.coarse, rows, left)
         if columns is None or place is None:
             return False
@@ -124,13 +119,8 @@ def _gain(dimensions: int, threads: int) -> float:
     return _best(lambda: rows @ columns.T) / _best(lambda: halves[0] @ halves[1].T)
 
 
-def _best(function: Callable[[], object], repeats: int = 4) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _best(function: Callable[[], object]) -> float:
+    return min(timeit.repeat(function, number=1, repeat=4))
 
 
 def _furthest(unit: UnitRows, half: torch.Tensor, chunk: int = 1024) -> float:
