@@ -63,6 +63,45 @@ def test_sifted_counts_are_those_of_the_whole_matrix(
         np.testing.assert_array_equal(counts, expected)
 
 
+@pytest.mark.parametrize("length", [1.0, 1e-20, 1e20])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("even", [True, False])
+def test_rows_of_any_length_and_type_are_sifted(sift: list[bool], dtype: type, length: float, even: bool) -> None:
+    rng = np.random.default_rng(3)
+    image, text, owner = matched(40, 3, noise=4.0)
+    if not even:  # images in another order than given: those with most texts come first
+        first = np.unique(owner, return_index=True)[1]
+        keep = np.unique(np.concatenate([first, rng.permutation(120)[:50]]))
+        text, owner = text[keep], owner[keep]
+    # what float16 cannot hold stays at a length near 1; float32 products of the others would overflow or vanish
+    length = 1.0 if dtype == np.float16 else length
+    image = (image * rng.uniform(0.5, 2, (len(image), 1)) * length).astype(dtype)
+    text = (text * rng.uniform(0.5, 2, (len(text), 1)) * length).astype(dtype)
+    found = count_positives(image, text, owner)
+    assert all(sift)
+    counts = found.image_greater, found.image_equal, found.text_greater, found.text_equal
+    for count, expected in zip(counts, exact(image.astype(float), text.astype(float), owner), strict=True):
+        np.testing.assert_array_equal(count, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_own_texts_are_counted_once_whatever_the_sign(data: st.DataObject) -> None:
+    # entries from a tiny set: ties, zero rows, and positives with negative scores are frequent
+    images = data.draw(st.integers(1, 4))
+    owner = np.array([*range(images), *data.draw(st.lists(st.integers(0, images - 1), max_size=6 - images))])
+    values = st.lists(st.integers(-1, 1), min_size=3, max_size=3)
+    image = torch.tensor([data.draw(values) for _ in range(images)], dtype=torch.float32)
+    text = torch.tensor([data.draw(values) for _ in owner], dtype=torch.float32)
+    expected = count_positives(image, text, owner)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "sifting_pays", lambda *shape: True)
+        patch.setattr(tiles_cpu, "FEW_SHARE", 1.0)
+        found = count_positives(image, text, owner)
+    for name in ("image_greater", "image_equal", "text_greater", "text_equal"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
 def test_scores_closer_than_bfloat16_can_tell_are_ordered(sift: list[bool]) -> None:
     # all scores within 0.001 of each other, where neighbouring bfloat16 numbers are 0.004 apart
     rng = np.random.default_rng(0)

@@ -93,10 +93,11 @@ def _count(
     kind: type[TileCounter] = GpuCounter
     if device.type == "cpu":
         kind = SiftCounter if sifting_pays(len(images), *texts.shape) else CpuCounter
-    counter = kind(images, torch.from_numpy(image_order), texts, row_of_text)
+    as_given = bool((image_order[1:] > image_order[:-1]).all())
+    counter = kind(images, None if as_given else torch.from_numpy(image_order), texts, row_of_text)
     score = counter.threshold.cpu().numpy()
     greater, equal = _among_own(owner, score, captions)
-    counter.depth, counter.late = depth, torch.from_numpy(greater > 0).to(device)
+    counter.depth, counter.own_above = depth, torch.from_numpy(greater).to(device)
     # texts grouped by row, the lowest score first
     pair_order = torch.from_numpy(np.lexsort((score, position[owner]))).to(device)
     row_captions = torch.from_numpy(captions[image_order]).to(device)
@@ -122,7 +123,7 @@ def _count(
     if world > 1:
         counts = _sum_over_ranks(counts)
     table = counts.cpu().numpy()
-    text_greater, text_equal = table[2], np.maximum(table[3], equal)
+    text_greater, text_equal = table[2] + greater, table[3] + equal
     if depth is not None:
         best = np.full(len(images), len(texts))
         np.minimum.at(best, owner[greater == 0], text_greater[greater == 0])
@@ -131,7 +132,7 @@ def _count(
         text_equal = np.where(beyond, equal, text_equal)
     return PositiveCounts(
         image_greater=table[0],
-        image_equal=table[1],
+        image_equal=table[1] + 1,
         text_greater=text_greater,
         text_equal=text_equal,
         positive_greater=greater,

@@ -7,6 +7,9 @@ On a GPU the comparisons run over the whole tile in float32; the CPU's way is in
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 import torch
 
 from clipdistill.errors import InputError
@@ -33,31 +36,43 @@ class UnitRows:
 
         Raises InputError on a non-finite row.
         """
-        self.source = values
-        self.order = torch.arange(len(values), device=values.device) if order is None else order.to(values.device)
+        self.source, self.scale = values, scale
+        self.order = None if order is None else order.to(values.device)
         self.inverse = torch.empty(len(values), dtype=torch.float64, device=values.device)
-        self.single = torch.empty(values.shape, dtype=torch.float32, device=values.device)
-        size = max(1, _CHUNK // values.shape[1])
-        for start in range(0, len(values), size):
-            chunk = slice(start, start + size)
-            rows = values[self.order[chunk]].double()
-            norm = rows.norm(dim=1)
+        for chunk in self.chunks():
+            norm = torch.linalg.vector_norm(self.take(chunk), dim=1, dtype=torch.float64)
             bad = ~torch.isfinite(norm)
             if bad.any():
-                row = int(self.order[chunk][bad][0])
+                row = chunk.start + int(torch.nonzero(bad)[0])
                 raise InputError(
-                    f"row {row} of the {name} embeddings is not finite (NaN or infinity), so it has no rank:"
-                    " check the encoder's precision and its input"
+                    f"row {row if self.order is None else int(self.order[row])} of the {name} embeddings is not finite"
+                    " (NaN or infinity), so it has no rank: check the encoder's precision and its input"
                 )
             self.inverse[chunk] = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))
-            self.single[chunk] = rows * (scale * self.inverse[chunk, None])
 
     def __len__(self) -> int:
         return len(self.source)
 
+    def chunks(self) -> Iterator[slice]:
+        """Ranges of rows that are converted at a time."""
+        size = max(1, _CHUNK // self.source.shape[1])
+        return (slice(start, min(start + size, len(self))) for start in range(0, len(self), size))
+
+    def take(self, index: slice | torch.Tensor) -> torch.Tensor:
+        """Rows `index` (in the row order of this object) as they were given."""
+        return self.source[index if self.order is None else self.order[index]]
+
     def double(self, index: slice) -> torch.Tensor:
-        """Rows `index` (in the row order of this object) at length 1, float64."""
-        return self.source[self.order[index]].double() * self.inverse[index, None]
+        """Rows `index` at length 1, float64."""
+        return self.take(index).double() * self.inverse[index, None]
+
+    @functools.cached_property
+    def single(self) -> torch.Tensor:
+        """All rows at length `scale`, float32."""
+        rows = torch.empty(self.source.shape, dtype=torch.float32, device=self.source.device)
+        for chunk in self.chunks():
+            rows[chunk] = self.take(chunk).double() * (self.scale * self.inverse[chunk, None])
+        return rows
 
 
 def exact_scores(rows: UnitRows, columns: UnitRows, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
@@ -66,7 +81,7 @@ def exact_scores(rows: UnitRows, columns: UnitRows, i: torch.Tensor, j: torch.Te
     chunk_size = max(1, (_CHUNK if i.device.type == "cpu" else 128 * _CHUNK) // rows.source.shape[1])
     for start in range(0, len(i), chunk_size):
         a, b = i[start : start + chunk_size], j[start : start + chunk_size]
-        product = rows.source[rows.order[a]].double() * columns.source[columns.order[b]].double()
+        product = rows.take(a).double() * columns.take(b).double()
         scores[start : start + chunk_size] = product.sum(dim=1) * rows.inverse[a] * columns.inverse[b]
     return scores
 
@@ -82,6 +97,8 @@ def float32_bound(dimensions: int) -> float:
 class TileCounter:
     """Adds the comparisons of one tile after another to `counts`, (4, M) int64: image >, image =, text >, text =.
 
+    Images are counted against the texts of other images only: how an image's own texts stand to each other is known
+    from their `threshold`, the float64 score of each pair.
     A subclass compares: see `CpuCounter` and `GpuCounter`.
     """
 
@@ -89,9 +106,12 @@ class TileCounter:
     """Images and texts a tile."""
 
     def __init__(
-        self, images: torch.Tensor, order: torch.Tensor, texts: torch.Tensor, row_of_text: torch.Tensor
+        self, images: torch.Tensor, order: torch.Tensor | None, texts: torch.Tensor, row_of_text: torch.Tensor
     ) -> None:
-        """images (N, D) in the row order `order` (N,); texts (M, D); row_of_text: (M,) row of each text's image."""
+        """images (N, D) in the row order `order` (N,), None: as given; texts (M, D).
+
+        row_of_text: (M,) row of each text's image.
+        """
         self.bound = float32_bound(images.shape[1])
         # 16-bit fixed point holds scores up to 1 + bound at this scale
         self.scale = 32767 / (1 + 2 * self.bound)
@@ -100,8 +120,8 @@ class TileCounter:
         device = images.device
         self.threshold = exact_scores(self.rows, self.columns, row_of_text, torch.arange(len(texts), device=device))
         self.depth: int | None = None
-        """Counts of texts above the texts `late` may stop here."""
-        self.late = torch.zeros(len(texts), dtype=torch.bool, device=device)
+        """Counts of texts above a text may stop here, `own_above` included, if that is not zero."""
+        self.own_above = torch.zeros(len(texts), dtype=torch.int64, device=device)
         self.counts = torch.zeros(4, len(texts), dtype=torch.int64, device=device)
         self.buffer = torch.empty(0, dtype=torch.float32, device=device)
 
@@ -124,6 +144,12 @@ class TileCounter:
         torch.mm(rows, columns.T, out=tile)
         return tile
 
+    def hide_own(self, tile: torch.Tensor, top: int, left: int, value: float) -> None:
+        """Set the scores of images with their own texts to `value`, which no comparison finds."""
+        row = self.row_of_text[left : left + tile.shape[1]] - top
+        column = torch.nonzero((row >= 0) & (row < tile.shape[0]))[:, 0]
+        tile[row[column], column] = value
+
     def limits_at(self, error: float) -> tuple[torch.Tensor, torch.Tensor]:
         """For scores off by at most `error`: what is surely above each positive, and what may be; (M,), float64.
 
@@ -132,7 +158,10 @@ class TileCounter:
         return (self.threshold + error) * self.scale, (self.threshold - error) * self.scale
 
     def compare(self, tile: torch.Tensor, top: int, left: int, pairs: torch.Tensor, near: tuple[list, list]) -> None:
-        """Count what is surely above each limit, and append (i, j, text) of what is uncertain to `near`."""
+        """Count what is surely above each limit, and append (i, j, text) of what is uncertain to `near`.
+
+        Without the images' own texts, see `hide_own`.
+        """
         raise NotImplementedError
 
     def rescore(self, near: tuple[list[Near], list[Near]]) -> None:
@@ -143,9 +172,6 @@ class TileCounter:
 
     def _rescore(self, direction: int, i: torch.Tensor, j: torch.Tensor, text: torch.Tensor) -> None:
         """Compare the scores of images i with texts j with those of the positive pairs `text`, in float64."""
-        itself = (j == text) & (i == self.row_of_text[text])
-        self.add(2 * direction + 1, text[itself], torch.ones_like(text[itself]))
-        i, j, text = i[~itself], j[~itself], text[~itself]
         difference = exact_scores(self.rows, self.columns, i, j) - self.threshold[text]
         self.add(2 * direction, text, difference > TIE_TOLERANCE)
         self.add(2 * direction + 1, text, difference.abs() <= TIE_TOLERANCE)
@@ -160,7 +186,9 @@ class TileCounter:
         self.add(2 * axis + 1, texts, (difference.abs() <= TIE_TOLERANCE).sum(dim=axis))
 
     def dense_tile(self, top: int, left: int, shape: tuple[int, ...]) -> torch.Tensor:
-        return self.rows.double(slice(top, top + shape[0])) @ self.columns.double(slice(left, left + shape[1])).T
+        tile = self.rows.double(slice(top, top + shape[0])) @ self.columns.double(slice(left, left + shape[1])).T
+        self.hide_own(tile, top, left, -torch.inf)
+        return tile
 
     def add(self, line: int, texts: torch.Tensor, values: torch.Tensor) -> None:
         self.counts[line].index_add_(0, texts, values.long())
@@ -176,6 +204,7 @@ class GpuCounter(TileCounter):
 
     def compare(self, tile: torch.Tensor, top: int, left: int, pairs: torch.Tensor, near: tuple[list, list]) -> None:
         """See `TileCounter`."""
+        self.hide_own(tile, top, left, -torch.inf)
         upper, lower = (limit.float() for limit in self.limits_at(self.bound))
         dense: torch.Tensor | None = None
         # text-to-image first (None), then image-to-text with each of the images' own texts in turn

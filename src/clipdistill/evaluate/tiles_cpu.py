@@ -2,14 +2,16 @@
 
 Scores are compared in 16-bit fixed point: cutting off digits keeps the order, widens the uncertain band a little, and
 is three times faster than float32. A trained model ranks most positives near the top, so one comparison a score, with
-the lowest limit of its row or column, leaves a percent of the scores, and only these are looked at one by one. Where
-more are left (an untrained model), blocks that fit the cache are compared with every limit and counted instead.
+the lower of its column's limit and the lowest of its row, leaves a percent of the scores, and only these are looked at
+one by one. Where more are left (an untrained model), blocks that fit the cache are compared with every limit and
+counted instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +22,9 @@ from clipdistill.evaluate.tiles import DENSE_SHARE, Near, TileCounter
 BLOCK_ROWS, BLOCK_COLUMNS = 240, 1024
 # up to this share of a tile, looking at scores one by one is faster than counting
 FEW_SHARE = 1 / 16
-STRIPE = 2**18
+STRIPE = 2**19
 """Scores looked at in a row: their digits and their mask stay in the second-level cache."""
-LARGEST = np.iinfo(np.int16).max
+LARGEST, SMALLEST = np.iinfo(np.int16).max, np.iinfo(np.int16).min
 
 
 class CpuCounter(TileCounter):
@@ -30,12 +32,14 @@ class CpuCounter(TileCounter):
 
     tile_shape = (2500, 1000)  # the best of ten shapes for the product (480 x 4096: a quarter slower)
 
-    def __init__(self, *arguments: torch.Tensor) -> None:
+    def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         # a score is surely above when its digits are above those of threshold + bound, and uncertain when they are at
         # or above those of threshold - bound
         self.limits = Limits(*(limit.numpy().astype(np.int16) for limit in self.limits_at(self.bound)))
-        self.digits, self.mask = np.empty(0, dtype=np.int16), np.empty((0, 0), dtype=np.bool_)
+        self.digits = np.empty(0, dtype=np.int16)
+        self.lower, self.mask = np.empty((0, 0), dtype=np.int16), np.empty((0, 0), dtype=np.bool_)
+        self.open: Rows | None = None
         self.words, self.words_width = np.empty((2, 0), dtype=np.bool_), 0
 
     def compare(self, tile: torch.Tensor, top: int, left: int, pairs: torch.Tensor, near: tuple[list, list]) -> None:
@@ -45,93 +49,93 @@ class CpuCounter(TileCounter):
             self.digits = np.empty(scores.size, dtype=np.int16)
         digits = self.digits[: scores.size].reshape(scores.shape)
         np.copyto(digits, scores, casting="unsafe")  # towards zero, which keeps the order
+        self.hide_own(torch.from_numpy(digits), top, left, SMALLEST)
         rows = self.open_rows(pairs, self.limits)
-        columns, place = self.few(digits, self.limits, rows, left)
-        if columns is None:
+        few = self.few(digits, self.limits, rows, left)
+        if few is None:
             self._count(digits, top, left, None, near[0])
-        else:
-            self.add_to_columns(digits, columns, self.limits, top, left, near[0])
-        if place is None:
             self._count(digits, top, left, rows, near[1])
         else:
-            self.add_to_rows(digits, place, rows, top, left, near[1])
+            found = self.add_few(few, digits.shape, self.limits, rows, left)
+            for direction, (k, text) in enumerate(found.uncertain):
+                near[direction].append(_near(top + found.row[k], left + found.column[k], text))
 
     def open_rows(self, pairs: torch.Tensor, limits: Limits) -> Rows:
         """The own texts of a tile's images, without those whose counts are as large as anybody wants to know."""
-        texts = pairs.numpy()
+        if self.open is None or self.open.pairs is not pairs or self.open.limits is not limits:
+            self.open = Rows(pairs, limits)
         if self.depth is not None:
-            closed = (self.counts.numpy()[2][texts] >= self.depth) & self.late.numpy()[texts] & (texts >= 0)
-            if closed.any():  # always the first ones, whose limits are the lowest
-                filled = np.concatenate([texts, np.full_like(texts, -1)], axis=1)
-                index = np.arange(texts.shape[1]) + closed.sum(axis=1, keepdims=True)
-                texts = np.take_along_axis(filled, index, axis=1)
-        return Rows(texts, limits)
+            own_above, greater = self.own_above.numpy(), self.counts.numpy()[2]
+            while True:  # the first texts of the rows have the lowest limits, so the largest counts
+                text = self.open.texts[0]
+                own = own_above[text]
+                closed = np.flatnonzero((own > 0) & (own + greater[text] >= self.depth) & (text >= 0))
+                if not len(closed):
+                    break
+                self.open.close(closed)
+        return self.open
 
     # -- few scores reach a limit: each is looked at ------------------------------------------------------------------
 
-    def few(
-        self, digits: np.ndarray, limits: Limits, rows: Rows, left: int
-    ) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Flat places, ascending, of the scores that reach the limit of their column, and the lowest of their row.
+    def few(self, digits: np.ndarray, limits: Limits, rows: Rows, left: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Scores that reach the limit of their column or the lowest of their row: flat places, ascending, and digits.
 
         None where they are many.
         """
         height, width = digits.shape
         step = max(1, STRIPE // width)
         if self.mask.shape != (step, width):
-            self.mask = np.empty((step, width), dtype=np.bool_)
-        places: list[list[np.ndarray] | None] = [[], []]
-        room = [FEW_SHARE * digits.size] * 2
+            self.lower, self.mask = (np.empty((step, width), dtype=dtype) for dtype in (np.int16, np.bool_))
+        places, values = [], []
+        room = FEW_SHARE * digits.size
         for r in range(0, height, step):
             stripe = digits[r : r + step]
-            mask = self.mask[: len(stripe)]
-            for direction, limit in enumerate((limits.reach[left : left + width], rows.lowest[r : r + step])):
-                found = places[direction]
-                if found is None:
-                    continue
-                np.greater_equal(stripe, limit, out=mask)
-                place = np.flatnonzero(mask)
-                place += r * width
-                found.append(place)
-                room[direction] -= len(place)
-                if room[direction] < 0:
-                    places[direction] = None
-        columns, own = (None if parts is None else np.concatenate(parts) for parts in places)
-        return columns, own
+            lower, mask = self.lower[: len(stripe)], self.mask[: len(stripe)]
+            # one search for both directions: looking through the mask takes longer than making it
+            np.minimum(limits.reach[left : left + width], rows.lowest[r : r + step], out=lower)
+            np.greater_equal(stripe, lower, out=mask)
+            place = np.flatnonzero(mask)
+            room -= len(place)
+            if room < 0:
+                return None
+            values.append(stripe.ravel().take(place))
+            places.append(place + r * width)
+        return np.concatenate(places), np.concatenate(values)
 
-    def add_to_columns(
-        self, digits: np.ndarray, place: np.ndarray, limits: Limits, top: int, left: int, near: list[Near]
-    ) -> None:
-        """Text to image: count what is surely above each text's positive, and list what is uncertain."""
-        width = digits.shape[1]
-        row, column = np.divmod(place, width)
-        above = digits.ravel()[place] > limits.upper[left : left + width][column]
-        self.counts.numpy()[0, left : left + width] += np.bincount(column[above], minlength=width)
-        text = left + column[~above]
-        near.append((torch.from_numpy(top + row[~above]), torch.from_numpy(text), torch.from_numpy(text)))
-
-    def add_to_rows(
-        self, digits: np.ndarray, place: np.ndarray, rows: Rows, top: int, left: int, near: list[Near]
-    ) -> None:
-        """Image to text: the same with each image's own texts, from the lowest limit of each image to its highest.
-
-        What reaches one limit goes on to the next, so that after the first few are left.
-        """
-        height, width = digits.shape
+    def add_few(
+        self, few: tuple[np.ndarray, np.ndarray], shape: tuple[int, ...], limits: Limits, rows: Rows, left: int
+    ) -> Found:
+        """Look at what `few` found: count what is surely above a positive, and return what is uncertain."""
+        (height, width), (place, value) = shape, few
         row = np.repeat(np.arange(height), np.diff(np.searchsorted(place, np.arange(height + 1) * width)))
-        value = digits.ravel()[place]
-        greater = self.counts.numpy()[2]
-        for text, upper, reach in zip(rows.texts.T, rows.upper.T, rows.reach.T, strict=True):
-            reaches = np.flatnonzero(value >= reach[row])
+        column = place - row * width
+        counts = self.counts.numpy()
+
+        # text to image
+        span = slice(left, left + width)
+        k = np.flatnonzero(value >= limits.reach[span].take(column))
+        j = column.take(k)
+        above = value.take(k) > limits.upper[span].take(j)
+        counts[0, span] += np.bincount(_chosen(j, above), minlength=width)
+        uncertain = np.flatnonzero(~above)
+        columns = k.take(uncertain), left + j.take(uncertain)
+
+        # image to text, from the lowest limit of each image to its highest: what reaches one goes on to the next, so
+        # that after the first few are left
+        own = [(place[:0], place[:0])]
+        k, i = np.arange(len(place)), row
+        for text, upper, reach in zip(rows.texts, rows.upper, rows.reach, strict=True):
+            reaches = np.flatnonzero(value >= reach.take(i))
             if not len(reaches):
                 break
-            place, value, row = place[reaches], value[reaches], row[reaches]
-            above = value > upper[row]
+            value, i, k = value.take(reaches), i.take(reaches), k.take(reaches)
+            above = value > upper.take(i)
             present = text >= 0  # a text has one image, so no index repeats
-            greater[text[present]] += np.bincount(row[above], minlength=height)[present]
-            k = np.flatnonzero(~above)
-            i, j = row[k], place[k] - row[k] * width
-            near.append((torch.from_numpy(top + i), torch.from_numpy(left + j), torch.from_numpy(text[i])))
+            counts[2, text[present]] += np.bincount(_chosen(i, above), minlength=height)[present]
+            uncertain = np.flatnonzero(~above)
+            own.append((k.take(uncertain), text.take(i.take(uncertain))))
+        own_k, own_text = map(np.concatenate, zip(*own, strict=True))
+        return Found(row, column, (columns, (own_k, own_text)))
 
     # -- many do: the block is compared with every limit --------------------------------------------------------------
 
@@ -208,6 +212,18 @@ class CpuCounter(TileCounter):
 
 
 @dataclass(frozen=True)
+class Found:
+    """Scores of a tile that reach a limit: their rows and columns, in ascending order of the rows, (n,).
+
+    uncertain: for both directions, which of them (indices into row and column) are not surely above which text.
+    """
+
+    row: np.ndarray
+    column: np.ndarray
+    uncertain: tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
 class Limits:
     """Digits above which a score is surely above each text's positive, and from which on it may be: (M,), int16."""
 
@@ -216,15 +232,38 @@ class Limits:
 
 
 class Rows:
-    """Own texts of a tile's images and their limits, (rows, G), ascending; -1 and unreachable where there are fewer."""
+    """Own texts of a tile's images and their limits, (G, rows), ascending; -1 and unreachable where there are fewer."""
 
-    def __init__(self, texts: np.ndarray, limits: Limits) -> None:
-        self.texts = texts
-        self.upper, self.reach = (np.where(texts < 0, LARGEST, limit[texts]) for limit in (limits.upper, limits.reach))
-        self.lowest = self.reach[:, :1]
+    def __init__(self, pairs: torch.Tensor, limits: Limits) -> None:
+        """pairs: (rows, G) the own texts of each image, the lowest score first."""
+        self.pairs, self.limits = pairs, limits
+        self.texts = pairs.numpy().T.copy()
+        self.upper, self.reach = (
+            np.where(self.texts < 0, LARGEST, limit[self.texts]) for limit in (limits.upper, limits.reach)
+        )
+
+    @property
+    def lowest(self) -> np.ndarray:
+        """The lowest limit of each row, (rows, 1)."""
+        return self.reach[0][:, None]
+
+    def close(self, rows: np.ndarray) -> None:
+        """Leave out the first text of these rows."""
+        for values, none in ((self.texts, -1), (self.upper, LARGEST), (self.reach, LARGEST)):
+            values[:-1, rows] = values[1:, rows]
+            values[-1, rows] = none
 
     def lists(self, top: int, bottom: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """For g = 0, 1, ...: which of some rows have a g-th text, and these texts."""
-        texts = self.texts[top:bottom]
-        present = (np.flatnonzero(column >= 0) for column in texts.T)
-        return [(rows, texts[rows, g]) for g, rows in enumerate(present) if len(rows)]
+        texts = self.texts[:, top:bottom]
+        present = (np.flatnonzero(text >= 0) for text in texts)
+        return [(rows, texts[g, rows]) for g, rows in enumerate(present) if len(rows)]
+
+
+def _chosen(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """values[mask], faster."""
+    return values.take(np.flatnonzero(mask))
+
+
+def _near(i: np.ndarray, j: np.ndarray, text: np.ndarray) -> Near:
+    return torch.from_numpy(i), torch.from_numpy(j), torch.from_numpy(text)

@@ -14,12 +14,13 @@ import functools
 import timeit
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
 from clipdistill.evaluate.tiles import Near, UnitRows, float32_bound
-from clipdistill.evaluate.tiles_cpu import CpuCounter, Limits
+from clipdistill.evaluate.tiles_cpu import SMALLEST, CpuCounter, Limits
 
 LEAST_WORK = 2**33
 """Multiply-adds below which a float32 product takes less than a tenth of a second: not worth trying both."""
@@ -29,14 +30,16 @@ LEAST_GAIN = 1.4
 class SiftCounter(CpuCounter):
     """Scores in float32 only what a bfloat16 product leaves undecided; a plain `CpuCounter` once that is too much."""
 
-    tile_shape = (2500, 2000)
+    tile_shape = (5000, 2000)
 
-    def __init__(self, *arguments: torch.Tensor) -> None:
+    def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.sifts = True
-        self.halves = self.rows.single.bfloat16(), self.columns.single.bfloat16()
+        self.fine_rows, self.fine_columns = _single(self.rows), _single(self.columns)
         # |ab - a'b'| <= |a - a'| |b| + |a'| |b - b'| for rows a, b of length 1 and their rounded a', b'
-        images, texts = _furthest(self.rows, self.halves[0]) / self.scale, _furthest(self.columns, self.halves[1])
+        self.half_rows, images = _rounded(*self.fine_rows)
+        self.half_columns, texts = _rounded(*self.fine_columns)
+        images /= self.scale
         error = images + (1 + images) * texts + 2 * self.bound
         self.coarse = Limits(*map(bfloat16_digits, self.limits_at(error), (1, -1)))
         self.fine = tuple(limit.float() for limit in self.limits_at(self.bound))
@@ -49,24 +52,33 @@ class SiftCounter(CpuCounter):
 
     def _sift(self, top: int, bottom: int, left: int, right: int, pairs: torch.Tensor) -> bool:
         """Count a tile; False, and nothing counted, when too many scores may reach a limit."""
-        scores = self.product(self.halves[0][top:bottom], self.halves[1][left:right])
+        scores = self.product(self.half_rows[top:bottom], self.half_columns[left:right])
+        self.hide_own(scores.view(torch.int16), top, left, SMALLEST)
         digits, rows = scores.view(torch.int16).numpy(), self.open_rows(pairs, self.coarse)
-        columns, place = self.few(digits, self.coarse, rows, left)
-        if columns is None or place is None:
+        few = self.few(digits, self.coarse, rows, left)
+        if few is None:
             return False
-        undecided: tuple[list[Near], list[Near]] = ([], [])
-        self.add_to_columns(digits, columns, self.coarse, top, left, undecided[0])
-        self.add_to_rows(digits, place, rows, top, left, undecided[1])
-        single = self.rows.single[top:bottom], self.columns.single[left:right]
+        found = self.add_few(few, digits.shape, self.coarse, rows, left)
+        # the float32 score of whatever is undecided in one direction or the other
+        undecided = np.zeros(len(found.row), dtype=np.bool_)
+        for k, _ in found.uncertain:
+            undecided[k] = True
+        number, places = np.cumsum(undecided) - 1, np.flatnonzero(undecided)
+        i, j = torch.from_numpy(found.row.take(places)), torch.from_numpy(found.column.take(places))
+        fine = sampled_product(self.fine_rows[0][top:bottom], self.fine_columns[0][left:right], i, j)
+        i, j = i + top, j + left
+        fine *= (self.fine_rows[1][i] * self.fine_columns[1][j])[:, 0]
+        other = self.row_of_text[j] != i  # limits below zero find what is hidden
         near: tuple[list[Near], list[Near]] = ([], [])
-        for direction in (0, 1):
-            for i, j, text in undecided[direction]:
-                score = sampled_product(*single, i - top, j - left)
-                reaches = torch.nonzero(score >= self.fine[1][text])[:, 0]
-                i, j, text, score = i[reaches], j[reaches], text[reaches], score[reaches]
-                above = score > self.fine[0][text]
-                self.counts[2 * direction] += torch.bincount(text[above], minlength=self.counts.shape[1])
-                near[direction].append((i[~above], j[~above], text[~above]))
+        for direction, (which, texts) in enumerate(found.uncertain):
+            n, text = torch.from_numpy(number.take(which)), torch.from_numpy(texts)
+            score = fine[n]
+            reaches = torch.nonzero((score >= self.fine[1][text]) & other[n])[:, 0]
+            n, text, score = n[reaches], text[reaches], score[reaches]
+            above = score > self.fine[0][text]
+            self.add(2 * direction, text, above)
+            n, text = n[~above], text[~above]
+            near[direction].append((i[n], j[n], text))
         self.rescore(near)
         return True
 
@@ -123,7 +135,24 @@ def _best(function: Callable[[], object]) -> float:
     return min(timeit.repeat(function, number=1, repeat=4))
 
 
-def _furthest(unit: UnitRows, half: torch.Tensor, chunk: int = 1024) -> float:
-    """The largest distance of a row from its rounded row."""
-    parts = zip(unit.single.split(chunk), half.split(chunk), strict=True)
-    return max(float(torch.linalg.vector_norm(a - b, dim=1).max()) for a, b in parts)
+def _single(unit: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 rows (n, D), and the factors (n, 1) that bring these to length `scale`.
+
+    The rows as they were given where these serve, which saves a copy: products of very long or very short ones could
+    leave the range of float32.
+    """
+    long = unit.inverse[unit.inverse > 0]
+    moderate = bool(((long > 1e-10) & (long < 1e10)).all())
+    if unit.order is None and unit.source.dtype == torch.float32 and unit.source.is_contiguous() and moderate:
+        return unit.source, (unit.scale * unit.inverse[:, None]).float()
+    return unit.single, torch.ones(len(unit), 1)
+
+
+def _rounded(rows: torch.Tensor, factors: torch.Tensor, chunk: int = 512) -> tuple[torch.Tensor, float]:
+    """The rows times their factors in bfloat16, and the largest distance of such a row from its rounded row."""
+    halves, furthest = torch.empty(rows.shape, dtype=torch.bfloat16), 0.0
+    for part, factor, half in zip(rows.split(chunk), factors.split(chunk), halves.split(chunk), strict=True):
+        exact = part * factor
+        half.copy_(exact)
+        furthest = max(furthest, float(torch.linalg.vector_norm(exact.sub_(half), dim=1).max()))
+    return halves, furthest
