@@ -358,7 +358,7 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any], errors: dict[str
         "The tiled engine keeps up to 256 MiB of logits between its passes on a CPU (a constant), so it makes between",
         "12 and 18 N² D multiply-adds; small batches can beat the floor. `tiled-bfloat16` rounds factors only where",
         "the processor has bfloat16 matrix units (`amx_bf16`, or a GPU); elsewhere it is the exact form, with products",
-        "by oneDNN instead of MKL (on AMD processors oneDNN is the faster one).",
+        "by oneDNN instead of MKL.",
         "",
         "![Time and memory against batch size](objective.svg)",
         "",
