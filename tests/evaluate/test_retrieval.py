@@ -28,6 +28,19 @@ def matched(images: int, captions: int, dimensions: int = 32, noise: float = 2.0
     return image, text, owner
 
 
+def small(data: st.DataObject) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Up to four images and six texts in the same form, with entries from a tiny set.
+
+    So ties (also between a positive and others), zero rows and positives with negative scores are frequent.
+    """
+    images = data.draw(st.integers(1, 4))
+    owner = np.array([*range(images), *data.draw(st.lists(st.integers(0, images - 1), max_size=6 - images))])
+    values = st.lists(st.integers(-1, 1), min_size=3, max_size=3)
+    image = np.array([data.draw(values) for _ in range(images)], dtype=np.float64)
+    text = np.array([data.draw(values) for _ in owner], dtype=np.float64)
+    return image, text, owner
+
+
 def one_order(relevant: list[bool], positives: int) -> dict[str, float]:
     """The metrics of one query from the relevance of its items in ranked order, by the definitions."""
     result = {f"R@{k}": float(any(relevant[:k])) for k in KS}
@@ -114,13 +127,7 @@ def test_constant_embeddings_score_chance(value: float) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_equals_brute_force_over_all_orders_of_ties(data: st.DataObject) -> None:
-    # entries from a tiny set, so that ties (also between a positive and others) are frequent
-    images = data.draw(st.integers(1, 4))
-    owner = np.array([*range(images), *data.draw(st.lists(st.integers(0, images - 1), max_size=6 - images))])
-    values = st.lists(st.integers(-1, 1), min_size=3, max_size=3)
-    image = np.array([data.draw(values) for _ in range(images)], dtype=np.float64)
-    text = np.array([data.draw(values) for _ in owner], dtype=np.float64)
-    check(image, text, owner)
+    check(*small(data))
 
 
 def test_duplicated_rows_tie_wherever_they_stand() -> None:

@@ -9,17 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipdistill.evaluate import ranking, tiles_cpu, tiles_sift
-from clipdistill.evaluate.ranking import count_positives
+from clipdistill.evaluate.ranking import PositiveCounts, count_positives
 from clipdistill.evaluate.retrieval import retrieval, retrieval_ranks
 
-from .test_retrieval import matched
+from .test_retrieval import matched, small
+
+
+def sift_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sifts whatever the size, the processor and the number of scores that reach a limit."""
+    monkeypatch.setattr(ranking, "sifting_pays", lambda *shape: True)
+    monkeypatch.setattr(tiles_cpu, "FEW_SHARE", 1.0)
 
 
 @pytest.fixture
 def sift(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Sifts whatever the size and the processor; lists for each tile whether it was sifted."""
-    monkeypatch.setattr(ranking, "sifting_pays", lambda *shape: True)
-    monkeypatch.setattr(tiles_cpu, "FEW_SHARE", 1.0)
+    """`sift_always`; lists for each tile whether it was sifted."""
+    sift_always(monkeypatch)
     sifted, one = [], tiles_sift.SiftCounter._sift
 
     def watched(self: tiles_sift.SiftCounter, *tile: object) -> bool:
@@ -43,6 +48,18 @@ def exact(image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> tuple[np.nd
     )
 
 
+def uneven(owner: np.ndarray, number: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices of one text of each image and of `number` texts drawn at random (together once each)."""
+    first = np.unique(owner, return_index=True)[1]
+    return np.unique(np.concatenate([first, rng.permutation(len(owner))[:number]]))
+
+
+def equal_exact(found: PositiveCounts, image: np.ndarray, text: np.ndarray, owner: np.ndarray) -> None:
+    counts = found.image_greater, found.image_equal, found.text_greater, found.text_equal
+    for count, expected in zip(counts, exact(image, text, owner), strict=True):
+        np.testing.assert_array_equal(count, expected)
+
+
 @pytest.mark.parametrize("noise", [0.5, 4.0, 50.0])
 @pytest.mark.parametrize("shape", [(200, 600), (16, 24), (7, 600), (200, 1)])
 def test_sifted_counts_are_those_of_the_whole_matrix(
@@ -55,12 +72,7 @@ def test_sifted_counts_are_those_of_the_whole_matrix(
     found = count_positives(image, text, owner)
     assert sift
     assert all(sift)
-    for counts, expected in zip(
-        (found.image_greater, found.image_equal, found.text_greater, found.text_equal),
-        exact(image, text, owner),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(counts, expected)
+    equal_exact(found, image, text, owner)
 
 
 @pytest.mark.parametrize("length", [1.0, 1e-20, 1e20])
@@ -70,8 +82,7 @@ def test_rows_of_any_length_and_type_are_sifted(sift: list[bool], dtype: type, l
     rng = np.random.default_rng(3)
     image, text, owner = matched(40, 3, noise=4.0)
     if not even:  # images in another order than given: those with most texts come first
-        first = np.unique(owner, return_index=True)[1]
-        keep = np.unique(np.concatenate([first, rng.permutation(120)[:50]]))
+        keep = uneven(owner, 50, rng)
         text, owner = text[keep], owner[keep]
     # what float16 cannot hold stays at a length near 1; float32 products of the others would overflow or vanish
     length = 1.0 if dtype == np.float16 else length
@@ -79,24 +90,17 @@ def test_rows_of_any_length_and_type_are_sifted(sift: list[bool], dtype: type, l
     text = (text * rng.uniform(0.5, 2, (len(text), 1)) * length).astype(dtype)
     found = count_positives(image, text, owner)
     assert all(sift)
-    counts = found.image_greater, found.image_equal, found.text_greater, found.text_equal
-    for count, expected in zip(counts, exact(image.astype(float), text.astype(float), owner), strict=True):
-        np.testing.assert_array_equal(count, expected)
+    equal_exact(found, image, text, owner)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_own_texts_are_counted_once_whatever_the_sign(data: st.DataObject) -> None:
-    # entries from a tiny set: ties, zero rows, and positives with negative scores are frequent
-    images = data.draw(st.integers(1, 4))
-    owner = np.array([*range(images), *data.draw(st.lists(st.integers(0, images - 1), max_size=6 - images))])
-    values = st.lists(st.integers(-1, 1), min_size=3, max_size=3)
-    image = torch.tensor([data.draw(values) for _ in range(images)], dtype=torch.float32)
-    text = torch.tensor([data.draw(values) for _ in owner], dtype=torch.float32)
+    image, text, owner = small(data)
+    image, text = image.astype(np.float32), text.astype(np.float32)
     expected = count_positives(image, text, owner)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranking, "sifting_pays", lambda *shape: True)
-        patch.setattr(tiles_cpu, "FEW_SHARE", 1.0)
+        sift_always(patch)
         found = count_positives(image, text, owner)
     for name in ("image_greater", "image_equal", "text_greater", "text_equal"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
@@ -176,7 +180,7 @@ def test_counts_that_stop_early(monkeypatch: pytest.MonkeyPatch, sifts: bool, sh
         monkeypatch.setattr(kind, "tile_shape", (16, 24))
     rng = np.random.default_rng(1)
     image, text, owner = matched(60, 4, noise=noise)
-    keep = np.unique(np.concatenate([np.unique(owner, return_index=True)[1], rng.permutation(240)[:150]]))
+    keep = uneven(owner, 150, rng)
     text, owner = text[keep], owner[keep]  # uneven numbers of texts
     text[7] = text[np.flatnonzero(owner == owner[7])[-1]]  # two of one image's texts alike
     whole = count_positives(image, text, owner)

@@ -176,7 +176,7 @@ class CpuCounter(TileCounter):
                 counts[2, texts] += greater
             text = left + j if texts is None else texts[i]
             i = i if rows is None else rows[i]
-            near.append((torch.from_numpy(top + i), torch.from_numpy(left + j), torch.from_numpy(text)))
+            near.append(_near(top + i, left + j, text))
 
     def _compare_block(
         self, digits: np.ndarray, left: int, own: np.ndarray | None

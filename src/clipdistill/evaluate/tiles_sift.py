@@ -35,14 +35,15 @@ class SiftCounter(CpuCounter):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.sifts = True
-        self.fine_rows, self.fine_columns = _single(self.rows), _single(self.columns)
+        self.fine_rows, self.row_factors = _single(self.rows)
+        self.fine_columns, self.column_factors = _single(self.columns)
         # |ab - a'b'| <= |a - a'| |b| + |a'| |b - b'| for rows a, b of length 1 and their rounded a', b'
-        self.half_rows, images = _rounded(*self.fine_rows)
-        self.half_columns, texts = _rounded(*self.fine_columns)
+        self.half_rows, images = _rounded(self.fine_rows, self.row_factors)
+        self.half_columns, texts = _rounded(self.fine_columns, self.column_factors)
         images /= self.scale
         error = images + (1 + images) * texts + 2 * self.bound
         self.coarse = Limits(*map(bfloat16_digits, self.limits_at(error), (1, -1)))
-        self.fine = tuple(limit.float() for limit in self.limits_at(self.bound))
+        self.fine_upper, self.fine_reach = (limit.float() for limit in self.limits_at(self.bound))
 
     def add_tile(self, top: int, bottom: int, left: int, right: int, pairs: torch.Tensor) -> None:
         """See `TileCounter`."""
@@ -65,17 +66,17 @@ class SiftCounter(CpuCounter):
             undecided[k] = True
         number, places = np.cumsum(undecided) - 1, np.flatnonzero(undecided)
         i, j = torch.from_numpy(found.row.take(places)), torch.from_numpy(found.column.take(places))
-        fine = sampled_product(self.fine_rows[0][top:bottom], self.fine_columns[0][left:right], i, j)
+        fine = sampled_product(self.fine_rows[top:bottom], self.fine_columns[left:right], i, j)
         i, j = i + top, j + left
-        fine *= (self.fine_rows[1][i] * self.fine_columns[1][j])[:, 0]
+        fine *= self.row_factors[i] * self.column_factors[j]
         other = self.row_of_text[j] != i  # limits below zero find what is hidden
         near: tuple[list[Near], list[Near]] = ([], [])
         for direction, (which, texts) in enumerate(found.uncertain):
             n, text = torch.from_numpy(number.take(which)), torch.from_numpy(texts)
             score = fine[n]
-            reaches = torch.nonzero((score >= self.fine[1][text]) & other[n])[:, 0]
+            reaches = torch.nonzero((score >= self.fine_reach[text]) & other[n])[:, 0]
             n, text, score = n[reaches], text[reaches], score[reaches]
-            above = score > self.fine[0][text]
+            above = score > self.fine_upper[text]
             self.add(2 * direction, text, above)
             n, text = n[~above], text[~above]
             near[direction].append((i[n], j[n], text))
@@ -92,7 +93,7 @@ def bfloat16_digits(limits: torch.Tensor, sign: int) -> np.ndarray:
     bits = (limits * (1 + sign * 2.0**-22)).float().view(torch.int32) >> 16  # the factor covers rounding to float32
     if sign > 0:
         bits += 1
-    return torch.where(limits > 0, bits, 0 if sign > 0 else -(2**15)).short().numpy()
+    return torch.where(limits > 0, bits, 0 if sign > 0 else SMALLEST).short().numpy()
 
 
 def sampled_product(rows: torch.Tensor, columns: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
@@ -136,7 +137,7 @@ def _best(function: Callable[[], object]) -> float:
 
 
 def _single(unit: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 rows (n, D), and the factors (n, 1) that bring these to length `scale`.
+    """Float32 rows (n, D), and the factors (n,) that bring these to length `scale`.
 
     The rows as they were given where these serve, which saves a copy: products of very long or very short ones could
     leave the range of float32.
@@ -144,15 +145,15 @@ def _single(unit: UnitRows) -> tuple[torch.Tensor, torch.Tensor]:
     long = unit.inverse[unit.inverse > 0]
     moderate = bool(((long > 1e-10) & (long < 1e10)).all())
     if unit.order is None and unit.source.dtype == torch.float32 and unit.source.is_contiguous() and moderate:
-        return unit.source, (unit.scale * unit.inverse[:, None]).float()
-    return unit.single, torch.ones(len(unit), 1)
+        return unit.source, (unit.scale * unit.inverse).float()
+    return unit.single, torch.ones(len(unit))
 
 
 def _rounded(rows: torch.Tensor, factors: torch.Tensor, chunk: int = 512) -> tuple[torch.Tensor, float]:
     """The rows times their factors in bfloat16, and the largest distance of such a row from its rounded row."""
     halves, furthest = torch.empty(rows.shape, dtype=torch.bfloat16), 0.0
     for part, factor, half in zip(rows.split(chunk), factors.split(chunk), halves.split(chunk), strict=True):
-        exact = part * factor
+        exact = part * factor[:, None]
         half.copy_(exact)
         furthest = max(furthest, float(torch.linalg.vector_norm(exact.sub_(half), dim=1).max()))
     return halves, furthest
