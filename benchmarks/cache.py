@@ -37,14 +37,14 @@ from clipdistill.cache.stored import StoredRows
 from clipdistill.data.loader import Batch, PairLoader
 from clipdistill.data.memory import KeptInMemory
 from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
-from clipdistill.data.scenes_write import write_scenes
 from clipdistill.data.subset import Subset
 from clipdistill.data.views import EVALUATION_VIEW as EVALUATION
 from clipdistill.data.views import ImageSpec, normalise, render_pixels
-from clipdistill.evaluate.encode import encode_pairs
+from clipdistill.embed.encode import encode_pairs
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.models import ClipModel, build_student, load_model
 from clipdistill.objective import Objective
+from clipdistill.scenes.write import write_scenes
 from clipdistill.train.step import Towers, forward_backward
 from clipdistill.train.teacher import LiveTeacher
 

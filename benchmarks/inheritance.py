@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from clipdistill.inheritance.config import MaskConfig
-from clipdistill.inheritance.gates import gateable_copy
-from clipdistill.inheritance.hard_concrete import HIGHEST, LOWEST
-from clipdistill.inheritance.masks import Masks, prunable
-from clipdistill.inheritance.prune import prune
 from clipdistill.models import ClipModel, build_student, build_words_tokenizer
-from clipdistill.models.inherit_parts import transformer_sizes
+from clipdistill.models.inheritance.config import MaskConfig
+from clipdistill.models.inheritance.gates import gateable_copy
+from clipdistill.models.inheritance.hard_concrete import HIGHEST, LOWEST
+from clipdistill.models.inheritance.masks import Masks, prunable
+from clipdistill.models.inheritance.parts import transformer_sizes
+from clipdistill.models.inheritance.prune import prune
 
 TOWERS = ("image", "text")
 

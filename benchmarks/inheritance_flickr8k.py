@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.data.pairs import DataConfig, open_pairs
-from clipdistill.inheritance.masks import reference_counts
 from clipdistill.models import build_student, build_words_tokenizer, load_model, save_model
-from clipdistill.models.inherit import inherit
+from clipdistill.models.inheritance.cut import inherit
+from clipdistill.models.inheritance.masks import reference_counts
 from clipdistill.train.config import resolve
 from clipdistill.train.logs import read_lines
 from clipdistill.train.run import Run, distill

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from clipdistill.ablate.summary import NAME
 from clipdistill.errors import ClipdistillError, InputError
-from clipdistill.evaluate.claims import judge, read_claims
-from clipdistill.evaluate.records import read_records
-from clipdistill.evaluate.verdicts import verdicts_markdown
-from clipdistill.report.stages import stage_folders
+from clipdistill.runs.stages import stage_folders
+from clipdistill.statistics.claims import judge, read_claims
+from clipdistill.statistics.records import read_records
+from clipdistill.statistics.verdicts import verdicts_markdown
 
 HERE = Path(__file__).resolve().parent
 

@@ -18,8 +18,8 @@ import yaml
 
 from clipdistill.ablate import command as ablate_command
 from clipdistill.cli import COMMANDS, main
-from clipdistill.data.scenes import open_scenes
 from clipdistill.errors import InputError
+from clipdistill.scenes.pairs import open_scenes
 from clipdistill.train.command import settings_of
 from clipdistill.train.config import resolve
 from clipdistill.train.stages import resolve_stages

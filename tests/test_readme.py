@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from clipdistill.cli import COMMANDS, main
-from clipdistill.data.scenes import open_scenes
 from clipdistill.recipes import recipe_names
+from clipdistill.scenes.pairs import open_scenes
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -23,12 +23,18 @@ COMMANDS = {
     "cache": ("clipdistill.cache.command", "compute a teacher's embeddings once, for any number of runs"),
     "eval": ("clipdistill.evaluate.command", "measure retrieval and zero-shot classification under a named protocol"),
     "export": ("clipdistill.export.command", "write a model as ONNX, OpenVINO, int8, open_clip or Hugging Face files"),
-    "compare": ("clipdistill.evaluate.compare_command", "two models, or the seeds of two methods, on the same queries"),
-    "claims": ("clipdistill.evaluate.claims_command", "claims judged from runs: supported, contradicted or undecided"),
+    "compare": (
+        "clipdistill.statistics.compare_command",
+        "two models, or seeds of two methods, on the same queries",
+    ),
+    "claims": (
+        "clipdistill.statistics.claims_command",
+        "claims judged: supported, contradicted or undecided",
+    ),
     "bench": ("clipdistill.bench.command", "measure throughput, latency and size"),
     "report": ("clipdistill.report.command", "one HTML page from any number of runs"),
     "search": ("clipdistill.search.command", "search a folder of photographs, student beside teacher"),
-    "scenes": ("clipdistill.data.scenes_command", "write the built-in image-caption set to disk"),
+    "scenes": ("clipdistill.scenes.command", "write the built-in image-caption set to disk"),
     "list": ("clipdistill.listing", "recipes, students and data sets"),
     "doctor": ("clipdistill.doctor", "check this machine and say what to do"),
 }

@@ -21,10 +21,10 @@ from clipdistill.bench.throughput import throughput
 from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.fill import fill
 from clipdistill.config import as_dict, build
-from clipdistill.evaluate.scores import Scores
 from clipdistill.models import load_model
 from clipdistill.report.look import look
 from clipdistill.report.report import write_report
+from clipdistill.statistics.scores import Scores
 from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.run import Run, distill
 

@@ -13,8 +13,8 @@ import yaml
 from clipdistill.ablate.grid import GridRun, build_grid
 from clipdistill.ablate.plan import Plan
 from clipdistill.config import as_dict, build
-from clipdistill.evaluate.protocol import Protocol
-from clipdistill.evaluate.scores import Queries, Score, Scores
+from clipdistill.statistics.protocol import Protocol
+from clipdistill.statistics.scores import Queries, Score, Scores
 
 IMAGES, CAPTIONS = 600, 3000
 

@@ -10,10 +10,10 @@ from clipdistill.ablate.results import collect
 from clipdistill.ablate.summary import summarise
 from clipdistill.ablate.tables import detail_table, main_table
 from clipdistill.errors import InputError
-from clipdistill.evaluate.records import read_records
-from clipdistill.evaluate.statistics import holm, paired_bootstrap, paired_seeds
 from clipdistill.report.report import write_report
-from clipdistill.report.stages import stage_folders
+from clipdistill.runs.stages import stage_folders
+from clipdistill.statistics.bootstrap import holm, paired_bootstrap, paired_seeds
+from clipdistill.statistics.records import read_records
 from tests.ablate.synthetic import plan_of, write_grid, write_run
 
 VARIANTS = {

@@ -240,7 +240,7 @@ def test_a_plain_table_of_vectors_is_a_teacher(tmp_path, student, store, form):
 
 
 def test_tars_beside_data_tars(tmp_path, teacher, student):
-    from clipdistill.data.scenes_write import write_scenes
+    from clipdistill.scenes.write import write_scenes
 
     write_scenes(tmp_path / "data", format="webdataset", size=SIZE, split="train", shard_size=10)
     pattern = str(tmp_path / "data")

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clipdistill.data import tar_index, tars
+from clipdistill.data.formats import tar_index, tars
+from clipdistill.data.formats.tar_headers import DamagedTar, looks_like_tar, members
+from clipdistill.data.formats.tars import expand_braces
 from clipdistill.data.pairs import PairSource, open_pairs
 from clipdistill.data.problems import BadSample
-from clipdistill.data.tar_headers import DamagedTar, looks_like_tar, members
-from clipdistill.data.tars import expand_braces
 from clipdistill.errors import InputError
 from tests.conftest import shared_folder
 from tests.data.helpers import encoded, sample_members, write_tar

@@ -11,11 +11,11 @@ import pytest
 import clipdistill as cd
 from clipdistill.cli import main
 from clipdistill.data.pairs import open_pairs
+from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError
 from clipdistill.evaluate.command import geometry_file, write_geometry
-from clipdistill.evaluate.encode import EncodedPairs
-from clipdistill.evaluate.scores import Scores
 from clipdistill.models import build_student, build_words_tokenizer, save_model
+from clipdistill.statistics.scores import Scores
 from tests.conftest import shared_folder
 from tests.evaluate.conftest import ColourClasses, ColourPairs, colour_model
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from scipy import stats
 
+from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError
 from clipdistill.evaluate import geometry as geometry_module
 from clipdistill.evaluate.alignment import DISCREPANCY_SCALE, alignment, discrepancy, linear_cka, neighbour_overlap
-from clipdistill.evaluate.encode import EncodedPairs
 from clipdistill.evaluate.geometry import geometry
 
 

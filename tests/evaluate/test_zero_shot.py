@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
-from clipdistill.evaluate.encode import Encoder
 from clipdistill.evaluate.zero_shot import choose_templates, class_weights, classify, zero_shot
 from clipdistill.models.clip_model import ClipModel
 from tests.evaluate.conftest import COLOURS, ColourClasses, colour_model

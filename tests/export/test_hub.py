@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from clipdistill.errors import InputError
-from clipdistill.evaluate.protocol import Protocol
-from clipdistill.evaluate.scores import Score, Scores
 from clipdistill.export.hub import model_card, push_to_hub
+from clipdistill.statistics.protocol import Protocol
+from clipdistill.statistics.scores import Score, Scores
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError
-from clipdistill.evaluate.encode import EncodedPairs
 from clipdistill.export import graphs
 from clipdistill.export.int8 import ATTEMPTS, quantise_onnx, within_budget
 

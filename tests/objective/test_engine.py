@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipdistill.objective import Objective, engine
-from clipdistill.objective.engine import TILED_FROM, choose_engine, dense_bytes, free_memory, load_engine
+from clipdistill.objective import Objective
+from clipdistill.objective.engines import engine
+from clipdistill.objective.engines.engine import TILED_FROM, choose_engine, dense_bytes, free_memory, load_engine
 from clipdistill.objective.plan import CrossEntropy, Divergence, Sigmoid
 from tests.objective.plain import random_embeddings
 

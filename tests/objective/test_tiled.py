@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipdistill.objective import tiled_products
-from clipdistill.objective.dense import dense
-from clipdistill.objective.engine import EngineOptions, Plan
+from clipdistill.objective.engines import tiled_products
+from clipdistill.objective.engines.dense import dense
+from clipdistill.objective.engines.engine import EngineOptions, Plan
+from clipdistill.objective.engines.tiled import tiled
+from clipdistill.objective.engines.tiled_walk import Walk
 from clipdistill.objective.features import Features
 from clipdistill.objective.gather import World
 from clipdistill.objective.plan import CrossEntropy, Divergence, Primitive, Sigmoid
-from clipdistill.objective.tiled import tiled
-from clipdistill.objective.tiled_walk import Walk
 from tests.objective.tiled_cases import (
     CLIP_RD,
     SCALES,
@@ -321,7 +321,7 @@ def test_bfloat16_products_stay_within_the_stated_error(rounded: bool, monkeypat
     exact, exact_terms = run(features, plan)
     # what a CPU without such units makes of the setting says nothing, so the rounding is also done by hand
     if rounded:
-        monkeypatch.setattr("clipdistill.objective.tiled.Products", Rounded)
+        monkeypatch.setattr("clipdistill.objective.engines.tiled.Products", Rounded)
     before = torch.get_float32_matmul_precision()
     total, terms = run(features, plan, products="bfloat16")
     assert torch.get_float32_matmul_precision() == before

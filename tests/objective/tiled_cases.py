@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clipdistill.objective.engine import Plan
+from clipdistill.objective.engines.engine import Plan
 from clipdistill.objective.features import Features
 from clipdistill.objective.pairings import Setting, all_pairings, named_logits
 from clipdistill.objective.plan import CrossEntropy, Divergence, Primitive, Sigmoid

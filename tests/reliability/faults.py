@@ -112,8 +112,8 @@ def note_batches(path: str) -> None:
     """Each rank appends the step, its rank and the keys of every batch it trains on to a file of JSON lines."""
     import json
 
+    from clipdistill.runtime.distributed import rank
     from clipdistill.train import loop
-    from clipdistill.train.distributed import rank
 
     original = loop._step
 

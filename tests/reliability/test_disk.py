@@ -129,7 +129,7 @@ def test_row_16_a_real_disk_that_fills_up_while_training(
 def test_row_16_other_commands_say_it_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from clipdistill.data import scenes_command
+    from clipdistill.scenes import command as scenes_command
 
     def full(arguments: object) -> int:
         raise OSError(28, "No space left on device", str(tmp_path / "x.tar"))

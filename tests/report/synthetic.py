@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from clipdistill.evaluate.protocol import Protocol
-from clipdistill.evaluate.scores import Queries, Score, Scores
+from clipdistill.statistics.protocol import Protocol
+from clipdistill.statistics.scores import Queries, Score, Scores
 
 PROTOCOL = Protocol(
     name="standard",

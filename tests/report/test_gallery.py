@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError
-from clipdistill.evaluate.encode import EncodedPairs
 from clipdistill.report.data import read_runs
 from clipdistill.report.gallery import THUMBNAIL, Gallery, build_gallery, read_galleries, reencode
 from clipdistill.report.tables import build_table

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from clipdistill.data.scenes import open_scenes
 from clipdistill.models import build_student, load_model, save_model
+from clipdistill.scenes.pairs import open_scenes
 from clipdistill.search.collection import Collection
 from clipdistill.search.encoder import SearchModel
 from clipdistill.search.store import open_store

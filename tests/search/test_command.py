@@ -101,7 +101,7 @@ def test_who_is_faster_is_only_said_when_the_rounds_agree() -> None:
 
 def test_the_vectors_are_those_of_the_evaluation(collection: Collection, photographs: Path) -> None:
     """PNG files are decoded in full, so the index holds exactly what `clipdistill eval` computes."""
-    from clipdistill.evaluate.encode import Encoder
+    from clipdistill.embed.encode import Encoder
 
     side = collection.sides[1]
     picture = decode((photographs / "scene-00.png").read_bytes())

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_model
-from clipdistill.models.inherit_parts import transformer_sizes
+from clipdistill.models.inheritance.parts import transformer_sizes
 from clipdistill.models.sized import is_sized
-from clipdistill.report.stages import stage_folders
+from clipdistill.runs.stages import stage_folders
+from clipdistill.runtime.distributed import any_rank
 from clipdistill.train import loop
 from clipdistill.train.config import RunConfig, resolve
-from clipdistill.train.distributed import any_rank
 from clipdistill.train.logs import read_lines
 from clipdistill.train.run import distill
 from clipdistill.train.setup import build

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from clipdistill.report.stages import stage_folders
+from clipdistill.runs.stages import stage_folders
 from clipdistill.train.logs import read_lines
 from tests.conftest import REPOSITORY
 
@@ -57,7 +57,7 @@ GROUPS = """
 import time
 from datetime import timedelta
 import torch
-from clipdistill.train.distributed import ProcessGroup, gather_lists, rank
+from clipdistill.runtime.distributed import ProcessGroup, gather_lists, rank
 for number in range(4):
     with ProcessGroup(torch.device("cpu"), timedelta(seconds=120)) as group:
         assert gather_lists([(number, rank())]) == [(number, 0), (number, 1)]

@@ -7,10 +7,10 @@ import signal
 
 import pytest
 
+from clipdistill.runtime.signals import StopSignal
 from clipdistill.train.config import TrainConfig
 from clipdistill.train.logs import JsonLines, flatten, read_lines, summary
 from clipdistill.train.optimiser import learning_rate_factor
-from clipdistill.train.signals import StopSignal
 from clipdistill.train.step import step_seed
 
 

@@ -21,9 +21,9 @@ import pydantic
 
 from clipdistill.config import Config, build, override, read_yaml
 from clipdistill.errors import InputError, nearest
-from clipdistill.evaluate.claims import Claim
 from clipdistill.objective.terms import TERMS
 from clipdistill.recipes import lay
+from clipdistill.statistics.claims import Claim
 
 _NAME = re.compile(r"^[\w][\w.%+=@-]{0,79}$")
 

@@ -13,9 +13,9 @@ import numpy as np
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.plan import Plan
 from clipdistill.errors import InputError, nearest
-from clipdistill.evaluate.claims import Verdict, judge, judge_difference
-from clipdistill.evaluate.records import Record, read_records
-from clipdistill.evaluate.statistics import Comparison, holm, paired_bootstrap, paired_seeds
+from clipdistill.statistics.bootstrap import Comparison, holm, paired_bootstrap, paired_seeds
+from clipdistill.statistics.claims import Verdict, judge, judge_difference
+from clipdistill.statistics.records import Record, read_records
 from clipdistill.train.run import changes, stored_settings
 
 HEADLINE = ("t2i_R@1", "i2t_R@1", "top1", "mean_per_class")

@@ -17,9 +17,9 @@ from typing import Any
 
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.progress import GridDisplay
-from clipdistill.cache.claims import LEASE, Claims
 from clipdistill.errors import ClipdistillError, Preempted, StorageError
-from clipdistill.train.distributed import ProcessGroup, gather_lists, is_main, pick_device, world_size
+from clipdistill.runtime.distributed import ProcessGroup, gather_lists, is_main, pick_device, world_size
+from clipdistill.runtime.locks import LEASE, Claims
 from clipdistill.train.run import Run, distill
 from clipdistill.train.sources import SharedSources
 

@@ -11,8 +11,8 @@ from clipdistill.ablate.pictures import draw
 from clipdistill.ablate.plan import Plan
 from clipdistill.ablate.results import Results, collect, to_json
 from clipdistill.ablate.tables import markdown
-from clipdistill.evaluate.verdicts import FILE as CLAIMS
-from clipdistill.evaluate.verdicts import write_verdicts
+from clipdistill.statistics.verdicts import FILE as CLAIMS
+from clipdistill.statistics.verdicts import write_verdicts
 
 NAME = "ablation"
 

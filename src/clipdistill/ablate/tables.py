@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from clipdistill.ablate.results import Column, Difference, Results, VariantResult
-from clipdistill.evaluate.verdicts import p_text, verdicts_markdown
+from clipdistill.statistics.verdicts import p_text, verdicts_markdown
 
 _NAMES = {"top1": "zero-shot top-1", "top5": "zero-shot top-5", "mean_per_class": "zero-shot mean per class"}
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from clipdistill.cache.claims import Claims
 from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.fingerprint import (
     differences,
@@ -27,8 +26,9 @@ from clipdistill.cache.synthetic import matched, read_synthetic, synthetic_finge
 from clipdistill.config import as_dict
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
-from clipdistill.links import refuse_links
 from clipdistill.models import ClipModel
+from clipdistill.runtime.links import refuse_links
+from clipdistill.runtime.locks import Claims
 
 _BLOCK_BYTES = 64_000_000
 _PATIENCE = 900.0

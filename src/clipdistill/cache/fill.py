@@ -21,11 +21,9 @@ import torch
 from torch import Tensor
 
 from clipdistill.cache.blocks import remove_leftovers, write_block
-from clipdistill.cache.claims import Claims
 from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.create import open_for_filling
 from clipdistill.cache.onnx_teacher import load_fill_teacher
-from clipdistill.cache.prepare import Item, Preparation, Prepared, geometry, init_worker
 from clipdistill.cache.rows import pack
 from clipdistill.cache.sizes import check_space, readable
 from clipdistill.cache.store import Part, Store
@@ -33,8 +31,10 @@ from clipdistill.cache.stored_views import pack_views
 from clipdistill.data.ledger import BadSampleLedger
 from clipdistill.data.pairs import PairSource, open_pairs
 from clipdistill.data.views import normalise
+from clipdistill.embed.prepare import Item, Preparation, Prepared, geometry, init_worker
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
+from clipdistill.runtime.locks import Claims
 
 Say = Callable[[str], None]
 

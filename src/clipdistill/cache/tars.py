@@ -31,8 +31,8 @@ from clipdistill.cache.blocks import flush
 from clipdistill.cache.manifest import MANIFEST, Manifest, TeacherEntry, read_manifest, write_manifest
 from clipdistill.cache.rows import scaled
 from clipdistill.cache.store import Store
+from clipdistill.data.formats.tar_headers import DamagedTar, members
 from clipdistill.data.pairs import PairSource
-from clipdistill.data.tar_headers import DamagedTar, members
 from clipdistill.data.views import View
 from clipdistill.errors import InputError
 

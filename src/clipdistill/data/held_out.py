@@ -17,7 +17,7 @@ import numpy as np
 
 from clipdistill.config import Config
 from clipdistill.data.files import read_json
-from clipdistill.data.karpathy import is_karpathy
+from clipdistill.data.formats.karpathy import is_karpathy
 from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.data.subset import Subset

@@ -158,19 +158,19 @@ def open_labelled(
     if own_names is not None:
         names = "stored"
     if text.split("?")[0].split("/")[0] == "scenes:zeroshot":
-        from clipdistill.data.scenes_zeroshot import open_scenes_zeroshot
+        from clipdistill.scenes.zero_shot import open_scenes_zeroshot
 
         return open_scenes_zeroshot(text)
     if text.startswith("torchvision:"):
-        from clipdistill.data.labelled_libraries import open_torchvision
+        from clipdistill.data.formats.labelled_libraries import open_torchvision
 
         return open_torchvision(text.removeprefix("torchvision:"), own_names, names, split)
     if text.startswith("hf:"):
-        from clipdistill.data.labelled_libraries import open_hub_labelled
+        from clipdistill.data.formats.labelled_libraries import open_hub_labelled
 
         return open_hub_labelled(text.removeprefix("hf:"), own_names, names, split, max_pixels)
     known, text = _declared(text)
-    from clipdistill.data.labelled_files import open_files
+    from clipdistill.data.formats.labelled_files import open_files
 
     return open_files(text, known, own_names, names, split, max_pixels)
 
@@ -195,7 +195,7 @@ def is_labelled_name(name: str) -> bool:
         return "label=" in name
     if name.startswith(_PREFIXES) or re.match(rf"(?:{'|'.join(KNOWN_SETS)})@", name):
         return True
-    from clipdistill.data.labelled_files import looks_labelled
+    from clipdistill.data.formats.labelled_files import looks_labelled
 
     return looks_labelled(name)
 

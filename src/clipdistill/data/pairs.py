@@ -134,7 +134,7 @@ def open_pairs(data: str | DataConfig, *, split: str | None = None, default_spli
     `split` overrides the configuration's; it is an error where the data has no splits. `default_split` is what to
     take when nobody named a split and the data has several. Raises InputError with what is wrong and what to do.
     """
-    from clipdistill.data.dispatch import open_by_content
+    from clipdistill.data.open import open_by_content
 
     config = DataConfig(path=data) if isinstance(data, str) else data
     if split is not None:

@@ -11,7 +11,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clipdistill.evaluate.scores import Scores
+    from clipdistill.statistics.scores import Scores
 
 
 class _CallablePackage(types.ModuleType):

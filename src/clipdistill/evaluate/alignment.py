@@ -13,8 +13,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError
-from clipdistill.evaluate.encode import EncodedPairs
 
 DISCREPANCY_SCALE = 1 / 0.07
 """Multiplier of the cosines in the VRD and XRD softmaxes, the same for every student, so that values compare."""

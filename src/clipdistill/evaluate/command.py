@@ -9,12 +9,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError
-from clipdistill.evaluate.encode import EncodedPairs
 from clipdistill.evaluate.evaluate import evaluate
 from clipdistill.evaluate.geometry import geometry
-from clipdistill.evaluate.protocol import RETRIEVAL_PROTOCOLS
-from clipdistill.evaluate.scores import Scores
+from clipdistill.statistics.protocol import RETRIEVAL_PROTOCOLS
+from clipdistill.statistics.scores import Scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +108,7 @@ def run_eval(
     geometry_path: where to write the geometry of the embeddings (one set of pairs). Under torchrun the ranks share the
     work and the first one writes.
     """
-    from clipdistill.train.distributed import ProcessGroup, is_main, pick_device, world_size
+    from clipdistill.runtime.distributed import ProcessGroup, is_main, pick_device, world_size
 
     embeddings: dict[tuple[str, str], EncodedPairs] = {}
     with ProcessGroup(pick_device(device)):

@@ -15,9 +15,14 @@ import torch
 
 from clipdistill.data.labelled import LabelledSource, is_labelled_name, open_labelled
 from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
+from clipdistill.embed.encode import EncodedPairs, Encoder
 from clipdistill.errors import InputError
-from clipdistill.evaluate.encode import EncodedPairs, Encoder
-from clipdistill.evaluate.protocol import (
+from clipdistill.evaluate.retrieval import retrieval
+from clipdistill.evaluate.zero_shot import zero_shot
+from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.load import load_model
+from clipdistill.statistics.bootstrap import bootstrap
+from clipdistill.statistics.protocol import (
     Protocol,
     captions_rule,
     check_known_pairs,
@@ -26,12 +31,7 @@ from clipdistill.evaluate.protocol import (
     digest,
     known_name,
 )
-from clipdistill.evaluate.retrieval import retrieval
-from clipdistill.evaluate.scores import Queries, Score, Scores
-from clipdistill.evaluate.statistics import bootstrap
-from clipdistill.evaluate.zero_shot import zero_shot
-from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.load import load_model
+from clipdistill.statistics.scores import Queries, Score, Scores
 
 REPLICATES = 1000
 """Bootstrap replicates of the intervals in tables."""

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError
-from clipdistill.evaluate.encode import EncodedPairs
 
 BINS = 200
 """Histogram bins over cosines from -1 to 1."""

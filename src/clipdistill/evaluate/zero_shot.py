@@ -17,8 +17,8 @@ from torch import Tensor
 
 from clipdistill.data.labelled import LabelledSource
 from clipdistill.data.templates import check_templates, fill, templates
+from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError, nearest
-from clipdistill.evaluate.encode import Encoder
 from clipdistill.evaluate.tiles import TIE_TOLERANCE
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import numpy as np
 
 from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
 from clipdistill.data.subset import Subset
+from clipdistill.embed.encode import EncodedPairs, encode_pairs
 from clipdistill.errors import InputError
-from clipdistill.evaluate.encode import EncodedPairs, encode_pairs
-from clipdistill.evaluate.protocol import captions_rule
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.statistics.protocol import captions_rule
 
 METRICS = ("i2t_R@1", "t2i_R@1")
 

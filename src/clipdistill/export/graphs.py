@@ -11,8 +11,8 @@ from typing import Any
 
 from clipdistill.config import as_dict
 from clipdistill.data.pairs import PairSource
+from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError, MissingExtraError
-from clipdistill.evaluate.encode import EncodedPairs
 from clipdistill.export.accuracy import Accuracy, accuracy, calibration_arrays, embed
 from clipdistill.export.folder import MANIFEST, new_folder, write_json
 from clipdistill.export.gate import Parity, Tolerance, compare, require, summary

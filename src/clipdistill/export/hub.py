@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.errors import InputError, MissingExtraError
-from clipdistill.evaluate.scores import Scores
 from clipdistill.export.folder import MANIFEST, write_json
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.models.hub import offline, reachable
 from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG
+from clipdistill.statistics.scores import Scores
 
 CARD = "README.md"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError, MissingExtraError
-from clipdistill.evaluate.encode import EncodedPairs
 from clipdistill.export.accuracy import Accuracy, accuracy
 
 ATTEMPTS = ("all layers", "sensitive layers in float32")

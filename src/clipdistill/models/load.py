@@ -28,8 +28,8 @@ from clipdistill.errors import InputError
 from clipdistill.models import hub, hugging_face, open_clip_models
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import MANIFEST, ExportedModel, read_exported
-from clipdistill.models.inherit import inherit
-from clipdistill.models.inherit_names import PREFIX, parse
+from clipdistill.models.inheritance.cut import inherit
+from clipdistill.models.inheritance.names import PREFIX, parse
 from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG
 from clipdistill.models.resolution import with_image_size
 from clipdistill.models.save import DESCRIPTION, read_model

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from clipdistill.objective.engine import dense_bytes
+from clipdistill.objective.engines.engine import dense_bytes
 from clipdistill.objective.terms import find_term
 
 if TYPE_CHECKING:

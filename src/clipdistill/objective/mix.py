@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from clipdistill.errors import InputError
-from clipdistill.objective.engine import Plan
+from clipdistill.objective.engines.engine import Plan
 from clipdistill.objective.pairings import Setting, all_pairings, named_logits
 from clipdistill.objective.plan import Primitive
 from clipdistill.objective.term import Term

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from clipdistill.errors import InputError
 from clipdistill.objective import explain
-from clipdistill.objective.dense import dense, gathered_names
-from clipdistill.objective.engine import EngineName, EngineOptions, choose_engine, free_memory, load_engine
+from clipdistill.objective.engines.dense import dense, gathered_names
+from clipdistill.objective.engines.engine import EngineName, EngineOptions, choose_engine, free_memory, load_engine
 from clipdistill.objective.features import Embeddings, FeatureBuilder, blocks_of, check
 from clipdistill.objective.gather import World, current_world, gather_rows, sum_over_ranks
 from clipdistill.objective.mix import Mix, checked_weights

@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from clipdistill.data.pairs import PairSource
-from clipdistill.evaluate.encode import encode_pairs
+from clipdistill.embed.encode import encode_pairs
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.regions.meta_teacher import MetaTeacher, caption_tokens
 from clipdistill.regions.store import RegionBatch, RegionStore

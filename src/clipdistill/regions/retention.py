@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from clipdistill.evaluate.evaluate import Data, evaluate
-from clipdistill.evaluate.scores import Scores
-from clipdistill.evaluate.statistics import bootstrap_ratio, paired_bootstrap
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.statistics.bootstrap import bootstrap_ratio, paired_bootstrap
+from clipdistill.statistics.scores import Scores
 
 MARKS = ("R@1", "R@5", "R@10", "MRR", "mAP@10", "top1", "top5", "mean_per_class")
 

@@ -20,7 +20,7 @@ from clipdistill.regions.detectors import is_detector, open_detector
 from clipdistill.regions.meta_teacher import MetaTeacher, read_meta_teacher, region_teacher_folder
 from clipdistill.regions.proposals import detect
 from clipdistill.regions.store import RegionStore, fill_store
-from clipdistill.train.distributed import on_main
+from clipdistill.runtime.distributed import on_main
 
 if TYPE_CHECKING:
     from clipdistill.train.config import RunConfig

@@ -38,11 +38,11 @@ from clipdistill.regions.measure import Measured, measure
 from clipdistill.regions.meta_teacher import MetaTeacher, caption_tokens
 from clipdistill.regions.store import RegionStore
 from clipdistill.regions.teacher import open_store
+from clipdistill.runtime.distributed import pick_device
+from clipdistill.runtime.signals import StopSignal
 from clipdistill.train.config import RunConfig
-from clipdistill.train.distributed import pick_device
 from clipdistill.train.logs import Display, JsonLines
 from clipdistill.train.optimiser import learning_rate_factor, set_learning_rate
-from clipdistill.train.signals import StopSignal
 from clipdistill.train.sources import Sources
 
 FORMAT = 1

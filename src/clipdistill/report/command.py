@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clipdistill.errors import InputError
 from clipdistill.report.report import write_report
-from clipdistill.report.stages import stage_folders
+from clipdistill.runs.stages import stage_folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from clipdistill.bench.device import architecture_fingerprint
 from clipdistill.errors import InputError
-from clipdistill.evaluate.scores import Queries, Score, Scores
+from clipdistill.statistics.scores import Queries, Score, Scores
 
 METHOD_NAMES = {
     "clip-rd": "CLIP-RD",

@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from clipdistill.data.pairs import PairSource
+from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError
-from clipdistill.evaluate.encode import EncodedPairs
 from clipdistill.report.data import Run, read_optional
 from clipdistill.report.tables import Entry, ScoreTable
 

@@ -18,8 +18,8 @@ from clipdistill.cache.names import PREFIX
 from clipdistill.config import build, read_yaml
 from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
 from clipdistill.data.subset import Subset
+from clipdistill.embed.encode import EncodedPairs, encode_pairs
 from clipdistill.errors import InputError
-from clipdistill.evaluate.encode import EncodedPairs, encode_pairs
 from clipdistill.evaluate.geometry import geometry
 from clipdistill.models import load_model
 from clipdistill.report.data import read_json

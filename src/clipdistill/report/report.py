@@ -13,9 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipdistill.errors import InputError
-from clipdistill.evaluate.claims import judge, read_claims
-from clipdistill.evaluate.records import read_records
-from clipdistill.evaluate.verdicts import evidence
 from clipdistill.report.context import VERDICTS, Report
 from clipdistill.report.data import Run, read_optional, read_runs
 from clipdistill.report.gallery import read_galleries
@@ -25,6 +22,9 @@ from clipdistill.report.tables import ScoreTable, build_table, compare
 from clipdistill.report.text import to_csv, to_markdown
 from clipdistill.report.trade import read_trade
 from clipdistill.report.words import headline
+from clipdistill.statistics.claims import judge, read_claims
+from clipdistill.statistics.records import read_records
+from clipdistill.statistics.verdicts import evidence
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Numbers under different protocols never share a column. Several runs that differ only in their seed become one entry,
 whose interval then comes from the seeds; a single run's interval comes from the test queries alone, and the words
 say so. Retention is the student's score over the teacher's under the same protocol. Statistics are those of
-clipdistill.evaluate.statistics, with Holm's correction over the pairs of a column.
+clipdistill.statistics.bootstrap, with Holm's correction over the pairs of a column.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from scipy import stats
 
-from clipdistill.evaluate import statistics
 from clipdistill.report.data import Question, Run, ScoreRow
+from clipdistill.statistics import bootstrap as statistics
 
 LEAD_METRICS = ("t2i_R@1", "i2t_R@1", "top1")
 """The measures that the headline, the trade-off and the comparisons are about, the first available one in front."""

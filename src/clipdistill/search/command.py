@@ -25,14 +25,14 @@ from rich.text import Text
 from clipdistill.data.files import read_image_file
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
-from clipdistill.links import is_inside, refuse_links
+from clipdistill.runtime.links import is_inside, refuse_links
+from clipdistill.runtime.signals import StopSignal
 from clipdistill.search.collection import Answer, Collection, times_as_fast
 from clipdistill.search.encoder import SearchModel
 from clipdistill.search.find import FINDERS, recall
 from clipdistill.search.photographs import printable
 from clipdistill.search.store import HIDDEN, Store, open_store
 from clipdistill.search.update import Update, update
-from clipdistill.train.signals import StopSignal
 
 PORT = 8765
 _LISTED = 10

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clipdistill.data.files import IMAGE_SUFFIXES
 from clipdistill.errors import InputError
-from clipdistill.links import is_inside
+from clipdistill.runtime.links import is_inside
 
 
 @dataclass(frozen=True)

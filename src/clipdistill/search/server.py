@@ -29,9 +29,9 @@ from rich.console import Console
 from clipdistill.data.images import decode
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
+from clipdistill.runtime.signals import StopSignal
 from clipdistill.search.collection import Collection
 from clipdistill.search.page import POLICY, Question, render
-from clipdistill.train.signals import StopSignal
 
 LARGEST_UPLOAD = 32 << 20
 LONGEST_QUERY = 1000

@@ -14,8 +14,8 @@ from typing import Any
 from clipdistill.data.loader import Batch
 from clipdistill.errors import StorageError
 from clipdistill.objective import ObjectiveOutput
+from clipdistill.runtime.distributed import is_main, rank, world_size
 from clipdistill.train.checkpoint import save_checkpoint
-from clipdistill.train.distributed import is_main, rank, world_size
 from clipdistill.train.setup import Setup
 from clipdistill.train.step import step_seed
 

@@ -7,8 +7,8 @@ import torch
 from clipdistill.data.loader import Batch
 from clipdistill.errors import InputError
 from clipdistill.objective import Embeddings, Objective
+from clipdistill.runtime.distributed import is_main, world_size
 from clipdistill.train import preflight
-from clipdistill.train.distributed import is_main, world_size
 from clipdistill.train.logs import Display
 from clipdistill.train.setup import Setup
 from clipdistill.train.step import frozen_batch_statistics

@@ -14,7 +14,7 @@ from clipdistill.data.held_out import HeldOutConfig
 from clipdistill.data.pairs import DataConfig
 from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
-from clipdistill.inheritance.config import MaskConfig
+from clipdistill.models.inheritance.config import MaskConfig
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import lay, load_recipe
 from clipdistill.regions.config import MetaTeacherConfig, RegionsConfig

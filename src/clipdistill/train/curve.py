@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.subset import Subset
-from clipdistill.evaluate.encode import encode_pairs
+from clipdistill.embed.encode import encode_pairs
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.models.parameters import hold_frozen_statistics
 from clipdistill.train.logs import read_lines

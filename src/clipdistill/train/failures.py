@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from clipdistill.errors import ClipdistillError, Preempted, RankError, storage_error
-from clipdistill.train.distributed import ProcessGroup, rank
-from clipdistill.train.signals import Interrupted
+from clipdistill.runtime.distributed import ProcessGroup, rank
+from clipdistill.runtime.signals import Interrupted
 
 _COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset)|timed out waiting|broken pipe|socket", re.IGNORECASE)
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? .*", re.IGNORECASE)

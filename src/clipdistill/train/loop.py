@@ -15,10 +15,7 @@ from clipdistill.data.ledger import BadSampleLedger
 from clipdistill.data.loader import Batch
 from clipdistill.errors import BudgetError, Preempted, StorageError
 from clipdistill.objective import ObjectiveOutput
-from clipdistill.train.capture import CAPTURED, capture
-from clipdistill.train.checkpoint import save_checkpoint
-from clipdistill.train.curve import curve_scores, warning_of_chance
-from clipdistill.train.distributed import (
+from clipdistill.runtime.distributed import (
     any_rank,
     average_gradients,
     gather_lists,
@@ -27,11 +24,14 @@ from clipdistill.train.distributed import (
     rank,
     sum_over_ranks,
 )
+from clipdistill.runtime.signals import Interrupted, StopSignal
+from clipdistill.train.capture import CAPTURED, capture
+from clipdistill.train.checkpoint import save_checkpoint
+from clipdistill.train.curve import curve_scores, warning_of_chance
 from clipdistill.train.failures import Place
 from clipdistill.train.logs import Display, Sink
 from clipdistill.train.optimiser import set_learning_rate
 from clipdistill.train.setup import Setup
-from clipdistill.train.signals import Interrupted, StopSignal
 from clipdistill.train.step import Statistics, captions_of, forward_backward
 
 

@@ -11,8 +11,8 @@ from clipdistill.data.loader import Batch
 from clipdistill.errors import InputError
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.objective import Embeddings, Objective
+from clipdistill.runtime.distributed import world_size
 from clipdistill.train.config import RunConfig
-from clipdistill.train.distributed import world_size
 from clipdistill.train.step import Towers, autocast, frozen_batch_statistics
 
 

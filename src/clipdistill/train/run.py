@@ -22,13 +22,8 @@ import clipdistill
 from clipdistill.config import as_dict, build, read_yaml
 from clipdistill.errors import InputError, Preempted
 from clipdistill.evaluate.evaluate import evaluate
-from clipdistill.evaluate.scores import Scores
-from clipdistill.links import refuse_links
 from clipdistill.models import save_model
-from clipdistill.train import checks
-from clipdistill.train.checkpoint import Checkpoint, newest_checkpoint
-from clipdistill.train.config import RunConfig, resolve
-from clipdistill.train.distributed import (
+from clipdistill.runtime.distributed import (
     ProcessGroup,
     agree,
     barrier,
@@ -38,12 +33,17 @@ from clipdistill.train.distributed import (
     pick_device,
     world_size,
 )
+from clipdistill.runtime.links import refuse_links
+from clipdistill.runtime.signals import Interrupted, StopSignal
+from clipdistill.statistics.scores import Scores
+from clipdistill.train import checks
+from clipdistill.train.checkpoint import Checkpoint, newest_checkpoint
+from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.failures import Place, explained
 from clipdistill.train.logs import Display, JsonLines, Sink, TensorBoard, WeightsAndBiases
 from clipdistill.train.loop import Progress, train
 from clipdistill.train.setup import Setup
 from clipdistill.train.setup import build as build_setup
-from clipdistill.train.signals import Interrupted, StopSignal
 from clipdistill.train.sources import Sources
 
 FORMAT = 1

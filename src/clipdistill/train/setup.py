@@ -15,18 +15,18 @@ from clipdistill.data.pairs import PairSource
 from clipdistill.data.sampler import steps_per_epoch
 from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
-from clipdistill.inheritance.prune import prune
-from clipdistill.inheritance.training import Masking, start_masking
 from clipdistill.models import ClipModel, Tokenizer, build_student, load_model
-from clipdistill.models.inherit import inherit
-from clipdistill.models.inherit_names import is_inherited, parse
+from clipdistill.models.inheritance.cut import inherit
+from clipdistill.models.inheritance.names import is_inherited, parse
+from clipdistill.models.inheritance.prune import prune
+from clipdistill.models.inheritance.training import Masking, start_masking
 from clipdistill.models.parameters import freeze, hold_frozen_statistics
 from clipdistill.models.save import read_model
 from clipdistill.models.students import needs_vocabulary
 from clipdistill.objective import Embeddings, Objective
+from clipdistill.runtime.distributed import broadcast_module, rank, world_size
 from clipdistill.train.checkpoint import Checkpoint, restore
 from clipdistill.train.config import RunConfig
-from clipdistill.train.distributed import broadcast_module, rank, world_size
 from clipdistill.train.optimiser import build_optimiser, learning_rate_factor
 from clipdistill.train.sources import Sources
 from clipdistill.train.step import Towers, settle_buckets

@@ -15,7 +15,7 @@ from clipdistill.data.held_out import HeldOutConfig, without_held_out
 from clipdistill.data.labelled import LabelledSource, open_labelled
 from clipdistill.data.memory import KeptInMemory, KeptLabelled
 from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
-from clipdistill.evaluate.scores import Scores
+from clipdistill.statistics.scores import Scores
 from clipdistill.train.config import RunConfig
 from clipdistill.train.teacher import AnyTeacher, open_teacher
 

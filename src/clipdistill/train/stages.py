@@ -24,7 +24,7 @@ from clipdistill.config import override
 from clipdistill.errors import ClipdistillError, InputError, Preempted
 from clipdistill.recipes import lay, load_recipe
 from clipdistill.report.report import write_report
-from clipdistill.report.stages import FILE, stage_folders
+from clipdistill.runs.stages import FILE, stage_folders
 from clipdistill.train.config import RunConfig, resolve_values
 from clipdistill.train.run import Run, distill
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipdistill.data.loader import Batch
-from clipdistill.inheritance.masks import Masks
+from clipdistill.models.inheritance.masks import Masks
 from clipdistill.models.masking import masked_image_tokens
 from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
 

@@ -16,8 +16,8 @@ from clipdistill.models import ClipModel, Tokenizer, load_model
 from clipdistill.objective import Embeddings
 from clipdistill.regions.meta_teacher import region_teacher_folder
 from clipdistill.regions.teacher import RegionTeacher, open_region_teacher
+from clipdistill.runtime.distributed import gather_lists, is_main
 from clipdistill.train.config import RunConfig
-from clipdistill.train.distributed import gather_lists, is_main
 from clipdistill.train.step import autocast
 
 

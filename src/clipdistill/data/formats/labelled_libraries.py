@@ -1,0 +1,200 @@
+"""Classification sets read through other libraries: torchvision's (never downloaded), Hugging Face's."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from clipdistill.data.formats.labelled_files import OwnNames
+from clipdistill.data.labelled import LabelledSource, Naming
+from clipdistill.data.problems import BadSample
+from clipdistill.errors import InputError, MissingExtraError, nearest
+
+_log = logging.getLogger(__name__)
+_TRAIN_OR_TEST: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
+
+
+def _splits(*names: str) -> dict[str, dict[str, Any]]:
+    return {name: {"split": name} for name in names}
+
+
+_Labels = Callable[[Any], Sequence[int]]
+# name: (known set, constructor settings by split with the default split last, where the labels are)
+_TORCHVISION: dict[str, tuple[str | None, dict[str, dict[str, Any]], _Labels]] = {
+    "CIFAR10": ("cifar10", _TRAIN_OR_TEST, lambda d: d.targets),
+    "CIFAR100": ("cifar100", _TRAIN_OR_TEST, lambda d: d.targets),
+    "EuroSAT": ("eurosat", {"all": {}}, lambda d: d.targets),
+    "Food101": ("food101", _splits("train", "test"), lambda d: d._labels),
+    "SUN397": ("sun397", {"all": {}}, lambda d: d._labels),
+    "Caltech101": ("caltech101", {"all": {}}, lambda d: d.y),
+    "ImageFolder": (None, {"all": {}}, lambda d: d.targets),
+    "STL10": (None, _splits("train", "test"), lambda d: d.labels),
+    "DTD": (None, _splits("train", "val", "test"), lambda d: d._labels),
+    "OxfordIIITPet": (None, _splits("trainval", "test"), lambda d: d._labels),
+    "FGVCAircraft": (None, _splits("train", "val", "trainval", "test"), lambda d: d._labels),
+}
+
+
+class TorchvisionLabels(LabelledSource):
+    """A torchvision data set in the order of its keys: paths of its images if it keeps them, else split and index."""
+
+    def __init__(self, dataset: Any, order: NDArray[np.int64], *arguments: Any, **rest: Any) -> None:
+        super().__init__(*arguments, **rest)
+        self._dataset = dataset
+        self._order = order
+
+    def image(self, i: int, at_least: int | None = None) -> Image.Image:
+        self._check(i)
+        try:
+            picture: Image.Image = self._dataset[int(self._order[i])][0]
+            return picture.convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            raise BadSample(f"corrupt image: {error}", self.key(i)) from error
+
+    def _bytes(self, i: int) -> bytes:
+        buffer = io.BytesIO()
+        self.image(i).save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def open_torchvision(text: str, own_names: OwnNames, naming: Naming, split: str | None) -> TorchvisionLabels:
+    """'CIFAR10@ROOT' or 'CIFAR10:train@ROOT': a torchvision set that lies in the folder ROOT.
+
+    CIFAR's files are Python pickles; torchvision compares their checksums with the originals' before it loads them.
+    """
+    title, at, root = text.partition("@")
+    name, _, named_split = title.partition(":")
+    split = split or named_split or None
+    if name not in _TORCHVISION:
+        raise InputError(f"torchvision:{name} is not read here{nearest(name, _TORCHVISION)}")
+    if not at or not root:
+        raise InputError(f"torchvision:{name}: say in which folder it lies:  torchvision:{name}@FOLDER")
+    known, settings, get_labels = _TORCHVISION[name]
+    split = split or list(settings)[-1]
+    if split not in settings:
+        raise InputError(f"torchvision:{name} has no split '{split}'{nearest(split, settings)}")
+    if not Path(root).expanduser().is_dir():
+        raise InputError(f"torchvision:{name}: the folder '{root}' does not exist (nothing is downloaded)")
+    builder = getattr(importlib.import_module("torchvision.datasets"), name)
+    offline = {} if name == "ImageFolder" else {"download": False}
+    try:
+        dataset = builder(Path(root).expanduser(), **settings[split], **offline)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(
+            f"torchvision:{name}: not found in '{root}' as torchvision lays it out (nothing is downloaded): {error}"
+        ) from error
+    labels = np.asarray(get_labels(dataset), dtype=np.int64)
+    names = own_names or getattr(dataset, "classes", None) or getattr(dataset, "categories", None)
+    if not isinstance(names, list | tuple):
+        raise InputError(f"torchvision:{name}: class names are needed as a list in label order: give classes=FILE")
+    keys = _image_paths(dataset, Path(root).expanduser()) or [f"{split}/{i:06d}" for i in range(len(labels))]
+    # some sets (SUN397) list their files in whatever order the file system has them
+    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+    return TorchvisionLabels(
+        *(dataset, order, f"{name}/{split}", [keys[i] for i in order], labels[order], [str(text) for text in names]),
+        naming="stored" if own_names else naming,
+        known=known,
+    )
+
+
+def _image_paths(dataset: Any, root: Path) -> list[str]:
+    """Paths of the images below the root, where the data set keeps them."""
+    samples = getattr(dataset, "samples", None)
+    paths = [path for path, _ in samples] if samples else getattr(dataset, "_image_files", None) or []
+    base = root.resolve()
+    return [Path(path).resolve().relative_to(base).as_posix() for path in paths]
+
+
+class HubLabels(LabelledSource):
+    """A Hugging Face data set with a column of images and one of class labels."""
+
+    def __init__(self, rows: Any, column: str, *arguments: Any, **rest: Any) -> None:
+        super().__init__(*arguments, **rest)
+        self._rows = rows
+        self._column = column
+
+    def _bytes(self, i: int) -> bytes:
+        value = self._rows[i][self._column]
+        if value.get("bytes") is not None:
+            return bytes(value["bytes"])
+        if value.get("path"):
+            from clipdistill.data.files import read_image_file
+
+            return read_image_file(value["path"])
+        raise BadSample("missing image", self.key(i))
+
+
+def open_hub_labelled(text: str, own_names: OwnNames, naming: Naming, split: str | None, max_pixels: int) -> HubLabels:
+    """'owner/name?split=test&image=img&label=fine_label&config=...': a hub data set, or a saved one's folder.
+
+    Columns are found by their types (one image, one class label) unless named. Needs the extra `hf`; fetching from the
+    hub needs the network, which is said before.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("datasets", "hf", f"hf:{text}") from error
+    name, _, query = text.partition("?")
+    settings = dict(parse_qsl(query))
+    unknown = next((key for key in settings if key not in ("split", "image", "label", "config")), None)
+    if unknown is not None:
+        raise InputError(
+            f"hf:{text}: unknown setting '{unknown}'{nearest(unknown, ('split', 'image', 'label', 'config'))}"
+        )
+    split = split or settings.get("split") or "test"
+    rows = _load(datasets, name, settings.get("config"), split)
+    image = _column(rows, settings.get("image"), datasets.Image, name, "image")
+    label = _column(rows, settings.get("label"), datasets.ClassLabel, name, "label")
+    feature = rows.features[label]
+    names = own_names or list(getattr(feature, "names", None) or [])
+    if isinstance(names, dict):
+        raise InputError(f"hf:{name}: class names are a list in label order, not a mapping of folders")
+    labels = np.asarray(rows[label][:], dtype=np.int64)
+    rows = rows.cast_column(image, datasets.Image(decode=False))
+    return HubLabels(
+        *(rows, image, f"{name}/{split}", [f"{split}/{i:07d}" for i in range(len(labels))], labels, names),
+        naming="stored" if own_names else naming,
+        max_pixels=max_pixels,
+    )
+
+
+def _load(datasets: Any, name: str, config: str | None, split: str) -> Any:
+    """The rows of one split, from a folder written by save_to_disk, or by name (cache first, then the hub)."""
+    try:
+        if Path(name).is_dir() and any((Path(name) / f).is_file() for f in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(name)
+        elif Path(name).is_dir():
+            return datasets.load_dataset(name, config, split=split)
+        else:
+            _log.warning("hf:%s: asking the Hugging Face hub, which needs the network unless it is cached here", name)
+            return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the library raises many types for "not there" and "no network"
+        raise InputError(f"hf:{name} (split {split}) cannot be opened: {' '.join(str(error).split())[:200]}") from error
+    if isinstance(loaded, dict):
+        if split not in loaded:
+            raise InputError(f"hf:{name} has no split '{split}'{nearest(split, loaded)}")
+        return loaded[split]
+    return loaded
+
+
+def _column(rows: Any, asked: str | None, kind: type, name: str, what: str) -> str:
+    """The asked column, or the only one of its type."""
+    features = rows.features
+    if asked is not None:
+        if asked not in features:
+            raise InputError(f"hf:{name} has no column '{asked}'{nearest(asked, features)}")
+        return asked
+    found = [column for column, feature in features.items() if isinstance(feature, kind)]
+    if len(found) != 1:
+        listing = ", ".join(found or features)
+        raise InputError(f"hf:{name}: which column holds the {what}? Name it with ?{what}=NAME (candidates: {listing})")
+    return found[0]

@@ -1,0 +1,210 @@
+"""WebDataset shards (img2dataset's layout) with random access: indexed once, read by offset, nothing ever extracted.
+
+A shard that is no tar, or is cut, is counted under its name; its whole samples are used. Several shards are given as a
+folder or a brace pattern ('cc3m/{00000..00331}.tar').
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipdistill.data.formats.tar_index import DUPLICATE, ShardIndex, index_shard
+from clipdistill.data.pairs import DataConfig, IndexedPairs
+from clipdistill.data.problems import BadSample, Problems
+from clipdistill.data.strings import valid_text
+from clipdistill.errors import InputError
+
+_OPEN_FILES = 64  # per process
+_MOST_SHARDS = 1_000_000
+_log = logging.getLogger(__name__)
+
+_RANGE = re.compile(r"(\d+)\.\.(\d+)$")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern with '{000..331}' and '{a,b}' stands for, in order. InputError for a senseless range."""
+    names = list(itertools.islice(_expanded(pattern, pattern), _MOST_SHARDS + 1))
+    if len(names) > _MOST_SHARDS:
+        raise InputError(f"'{pattern}' names more than {_MOST_SHARDS} shards")
+    return names
+
+
+def _expanded(part: str, pattern: str) -> Iterator[str]:
+    before, brace, rest = part.partition("{")
+    if not brace:
+        yield part
+        return
+    depth, cuts = 1, [-1]
+    for position, character in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0 or (depth == 1 and character == ","):
+            cuts.append(position)
+        if depth == 0:
+            break
+    else:
+        raise InputError(f"'{pattern}': a brace is opened and never closed")
+    options = [rest[a + 1 : b] for a, b in itertools.pairwise(cuts)]
+    after = rest[cuts[-1] + 1 :]
+    interval = _RANGE.match(options[0])
+    names: Iterator[str]
+    if len(options) == 1 and interval:
+        names = _numbers(interval[1], interval[2], pattern)
+    elif len(options) > 1:
+        names = (name for option in options for name in _expanded(option, pattern))
+    else:
+        body = options[0]
+        raise InputError(
+            f"'{pattern}': {{{body}}} is neither a range like {{00000..00331}} nor a list like {{a,b}} of shards"
+        )
+    for name in names:
+        yield from (f"{before}{name}{end}" for end in _expanded(after, pattern))
+
+
+def _numbers(first: str, last: str, pattern: str) -> Iterator[str]:
+    low, high = int(first), int(last)
+    if high < low or high - low >= _MOST_SHARDS:
+        raise InputError(f"'{pattern}': the range {{{first}..{last}}} names no shards or far too many")
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    return (str(number).zfill(width) for number in range(low, high + 1))
+
+
+class TarPairs(IndexedPairs):
+    """Pairs inside tar shards; keys are '<shard>/<sample>'. Safe in forked and spawned workers and in threads."""
+
+    def __init__(
+        self,
+        name: str,
+        shards: Sequence[Path],
+        labels: Sequence[str],
+        indexes: Sequence[ShardIndex],
+        problems: Problems,
+        max_pixels: int,
+    ) -> None:
+        keys = (f"{label}/{stem}" for label, index in zip(labels, indexes) for stem in index.stems)
+        captions = [group for index in indexes for group in index.captions]
+        super().__init__(name, keys, captions, problems, max_pixels)
+        counts = [len(index.stems) for index in indexes]
+        self._shards = [str(path) for path in shards]
+        self._labels = dict(zip(labels, self._shards))
+        self._lengths = [path.stat().st_size for path in shards]
+        self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
+        self._offset = _joined([index.offsets for index in indexes])
+        self._size = _joined([index.sizes for index in indexes])
+        self._forget_files()
+
+    def _forget_files(self) -> None:
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_files()
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_files", {}).values():
+            os.close(descriptor)
+
+    def shard_of(self, key: str) -> str | None:
+        # labels may hold '/' themselves: the longest one that fits is the shard
+        parts = key.split("/")
+        heads = ("/".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
+        return next((self._labels[head] for head in heads if head in self._labels), None)
+
+    def image_bytes(self, i: int) -> bytes:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        shard, size = int(self._shard[i]), int(self._size[i])
+        try:
+            data = self._read(shard, int(self._offset[i]), size)
+        except OSError as error:
+            raise BadSample(f"unreadable shard: {self._shards[shard]}: {error.strerror or error}") from error
+        if len(data) < size:
+            raise BadSample(f"unreadable shard: {self._shards[shard]} is shorter than when it was indexed")
+        return data
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
+        # held while reading, so that no other thread closes the file as the oldest; a read of one image is short
+        with self._lock:
+            descriptor = self._files.get(shard)
+            if descriptor is None:
+                descriptor = self._open(shard)
+            else:
+                self._files.move_to_end(shard)
+            # pread has no position that forked processes could share
+            return os.pread(descriptor, size, offset)
+
+    def _open(self, shard: int) -> int:
+        descriptor = os.open(self._shards[shard], os.O_RDONLY)
+        if os.fstat(descriptor).st_size != self._lengths[shard]:
+            os.close(descriptor)
+            raise OSError("its size changed since it was indexed")
+        self._files[shard] = descriptor
+        if len(self._files) > _OPEN_FILES:
+            _, oldest = self._files.popitem(last=False)
+            os.close(oldest)
+        return descriptor
+
+
+def _joined(parts: Sequence[Sequence[int]]) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(parts), dtype=np.int64)
+
+
+def open_tars(shards: Sequence[Path], name: str, config: DataConfig) -> TarPairs:
+    """The pairs of these shards in their order. InputError when a shard is missing or none holds a usable pair."""
+    if config.split not in (None, "all"):
+        raise InputError(f"tars have no splits: leave split='{config.split}' out and name the shards of that split")
+    missing = [path for path in shards if not path.is_file()]
+    if missing:
+        raise InputError(f"{len(missing)} of {len(shards)} shards do not exist, the first is '{missing[0]}'")
+    labels = _labels(shards)
+    problems = Problems()
+    indexes = []
+    for path, label in zip(shards, labels):
+        try:
+            index = index_shard(path, label)
+        except OSError as error:
+            index = ShardIndex()
+            index.problems.add(f"unreadable shard: {error.strerror or error}", label)
+        problems.merge(index.problems)
+        indexes.append(index)
+    if problems.counts[DUPLICATE]:
+        first = next(key for key, reason in problems.rows if reason == DUPLICATE)
+        _log.warning(
+            "%s: %d duplicate member names (the first: %s); each repetition is taken as a sample of its own",
+            name,
+            problems.counts[DUPLICATE],
+            first,
+        )
+    if not any(index.stems for index in indexes):
+        found = problems.summary()
+        raise InputError(
+            f"{name}: no usable image-caption pair in {len(shards)} shards" + (f" ({found})" if found else "")
+        )
+    return TarPairs(name, shards, labels, indexes, problems, config.max_pixels)
+
+
+def _labels(shards: Sequence[Path]) -> list[str]:
+    """A short unique name for each shard: its stem, or its path below the common folder where stems repeat."""
+    stems = [valid_text(path.stem) for path in shards]
+    if len(set(stems)) == len(stems):
+        return stems
+    paths = [os.path.abspath(path) for path in shards]  # noqa: PTH100 - links are to stay as they are named
+    common = os.path.commonpath(paths)
+    labels = [valid_text(os.path.relpath(path, common)) for path in paths]
+    if len(set(labels)) < len(labels):
+        repeated = next(path for path, label in zip(shards, labels) if labels.count(label) > 1)
+        raise InputError(f"the shard '{repeated}' is named more than once")
+    return labels

@@ -1,0 +1,65 @@
+"""`clipdistill claims`: claims judged from finished runs: supported, contradicted or undecided, with the evidence."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from clipdistill.errors import InputError
+from clipdistill.runs.stages import stage_folders
+from clipdistill.statistics.claims import PUBLISHED, Verdict, judge, read_claims
+from clipdistill.statistics.records import read_records
+from clipdistill.statistics.verdicts import FILE, verdict_table, verdicts_markdown, write_verdicts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which claims, which runs, where to write."""
+    add = parser.add_argument
+    add("claims", help=f"a YAML file of claims (docs/ablation.md), or '{PUBLISHED}': those of the papers")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of ablations")
+    add(
+        "--json",
+        type=Path,
+        help=f"where to write the verdicts (default: {FILE} beside the runs, where reports find it)",
+    )
+    add("--markdown", action="store_true", help="print the verdicts as a Markdown table")
+    add("--all", action="store_true", help="show the claims too that these runs say nothing about")
+    add("--level", type=float, default=0.95, help="confidence level of the intervals (default: 0.95)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Judge, print, write. The exit code is 0 whatever the verdicts are."""
+    if not 0.5 <= arguments.level < 1:
+        raise InputError(f"--level {arguments.level}: give a confidence level from 0.5 to below 1, for example 0.95")
+    claims = read_claims(arguments.claims)
+    runs = [folder for path in arguments.runs for folder in stage_folders(path)]
+    if not runs:
+        raise InputError(f"{arguments.runs[0]}: a file; give run folders")
+    verdicts = judge(claims, read_records(runs), level=arguments.level)
+    known = [v for v in verdicts if _measured(v)]
+    shown = verdicts if arguments.all else known
+    path = arguments.json or _common(runs) / FILE
+    write_verdicts(shown, path, str(arguments.claims))
+    if arguments.markdown:
+        print(verdicts_markdown(shown))
+    elif shown:
+        Console().print(verdict_table(shown))
+    silent = len(verdicts) - len(known)
+    if silent and not arguments.all:
+        print(f"{silent} of {len(verdicts)} claims are about methods or data that these runs do not have (see --all)")
+    print(f"verdicts: {path}")
+    return 0
+
+
+def _measured(verdict: Verdict) -> bool:
+    return verdict.effect is not None or any(part.effect is not None for part in verdict.parts)
+
+
+def _common(runs: Sequence[Path]) -> Path:
+    """The folder that holds all the runs, where a report of them looks for claims.json."""
+    parents = {run.resolve().parent for run in runs}
+    return parents.pop() if len(parents) == 1 else Path(os.path.commonpath([str(parent) for parent in parents]))
