@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from clipdistill import __version__
 from clipdistill.errors import ClipdistillError, nearest, storage_error
+from clipdistill.registry import load_plugin
+from clipdistill.version import __version__
 
 COMMANDS = {
     "demo": ("clipdistill.demo", "the whole way on built-in data: three students, measured and reported, in minutes"),
@@ -80,12 +81,28 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"clipdistill: unknown command '{known.command}'{nearest(known.command, COMMANDS)}", file=sys.stderr)
         return 2
     module_name, summary = COMMANDS[known.command]
+    rest, plugins = _without_plugins(rest + arguments[1:])
+    for path in plugins:
+        load_plugin(path)
     module = importlib.import_module(module_name)
     command = argparse.ArgumentParser(
         prog=f"clipdistill {known.command}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(command)
-    return int(module.run(command.parse_intermixed_args(rest + arguments[1:])) or 0)
+    command.add_argument("--plugin", metavar="FILE.py", help="run a file first: it registers terms, formats, students")
+    return int(module.run(command.parse_intermixed_args(rest)) or 0)
+
+
+def _without_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--plugin FILE`, and the files; taken out first, since what they register can be named."""
+    rest, plugins, waiting = [], [], iter(arguments)
+    for argument in waiting:
+        name, separator, value = argument.partition("=")
+        if name == "--plugin":
+            plugins.append(value if separator else next(waiting, ""))
+        else:
+            rest.append(argument)
+    return rest, plugins
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from tests.fuzz.engine import fuzz, replay, write_result
 from tests.fuzz.targets import targets
 
 FILES = (
-    "captions", "coco", "colours", "dispatch", "files", "folder", "images", "karpathy", "labelled",
-    "labelled_files", "ledger", "pairs", "parquet", "problems", "rows", "splits", "strings", "table", "tar_headers",
-    "tar_index", "tars", "views",
+    "captions", "colours", "open", "files", "images", "labelled", "ledger", "pairs", "problems", "splits", "strings",
+    "views",
+    "formats/coco", "formats/folder", "formats/karpathy", "formats/labelled_files", "formats/parquet", "formats/rows",
+    "formats/table", "formats/tar_headers", "formats/tar_index", "formats/tars",
 )  # fmt: skip
 
 

@@ -204,8 +204,8 @@ def _manifest(
     tolerance: Tolerance,
     parities: list[Parity],
 ) -> dict[str, Any]:
-    from clipdistill import __version__
     from clipdistill.bench.cost import count_flops
+    from clipdistill.version import __version__
 
     bias = getattr(model.module, "logit_bias", None)
     shapes = {

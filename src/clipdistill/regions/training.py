@@ -24,7 +24,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import clipdistill
 from clipdistill.config import as_dict
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.sampler import StepSampler, sample_generator
@@ -44,6 +43,7 @@ from clipdistill.train.config import RunConfig
 from clipdistill.train.logs import Display, JsonLines
 from clipdistill.train.optimiser import learning_rate_factor, set_learning_rate
 from clipdistill.train.sources import Sources
+from clipdistill.version import __version__
 
 FORMAT = 1
 CHECKPOINT = "checkpoint.safetensors"
@@ -315,7 +315,7 @@ class _Run:
             "skipped_steps": progress.skipped,
             "status": status,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "versions": {"clipdistill": clipdistill.__version__, "torch": torch.__version__, "numpy": np.__version__},
+            "versions": {"clipdistill": __version__, "torch": torch.__version__, "numpy": np.__version__},
             "command": " ".join(["clipdistill", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "clipdistill" else None,
         }
         temporary = config.out / ".run.json.tmp"

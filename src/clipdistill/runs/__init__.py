@@ -1,0 +1,1 @@
+"""The run folder: what lies in it, its one writer and its one reader."""

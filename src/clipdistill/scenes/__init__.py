@@ -1,0 +1,1 @@
+"""The built-in image-caption set `scenes`: drawn on demand, any size, no files, no network."""

@@ -145,7 +145,7 @@ class Verdict:
 def read_claims(source: str | Path) -> list[Claim]:
     """Claims of a YAML file {claims: [{id, claim, source, published, note}]}, or "published": the shipped ones."""
     if str(source) == PUBLISHED:
-        with resources.as_file(resources.files("clipdistill.evaluate").joinpath("published_claims.yaml")) as path:
+        with resources.as_file(resources.files("clipdistill.statistics").joinpath("published_claims.yaml")) as path:
             values = read_yaml(path)
     else:
         values = read_yaml(Path(source))

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import yaml
 
-import clipdistill
 from clipdistill.config import as_dict, build, read_yaml
 from clipdistill.errors import InputError, Preempted
 from clipdistill.evaluate.evaluate import evaluate
@@ -45,6 +44,7 @@ from clipdistill.train.loop import Progress, train
 from clipdistill.train.setup import Setup
 from clipdistill.train.setup import build as build_setup
 from clipdistill.train.sources import Sources
+from clipdistill.version import __version__
 
 FORMAT = 1
 _RECIPE_BEING_WRITTEN = ".recipe.yaml.tmp"
@@ -369,7 +369,7 @@ def _describe(setup: Setup, progress: Progress, folder: Path, status: str) -> No
         "status": status,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {
-            "clipdistill": clipdistill.__version__,
+            "clipdistill": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
         },

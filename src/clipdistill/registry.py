@@ -1,0 +1,212 @@
+"""The doors: one small mechanism by which names become terms, formats, students, teachers, callbacks, back ends.
+
+A registry knows its built-in entries as "module:attribute" and loads one when it is asked for, so that naming all costs
+nothing. Others are added by `register`, from a program, from a file given as `--plugin FILE.py`, or from an installed
+package with an entry point in the group "clipdistill" (a module, or a function that is called).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from clipdistill.errors import ClipdistillError, InputError, nearest
+
+GROUP = "clipdistill"
+T = TypeVar("T")
+_loading: list[str] = []
+"""The plug-ins being loaded, innermost last."""
+_loaded: dict[str, Any] = {}
+"""Plug-in files by resolved path, and entry points by name."""
+_REGISTRIES: list[Registry[Any]] = []
+
+
+class Registry(Generic[T]):
+    """Names of one kind of thing ("term"; in the singular, for error messages). builtin: name -> "module:attribute"."""
+
+    def __init__(self, kind: str, builtin: Mapping[str, str] | None = None) -> None:
+        self.kind = kind
+        self._builtin = dict(builtin or {})
+        self._values: dict[str, T] = {}
+        self._origins: dict[str, str] = {}
+        _REGISTRIES.append(self)
+
+    def register(self, name: str, value: T) -> T:
+        """Add an entry; returns it. Raises InputError for a name that is taken by something else."""
+        if not isinstance(name, str) or not name or not name.isprintable() or any(c.isspace() for c in name):
+            raise InputError(f"{name!r} cannot be the name of a {self.kind}: use letters, digits, '-', '_' and '.'")
+        if name in self._builtin or (name in self._values and self._origins[name] != _origin()):
+            owner = self._origins.get(name, "clipdistill itself")
+            raise InputError(f"the {self.kind} '{name}' is taken already, by {owner}: choose another name")
+        self._values[name] = value
+        self._origins[name] = _origin()
+        return value
+
+    def names(self) -> list[str]:
+        """All known names: built-in ones in their own order, then the others in the order of registration."""
+        load_entry_points()
+        return [*self._builtin, *(name for name in self._values if name not in self._builtin)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._builtin or name in self._values or name in self.names()
+
+    def get(self, name: str) -> T:
+        """The entry called `name`. Raises InputError, with the nearest name, for an unknown one."""
+        if name not in self._values and name in self._builtin:
+            module, _, attribute = self._builtin[name].partition(":")
+            loaded = importlib.import_module(module)
+            self._values[name] = getattr(loaded, attribute)
+        if name not in self:
+            raise InputError(f"unknown {self.kind} '{name}'{nearest(name, self.names())}")
+        return self._values[name]
+
+    def origin(self, name: str) -> str | None:
+        """What registered the entry ("plug-in my_terms.py", "package acme-clip", "this program"); None if built in."""
+        return None if name in self._builtin else self._origins.get(name)
+
+    def _forget(self, origin: str) -> None:
+        for name in [name for name, known in self._origins.items() if known == origin]:
+            del self._values[name], self._origins[name]
+
+    @contextlib.contextmanager
+    def blaming(self, name: str) -> Iterator[None]:
+        """Within, an error in code that is not ours becomes an InputError that names the entry and where it is from.
+
+        Built-in entries are left alone: their errors are ours.
+        """
+        origin = self.origin(name)
+        if origin is None:
+            yield
+            return
+        try:
+            yield
+        except ClipdistillError as error:
+            raise type(error)(f"{self.kind} '{name}' of {origin}: {error}") from error
+        except Exception as error:
+            raise InputError(f"{self.kind} '{name}' of {origin} failed: {describe(error)}") from error
+
+
+def describe(error: BaseException) -> str:
+    """'KeyError: 'x' (my_terms.py, line 12)': the error of somebody else's code in a few words."""
+    trace, place = error.__traceback__, ""
+    while trace is not None:  # the innermost frame outside this package and the libraries
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith((os.path.dirname(__file__), sys.prefix, "<")):  # noqa: PTH120
+            place = f" ({Path(file).name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}{': ' + text if text else ''}{place}"
+
+
+def load_plugin(path: str | Path) -> Any:
+    """Run a plug-in file once (it registers what it brings) and return its module.
+
+    Raises InputError that names the file, and line, for one that is missing or fails.
+    """
+    file = Path(path).expanduser()
+    key = os.path.realpath(file)
+    if key in _loaded:
+        return _loaded[key]
+    if not file.is_file():
+        raise InputError(f"plug-in {path}: no such file")
+    # a name of its own that stays the same, so that what it defines can be sent to worker processes
+    name = f"clipdistill_plugin_{''.join(c if c.isalnum() else '_' for c in file.stem)}"
+    spec = importlib.util.spec_from_file_location(name, key)
+    if spec is None or spec.loader is None:
+        raise InputError(f"plug-in {path}: not a Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with _as_plugin(f"plug-in {file.name}"):
+            spec.loader.exec_module(module)
+    except BaseException as error:
+        sys.modules.pop(name, None)
+        for registry in _REGISTRIES:  # half a plug-in is none
+            registry._forget(f"plug-in {file.name}")
+        if isinstance(error, ClipdistillError):
+            raise type(error)(f"plug-in {path}: {error}") from error
+        if isinstance(error, Exception | SystemExit):
+            line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+            raise InputError(f"plug-in {path}{line}: {describe(error)}") from error
+        raise
+    _loaded[key] = module
+    return module
+
+
+def load_entry_points() -> None:
+    """Load the plug-ins of installed packages, once in a process. Raises InputError that names the package."""
+    if "entry points" in _loaded:
+        return
+    _loaded["entry points"] = True
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=GROUP):
+        package = f"package {point.dist.name}" if point.dist is not None else f"package of {point.value}"
+        try:
+            with _as_plugin(package):
+                found = point.load()
+                if callable(found):
+                    found()
+        except Exception as error:
+            raise InputError(
+                f"the plug-in '{point.name}' of {package} cannot be loaded ({describe(error)}): repair or uninstall it"
+            ) from error
+
+
+@contextlib.contextmanager
+def _as_plugin(origin: str) -> Iterator[None]:
+    _loading.append(origin)
+    try:
+        yield
+    finally:
+        _loading.pop()
+
+
+def _origin() -> str:
+    return _loading[-1] if _loading else "this program"
+
+
+TERMS: Registry[Any] = Registry(
+    "term",
+    {
+        name: f"clipdistill.objective.terms.{name}:TERM"
+        for name in (
+            "task",
+            "crd",
+            "fd",
+            "icl",
+            "gd",
+            "afd",
+            "cross_kd",
+            "vrd_kl",
+            "vrd_ce",
+            "xrd",
+            "affinity",
+            "cosine",
+            "sigmoid",
+            "reinforced",
+        )
+    },
+)
+"""Terms of the objective (clipdistill.objective.term.Term)."""
+
+FORMATS: Registry[Any] = Registry("data format")
+"""Readers of image-caption pairs, asked in this order whether a name is theirs."""
+
+STUDENTS: Registry[Any] = Registry("student")
+"""Functions that build a student."""
+
+TEACHERS: Registry[Any] = Registry("teacher")
+"""Functions that open a teacher of a kind of its own, by the word before the colon of its name."""
+
+CALLBACKS: Registry[Any] = Registry("callback")
+"""Classes of callbacks of the training loop."""
+
+BACKENDS: Registry[Any] = Registry("back end")
+"""What runs a model when it is measured."""

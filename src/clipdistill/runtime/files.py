@@ -1,0 +1,245 @@
+"""Files and folders that are there whole or not at all, and our own JSON read with one sentence for what is wrong.
+
+What is being written has a name of its own, `.NAME.writing-XXXX`, is synced, and takes its place by one rename.
+A killed writer leaves only such names; `remove_leftovers` takes them away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from clipdistill.errors import InputError, storage_error
+
+WRITING = ".writing-"
+_LARGEST_JSON = 1 << 30  # bytes
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the temporary name of `path` begins; short enough for file systems that take 255 bytes."""
+    name = path.name.encode("utf-8", "surrogateescape")[:200].decode("utf-8", "ignore")
+    return f".{name}{WRITING}"
+
+
+@contextlib.contextmanager
+def new_file(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path`, to be written in the block; synced and renamed to `path` at its end.
+
+    After an error `path` is as it was and nothing is left. The file gets the permissions of any new file, also where
+    the library that wrote it made it private.
+    """
+    path = Path(path)
+    descriptor, name = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=path.suffix[-20:], dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Replace a file in one step, synced before its name appears."""
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode("utf-8", "surrogatepass"))
+
+
+def write_json(path: Path | str, values: Any) -> None:
+    """Readable JSON with a final newline, replacing the file in one step."""
+    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path | str, replaces: Callable[[Path], bool], what: str) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its name, synced, when the block ends without an error.
+
+    replaces: whether the folder that stands there may be replaced (an empty one always may); anything else under the
+    name is an InputError before any work is done. what: what is being made ("export"), for that sentence.
+    """
+    path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path}: is a link that leads nowhere: choose another place for the {what}")
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or replaces(path))):
+        raise InputError(f"{path}: exists and is no {what}, so it is not replaced: choose another place")
+    make_folder(path.parent, what)
+    remove_leftovers(path.parent, path.name)
+    temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), dir=path.parent))
+    try:
+        yield temporary
+        for part in sorted(temporary.rglob("*"), reverse=True):
+            part.chmod((0o777 if part.is_dir() else 0o666) & ~_umask())
+            sync(part)
+        temporary.chmod(0o777 & ~_umask())
+        sync(temporary)
+        if path.exists():
+            aside = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), dir=path.parent))
+            path.rename(aside / "old")
+            temporary.rename(path)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            temporary.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(path: Path | str, what: str) -> Path:
+    """Make `path` and the folders above it, and see that files can be made in it.
+
+    Raises InputError, naming `what` it is for, when a file or a dead link is in the way, a name is too long, or the
+    place cannot be written; StorageError when the disk is full.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise cannot_write(path, what, error) from error
+    return path
+
+
+def cannot_write(path: Path | str, what: str, error: OSError) -> Exception:
+    """The error to raise when `path`, the place for `what`, cannot be made or written."""
+    full = storage_error(error)
+    if full is not None and error.errno != errno.EROFS:
+        return full
+    reasons = {
+        errno.EACCES: "permission is denied",
+        errno.EPERM: "permission is denied",
+        errno.EROFS: "the disk is read-only",
+        errno.ENAMETOOLONG: "the name is too long for the disk",
+        errno.EEXIST: "a file or a dead link of that name is in the way",
+        errno.ENOTDIR: "a part of the path is a file",
+        errno.ELOOP: "its links lead in a circle",
+    }
+    reason = reasons.get(error.errno or 0, error.strerror or str(error))
+    return InputError(f"{path}: cannot be written as the place for the {what} ({reason}): choose another place")
+
+
+def remove_leftovers(folder: Path | str, name: str | None = None, *, older_than: float = 0.0) -> None:
+    """Take away what a killed writer left of `name` (default: of anything) in `folder`.
+
+    Only for folders with one writer at a time: what another process is writing looks the same. older_than: seconds
+    since the last change, for places where others may be writing.
+    """
+    folder = Path(folder)
+    now = _now(folder)
+    for path in folder.glob(f".*{WRITING}*"):
+        if name is not None and not path.name.startswith(temporary_prefix(folder / name)):
+            continue
+        with contextlib.suppress(OSError):
+            if now - path.lstat().st_mtime >= older_than:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def sync(path: Path | str) -> None:
+    """Make a file's or folder's content survive a power cut."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # a folder cannot be opened on some systems; the rename still orders the writes there
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EROFS):  # places that cannot sync, such as pipes
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path | str, hint: str = "") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises InputError that says in one sentence what is wrong with it (missing, empty, not UTF-8, not JSON and where,
+    not an object), with `hint` for what to do.
+    """
+    value = parse_json(_read(Path(path), hint), str(path), hint)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {_kind(value)}{_after(hint)}")
+    return value
+
+
+def parse_json(content: bytes, where: str, hint: str = "") -> Any:
+    """Any JSON value in UTF-8. Raises InputError beginning with `where`."""
+    if not content.strip(b"\0 \t\r\n"):
+        raise InputError(f"{where}: {'empty' if not content.strip() else 'holds only NUL bytes'}{_after(hint)}")
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} (line {error.lineno}): not readable as JSON: {error.msg}{_after(hint)}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not readable as UTF-8 text (byte {error.start}){_after(hint)}") from error
+    except RecursionError as error:
+        raise InputError(f"{where}: not readable as JSON: nested too deeply{_after(hint)}") from error
+    except ValueError as error:  # integers of thousands of digits
+        raise InputError(f"{where}: not readable as JSON: {error}{_after(hint)}") from error
+
+
+def _read(path: Path, hint: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_JSON + 1)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file{_after(hint)}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}){_after(hint)}") from error
+    except ValueError as error:  # a null character in the name
+        raise InputError(f"{str(path)!r}: not the name of a file ({error})") from error
+    if len(content) > _LARGEST_JSON:
+        raise InputError(f"{path}: longer than {_LARGEST_JSON} bytes, so this is none of our files{_after(hint)}")
+    return content
+
+
+def sha256(path: Path | str) -> str:
+    """sha256 (hex) of a file's content."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """sha256 (hex) of plain values, the same for equal content in any order of keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _after(hint: str) -> str:
+    return f": {hint}" if hint else ""
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text", type(None): "null", bool: "true or false"}.get(type(value), "a number")
+
+
+def _umask() -> int:
+    """The process's mask for new files; it can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def _now(folder: Path) -> float:
+    """The time by the disk's own clock, which need not be this machine's."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            return os.fstat(probe.fileno()).st_mtime
+    except OSError:
+        return float("inf")

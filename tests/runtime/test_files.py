@@ -1,0 +1,128 @@
+"""Files and folders that are whole or not there, and JSON read with one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from clipdistill.errors import InputError
+from clipdistill.runtime import files
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"é": 1})
+    files.write_json(tmp_path / "a.json", {"é": 2})
+    assert files.read_json(tmp_path / "a.json") == {"é": 2}
+    assert names(tmp_path) == ["a.json"]
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~files._umask()
+
+
+def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    files.write_text(tmp_path / "a", "old")
+
+    def fail() -> None:
+        with files.new_file(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert (tmp_path / "a").read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_content_is_synced_before_its_name_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    sync, rename = files.sync, Path.replace
+    monkeypatch.setattr(files, "sync", lambda path: (events.append(Path(path).name), sync(path)))
+    monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("rename"), rename(self, to)))
+    files.write_text(tmp_path / "a.txt", "x")
+    assert events[0].startswith(".a.txt.writing-")
+    assert events[1:] == ["rename", tmp_path.name]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127])
+def test_the_longest_names_can_be_written(tmp_path: Path, name: str) -> None:
+    files.write_text(tmp_path / name, "x")
+    assert names(tmp_path) == [name]
+
+
+def test_a_folder_replaces_its_like_only(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for content in ("1", "2"):
+        with files.new_folder(out, lambda folder: (folder / "mark").exists(), "export") as temporary:
+            (temporary / "mark").write_text(content)
+    assert (out / "mark").read_text() == "2"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "diary").write_text("mine")
+    with (
+        pytest.raises(InputError, match="exists and is no export"),
+        files.new_folder(tmp_path / "other", lambda folder: False, "export"),
+    ):
+        pass
+    assert names(tmp_path) == ["other", "out"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".out.writing-dead").mkdir()
+    (tmp_path / ".other.writing-dead").mkdir()
+    with files.new_folder(tmp_path / "out", lambda folder: False, "export"):
+        pass
+    assert names(tmp_path) == [".other.writing-dead", "out"]
+    files.remove_leftovers(tmp_path, older_than=3600)
+    assert names(tmp_path) == [".other.writing-dead", "out"]
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "empty"),
+        (b"\0" * 50, "holds only NUL bytes"),
+        (b"[1]", "expected a JSON object, found a list"),
+        (b'"a"', "found a text"),
+        (b"1", "found a number"),
+        (b"null", "found null"),
+        (b'{"a": ', "line 1"),
+        (b'{"a": "\xff"}', "not readable as UTF-8"),
+        (b"[" * 100_000, "not readable as JSON"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", "not readable as JSON"),
+    ],
+)
+def test_json_that_is_none_of_ours(tmp_path: Path, content: bytes, sentence: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(InputError, match=sentence) as caught:
+        files.read_json(tmp_path / "a.json", "make it again")
+    assert str(caught.value).startswith(str(tmp_path / "a.json"))
+    assert str(caught.value).endswith("make it again")
+
+
+def test_json_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        files.read_json(tmp_path / "none.json")
+    with pytest.raises(InputError, match="cannot be read"):
+        files.read_json(tmp_path)
+
+
+def test_places_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "deep")
+    for name, reason in (
+        ("file", "in the way"),
+        ("file/below", "file"),
+        ("dangling", "in the way"),
+        ("x" * 256, "too long"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            files.make_folder(tmp_path / name, "run")
+    if os.getuid():
+        (tmp_path / "closed").mkdir(mode=0o500)
+        with pytest.raises(InputError, match="permission"):
+            files.make_folder(tmp_path / "closed" / "run", "run")
