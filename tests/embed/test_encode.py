@@ -16,7 +16,7 @@ from clipdistill.embed.encode import Encoder, encode_pairs
 from clipdistill.errors import InputError
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.models.clip_model import ClipModel
-from tests.evaluate.conftest import ColourPairs, as_arrays, colour_model, model  # noqa: F401
+from tests.evaluate.conftest import ColourPairs, as_arrays, colour_model
 
 
 def test_rows_are_unit_length_and_in_order(model: ClipModel) -> None:
