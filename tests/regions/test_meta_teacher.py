@@ -94,7 +94,7 @@ def test_only_the_network_trains(folder: Path) -> None:
 def test_steps_are_those_of_a_plain_loop(folder: Path) -> None:
     """The first logged loss, from the formula of InfoNCE at temperature 0.05."""
     config = settings(folder / "caption", "dclip-teacher", f"regions.store={folder / 'store'}")
-    one = training._Run(config, CPU, True)
+    one = training._Run(config, CPU, True).task
     indices, captions = one.batch(0)
     assert len(set(indices)) == 16
     assert all(caption in one.source.captions(index) for index, caption in zip(indices, captions, strict=True))

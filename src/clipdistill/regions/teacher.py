@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +20,6 @@ from clipdistill.regions.meta_teacher import MetaTeacher, read_meta_teacher, reg
 from clipdistill.regions.proposals import detect
 from clipdistill.regions.store import RegionStore, fill_store
 from clipdistill.runtime.distributed import on_main
-
-if TYPE_CHECKING:
-    from clipdistill.train.config import RunConfig
 
 Say = Callable[[str], None]
 
@@ -121,29 +117,35 @@ def open_store(
     )
 
 
-def open_region_teacher(config: RunConfig, source: PairSource, device: torch.device) -> RegionTeacher:
+def open_region_teacher(
+    names: Sequence[str],
+    regions: RegionsConfig | None,
+    source: PairSource,
+    out: Path,
+    device: torch.device,
+    *,
+    logit_scale: float | tuple[float, ...] | None = None,
+    rank_timeout: float = 1800.0,
+) -> RegionTeacher:
     """The region teacher that a run names, with the regions of its training images.
 
-    Rank 0 makes boxes and embeddings that are not there yet. Raises InputError when no boxes are named, and for several
-    teachers or a multiplier for each.
+    Rank 0 makes boxes and embeddings that are not there yet; the others wait `rank_timeout` seconds for them. Raises
+    InputError when no boxes are named, and for several teachers or a multiplier for each.
     """
-    names, train = config.teachers, config.train
     folder = region_teacher_folder(names[0])
     if len(names) != 1 or folder is None:
         raise InputError(f"teacher '{','.join(names)}': a region teacher stands alone")
-    regions = config.regions
     if regions is None:
         raise InputError(
             f"teacher '{names[0]}': a region teacher needs boxes of the training images: name a file or a detector, "
             "for example  regions.boxes=boxes.parquet"
         )
-    scale = train.fixed_logit_scale if train.fixed_logit_scale is not None else train.teacher_logit_scale
-    if isinstance(scale, tuple):
+    if isinstance(logit_scale, tuple):
         raise InputError("train.teacher_logit_scale: a region teacher has one multiplier; give one number")
     teacher = read_meta_teacher(folder)
 
     def store() -> RegionStore:
-        return open_store(regions, source, teacher.clip, teacher.config, config.out, device)
+        return open_store(regions, source, teacher.clip, teacher.config, out, device)
 
-    on_main(store, train.rank_timeout)  # the others find it made
-    return RegionTeacher(teacher, store(), device, scale)
+    on_main(store, rank_timeout)  # the others find it made
+    return RegionTeacher(teacher, store(), device, logit_scale)

@@ -24,19 +24,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipdistill.config import as_dict
-from clipdistill.data.pairs import PairSource
-from clipdistill.data.sampler import StepSampler, sample_generator
-from clipdistill.data.subset import Subset
+from clipdistill.data.sampler import steps_per_epoch
 from clipdistill.errors import BudgetError, InputError, Preempted
-from clipdistill.models import load_model
 from clipdistill.models.parameters import decays
-from clipdistill.objective import Embeddings, Objective
-from clipdistill.regions.config import RegionsConfig
-from clipdistill.regions.measure import Measured, measure
-from clipdistill.regions.meta_teacher import MetaTeacher, caption_tokens
-from clipdistill.regions.store import RegionStore
-from clipdistill.regions.teacher import open_store
+from clipdistill.objective import Objective
+from clipdistill.regions.meta_teacher import MetaTeacher
+from clipdistill.regions.task import MEASURED, build_task, check_settings
 from clipdistill.runtime.distributed import pick_device
 from clipdistill.runtime.signals import StopSignal
 from clipdistill.train.config import RunConfig
@@ -47,7 +40,6 @@ from clipdistill.version import __version__
 
 FORMAT = 1
 CHECKPOINT = "checkpoint.safetensors"
-MEASURED = "measured.json"
 
 
 @dataclass
@@ -77,36 +69,34 @@ class _Run:
     """The parts of one training."""
 
     def __init__(self, config: RunConfig, device: torch.device, quiet: bool) -> None:
-        _check(config)
+        check_settings(config.teachers, config.regions, config.objective)
         assert config.meta_teacher is not None
         assert config.regions is not None
         self.config, self.device = config, device
         train = config.train
-        self.source: PairSource = Sources().training(config)
-        clip = load_model(config.teachers[0], teacher=True)
-        self.teacher = MetaTeacher.start(clip, config.meta_teacher, train.seed).to(device)
-        per_epoch = StepSampler(len(self.source), train.batch_size, train.seed).steps_per_epoch
+        source = Sources().training(config)
+        per_epoch = steps_per_epoch(len(source), train.batch_size)
         self.total = train.steps if train.steps is not None else max(round((train.epochs or 0) * per_epoch), 1)
         self.display = Display(config.run_name, self.total, 0, enabled=not quiet)
-        self.store = self._regions(self.source, config.regions)
-        self.validation = Sources().validation(config)
-        if self.validation is not None:  # made before training: boxes of other images are an error now
-            boxes = config.regions.validation_boxes or config.regions.boxes
-            self.validation_store = self._regions(self.validation, config.regions.model_copy(update={"boxes": boxes}))
-        readable = torch.nonzero(self.store.readable()).flatten().tolist()
-        if len(readable) < 2:
-            raise InputError(f"data '{config.data.path}': {len(readable)} readable images; training needs at least 2")
-        self.samples = Subset(self.source, indices=readable)
-        self.sampler = StepSampler(len(self.samples), train.batch_size, train.seed)
-        self.objective = config.objective.build(clip.embed_dim, clip.embed_dim).to(device)
-        own = float(clip.module.logit_scale.detach().float().exp())
-        self.scale = train.fixed_logit_scale if train.fixed_logit_scale is not None else own
+        self.task = build_task(
+            config.teachers[0],
+            config.meta_teacher,
+            config.regions,
+            source,
+            Sources().validation(config),
+            config.out,
+            device,
+            batch_size=train.batch_size,
+            seed=train.seed,
+            caption=train.caption,
+            fixed_logit_scale=train.fixed_logit_scale,
+            say=self.display.say,
+        )
+        self.teacher = self.task.teacher
+        width = self.teacher.clip.embed_dim
+        self.objective = config.objective.build(width, width).to(device)
         self.optimiser = _optimiser(self.teacher, self.objective, config)
         self.progress = _Progress()
-
-    def _regions(self, source: PairSource, regions: RegionsConfig) -> RegionStore:
-        teacher = self.teacher
-        return open_store(regions, source, teacher.clip, teacher.config, self.config.out, self.device, self.display.say)
 
     def train(self) -> int:
         config, out = self.config, self.config.out
@@ -136,7 +126,9 @@ class _Run:
                     )
         self.teacher.network.eval()
         self.teacher.save(out / "student")
-        measured = self._measure()
+        if self.task.validation is not None:
+            self.display.say(f"measuring on {self.task.validation[0].name}")
+        measured = self.task.measured()
         if measured is not None:
             (out / MEASURED).write_text(json.dumps(measured.to_json(), indent=1) + "\n", encoding="utf-8")
         (out / CHECKPOINT).unlink(missing_ok=True)
@@ -146,42 +138,22 @@ class _Run:
         return self.progress.step
 
     def _announce(self) -> None:
-        config, store = self.config, self.store
-        counts = store.counts().float()
-        self.display.say(
-            f"{config.run_name}: {self.source.name}, {len(self.samples)} images, {counts.mean():.1f} regions each "
-            f"({store.manifest['without_boxes']} images without boxes); frozen CLIP {self.teacher.clip.name}; "
-            f"{sum(p.numel() for p in self.teacher.network.parameters()) / 1e6:.2f} M parameters train; {self.total} "
-            f"steps of {config.train.batch_size}"
-        )
-        if self.source.problems.total:
-            self.display.say(f"left out when opening the data: {self.source.problems.summary()}")
-        if not self.teacher.config.caption_free:
-            self.display.say("the image embeddings contain the caption (the published form): see docs/dclip.md")
+        config = self.config
+        first, *rest = self.task.notes()
+        for sentence in (
+            f"{config.run_name}: {first}; {self.total} steps of {config.train.batch_size}",
+            *rest,
+        ):
+            self.display.say(sentence)
         if self.progress.step:
             self.display.say(f"continuing {config.out} from step {self.progress.step}")
-
-    def batch(self, step: int) -> tuple[list[int], list[str]]:
-        """Sample indices (of the store) and captions of a step."""
-        indices = self.sampler.indices(step).tolist()
-        epoch = self.sampler.epoch(step)
-        captions = []
-        for index in indices:
-            known = self.samples.captions(index)
-            drawn = int(sample_generator(self.sampler.seed, epoch, index).integers(len(known)))
-            captions.append(known[drawn if self.config.train.caption == "random" else 0])
-        return [int(self.samples.indices[i]) for i in indices], captions
 
     def _step(self) -> None:
         train, progress = self.config.train, self.progress
         began = time.monotonic()
-        indices, captions = self.batch(progress.step)
-        with torch.no_grad():
-            sentence, states, mask = self.teacher.text(caption_tokens(self.teacher, captions, self.device))
-        regions = self.store.read(indices).to(self.device)
+        indices, captions = self.task.batch(progress.step)
         self.optimiser.zero_grad(set_to_none=True)
-        image = self.teacher.image(regions, states, mask)
-        output = self.objective(Embeddings(image, sentence, self.scale))
+        output = self.objective(self.task.embeddings(indices, captions))
         output.total.backward()
         parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad_norm or math.inf))
@@ -216,25 +188,18 @@ class _Run:
         count = max(sums.get("steps", 0.0), 1.0)
         return {
             "step": self.progress.step,
-            "epoch": round(self.progress.step / self.sampler.steps_per_epoch, 4),
+            "epoch": round(self.progress.step / self.task.sampler.steps_per_epoch, 4),
             "samples": self.progress.samples,
             "total": sums.get("total", math.nan) / count,
             "terms": {k.removeprefix("term/"): v / count for k, v in sums.items() if k.startswith("term/")},
             "learning_rate": sums["rate"],
             "grad_norm": sums.get("gradient", math.nan) / count,
-            "logit_scale": self.scale,
+            "logit_scale": self.task.scale,
             "samples_per_second": sums["seen"] / max(sums["seconds"], 1e-9),
             "data_wait": 0.0,
             "skipped_steps": self.progress.skipped,
             "seconds": round(self.progress.seconds, 3),
         }
-
-    def _measure(self) -> Measured | None:
-        """The teacher on the validation set: with its own caption, without it, and the plain CLIP beside it."""
-        if self.validation is None:
-            return None
-        self.display.say(f"measuring on {self.validation.name}")
-        return measure(self.teacher, self.validation, self.validation_store, device=self.device)
 
     def _save(self, path: Path) -> None:
         """Network, objective and moments in one file that is whole or not there."""
@@ -290,28 +255,20 @@ class _Run:
             "name": config.run_name,
             "recipe": config.recipe,
             "method": config.method or Path(config.recipe).stem,
-            "kind": "region teacher",
-            "teacher": self.teacher.clip.name,
-            "student": self.teacher.name,
-            "data": self.source.name,
-            "data_fingerprint": self.source.fingerprint(),
+            **self.task.facts(),
+            "data": self.task.source.name,
+            "data_fingerprint": self.task.source.fingerprint(),
             "validation": None if config.validation is None else config.validation.path,
-            "boxes": self.store.manifest["boxes"],
-            "regions": int(self.store.counts().sum()),
             "seed": config.train.seed,
             "device": str(self.device),
             "ranks": 1,
             "dtype": "fp32",
             "batch_size": config.train.batch_size,
-            "parameters": {"total": sum(p.numel() for p in self.teacher.network.parameters())},
-            "teacher_parameters": self.teacher.clip.parameter_counts(),
             "objective": dict(config.objective.weights),
-            "meta_teacher": as_dict(self.teacher.config),
             "steps": progress.step,
             "total_steps": self.total,
             "samples_seen": progress.samples,
             "seconds": round(progress.seconds, 2),
-            "bad_samples": int((~self.store.readable()).sum()),
             "skipped_steps": progress.skipped,
             "status": status,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -321,22 +278,6 @@ class _Run:
         temporary = config.out / ".run.json.tmp"
         temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
         temporary.replace(config.out / "run.json")
-
-
-def _check(config: RunConfig) -> None:
-    """Settings a meta-teacher's training needs or cannot follow."""
-    if len(config.teachers) != 1:
-        raise InputError("meta_teacher: name the CLIP to freeze, for example  --teacher ViT-B-16/openai")
-    if config.regions is None:
-        raise InputError(
-            "meta_teacher: name the boxes of the images, a file or a detector, for example  "
-            "regions.boxes=boxes.parquet  or  regions.boxes=grid:1+2"
-        )
-    if config.objective.needs_teacher:
-        raise InputError(
-            f"meta_teacher: is trained without a teacher of its own; its terms ({', '.join(config.objective.weights)}) "
-            "need one: use objective.weights.task=1"
-        )
 
 
 def _optimiser(teacher: MetaTeacher, objective: Objective, config: RunConfig) -> torch.optim.AdamW:

@@ -123,7 +123,15 @@ def open_teacher(config: RunConfig, source: PairSource, device: torch.device) ->
     train = config.train
     scale = train.fixed_logit_scale if train.fixed_logit_scale is not None else train.teacher_logit_scale
     if any(region_teacher_folder(name) for name in config.teachers):
-        return open_region_teacher(config, source, device)
+        return open_region_teacher(
+            config.teachers,
+            config.regions,
+            source,
+            config.out,
+            device,
+            logit_scale=scale,
+            rank_timeout=train.rank_timeout,
+        )
     if not is_cached(config.teachers):
         return load_teacher(config.teachers, device, train.precision, scale)
     use = CacheUse(
