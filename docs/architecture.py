@@ -1,0 +1,193 @@
+"""The rooms of the package and what each imports, from the code itself: the picture and the table of architecture.md.
+
+    python docs/architecture.py            # writes docs/images/architecture.svg and the table in docs/architecture.md
+    python docs/architecture.py --check    # writes nothing; exit code 1 for a circle or an arrow back up
+
+A file imports from its own room and from lower ones only; every import counts, also inside functions and for types.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import html
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+SOURCE = DOCS.parent / "src"
+PACKAGE = "clipdistill"
+
+ORDER = (
+    ("errors", "version"),
+    ("config", "registry"),
+    ("recipes", "runtime"),
+    ("runs",),
+    ("data",),
+    ("scenes", "models"),
+    ("objective", "embed"),
+    ("cache",),
+    ("statistics",),
+    ("evaluate",),
+    ("regions",),
+    ("train",),
+    ("bench",),
+    ("export",),
+    ("report",),
+    ("ablate", "search"),
+    ("listing", "doctor", "demo"),
+    ("cli", "__main__", "__init__"),
+)
+"""Floors from the lowest up; rooms of one floor do not know each other."""
+
+BEGIN, END = "<!-- rooms -->", "<!-- end of rooms -->"
+
+
+def modules(source: Path = SOURCE) -> dict[str, Path]:
+    """Dotted name -> file of every module of the package."""
+    found = {}
+    for path in sorted((source / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(source).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(files: dict[str, Path]) -> dict[str, set[str]]:
+    """Module -> the package's modules it imports anywhere."""
+    arrows: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                # `from package import module` needs the module; `from module import name` the module itself
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= inner & files.keys() or {node.module}
+        arrows[name] = (found & files.keys()) - {name}
+    return arrows
+
+
+def room(module: str) -> str:
+    """'train' for clipdistill.train.loop, '__init__' for the package's own file."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that import each other in a circle (Tarjan's strongly connected components)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(arrows[name]):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[name] = min(low[name], low[other])
+        if low[name] == index[name]:
+            group = stack[stack.index(name) :]
+            del stack[stack.index(name) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for name in arrows:
+        if name not in index:
+            visit(name)
+    return found
+
+
+def back_up(arrows: dict[str, set[str]]) -> list[str]:
+    """'a -> b' for every import from a room that does not lie on a lower floor."""
+    floor = {name: i for i, names in enumerate(ORDER) for name in names}
+    unknown = {room(name) for name in arrows} - floor.keys()
+    if unknown:
+        return [f"{name}: has no floor in docs/architecture.py" for name in sorted(unknown)]
+    return [
+        f"{a} -> {b}"
+        for a in sorted(arrows)
+        for b in sorted(arrows[a])
+        if room(a) != room(b) and floor[room(b)] >= floor[room(a)]
+    ]
+
+
+def summary(files: dict[str, Path], name: str) -> str:
+    """The first sentence of a room's own docstring."""
+    path = files.get(f"{PACKAGE}.{name}") or files[PACKAGE]
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def table(files: dict[str, Path]) -> str:
+    """Markdown: a row a room, from the top floor down."""
+    rows = ["| room | files | what it is for |", "|---|---|---|"]
+    for names in reversed(ORDER):
+        for name in names:
+            inside = [module for module in files if room(module) == name]
+            if inside:
+                rows.append(f"| `{name}` | {len(inside)} | {summary(files, name).replace('|', '/')} |")
+    return "\n".join(rows)
+
+
+def picture(files: dict[str, Path], arrows: dict[str, set[str]]) -> str:
+    """SVG: floors from the ground up, one line for each room that another imports from (implied ones left out)."""
+    sizes = defaultdict(int)
+    for name, path in files.items():
+        sizes[room(name)] += path.read_text(encoding="utf-8").count("\n")
+    uses: dict[str, set[str]] = defaultdict(set)
+    for a, others in arrows.items():
+        uses[room(a)] |= {room(b) for b in others} - {room(a)}
+    direct = {a: {b for b in uses[a] if not any(b in uses[c] for c in uses[a] - {b})} for a in sizes}
+    width, step, box = 760, 62, 34
+    floors = [[n for n in names if n in sizes] for names in reversed(ORDER)]
+    floors = [names for names in floors if names]
+    place: dict[str, tuple[float, float]] = {}
+    shapes = []
+    for level, names in enumerate(floors):
+        for i, name in enumerate(names):
+            x = width * (i + 1) / (len(names) + 1) + (40 if level % 2 else -40) * (len(names) == 1)
+            place[name] = (x, 20 + level * step)
+    for a in sorted(direct):
+        for b in sorted(direct[a]):
+            (x1, y1), (x2, y2) = place[a], place[b]
+            bend = f"{x1:.0f} {y1 + box + 25:.0f} {x2:.0f} {y2 - 25:.0f} {x2:.0f} {y2:.0f}"
+            shapes.append(f'<path d="M{x1:.0f} {y1 + box:.0f} C{bend}"/>')
+    for name, (x, y) in place.items():
+        label = html.escape(f"{name.strip('_')}  {sizes[name]:,}")
+        shapes.append(f'<rect x="{x - 80:.0f}" y="{y:.0f}" width="160" height="{box}" rx="4"/>')
+        shapes.append(f'<text x="{x:.0f}" y="{y + 22:.0f}">{label}</text>')
+    height = 20 + len(floors) * step
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">\n'
+        "<title>Rooms of the package with their lines of code; each uses only what lies below it</title>\n"
+        "<style>rect{fill:#e8eef6;stroke:#5b7ba6}path{fill:none;stroke:#9aa7b8}"
+        "text{font:14px sans-serif;text-anchor:middle;fill:#1c2733}</style>\n"
+        f'<rect width="{width}" height="{height}" style="fill:#fff;stroke:none"/>\n' + "\n".join(shapes) + "\n</svg>\n"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; say what is wrong")
+    options = parser.parse_args(arguments)
+    files = modules()
+    arrows = imports(files)
+    problems = ["in a circle: " + ", ".join(group) for group in circles(arrows)]
+    problems += [f"back up: {arrow}" for arrow in back_up(arrows)]
+    page = DOCS / "architecture.md"
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    text = f"{before}{BEGIN}\n{table(files)}\n{END}{rest.split(END)[1]}"
+    if not options.check:
+        page.write_text(text, encoding="utf-8")
+        (DOCS / "images" / "architecture.svg").write_text(picture(files, arrows), encoding="utf-8")
+    print("\n".join(problems) or f"{len(files)} files in {sum(map(len, ORDER))} rooms: no circle, no arrow back up")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
