@@ -14,7 +14,7 @@ from pathlib import Path
 
 from clipdistill.ablate.summary import NAME
 from clipdistill.errors import ClipdistillError, InputError
-from clipdistill.runs.stages import stage_folders
+from clipdistill.runs.folder import run_folders
 from clipdistill.statistics.claims import judge, read_claims
 from clipdistill.statistics.records import read_records
 from clipdistill.statistics.verdicts import verdicts_markdown
@@ -65,7 +65,7 @@ def write_results(ablations: Sequence[Path], out: Path) -> None:
             shutil.copyfile(picture, images / name)
             text = text.replace(f"({NAME}.png)", f"(images/{name})")
         blocks.append(re.sub(r"^#", "##", without_paths(text), flags=re.MULTILINE))
-    runs = [run for folder in ablations for run in stage_folders(folder)]
+    runs = [run for folder in ablations for run in run_folders(folder)]
     verdicts = [v for v in judge(read_claims("published"), read_records(runs)) if v.effect is not None]
     if verdicts:
         blocks.append(

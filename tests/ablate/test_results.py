@@ -11,7 +11,7 @@ from clipdistill.ablate.summary import summarise
 from clipdistill.ablate.tables import detail_table, main_table
 from clipdistill.errors import InputError
 from clipdistill.report.report import write_report
-from clipdistill.runs.stages import stage_folders
+from clipdistill.runs.folder import run_folders
 from clipdistill.statistics.bootstrap import holm, paired_bootstrap, paired_seeds
 from clipdistill.statistics.records import read_records
 from tests.ablate.synthetic import plan_of, write_grid, write_run
@@ -88,10 +88,10 @@ def test_the_files_say_the_same(folder):
 
 def test_the_report_takes_the_whole_folder(folder, tmp_path):
     out, _, grid = folder
-    assert sorted(stage_folders(out)) == sorted(run.folder for run in grid)
-    runs = [run for entry in sorted(out.iterdir()) for run in stage_folders(entry) if not entry.name.startswith(".")]
+    assert sorted(run_folders(out)) == sorted(run.folder for run in grid)
+    runs = [run for entry in sorted(out.iterdir()) for run in run_folders(entry) if not entry.name.startswith(".")]
     assert sorted(runs) == sorted(run.folder for run in grid)
-    summary = write_report(stage_folders(out), tmp_path / "report.html")
+    summary = write_report(run_folders(out), tmp_path / "report.html")
     text = summary.markdown.read_text()
     for verdict in ("supported", "contradicted", "undecided"):
         assert f"**{verdict}**" in text

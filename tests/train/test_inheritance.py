@@ -14,7 +14,7 @@ from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_model
 from clipdistill.models.inheritance.parts import transformer_sizes
 from clipdistill.models.sized import is_sized
-from clipdistill.runs.stages import stage_folders
+from clipdistill.runs.folder import run_folders
 from clipdistill.runtime.distributed import any_rank
 from clipdistill.train import loop
 from clipdistill.train.config import RunConfig, resolve
@@ -164,7 +164,7 @@ def test_stages_shrink_step_by_step_and_make_one_report(tmp_path: Path, monkeypa
     listed = json.loads((out / "stages.json").read_text())
     assert listed["status"] == "stopped"
     assert [stage["status"] for stage in listed["stages"]] == ["finished", "stopped", "waiting"]
-    assert [folder.name for folder in stage_folders(out)] == ["stage-1-75", "stage-2-50"]
+    assert [folder.name for folder in run_folders(out)] == ["stage-1-75", "stage-2-50"]
     runs = distill_stages(configs, quiet=True)
     assert json.loads((out / "stages.json").read_text())["status"] == "finished"
     sizes = [load_model("scenes-teacher").parameter_counts()["total"]]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from clipdistill.runs.stages import stage_folders
+from clipdistill.runs.folder import run_folders
 from clipdistill.train.logs import read_lines
 from tests.conftest import REPOSITORY
 
@@ -34,7 +34,7 @@ def train(out: Path, ranks: int) -> None:
 def test_two_ranks_make_the_students_of_one(tmp_path: Path) -> None:
     train(tmp_path / "one", 1)
     train(tmp_path / "two", 2)
-    one, two = (stage_folders(tmp_path / name) for name in ("one", "two"))
+    one, two = (run_folders(tmp_path / name) for name in ("one", "two"))
     assert [folder.name for folder in one] == [folder.name for folder in two]
     assert len(one) == 3
     for single, double in zip(one, two, strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clipdistill.errors import InputError
 from clipdistill.report.report import write_report
-from clipdistill.runs.stages import stage_folders
+from clipdistill.runs.folder import run_folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Look, write the page, say what it says."""
-    runs = [stage for run in arguments.runs for stage in stage_folders(run)]
+    runs = [stage for run in arguments.runs for stage in run_folders(run)]
     notes: list[str] = []
     if arguments.look:
         from clipdistill.report.look import look

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from clipdistill.errors import InputError
-from clipdistill.runs.stages import stage_folders
+from clipdistill.runs.folder import run_folders
 from clipdistill.statistics.claims import PUBLISHED, Verdict, judge, read_claims
 from clipdistill.statistics.records import read_records
 from clipdistill.statistics.verdicts import FILE, verdict_table, verdicts_markdown, write_verdicts
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0.5 <= arguments.level < 1:
         raise InputError(f"--level {arguments.level}: give a confidence level from 0.5 to below 1, for example 0.95")
     claims = read_claims(arguments.claims)
-    runs = [folder for path in arguments.runs for folder in stage_folders(path)]
+    runs = [folder for path in arguments.runs for folder in run_folders(path)]
     if not runs:
         raise InputError(f"{arguments.runs[0]}: a file; give run folders")
     verdicts = judge(claims, read_records(runs), level=arguments.level)

@@ -24,7 +24,7 @@ from clipdistill.config import override
 from clipdistill.errors import ClipdistillError, InputError, Preempted
 from clipdistill.recipes import lay, load_recipe
 from clipdistill.report.report import write_report
-from clipdistill.runs.stages import FILE, stage_folders
+from clipdistill.runs.folder import STAGES, run_folders
 from clipdistill.train.config import RunConfig, resolve_values
 from clipdistill.train.run import Run, distill
 
@@ -119,7 +119,7 @@ def distill_stages(
         _write_list(out, configs, "finished" if config is configs[-1] else "running")
     if runs and _writes():
         _publish(runs[-1].student, out / "student")
-        write_report(stage_folders(out), out / "report.html", title=out.name)
+        write_report(run_folders(out), out / "report.html", title=out.name)
     return runs
 
 
@@ -137,9 +137,9 @@ def _write_list(out: Path, configs: Sequence[RunConfig], status: str) -> None:
         state = json.loads(described.read_text(encoding="utf-8"))["status"] if described.exists() else "waiting"
         entries.append({"folder": config.out.name, "status": state, "student": config.student})
     values = {"format": FORMAT, "recipe": configs[0].recipe, "status": status, "stages": entries}
-    temporary = out / f".{FILE}.tmp"
+    temporary = out / f".{STAGES}.tmp"
     temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    temporary.replace(out / FILE)
+    temporary.replace(out / STAGES)
 
 
 def _publish(student: Path, folder: Path) -> None:
