@@ -36,8 +36,8 @@ from clipdistill.cache.store import Store
 from clipdistill.cache.stored import StoredRows
 from clipdistill.data.loader import Batch, PairLoader
 from clipdistill.data.memory import KeptInMemory
-from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
-from clipdistill.data.subset import Subset
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import DataConfig, PairSource, Subset
 from clipdistill.data.views import EVALUATION_VIEW as EVALUATION
 from clipdistill.data.views import ImageSpec, normalise, render_pixels
 from clipdistill.embed.encode import encode_pairs

@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 
 from clipdistill.data.loader import PairLoader
-from clipdistill.data.pairs import open_pairs
+from clipdistill.data.open import open_pairs
 from clipdistill.data.views import OPENAI_MEAN, OPENAI_STD, ImageSpec, ViewPolicy
 
 BATCH = 50

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.data.labelled import open_labelled
-from clipdistill.data.pairs import DataConfig, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import DataConfig
 from clipdistill.regions.config import RegionsConfig
 from clipdistill.regions.measure import METRICS, measure
 from clipdistill.regions.meta_teacher import read_meta_teacher

@@ -17,7 +17,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clipdistill.data.pairs import DataConfig, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import DataConfig
 from clipdistill.models import build_student, build_words_tokenizer, load_model, save_model
 from clipdistill.models.inheritance.cut import inherit
 from clipdistill.models.inheritance.masks import reference_counts

@@ -37,7 +37,8 @@ from typing import Any
 import torch
 
 from clipdistill.data.loader import Batch, PairLoader
-from clipdistill.data.pairs import PairSource, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import PairSource
 from clipdistill.data.sampler import epoch_order
 from clipdistill.data.views import ImageSpec, ViewPolicy
 from clipdistill.models.tokenizers import ClipBpeTokenizer

@@ -9,7 +9,8 @@ from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.fill import fill
 from clipdistill.cache.store import Store
 from clipdistill.config import build
-from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.models import ClipModel, build_student, save_model
 from clipdistill.models.tokenizers import build_words_tokenizer
 

@@ -11,7 +11,7 @@ from clipdistill.cache.fingerprint import version_differences
 from clipdistill.cache.store import Store
 from clipdistill.cache.teacher import CacheUse, open_cached_teacher
 from clipdistill.cache.verify import verify
-from clipdistill.data.subset import Subset
+from clipdistill.data.pairs import Subset
 from clipdistill.errors import InputError
 from clipdistill.models import load_model, save_model
 from tests.cache.support import cache_config, filled, saved_teacher, scenes, tiny_model

@@ -8,7 +8,7 @@ from clipdistill.cache.merge import merge
 from clipdistill.cache.store import Store
 from clipdistill.cache.teacher import CacheUse, open_cached_teacher
 from clipdistill.cache.verify import verify
-from clipdistill.data.subset import Subset
+from clipdistill.data.pairs import Subset
 from clipdistill.errors import InputError
 from tests.cache.support import cache_config, contents, filled, scenes
 from tests.cache.test_fill import VIEWS

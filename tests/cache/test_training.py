@@ -11,7 +11,7 @@ from clipdistill.cache.stored import StoredRows
 from clipdistill.cache.tars import export_shards, read_shard
 from clipdistill.cache.teacher import CacheUse, open_cached_teacher
 from clipdistill.data.loader import PairLoader
-from clipdistill.data.pairs import open_pairs
+from clipdistill.data.open import open_pairs
 from clipdistill.data.views import render
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_model

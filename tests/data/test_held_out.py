@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipdistill.data.held_out import HeldOutConfig, held_out_names, plain_name, without_held_out
 from clipdistill.data.ledger import BadSampleLedger
-from clipdistill.data.pairs import open_pairs
+from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError
 from clipdistill.train.config import resolve
 from clipdistill.train.sources import SharedSources, Sources

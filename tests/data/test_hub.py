@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from clipdistill.data.pairs import DataConfig, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import DataConfig
 from clipdistill.errors import InputError, MissingExtraError
 from tests.data.helpers import FakeModel, encoded
 

@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipdistill.data.ledger import BadSampleLedger
+from clipdistill.data.pairs import Strings, Subset
 from clipdistill.data.problems import ROWS_KEPT, BadSample, Problems
-from clipdistill.data.strings import Strings
-from clipdistill.data.subset import Subset
 from clipdistill.errors import BudgetError, InputError
 from tests.data.helpers import MemoryPairs
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from clipdistill.data.loader import Batch, PairLoader, truncated
-from clipdistill.data.pairs import open_pairs
+from clipdistill.data.open import open_pairs
 from clipdistill.data.views import ImageSpec, View, ViewPolicy, render
 from clipdistill.errors import InputError
 from tests.conftest import shared_folder

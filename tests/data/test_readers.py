@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipdistill.data.files import read_image_file
-from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
 from tests.conftest import shared_folder

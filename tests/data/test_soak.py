@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from clipdistill.data.loader import Batch, PairLoader
-from clipdistill.data.pairs import open_pairs
+from clipdistill.data.open import open_pairs
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")

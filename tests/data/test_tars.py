@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from clipdistill.data.formats import tar_index, tars
 from clipdistill.data.formats.tar_headers import DamagedTar, looks_like_tar, members
 from clipdistill.data.formats.tars import expand_braces
-from clipdistill.data.pairs import PairSource, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import PairSource
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
 from tests.conftest import shared_folder

@@ -10,7 +10,7 @@ import pytest
 
 import clipdistill as cd
 from clipdistill.cli import main
-from clipdistill.data.pairs import open_pairs
+from clipdistill.data.open import open_pairs
 from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError
 from clipdistill.evaluate.command import geometry_file, write_geometry

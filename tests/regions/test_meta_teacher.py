@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from clipdistill.data.pairs import open_pairs
+from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import build_student, load_model
 from clipdistill.regions import training

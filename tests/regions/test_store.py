@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as vision
 
-from clipdistill.data.pairs import open_pairs
+from clipdistill.data.open import open_pairs
 from clipdistill.data.problems import BadSample
 from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from clipdistill.data.captions import clean
 from clipdistill.data.labelled import is_labelled_name, open_labelled
 from clipdistill.data.loader import PairLoader
-from clipdistill.data.pairs import BadSample, open_pairs
-from clipdistill.data.problems import Problems
-from clipdistill.data.strings import Strings, valid_text
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import BadSample, Strings
+from clipdistill.data.problems import Problems, valid_text
 from clipdistill.errors import InputError
 from clipdistill.models.tokenizers import ClipBpeTokenizer
 from tests.data.helpers import FakeModel, MemoryPairs, encoded, write_tar

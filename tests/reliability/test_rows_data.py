@@ -15,7 +15,7 @@ from PIL import Image
 
 from clipdistill.data.images import decode
 from clipdistill.data.loader import PairLoader
-from clipdistill.data.pairs import open_pairs
+from clipdistill.data.open import open_pairs
 from clipdistill.data.sampler import StepSampler
 from clipdistill.errors import InputError
 from clipdistill.models import load_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clipdistill import cli
-from clipdistill.data.pairs import open_pairs
+from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError
 from clipdistill.scenes.pairs import open_scenes
 from clipdistill.scenes.write import write_scenes

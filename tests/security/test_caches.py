@@ -18,7 +18,8 @@ from clipdistill.cache.samples import SampleTable
 from clipdistill.cache.store import Store
 from clipdistill.cache.tars import export_shards, read_shard
 from clipdistill.data.labelled import open_labelled
-from clipdistill.data.pairs import BadSample, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import BadSample
 from clipdistill.errors import InputError
 from clipdistill.runtime.links import refuse_links
 from tests.cache.support import cache_config, filled, saved_teacher

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from clipdistill.bench.backends import BACKENDS
 from clipdistill.bench.throughput import TOWERS, throughput
-from clipdistill.data.pairs import open_pairs
+from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError
 from clipdistill.models import load_model
 

@@ -20,7 +20,7 @@ from clipdistill.cache.store import Store
 from clipdistill.cache.tars import export_shards
 from clipdistill.cache.verify import verify
 from clipdistill.config import build, override
-from clipdistill.data.pairs import open_pairs
+from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError
 from clipdistill.recipes import load_recipe
 

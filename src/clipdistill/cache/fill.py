@@ -29,7 +29,8 @@ from clipdistill.cache.sizes import check_space, readable
 from clipdistill.cache.store import Part, Store
 from clipdistill.cache.stored_views import pack_views
 from clipdistill.data.ledger import BadSampleLedger
-from clipdistill.data.pairs import PairSource, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import PairSource
 from clipdistill.data.views import normalise
 from clipdistill.embed.prepare import Item, Preparation, Prepared, geometry, init_worker
 from clipdistill.errors import InputError

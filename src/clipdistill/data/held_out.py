@@ -18,9 +18,9 @@ import numpy as np
 from clipdistill.config import Config
 from clipdistill.data.files import read_json
 from clipdistill.data.formats.karpathy import is_karpathy
-from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import DataConfig, PairSource, Subset
 from clipdistill.data.problems import BadSample, Problems
-from clipdistill.data.subset import Subset
 from clipdistill.errors import InputError
 
 _COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_")

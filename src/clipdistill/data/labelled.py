@@ -22,8 +22,8 @@ from PIL import Image
 from clipdistill.data.class_names import KNOWN_SETS, Rule, deviation, is_wnids, read_labels, recognise
 from clipdistill.data.files import read_json
 from clipdistill.data.images import MAX_PIXELS
-from clipdistill.data.problems import BadSample, Problems
-from clipdistill.data.strings import Strings, valid_text
+from clipdistill.data.pairs import Strings
+from clipdistill.data.problems import BadSample, Problems, valid_text
 from clipdistill.errors import InputError, nearest
 
 __all__ = ["BadSample", "LabelledSource", "Naming", "is_labelled_name", "open_labelled", "read_class_file"]

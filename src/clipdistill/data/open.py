@@ -15,8 +15,15 @@ _REMOTE = re.compile(r"(?:[a-z][a-z0-9+.-]*://|pipe:)", re.IGNORECASE)
 _WITH_SPLIT = re.compile(r"(?P<path>.+):(?P<split>\w[\w+]*)$")
 
 
-def open_by_content(config: DataConfig, default_split: str | None) -> PairSource:
-    """See pairs.open_pairs."""
+def open_pairs(data: str | DataConfig, *, split: str | None = None, default_split: str | None = None) -> PairSource:
+    """Open image-caption pairs by name.
+
+    `split` overrides the configuration's; it is an error where the data has no splits. `default_split` is what to
+    take when nobody named a split and the data has several. Raises InputError with what is wrong and what to do.
+    """
+    config = DataConfig(path=data) if isinstance(data, str) else data
+    if split is not None:
+        config = config.model_copy(update={"split": split})
     name = config.path
     if not name.strip() or "\0" in name:
         raise InputError(f"{name!r} is not the name of a data set")
@@ -39,7 +46,9 @@ def open_by_content(config: DataConfig, default_split: str | None) -> PairSource
     with_split = _WITH_SPLIT.match(name)
     if with_split and is_there(local_path(with_split["path"])):
         split = config.split or with_split["split"]
-        return open_by_content(config.model_copy(update={"path": with_split["path"], "split": split}), default_split)
+        return open_pairs(
+            config.model_copy(update={"path": with_split["path"], "split": split}), default_split=default_split
+        )
     raise InputError(f"data '{name}': no such file or folder{_near(path)}")
 
 

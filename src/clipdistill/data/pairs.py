@@ -1,25 +1,34 @@
-"""Image-caption pairs behind one interface, whatever the files look like; `open_pairs` finds the reader by content.
+"""Image-caption pairs behind one interface, whatever they are stored as: the contract that every reader keeps.
 
 A source gives random access: key, captions and image bytes of sample i. It can be sent to worker processes.
-Classification sets are in labelled.py.
+`open.open_pairs` finds the reader of a name; classification sets are in labelled.py.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
 from clipdistill.config import Config
-from clipdistill.data.problems import BadSample, Problems
-from clipdistill.data.strings import Strings, valid_text
+from clipdistill.data.problems import BadSample, Problems, valid_text
+from clipdistill.errors import InputError
 
-__all__ = ["BadSample", "DataConfig", "IndexedPairs", "PairSource", "Problems", "open_pairs"]
+__all__ = ["BadSample", "DataConfig", "IndexedPairs", "PairSource", "Problems", "Strings", "Subset"]
+
+
+def __getattr__(name: str) -> Any:
+    """`open_pairs` is found here too; it lives in open.py, which is built on this file."""
+    if name == "open_pairs":
+        return importlib.import_module("clipdistill.data.open").open_pairs
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
 class DataConfig(Config):
@@ -43,6 +52,42 @@ class DataConfig(Config):
     seed: int = Field(default=0, ge=0)
     bad_sample_budget: float = Field(default=0.001, ge=0, le=1)
     max_pixels: int = Field(default=64_000_000, gt=0)
+
+
+class Strings:
+    """An immutable sequence of str held as UTF-8 bytes (uint8) and n + 1 offsets (int64).
+
+    File names that are not UTF-8 (str with surrogates) come back as they went in.
+    """
+
+    def __init__(self, buffer: np.ndarray, offsets: np.ndarray) -> None:
+        self.buffer = buffer
+        self.offsets = offsets
+
+    @classmethod
+    def pack(cls, texts: Iterable[str]) -> Strings:
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum([len(e) for e in encoded], out=offsets[1:])
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> str:
+        if not 0 <= i < len(self):
+            raise IndexError(f"index {i} of {len(self)} strings")
+        return self.buffer[self.offsets[i] : self.offsets[i + 1]].tobytes().decode("utf-8", "surrogatepass")
+
+    def __iter__(self) -> Iterator[str]:
+        data = self.buffer.tobytes()
+        bounds = self.offsets.tolist()
+        return (data[a:b].decode("utf-8", "surrogatepass") for a, b in itertools.pairwise(bounds))
+
+    def hash_into(self, digest: hashlib._Hash) -> None:
+        """Feed lengths and contents to a hashlib object: equal only for equal sequences."""
+        digest.update(np.diff(self.offsets).astype("<i8").tobytes())
+        digest.update(self.buffer.tobytes())
 
 
 class PairSource(ABC):
@@ -128,15 +173,42 @@ class IndexedPairs(PairSource):
         return self._fingerprint
 
 
-def open_pairs(data: str | DataConfig, *, split: str | None = None, default_split: str | None = None) -> PairSource:
-    """Open image-caption pairs by name.
+class Subset(PairSource):
+    """`count` samples of `source`, evenly spread over it (every n-th, not the first), or the samples `indices`."""
 
-    `split` overrides the configuration's; it is an error where the data has no splits. `default_split` is what to
-    take when nobody named a split and the data has several. Raises InputError with what is wrong and what to do.
-    """
-    from clipdistill.data.open import open_by_content
+    def __init__(self, source: PairSource, count: int | None = None, *, indices: Sequence[int] | None = None) -> None:
+        if (count is None) == (indices is None):
+            raise InputError("a subset needs either a number of samples or the samples' indices")
+        if indices is None:
+            assert count is not None
+            if count < 1:
+                raise InputError(f"a subset needs at least one sample, got {count}")
+            count = min(count, len(source))
+            chosen = np.arange(count, dtype=np.int64) * len(source) // count
+        else:
+            chosen = np.asarray(indices, dtype=np.int64)
+            if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(source):
+                raise InputError(f"the subset's indices leave the {len(source)} samples of {source.name}")
+        self.source = source
+        self.indices = chosen
+        self.name = f"{source.name}[{len(chosen)} of {len(source)}]"
+        self.problems = Problems()
+        self.max_pixels = source.max_pixels
 
-    config = DataConfig(path=data) if isinstance(data, str) else data
-    if split is not None:
-        config = config.model_copy(update={"split": split})
-    return open_by_content(config, default_split)
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def key(self, i: int) -> str:
+        return self.source.key(int(self.indices[i]))
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return self.source.captions(int(self.indices[i]))
+
+    def image_bytes(self, i: int) -> bytes:
+        return self.source.image_bytes(int(self.indices[i]))
+
+    def image(self, i: int, at_least: int | None = None) -> Image.Image:
+        return self.source.image(int(self.indices[i]), at_least)
+
+    def shard_of(self, key: str) -> str | None:
+        return self.source.shard_of(key)

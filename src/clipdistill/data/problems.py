@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from clipdistill.data.strings import valid_text
-
 ROWS_KEPT = 1000
 """Rows remembered per reason; the counts are always complete."""
+
+
+def valid_text(text: str) -> str:
+    """`text` with what is no Unicode (bytes of file names that are not UTF-8) written out, as in 'caf\\udce9.jpg'."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return text
 
 
 class BadSample(Exception):

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from clipdistill.data.labelled import LabelledSource, is_labelled_name, open_labelled
-from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.embed.encode import EncodedPairs, Encoder
 from clipdistill.errors import InputError
 from clipdistill.evaluate.retrieval import retrieval

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
-from clipdistill.data.subset import Subset
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import DataConfig, PairSource, Subset
 from clipdistill.embed.encode import EncodedPairs, encode_pairs
 from clipdistill.errors import InputError
 from clipdistill.evaluate.retrieval import retrieval

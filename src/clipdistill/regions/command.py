@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.config import build
-from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.errors import InputError
 from clipdistill.regions.config import RegionsConfig
 

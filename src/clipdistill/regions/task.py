@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from clipdistill.config import as_dict
-from clipdistill.data.pairs import PairSource
+from clipdistill.data.pairs import PairSource, Subset
 from clipdistill.data.sampler import StepSampler, sample_generator
-from clipdistill.data.subset import Subset
 from clipdistill.errors import InputError
 from clipdistill.models import load_model
 from clipdistill.objective import Embeddings

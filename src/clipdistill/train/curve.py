@@ -5,8 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from clipdistill.data.pairs import PairSource
-from clipdistill.data.subset import Subset
+from clipdistill.data.pairs import PairSource, Subset
 from clipdistill.embed.encode import encode_pairs
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.models.parameters import hold_frozen_statistics

@@ -14,7 +14,8 @@ from clipdistill.config import Config, as_dict
 from clipdistill.data.held_out import HeldOutConfig, without_held_out
 from clipdistill.data.labelled import LabelledSource, open_labelled
 from clipdistill.data.memory import KeptInMemory, KeptLabelled
-from clipdistill.data.pairs import DataConfig, PairSource, open_pairs
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.statistics.scores import Scores
 from clipdistill.train.config import RunConfig
 from clipdistill.train.teacher import AnyTeacher, open_teacher

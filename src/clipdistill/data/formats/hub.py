@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.data.captions import clean_all
-from clipdistill.data.files import read_image_file
+from clipdistill.data.files import choose_splits, read_image_file
 from clipdistill.data.formats.rows import CAPTION_NAMES, IMAGE_NAMES, Rows, guessed_column
 from clipdistill.data.pairs import DataConfig, IndexedPairs, PairSource
 from clipdistill.data.problems import BadSample
-from clipdistill.data.splits import choose_splits
 from clipdistill.errors import InputError, MissingExtraError
 
 _log = logging.getLogger(__name__)

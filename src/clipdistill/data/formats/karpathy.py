@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.data.captions import clean_all
-from clipdistill.data.files import collect, find_image_root, safe_relative
+from clipdistill.data.files import choose_splits, collect, find_image_root, safe_relative
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import Problems
-from clipdistill.data.splits import choose_splits
 
 
 def is_karpathy(content: Any) -> bool:

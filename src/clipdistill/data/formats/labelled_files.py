@@ -18,8 +18,8 @@ from clipdistill.data.files import IMAGE_SUFFIXES, is_there, local_path, read_im
 from clipdistill.data.formats.folder import list_images
 from clipdistill.data.formats.tar_headers import DamagedTar, Member, looks_like_tar, members
 from clipdistill.data.labelled import LabelledSource, Naming, read_class_file
+from clipdistill.data.pairs import Strings
 from clipdistill.data.problems import BadSample, Problems
-from clipdistill.data.strings import Strings
 from clipdistill.errors import InputError, nearest
 
 OwnNames = list[str] | dict[str, str] | None

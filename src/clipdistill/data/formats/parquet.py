@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from clipdistill.data.captions import clean_all
+from clipdistill.data.files import choose_splits
 from clipdistill.data.formats.rows import CAPTION_NAMES, IMAGE_NAMES, Rows, guessed_column
 from clipdistill.data.pairs import DataConfig, IndexedPairs, PairSource
 from clipdistill.data.problems import BadSample
-from clipdistill.data.splits import choose_splits
 from clipdistill.errors import InputError
 
 _KEPT_BYTES = 256 << 20  # of row groups, per process

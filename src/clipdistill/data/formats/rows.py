@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from clipdistill.data.captions import MISSING, clean_all, is_missing
-from clipdistill.data.files import collect, find_image_root
+from clipdistill.data.files import choose_splits, collect, find_image_root
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import Problems
-from clipdistill.data.splits import choose_splits
 from clipdistill.errors import InputError, nearest
 
 _NAMED = 5  # rows listed in the error about missing captions

@@ -22,8 +22,8 @@ import numpy as np
 
 from clipdistill.data.captions import EMPTY, MISSING, clean_all
 from clipdistill.data.formats.tar_headers import DamagedTar, Member, members
+from clipdistill.data.pairs import Strings
 from clipdistill.data.problems import Problems
-from clipdistill.data.strings import Strings
 
 FORMAT = 3
 IMAGE_COMPONENTS = ("jpg", "jpeg", "png", "webp")

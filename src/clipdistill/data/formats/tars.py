@@ -20,8 +20,7 @@ import numpy as np
 
 from clipdistill.data.formats.tar_index import DUPLICATE, ShardIndex, index_shard
 from clipdistill.data.pairs import DataConfig, IndexedPairs
-from clipdistill.data.problems import BadSample, Problems
-from clipdistill.data.strings import valid_text
+from clipdistill.data.problems import BadSample, Problems, valid_text
 from clipdistill.errors import InputError
 
 _OPEN_FILES = 64  # per process
