@@ -135,39 +135,45 @@ def table(files: dict[str, Path]) -> str:
 
 
 def picture(files: dict[str, Path], arrows: dict[str, set[str]]) -> str:
-    """SVG: floors from the ground up, one line for each room that another imports from (implied ones left out)."""
-    sizes = defaultdict(int)
+    """SVG: a row and a column for each room, lowest floor first; a dot where the row's room imports the column's.
+
+    Since rooms import only from below, every dot lies under the diagonal; its size is the number of imports. The bar
+    beside a room is its number of lines.
+    """
+    sizes: dict[str, int] = defaultdict(int)
     for name, path in files.items():
         sizes[room(name)] += path.read_text(encoding="utf-8").count("\n")
-    uses: dict[str, set[str]] = defaultdict(set)
+    count: dict[tuple[str, str], int] = defaultdict(int)
     for a, others in arrows.items():
-        uses[room(a)] |= {room(b) for b in others} - {room(a)}
-    direct = {a: {b for b in uses[a] if not any(b in uses[c] for c in uses[a] - {b})} for a in sizes}
-    width, step, box = 760, 62, 34
-    floors = [[n for n in names if n in sizes] for names in reversed(ORDER)]
-    floors = [names for names in floors if names]
-    place: dict[str, tuple[float, float]] = {}
+        for b in others:
+            count[room(a), room(b)] += room(a) != room(b)
+    rooms = [name for names in ORDER for name in names if name in sizes]
+    step, left, top = 26, 110, 100
+    side, right = len(rooms) * step, 170
     shapes = []
-    for level, names in enumerate(floors):
-        for i, name in enumerate(names):
-            x = width * (i + 1) / (len(names) + 1) + (40 if level % 2 else -40) * (len(names) == 1)
-            place[name] = (x, 20 + level * step)
-    for a in sorted(direct):
-        for b in sorted(direct[a]):
-            (x1, y1), (x2, y2) = place[a], place[b]
-            bend = f"{x1:.0f} {y1 + box + 25:.0f} {x2:.0f} {y2 - 25:.0f} {x2:.0f} {y2:.0f}"
-            shapes.append(f'<path d="M{x1:.0f} {y1 + box:.0f} C{bend}"/>')
-    for name, (x, y) in place.items():
-        label = html.escape(f"{name.strip('_')}  {sizes[name]:,}")
-        shapes.append(f'<rect x="{x - 80:.0f}" y="{y:.0f}" width="160" height="{box}" rx="4"/>')
-        shapes.append(f'<text x="{x:.0f}" y="{y + 22:.0f}">{label}</text>')
-    height = 20 + len(floors) * step
+    for i, name in enumerate(rooms):
+        middle, label = top + (i + 0.5) * step, html.escape(name.strip("_"))
+        column = left + (i + 0.5) * step
+        shapes.append(f'<rect class="row{i % 2}" x="{left}" y="{middle - step / 2}" width="{side}" height="{step}"/>')
+        shapes.append(
+            f'<rect class="own" x="{column - step / 2}" y="{middle - step / 2}" width="{step}" height="{step}"/>'
+        )
+        shapes.append(f'<text class="name" x="{left - 8}" y="{middle + 5}">{label}</text>')
+        shapes.append(f'<text transform="translate({column + 5} {top - 8}) rotate(-60)">{label}</text>')
+        long = sizes[name] / max(sizes.values()) * (right - 60)
+        shapes.append(f'<rect class="bar" x="{left + side + 8}" y="{middle - 7}" width="{long:.1f}" height="14"/>')
+        shapes.append(f'<text x="{left + side + 14 + long:.1f}" y="{middle + 5}">{sizes[name]:,}</text>')
+        for j, other in enumerate(rooms):
+            if count[name, other]:
+                radius = min(3 + count[name, other] ** 0.5, step / 2 - 1)
+                shapes.append(f'<circle cx="{left + (j + 0.5) * step}" cy="{middle}" r="{radius:.1f}"/>')
+    width, height = left + side + right, top + side + 12
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">\n'
-        "<title>Rooms of the package with their lines of code; each uses only what lies below it</title>\n"
-        "<style>rect{fill:#e8eef6;stroke:#5b7ba6}path{fill:none;stroke:#9aa7b8}"
-        "text{font:14px sans-serif;text-anchor:middle;fill:#1c2733}</style>\n"
-        f'<rect width="{width}" height="{height}" style="fill:#fff;stroke:none"/>\n' + "\n".join(shapes) + "\n</svg>\n"
+        "<title>Which room imports from which: every dot lies below the diagonal</title>\n"
+        "<style>text{font:13px sans-serif;fill:#1c2733}.name{text-anchor:end}circle{fill:#2f6fb5}.own{fill:#c9d3df}"
+        ".row0{fill:#f3f6fa}.row1{fill:#e9eef5}.bar{fill:#9db7d5}</style>\n"
+        f'<rect width="{width}" height="{height}" fill="#fff"/>\n' + "\n".join(shapes) + "\n</svg>\n"
     )
 
 
