@@ -29,7 +29,7 @@ from clipdistill.regions.measure import METRICS, measure
 from clipdistill.regions.meta_teacher import read_meta_teacher
 from clipdistill.regions.retention import before_after, to_json
 from clipdistill.regions.teacher import open_store
-from clipdistill.runtime.distributed import pick_device
+from clipdistill.runtime.machine import pick_device
 from clipdistill.train.config import resolve
 from clipdistill.train.run import distill
 

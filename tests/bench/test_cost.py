@@ -9,8 +9,7 @@ from torch import nn
 from clipdistill.bench import device
 from clipdistill.bench.backends import tensor_bytes
 from clipdistill.bench.cost import count_flops, describe_model, peak_activation_bytes, sample_inputs
-from clipdistill.bench.device import architecture_fingerprint, describe_device, describe_libraries, pick_device
-from clipdistill.errors import InputError
+from clipdistill.bench.device import architecture_fingerprint, describe_device, describe_libraries
 from clipdistill.models import build_student, build_words_tokenizer
 from tests.bench.synthetic import tiny
 
@@ -111,14 +110,6 @@ def test_the_device_and_its_threads_are_one_fingerprint() -> None:
         torch.set_num_threads(before)
     assert len(prints) == 2
     assert describe_libraries()["torch"] == torch.__version__
-
-
-def test_devices_by_name() -> None:
-    assert pick_device("cpu").type == "cpu"
-    with pytest.raises(InputError, match="unknown device 'tpux'"):
-        pick_device("tpux")
-    with pytest.raises(InputError, match="this machine has"):
-        pick_device("cuda:99")
 
 
 def test_a_busy_machine_is_told_from_an_idle_one(monkeypatch: pytest.MonkeyPatch) -> None:

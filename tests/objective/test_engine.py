@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
 
 from clipdistill.objective import Objective
-from clipdistill.objective.engines import engine
-from clipdistill.objective.engines.engine import TILED_FROM, choose_engine, dense_bytes, free_memory, load_engine
+from clipdistill.objective.engines.engine import TILED_FROM, choose_engine, dense_bytes, load_engine
 from clipdistill.objective.plan import CrossEntropy, Divergence, Sigmoid
 from tests.objective.plain import random_embeddings
 
@@ -63,22 +59,6 @@ def test_estimate_counts_each_kind() -> None:
     assert dense_bytes(10, [Divergence("a", "b", "rows", 1.0)]) == (2 + 4 + 2) * one
     assert dense_bytes(10, [Sigmoid("a", 1.0, ("t",))]) == (2 + 3) * one
     assert dense_bytes(10, TASK, world_size=4, itemsize=8) == (1 + 4) * 3 * 10 * 8
-
-
-def test_free_memory_respects_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = {
-        "/proc/meminfo": ["MemTotal: 9000 kB", "MemAvailable: 8000 kB"],
-        "/sys/fs/cgroup/memory.max": ["5000000"],
-        "/sys/fs/cgroup/memory.current": ["1000000"],
-    }
-    monkeypatch.setattr(engine, "_lines", lambda path: files.get(str(path), []))
-    assert free_memory(CPU) == 4_000_000
-    files["/sys/fs/cgroup/memory.max"] = ["max"]
-    assert free_memory(CPU) == 8000 * 1024
-
-
-def test_lines_of_a_missing_file(tmp_path: Path) -> None:
-    assert engine._lines(tmp_path / "nothing") == []
 
 
 def test_auto_is_used_and_reported() -> None:

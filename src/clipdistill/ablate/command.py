@@ -20,7 +20,8 @@ from clipdistill.ablate.summary import summarise
 from clipdistill.ablate.tables import terminal_table
 from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
-from clipdistill.runtime.distributed import ProcessGroup, barrier, is_main, pick_device
+from clipdistill.runtime.distributed import ProcessGroup, barrier, is_main
+from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.verdicts import verdict_table
 from clipdistill.train.command import settings_of as settings_of_options
 

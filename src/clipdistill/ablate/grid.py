@@ -13,7 +13,7 @@ from clipdistill.ablate.plan import Plan, settings_of
 from clipdistill.config import as_dict, override
 from clipdistill.errors import InputError
 from clipdistill.recipes import lay, load_recipe
-from clipdistill.runtime.distributed import pick_device
+from clipdistill.runtime.machine import pick_device
 from clipdistill.train.config import RunConfig, resolve_values
 from clipdistill.train.run import changes, stored_settings, with_precision
 

@@ -18,8 +18,9 @@ from typing import Any
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.progress import GridDisplay
 from clipdistill.errors import ClipdistillError, Preempted, StorageError
-from clipdistill.runtime.distributed import ProcessGroup, gather_lists, is_main, pick_device, world_size
+from clipdistill.runtime.distributed import ProcessGroup, gather_lists, is_main, world_size
 from clipdistill.runtime.locks import LEASE, Claims
+from clipdistill.runtime.machine import pick_device
 from clipdistill.train.run import Run, distill
 from clipdistill.train.sources import SharedSources
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from importlib import metadata
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from clipdistill.errors import InputError
+from clipdistill.runtime.machine import cpu_count
 
 LIBRARIES = (
     "clipdistill",
@@ -26,21 +25,6 @@ LIBRARIES = (
     "onnxruntime",
     "openvino",
 )
-
-
-def pick_device(name: str | torch.device | None) -> torch.device:
-    """The device to measure on: the one named, or CUDA when there is one. InputError when it does not exist."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device '{name}': write cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device '{name}': this machine has {torch.cuda.device_count()} CUDA devices")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
@@ -68,7 +52,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
             "name": processor_name(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": threads,
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": cpu_count(),
         }
         label = f"{facts['name']}, {threads} thread{'s' if threads != 1 else ''}"
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -17,11 +17,12 @@ import torch
 from clipdistill.bench import endtoend
 from clipdistill.bench.backends import DTYPES, Backend, Loaded, find_backend, find_dtype
 from clipdistill.bench.cost import describe_model, peak_activation_bytes, sample_inputs
-from clipdistill.bench.device import busy_warning, describe_device, describe_libraries, pick_device
+from clipdistill.bench.device import busy_warning, describe_device, describe_libraries
 from clipdistill.bench.timing import Session, Task, measure, median_interval, pair_rates, ratio_interval
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.runtime.machine import pick_device
 
 TOWERS = ("image", "text")
 FORMAT = 1

@@ -36,6 +36,7 @@ from clipdistill.embed.prepare import Item, Preparation, Prepared, geometry, ini
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
 from clipdistill.runtime.locks import Claims
+from clipdistill.runtime.machine import cpu_count, pick_device
 
 Say = Callable[[str], None]
 
@@ -86,7 +87,7 @@ def fill(
     disk is too small, BudgetError above the budget of bad samples.
     """
     source = open_pairs(config.data, default_split="train") if source is None else source
-    device = _device(config.device)
+    device = pick_device(config.device)
     precision = config.precision if config.precision != "auto" else ("bf16" if device.type == "cuda" else "fp32")
     models = [load_fill_teacher(name) for name in config.teachers] if teachers is None else list(teachers)
     store = open_for_filling(config, source, models, precision)
@@ -193,7 +194,7 @@ class _Filling:
     def _loader(self, missing: list[int]) -> Iterator[Prepared]:
         workers = self.config.workers
         if workers is None:
-            workers = min(8, os.cpu_count() or 1) if self.device.type == "cuda" else 0
+            workers = min(8, cpu_count()) if self.device.type == "cuda" else 0
         settings: dict[str, Any] = {}
         if workers:
             method = "fork" if os.name == "posix" and hasattr(os, "fork") else "spawn"
@@ -339,15 +340,6 @@ class _Filling:
             f"{work.number} (samples from '{self.source.key(work.indices[0])}' on): check its weights, or try "
             "--precision fp32"
         )
-
-
-def _device(name: str | None) -> torch.device:
-    """The device asked for, or this process's GPU when there is one (LOCAL_RANK under torchrun), else the CPU."""
-    if name is None:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device '{name}': no CUDA device is visible; leave the device out to run on the CPU")
-    return torch.device(name)
 
 
 def read_ledger(store: Store) -> list[dict[str, str]]:

@@ -108,7 +108,8 @@ def run_eval(
     geometry_path: where to write the geometry of the embeddings (one set of pairs). Under torchrun the ranks share the
     work and the first one writes.
     """
-    from clipdistill.runtime.distributed import ProcessGroup, is_main, pick_device, world_size
+    from clipdistill.runtime.distributed import ProcessGroup, is_main, world_size
+    from clipdistill.runtime.machine import pick_device
 
     embeddings: dict[tuple[str, str], EncodedPairs] = {}
     with ProcessGroup(pick_device(device)):

@@ -22,6 +22,7 @@ from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.evaluate.zero_shot import zero_shot
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.load import load_model
+from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.bootstrap import bootstrap
 from clipdistill.statistics.protocol import (
     Protocol,
@@ -265,5 +266,5 @@ def _open(item: Data, split: str | None, classes: str | Path | None) -> PairSour
 
 def _loaded(model: str | Path | ClipModel, device: str | torch.device | None) -> ClipModel:
     if isinstance(model, str | Path):
-        return load_model(model, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), teacher=True)
+        return load_model(model, device=pick_device(device), teacher=True)
     return model

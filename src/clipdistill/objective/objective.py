@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from clipdistill.errors import InputError
 from clipdistill.objective import explain
 from clipdistill.objective.engines.dense import dense, gathered_names
-from clipdistill.objective.engines.engine import EngineName, EngineOptions, choose_engine, free_memory, load_engine
+from clipdistill.objective.engines.engine import UNKNOWN_MEMORY, EngineName, EngineOptions, choose_engine, load_engine
 from clipdistill.objective.features import Embeddings, FeatureBuilder, blocks_of, check
 from clipdistill.objective.gather import World, current_world, gather_rows, sum_over_ranks
 from clipdistill.objective.mix import Mix, checked_weights
 from clipdistill.objective.pairings import Setting
 from clipdistill.objective.term import LocalBatch
+from clipdistill.runtime.machine import free_memory
 
 INITIAL_SCALE = math.log(1 / 0.07)
 SCALES = ("image", "text", "cross", "fusion")
@@ -212,7 +213,7 @@ class Objective(nn.Module):
         setting = setting or self.setting
         key = (n, world_size, setting)
         if key not in self._choices:
-            memory = free_memory(device)
+            memory = free_memory(device) or UNKNOWN_MEMORY
             if world_size > 1 and dist.is_initialized():
                 # the ranks see different free memory and must still agree
                 least = torch.tensor([memory], dtype=torch.int64, device=device)

@@ -70,7 +70,7 @@ def _needed(arguments: argparse.Namespace, name: str) -> Any:
 def _boxes(arguments: argparse.Namespace) -> None:
     from clipdistill.regions.detectors import open_detector
     from clipdistill.regions.proposals import detect
-    from clipdistill.runtime.distributed import pick_device
+    from clipdistill.runtime.machine import pick_device
 
     source = _source(arguments, "train")
     detector = open_detector(_needed(arguments, "detector"), pick_device(arguments.device))
@@ -84,7 +84,7 @@ def _opened(arguments: argparse.Namespace, default_split: str) -> Any:
     """The named teacher, the data, its regions, the device."""
     from clipdistill.regions.meta_teacher import read_meta_teacher, region_teacher_folder
     from clipdistill.regions.teacher import open_store
-    from clipdistill.runtime.distributed import pick_device
+    from clipdistill.runtime.machine import pick_device
 
     if len(arguments.models) != 1:
         raise InputError(f"regions {arguments.action}: name one region teacher, the run that trained it or its folder")

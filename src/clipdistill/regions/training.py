@@ -30,7 +30,7 @@ from clipdistill.models.parameters import decays
 from clipdistill.objective import Objective
 from clipdistill.regions.meta_teacher import MetaTeacher
 from clipdistill.regions.task import MEASURED, build_task, check_settings
-from clipdistill.runtime.distributed import pick_device
+from clipdistill.runtime.machine import pick_device
 from clipdistill.runtime.signals import StopSignal
 from clipdistill.train.config import RunConfig
 from clipdistill.train.logs import Display, JsonLines

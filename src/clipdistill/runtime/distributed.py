@@ -39,17 +39,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or this rank's CUDA device when there is one, else the CPU."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device '{name}': no CUDA device is visible; leave the device out to run on the CPU")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    return torch.device(name)
-
-
 class ProcessGroup(AbstractContextManager["ProcessGroup"]):
     """Joins the process group that torchrun describes, if any, and leaves it at the end.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +18,7 @@ from typing import Any, Literal, get_args
 from rich.progress import Progress
 
 from clipdistill.errors import InputError, nearest
+from clipdistill.runtime.machine import cpu_count
 from clipdistill.scenes.pairs import ScenePairs, open_scenes
 
 Format = Literal["webdataset", "karpathy"]
@@ -86,7 +86,7 @@ def write_scenes(
     entries: list[list[dict[str, Any]]] = [[] for _ in shards]
     with Progress(disable=not bar) as progress:
         task = progress.add_task(f"{source.name} as {format}", total=len(source))
-        for number, result in enumerate(_spread(write, out, source, shards, workers or os.cpu_count() or 1)):
+        for number, result in enumerate(_spread(write, out, source, shards, workers or cpu_count())):
             entries[number] = result
             progress.advance(task, len(shards[number]))
     if format == "webdataset":

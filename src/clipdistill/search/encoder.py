@@ -15,6 +15,7 @@ from torch import Tensor
 from clipdistill.data.views import EVALUATION_VIEW, normalise, render_pixels
 from clipdistill.errors import InputError
 from clipdistill.models import load_model
+from clipdistill.runtime.machine import pick_device
 
 
 class SearchModel:
@@ -26,7 +27,7 @@ class SearchModel:
     def __init__(self, name: str, role: str = "student", device: str | None = None) -> None:
         self.name = name
         self.role = role
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(device)
         self.model = load_model(name, device=self.device, teacher=True)
         self.fingerprint = self.model.fingerprint()
         self._lock = Lock()

@@ -8,6 +8,7 @@ from clipdistill.data.loader import Batch
 from clipdistill.errors import InputError
 from clipdistill.objective import Embeddings, Objective
 from clipdistill.runtime.distributed import is_main, world_size
+from clipdistill.runtime.machine import free_memory
 from clipdistill.train import preflight
 from clipdistill.train.logs import Display
 from clipdistill.train.setup import Setup
@@ -95,7 +96,7 @@ def _check_memory(setup: Setup, batch: Batch, display: Display) -> None:
         device=setup.device,
     )
     display.say(estimate.sentence())
-    available = preflight.available_memory(setup.device)
+    available = free_memory(setup.device)
     if available is not None and estimate.total > available:
         share = max(int(config.batch_size * 0.8 * available / estimate.total), 1)
         display.say(

@@ -122,17 +122,3 @@ def estimate_memory(
         teacher=4 * teacher_parameters,
         objective=objective.estimate_bytes(global_batch, device, world_size()),
     )
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Free bytes on the device, or None where that cannot be told."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None

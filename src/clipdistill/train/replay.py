@@ -21,7 +21,7 @@ from clipdistill.config import build, read_yaml
 from clipdistill.data.loader import Batch
 from clipdistill.errors import InputError
 from clipdistill.objective import Embeddings
-from clipdistill.runtime.distributed import pick_device
+from clipdistill.runtime.machine import pick_device
 from clipdistill.train.capture import CAPTURED, STATE, captured_steps
 from clipdistill.train.checkpoint import Checkpoint, read_checkpoint
 from clipdistill.train.checks import one_term

@@ -29,10 +29,10 @@ from clipdistill.runtime.distributed import (
     gather_lists,
     is_main,
     on_main,
-    pick_device,
     world_size,
 )
 from clipdistill.runtime.links import refuse_links
+from clipdistill.runtime.machine import pick_device
 from clipdistill.runtime.signals import Interrupted, StopSignal
 from clipdistill.statistics.scores import Scores
 from clipdistill.train import checks

@@ -6,10 +6,8 @@ An engine turns named feature matrices and a plan (see `plan.py`) into one diffe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 from clipdistill.objective.features import Features
 from clipdistill.objective.gather import World
 from clipdistill.objective.plan import CrossEntropy, Divergence, Pairing, Primitive
+from clipdistill.runtime.machine import free_memory
 
 EngineName = Literal["dense", "tiled"]
 
@@ -87,6 +86,9 @@ def load_engine(name: EngineName) -> Engine:
     return dense
 
 
+UNKNOWN_MEMORY = 4 * 2**30
+"""Bytes taken to be free where the system does not tell."""
+
 # Batch size from which tiling was measured to be the faster of the two (benchmarks/objective.py), per device type.
 TILED_FROM = {"cpu": 512, "cuda": 4096}
 
@@ -108,7 +110,7 @@ def choose_engine(
     if not primitives:
         return "dense", "no term compares all pairs"
     need = dense_bytes(n, primitives, world_size=world_size, itemsize=itemsize)
-    available = free_memory(device) if memory is None else memory
+    available = (free_memory(device) or UNKNOWN_MEMORY) if memory is None else memory
     if need > available // 2:
         return "tiled", f"dense would need {_gib(need)} for N={n}, more than half of the {_gib(available)} available"
     limit = TILED_FROM.get(device.type, TILED_FROM["cpu"])
@@ -141,28 +143,6 @@ def dense_bytes(n: int, primitives: Sequence[Primitive], *, world_size: int = 1,
             copies += 2 + len(primitive.targets)
     rows = -(-n // world_size)
     return (len(logits) + 2 * len(softmaxes) + copies) * rows * n * itemsize
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes free on the device: CUDA's own figure, or what the kernel (and the control group) leaves this process."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    figures = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")] if hasattr(os, "sysconf") else []
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemAvailable:"):
-            figures = [int(line.split()[1]) * 1024]
-    limit, used = _lines(Path("/sys/fs/cgroup/memory.max")), _lines(Path("/sys/fs/cgroup/memory.current"))
-    if limit and used and limit[0].isdigit() and used[0].isdigit():
-        figures.append(max(0, int(limit[0]) - int(used[0])))
-    return min(figures, default=4 * 2**30)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
 
 
 def _gib(size: int) -> str:

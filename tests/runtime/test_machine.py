@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipdistill.errors import InputError
+from clipdistill.runtime import machine
+from clipdistill.runtime.machine import cpu_count, free_memory, pick_device
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of /proc (proc) and /sys/fs/cgroup (groups)."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "groups").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    monkeypatch.setattr(machine, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(machine, "CONTROL_GROUPS", tmp_path / "groups")
+    return tmp_path
+
+
+def group(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("_", ".", 1)).write_text(text)
+
+
+def test_free_memory_is_the_kernels_figure(system: Path) -> None:
+    assert free_memory(CPU) == free_memory() == 8000 * 1024
+    group(system / "groups", memory_max="max\n", memory_current="1000000\n")
+    assert free_memory(CPU) == 8000 * 1024
+
+
+def test_free_memory_respects_the_control_group(system: Path) -> None:
+    group(system / "groups", memory_max="5000000\n", memory_current="1000000\n")
+    assert free_memory(CPU) == 4_000_000
+    # what the disk's cache takes up is given back when it is needed
+    group(system / "groups", memory_stat="anon 200000\ninactive_file 800000\n")
+    assert free_memory(CPU) == 4_800_000
+
+
+def test_the_tightest_of_the_groups_above_counts(system: Path) -> None:
+    (system / "proc" / "self" / "cgroup").write_text("0::/batch/job7\n")
+    group(system / "groups" / "batch", memory_max="3000000\n", memory_current="1000000\n", cpu_max="150000 100000\n")
+    group(system / "groups" / "batch" / "job7", memory_max="2500000\n", memory_current="1000000\n")
+    assert free_memory(CPU) == 1_500_000
+    assert cpu_count() == min(2, len(os.sched_getaffinity(0)))
+
+
+def test_control_groups_of_version_1(system: Path) -> None:
+    (system / "proc" / "self" / "cgroup").write_text("5:memory:/docker/a\n3:cpu,cpuacct:/docker/a\n")
+    folder = system / "groups" / "memory" / "docker" / "a"
+    group(folder, memory_limit_in_bytes="4000000\n", memory_usage_in_bytes="1000000\n")
+    group(system / "groups" / "cpu" / "docker" / "a", cpu_cfs_quota_us="100000\n", cpu_cfs_period_us="100000\n")
+    assert free_memory(CPU) == 3_000_000
+    assert cpu_count() == 1
+
+
+def test_a_system_that_tells_nothing(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (system / "proc" / "meminfo").unlink()
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert free_memory(CPU) is None
+    assert cpu_count() == 1
+
+
+def test_devices() -> None:
+    assert pick_device("cpu") == pick_device(CPU) == CPU
+    with pytest.raises(InputError, match="unknown device 'tpux'"):
+        pick_device("tpux")
+    with pytest.raises(InputError, match="cuda:99"):
+        pick_device("cuda:99")
+    if not torch.cuda.is_available():
+        assert pick_device(None) == CPU
+        with pytest.raises(InputError, match="leave the device out"):
+            pick_device("cuda")
