@@ -12,19 +12,18 @@ COCO instances: boxes [left, top, width, height], crowds left out, `score` as co
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-
-from clipdistill.data.files import read_json
 from clipdistill.errors import InputError
 from clipdistill.regions.boxes import Boxes
+from clipdistill.runtime.files import new_file, parse_json
 
 _PARQUET = (".parquet", ".pq")
 _LINES = (".jsonl", ".ndjson")
+_FIELDS = ("key", "file_name", "boxes", "confidences", "labels", "width", "height")
 _ASPECT = 0.02
 """Relative difference of aspect ratios up to which an image is taken for a resized copy of the one with the boxes."""
 
@@ -39,13 +38,13 @@ class BoxFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.name = str(path)
-        self._rows: dict[str, dict[str, Any]] = {}
+        self._rows: dict[str, Boxes] = {}  # of the size that was drawn on, 0 where the row does not say
         self._by_file: dict[str, str | None] = {}
-        files = _files(path)
         self._digest = hashlib.sha256(b"clipdistill boxes 1")
-        for file in files:
-            self._digest.update(hashlib.sha256(_read(file)).digest())
-            for number, row in enumerate(_rows(file)):
+        for file in _files(path):
+            content = _read(file)
+            self._digest.update(hashlib.sha256(content).digest())
+            for number, row in enumerate(_rows(file, content)):
                 self._add(row, f"{file}: row {number}")
         if not self._rows:
             raise InputError(f"{path}: holds no boxes for any image")
@@ -61,16 +60,19 @@ class BoxFile:
             raise InputError(f"{where}: no image key (a text under 'key' or 'file_name')")
         if key in self._rows:
             raise InputError(f"{where}: the image '{key}' comes more than once")
-        boxes = row.get("boxes")
-        if not isinstance(boxes, list | tuple | np.ndarray):
-            raise InputError(f"{where} ('{key}'): 'boxes' must be a list of [left, top, right, bottom]")
-        self._rows[key] = {name: row.get(name) for name in ("boxes", "confidences", "labels", "width", "height")}
-        try:  # a bad row is an error now, not later
-            self.get(key, int(row.get("width") or 1), int(row.get("height") or 1))
-        except InputError:
-            raise
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"{where} ('{key}'): not boxes with sizes and labels ({error})") from error
+        where = f"{where} ('{key}')"
+        try:
+            corners = [[float(side) for side in box] for box in row["boxes"]]
+            width, height = (int(row.get(side) or 0) for side in ("width", "height"))
+            labels = [str(label) for label in row.get("labels") or ()]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{where}: not boxes of four numbers with sizes and labels ({error!r})") from error
+        for box in corners:
+            if len(box) != 4:
+                raise InputError(f"{where}: a box has {len(box)} numbers instead of 4")
+        if min(width, height) < 0:
+            raise InputError(f"{where}: width and height must be positive, got {width} x {height}")
+        self._rows[key] = Boxes.of(width, height, corners, row.get("confidences"), labels, where)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -90,14 +92,7 @@ class BoxFile:
         if found is None:
             return None
         row, where = self._rows[found], f"{self.path}: '{found}'"
-        labels = [] if row["labels"] is None else list(row["labels"])
-        corners = [list(box) for box in row["boxes"]]
-        if any(len(box) != 4 for box in corners):
-            raise InputError(f"{where}: a box has {next(len(b) for b in corners if len(b) != 4)} numbers instead of 4")
-        drawn = (int(row["width"] or width), int(row["height"] or height))
-        if min(drawn) < 1:
-            raise InputError(f"{where}: width and height must be positive, got {drawn[0]} x {drawn[1]}")
-        boxes = Boxes.of(*drawn, corners, row["confidences"], labels, where)
+        drawn = row.width or width, row.height or height
         ratio = (drawn[0] / drawn[1]) / (width / height)
         # a side rounded to whole pixels moves the ratio of a small copy
         if abs(ratio - 1) > _ASPECT + 1 / min(width, height):
@@ -105,7 +100,7 @@ class BoxFile:
                 f"{where}: its boxes were drawn on {drawn[0]} x {drawn[1]} pixels, the image has {width} x {height}: "
                 "another picture or another crop of it"
             )
-        return boxes.scaled(width, height)
+        return replace(row, width=drawn[0], height=drawn[1]).scaled(width, height)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Those of `keys` without a row."""
@@ -144,38 +139,36 @@ def _read(path: Path) -> bytes:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _rows(path: Path) -> Iterator[Any]:
+def _rows(path: Path, content: bytes) -> Iterator[Any]:
     if path.suffix.lower() in _PARQUET:
-        yield from _parquet_rows(path)
+        yield from _parquet_rows(path, content)
     elif path.suffix.lower() in _LINES:
-        for number, line in enumerate(_read(path).decode("utf-8", errors="replace").split("\n"), 1):
+        for number, line in enumerate(content.split(b"\n"), 1):
             if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from error
+                yield parse_json(line, f"{path}, line {number}")
     else:
-        content = read_json(path)
-        if isinstance(content, Mapping) and "images" in content and "annotations" in content:
-            yield from _coco_rows(content, path)
-        elif isinstance(content, Mapping):
-            for key, row in content.items():
+        values = parse_json(content, str(path))
+        if isinstance(values, Mapping) and "images" in values and "annotations" in values:
+            yield from _coco_rows(values, path)
+        elif isinstance(values, Mapping):
+            for key, row in values.items():
                 yield {"key": key, **row} if isinstance(row, Mapping) else {"key": key, "boxes": row}
-        elif isinstance(content, list):
-            yield from content
+        elif isinstance(values, list):
+            yield from values
         else:
             raise InputError(f"{path}: neither rows with 'key' and 'boxes' nor COCO instances")
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(pa.BufferReader(content))
+        table.validate(full=True)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: not readable as Parquet ({error})") from error
-    names = {"key", "file_name", "boxes", "confidences", "labels", "width", "height"} & set(table.column_names)
+        raise InputError(f"{path}: not readable as Parquet ({' '.join(str(error).split())[:200]})") from error
+    names = set(_FIELDS) & set(table.column_names)
     if "boxes" not in names or not names & {"key", "file_name"}:
         raise InputError(f"{path}: needs the columns 'key' and 'boxes', found {', '.join(table.column_names)}")
     yield from table.select(sorted(names)).to_pylist()
@@ -223,28 +216,11 @@ def write_rows(path: Path, rows: Iterable[tuple[str, Boxes]], metadata: Mapping[
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema(
-        [
-            ("key", pa.string()),
-            ("width", pa.int32()),
-            ("height", pa.int32()),
-            ("boxes", pa.list_(pa.list_(pa.float32()))),
-            ("confidences", pa.list_(pa.float32())),
-            ("labels", pa.list_(pa.string())),
-        ],
-        metadata=dict(metadata),
-    )
-    listed = [
-        {
-            "key": key,
-            "width": boxes.width,
-            "height": boxes.height,
-            "boxes": boxes.corners.tolist(),
-            "confidences": boxes.confidence.tolist(),
-            "labels": list(boxes.labels),
-        }
-        for key, boxes in rows
-    ]
-    temporary = path.with_name(f".{path.name}.writing")
-    pq.write_table(pa.Table.from_pylist(listed, schema=schema), temporary)
-    temporary.replace(path)
+    floats = pa.list_(pa.float32())
+    types = (pa.string(), pa.int32(), pa.int32(), pa.list_(floats), floats, pa.list_(pa.string()))
+    names = ("key", "width", "height", "boxes", "confidences", "labels")
+    listed = [(key, b.width, b.height, b.corners.tolist(), b.confidence.tolist(), list(b.labels)) for key, b in rows]
+    schema = pa.schema(list(zip(names, types, strict=True)), metadata=dict(metadata))
+    table = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in listed], schema=schema)
+    with new_file(path) as temporary:
+        pq.write_table(table, temporary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.errors import InputError
 from clipdistill.regions.config import RegionsConfig
+from clipdistill.runtime.console import say
+from clipdistill.runtime.files import make_folder, write_json
 
 _USAGE = """
 clipdistill regions boxes --detector X --data D --out DIR          what a detector finds, once for every image
@@ -48,16 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Dispatch; returns the exit code."""
-    {"boxes": _boxes, "embed": _embed, "measure": _measure, "export": _export, "compare": _compare}[arguments.action](
-        arguments
-    )
+    actions = {"boxes": _boxes, "embed": _embed, "measure": _measure, "export": _export, "compare": _compare}
+    if arguments.json is not None:
+        make_folder(arguments.json.parent, "numbers")
+    actions[arguments.action](arguments)
     return 0
 
 
+def _data(arguments: argparse.Namespace, path: str) -> DataConfig:
+    values = {"path": path, "split": arguments.split, "image_root": arguments.image_root}
+    return build(DataConfig, {k: v for k, v in values.items() if v is not None}, "regions")
+
+
 def _source(arguments: argparse.Namespace, default_split: str) -> PairSource:
-    values = {"path": _needed(arguments, "data")[0], "split": arguments.split, "image_root": arguments.image_root}
-    config = build(DataConfig, {k: v for k, v in values.items() if v is not None}, "regions")
-    return open_pairs(config, default_split=default_split)
+    return open_pairs(_data(arguments, _needed(arguments, "data")[0]), default_split=default_split)
 
 
 def _needed(arguments: argparse.Namespace, name: str) -> Any:
@@ -74,10 +79,8 @@ def _boxes(arguments: argparse.Namespace) -> None:
 
     source = _source(arguments, "train")
     detector = open_detector(_needed(arguments, "detector"), pick_device(arguments.device))
-    boxes = detect(
-        source, detector, _needed(arguments, "out"), progress=lambda done, all: print(f"{done}/{all} images")
-    )
-    print(f"{arguments.out}: boxes of {len(boxes)} images by {detector.name}")
+    boxes = detect(source, detector, _needed(arguments, "out"), progress=lambda done, all: say(f"{done}/{all} images"))
+    say(f"{arguments.out}: boxes of {len(boxes)} images by {detector.name}")
 
 
 def _opened(arguments: argparse.Namespace, default_split: str) -> Any:
@@ -95,14 +98,14 @@ def _opened(arguments: argparse.Namespace, default_split: str) -> Any:
     teacher, source = read_meta_teacher(folder), _source(arguments, default_split)
     values = {"boxes": _needed(arguments, "boxes"), "store": arguments.store or folder.parent / "regions"}
     config = build(RegionsConfig, values, "regions")
-    store = open_store(config, source, teacher.clip, teacher.config, folder.parent, device, print)
+    store = open_store(config, source, teacher.clip, teacher.config, folder.parent, device, say)
     return teacher.to(device), source, store, device
 
 
 def _embed(arguments: argparse.Namespace) -> None:
     _, source, store, _ = _opened(arguments, "train")
     counts = store.counts()
-    print(f"{store.folder}: {int(counts.sum())} regions of {len(source)} images, {counts.float().mean():.1f} each")
+    say(f"{store.folder}: {int(counts.sum())} regions of {len(source)} images, {counts.float().mean():.1f} each")
 
 
 def _measure(arguments: argparse.Namespace) -> None:
@@ -110,9 +113,9 @@ def _measure(arguments: argparse.Namespace) -> None:
 
     teacher, source, store, device = _opened(arguments, "val")
     measured = measure(teacher, source, store, pairs=arguments.pairs, device=device)
-    measured.print()
+    measured.table().print()
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(measured.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, measured.to_json())
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -121,23 +124,19 @@ def _export(arguments: argparse.Namespace) -> None:
     out = _needed(arguments, "out")
     teacher, source, store, device = _opened(arguments, "train")
     count = export(teacher, source, store, out, device=device)
-    print(f"{out}: {count} images; use it as  --teacher cache:{out}")
+    say(f"{out}: {count} images; use it as  --teacher cache:{out}")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from clipdistill.regions.retention import before_after, show, to_json
+    from clipdistill.regions.retention import before_after, table, to_json
 
     if len(arguments.models) != 2:
         raise InputError("regions compare: name two models, the one before and the one after")
-    data: list[Any] = []
-    for path in arguments.data or []:
-        values = {"path": path, "split": arguments.split, "image_root": arguments.image_root}
-        data.append(build(DataConfig, {k: v for k, v in values.items() if v is not None}, "regions"))
-    data += arguments.zero_shot
+    data: list[Any] = [_data(arguments, path) for path in arguments.data or []]
     before, after = arguments.models
-    changes, scores = before_after(before, after, data, device=arguments.device)
-    show(changes)
+    changes, scores = before_after(before, after, data + arguments.zero_shot, device=arguments.device)
+    table(changes).print()
     for note in scores.notes:
-        print(note)
+        say(note)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(to_json(changes), indent=1) + "\n", encoding="utf-8")
+        write_json(arguments.json, to_json(changes))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from PIL import Image
 from clipdistill.errors import InputError, MissingExtraError, nearest
 from clipdistill.models.clip_model import hash_tensors
 from clipdistill.models.hub import offline, require_network
+from clipdistill.models.weights import read_state_dict
 from clipdistill.regions.boxes import Boxes, Detector
 
 DEFAULT_CONFIDENCE = 0.25
@@ -72,54 +73,16 @@ class Grid:
         return Boxes.of(width, height, corners)
 
 
-class TorchvisionDetector:
-    """A detection model of torchvision; weights from a safetensors file, a PyTorch file of tensors, or its own."""
+class _Network:
+    """A detector with weights: a module on a device, and a text that names everything else its boxes depend on."""
 
-    def __init__(self, rest: str, device: torch.device) -> None:
-        from torchvision.models import detection as models
-        from torchvision.models import get_model, get_model_weights, list_models
-
-        architecture, at, file = rest.partition("@")
-        known = list_models(module=models)
-        if architecture not in known:
-            raise InputError(f"torchvision has no detector '{architecture}'{nearest(architecture, known)}")
-        self.name = f"torchvision:{rest}"
-        categories: Sequence[str] = ()
-        settings: dict[str, Any] = {"weights": None, "weights_backbone": None}
-        if at:
-            tensors = read_tensors(Path(file).expanduser())
-            classes = _class_count(tensors)
-            self._model = get_model(architecture, **settings, **({} if classes is None else {"num_classes": classes}))
-        else:
-            weights = get_model_weights(architecture).DEFAULT
-            tensors = _download(weights, self.name)
-            categories = weights.meta.get("categories", ())
-            self._model = get_model(architecture, **settings, num_classes=len(categories))
-        try:
-            self._model.load_state_dict(tensors)
-        except RuntimeError as error:
-            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-            raise InputError(f"{self.name}: the weights are not those of {architecture} ({first[:200]})") from error
-        self._categories = tuple(categories)
-        self._device = device
-        self._model.eval().to(device)
+    def __init__(self, name: str, module: Any, device: torch.device, identity: str) -> None:
+        self.name, self._module, self._device, self._identity = name, module.eval().to(device), device, identity
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.name.partition("@")[0].encode())
-        hash_tensors(self._model.state_dict(), digest)
+        digest = hashlib.sha256(self._identity.encode())
+        hash_tensors(self._module.state_dict(), digest)
         return digest.hexdigest()
-
-    @torch.no_grad()
-    def __call__(self, images: Sequence[Image.Image]) -> list[Boxes]:
-        pixels = [torch.from_numpy(np.array(i)).permute(2, 0, 1).float().div(255).to(self._device) for i in images]
-        return [
-            _kept(image, found["boxes"], found["scores"], self._labels(found["labels"]))
-            for image, found in zip(images, self._model(pixels), strict=True)
-        ]
-
-    def _labels(self, numbers: torch.Tensor) -> list[str]:
-        known = self._categories
-        return [known[n] if n < len(known) else str(n) for n in numbers.tolist()]
 
 
 def _kept(image: Image.Image, corners: torch.Tensor, scores: torch.Tensor, labels: Sequence[str]) -> Boxes:
@@ -127,30 +90,49 @@ def _kept(image: Image.Image, corners: torch.Tensor, scores: torch.Tensor, label
     return boxes.chosen(boxes.confidence >= DEFAULT_CONFIDENCE)
 
 
-def _class_count(tensors: Mapping[str, torch.Tensor]) -> int | None:
-    """Classes that weights of a two-stage detector were trained for; None where their names do not tell."""
-    scores = tensors.get("roi_heads.box_predictor.cls_score.weight")
-    return None if scores is None else len(scores)
+class TorchvisionDetector(_Network):
+    """A detection model of torchvision; weights from a safetensors file, a PyTorch file of tensors, or its own."""
 
+    def __init__(self, rest: str, device: torch.device) -> None:
+        from torchvision.models import detection as models
+        from torchvision.models import get_model, get_model_weights, list_models
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, or of a PyTorch file that holds tensors and nothing else."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file of weights")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+        architecture, at, file = rest.partition("@")
+        name, known = f"torchvision:{rest}", list_models(module=models)
+        if architecture not in known:
+            raise InputError(f"torchvision has no detector '{architecture}'{nearest(architecture, known)}")
+        self._categories: tuple[str, ...] = ()
+        settings: dict[str, Any] = {"weights": None, "weights_backbone": None}
+        if at:
+            tensors = read_state_dict(Path(file).expanduser())
+            # the names of a two-stage detector's weights tell how many classes it was trained for
+            scores = tensors.get("roi_heads.box_predictor.cls_score.weight")
+            if scores is not None:
+                settings["num_classes"] = len(scores)
+        else:
+            weights = get_model_weights(architecture).DEFAULT
+            tensors = _download(weights, name)
+            self._categories = tuple(weights.meta.get("categories", ()))
+            settings["num_classes"] = len(self._categories)
+        module = get_model(architecture, **settings)
+        try:
+            module.load_state_dict(tensors)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise InputError(f"{name}: the weights are not those of {architecture} ({first[:200]})") from error
+        super().__init__(name, module, device, f"torchvision:{architecture}")
 
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling and safetensors raise many kinds for a damaged or hostile file
-        raise InputError(f"{path}: not readable as weights ({str(error).splitlines()[0][:160]})") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise InputError(f"{path}: not a dictionary of tensors")
-    return {str(name): value for name, value in content.items()}
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> list[Boxes]:
+        pixels = [torch.from_numpy(np.array(i)).permute(2, 0, 1).float().div(255).to(self._device) for i in images]
+        return [
+            _kept(image, found["boxes"], found["scores"], self._labels(found["labels"]))
+            for image, found in zip(images, self._module(pixels), strict=True)
+        ]
+
+    def _labels(self, numbers: torch.Tensor) -> list[str]:
+        known = self._categories
+        return [known[n] if n < len(known) else str(n) for n in numbers.tolist()]
 
 
 def _download(weights: Any, name: str) -> dict[str, torch.Tensor]:
@@ -162,61 +144,51 @@ def _download(weights: Any, name: str) -> dict[str, torch.Tensor]:
             raise InputError(f"{name}: its weights are not on this machine and the network is forbidden: {advice}")
         print(f"{name}: fetching weights from {weights.url}")
     try:
-        tensors: dict[str, torch.Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+        tensors: dict[str, torch.Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # urllib raises many kinds
         raise InputError(f"{name}: its weights could not be fetched ({type(error).__name__}): {advice}") from error
     return tensors
 
 
-class HuggingFaceDetector:
+class HuggingFaceDetector(_Network):
     """An object detector of transformers (YOLOS, RT-DETR, DETR, ...), safetensors weights only, no remote code."""
 
     def __init__(self, rest: str, device: torch.device) -> None:
-        self.name = f"hf:{rest}"
-        local = Path(rest).is_dir()
+        name, local = f"hf:{rest}", Path(rest).is_dir()
         if not local and rest.count("/") != 1:
-            raise InputError(f"'{self.name}': expected  hf:owner/name  or  hf:  and the path of a folder")
+            raise InputError(f"'{name}': expected  hf:owner/name  or  hf:  and the path of a folder")
         try:
-            from transformers import AutoImageProcessor, AutoModelForObjectDetection
+            import transformers
         except ImportError as error:
-            raise MissingExtraError("transformers", "regions", f"the detector 'hf:{rest}'") from error
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+            raise MissingExtraError("transformers", "regions", f"the detector '{name}'") from error
+
+        def load(local_only: bool) -> Any:
+            options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_only}
+            self._processor = transformers.AutoImageProcessor.from_pretrained(rest, **options)
+            auto = transformers.AutoModelForObjectDetection
+            return auto.from_pretrained(rest, use_safetensors=True, **options)
+
         try:
             try:
-                self._load(AutoImageProcessor, AutoModelForObjectDetection, rest, options)
+                module = load(True)
             except OSError:
                 if local:
                     raise
-                require_network(f"the detector {self.name}", rest)
-                self._load(
-                    AutoImageProcessor, AutoModelForObjectDetection, rest, {**options, "local_files_only": False}
-                )
+                require_network(f"the detector {name}", rest)
+                module = load(False)
         except InputError:
             raise
         except Exception as error:  # transformers raises many kinds for a folder that is something else
             reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-            raise InputError(f"{self.name}: not an object detector that transformers reads ({reason})") from error
-        self._device = device
-        self._model.eval().to(device)
-
-    def _load(self, processor: Any, model: Any, name: str, options: Mapping[str, Any]) -> None:
-        self._processor = processor.from_pretrained(name, **options)
-        self._model = model.from_pretrained(name, use_safetensors=True, **options)
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(b"hf " + self._processor.to_json_string().encode())
-        hash_tensors(self._model.state_dict(), digest)
-        return digest.hexdigest()
+            raise InputError(f"{name}: not an object detector that transformers reads ({reason})") from error
+        super().__init__(name, module, device, f"hf {self._processor.to_json_string()}")
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[Boxes]:
-        inputs = self._processor(images=list(images), return_tensors="pt").to(self._device)
-        output = self._model(**inputs)
-        sizes = torch.tensor([[image.height, image.width] for image in images])
-        found = self._processor.post_process_object_detection(
-            output, threshold=DEFAULT_CONFIDENCE, target_sizes=sizes.to(self._device)
-        )
-        names = self._model.config.id2label
+        output = self._module(**self._processor(images=list(images), return_tensors="pt").to(self._device))
+        sizes = torch.tensor([[image.height, image.width] for image in images]).to(self._device)
+        found = self._processor.post_process_object_detection(output, threshold=DEFAULT_CONFIDENCE, target_sizes=sizes)
+        names = self._module.config.id2label
         return [
             _kept(image, one["boxes"], one["scores"], [str(names.get(n, n)) for n in one["labels"].tolist()])
             for image, one in zip(images, found, strict=True)
@@ -228,18 +200,16 @@ class UltralyticsDetector:
 
     def __init__(self, rest: str, device: torch.device) -> None:
         weights = rest or "yolov8x.pt"
+        self.name = f"ultralytics:{weights}"
         try:
             from ultralytics import YOLO
         except ImportError as error:
             raise InputError(
-                f"the detector 'ultralytics:{weights}' needs ultralytics, which is licensed under AGPL-3.0 and "
-                "therefore no dependency of clipdistill: install it yourself (pip install ultralytics), or give boxes "
-                "as a file"
+                f"the detector '{self.name}' needs ultralytics, which is licensed under AGPL-3.0 and therefore no "
+                "dependency of clipdistill: install it yourself (pip install ultralytics), or give boxes as a file"
             ) from error
         print(LICENCE_NOTICE)
-        self.name = f"ultralytics:{weights}"
-        self._model = YOLO(weights)
-        self._device = device
+        self._model, self._device = YOLO(weights), device
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(b"ultralytics")

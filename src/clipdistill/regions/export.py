@@ -11,6 +11,7 @@ from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
 from clipdistill.regions.meta_teacher import MetaTeacher, caption_tokens
 from clipdistill.regions.store import RegionStore
+from clipdistill.runtime.files import make_folder, new_file
 
 _BATCH = 128
 
@@ -41,8 +42,8 @@ def export(
     schema = pa.schema(
         [("key", pa.string()), ("image", vector), ("text", pa.list_(vector))], metadata={"logit_scale": repr(scale)}
     )
-    temporary = path.with_name(f".{path.name}.writing")
-    with pq.ParquetWriter(temporary, schema) as writer:
+    make_folder(path.parent, "export")
+    with new_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for begin in range(0, len(readable), _BATCH):
             indices = readable[begin : begin + _BATCH]
             images = F.normalize(teacher.image(store.read(indices).to(device)), dim=-1).cpu()
@@ -52,5 +53,4 @@ def export(
                 text = F.normalize(sentences, dim=-1).cpu()
                 rows.append({"key": source.key(index), "image": image.tolist(), "text": text.tolist()})
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-    temporary.replace(path)
     return len(readable)

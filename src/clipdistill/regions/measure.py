@@ -21,8 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from clipdistill.data.pairs import PairSource
@@ -30,6 +28,7 @@ from clipdistill.embed.encode import encode_pairs
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.regions.meta_teacher import MetaTeacher, caption_tokens
 from clipdistill.regions.store import RegionBatch, RegionStore
+from clipdistill.runtime.console import TextTable
 
 METRICS = ("i2t_R@1", "i2t_R@5", "t2i_R@1", "t2i_R@5", "i2t_MRR", "t2i_MRR")
 _BATCH = 128
@@ -47,18 +46,14 @@ class Measured:
     def to_json(self) -> dict[str, Any]:
         return {"format": 1, **vars(self)}
 
-    def table(self) -> Table:
-        table = Table(title=f"{self.teacher} on {self.data}, first captions, percent")
-        table.add_column("image embedding")
-        for name in ("images", *METRICS):
-            table.add_column(name, justify="right")
-        for condition, scores in self.scores.items():
-            cells = [f"{100 * scores[m]:.1f}" if m in scores else "" for m in METRICS]
-            table.add_row(condition, str(self.images[condition]), *cells)
-        return table
-
-    def print(self) -> None:
-        Console(width=max(Console().width, 110)).print(self.table())
+    def table(self) -> TextTable:
+        """The scores in percent."""
+        rows: list[Sequence[str]] = [
+            [name, str(self.images[name]), *(f"{100 * scores[m]:.1f}" if m in scores else "" for m in METRICS)]
+            for name, scores in self.scores.items()
+        ]
+        title = f"{self.teacher} on {self.data}, first captions, percent"
+        return TextTable(("image embedding", "images", *METRICS), rows, title)
 
 
 @torch.no_grad()

@@ -6,9 +6,6 @@ clip/                                           the frozen CLIP, an ordinary mod
 
 from __future__ import annotations
 
-import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +19,11 @@ from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
 from clipdistill.models.architecture import text_tower
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.save import file_sha256, read_model, read_safetensors, save_model
+from clipdistill.models.save import read_model, read_safetensors, save_model
 from clipdistill.regions.config import MetaTeacherConfig
 from clipdistill.regions.network import MetaTeacherNetwork
 from clipdistill.regions.store import RegionBatch
+from clipdistill.runtime.files import new_folder, read_json, sha256, write_json
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, CLIP = "meta_teacher.json", "meta_teacher.safetensors", "clip"
@@ -71,13 +69,7 @@ class MetaTeacher:
 
     def save(self, folder: Path) -> None:
         """Write the folder, whole or not at all; one that is there is replaced if it is a meta-teacher's."""
-        if folder.exists() and any(folder.iterdir()) and not (folder / DESCRIPTION).exists():
-            raise InputError(f"{folder}: exists and is no region teacher, so it is not replaced: choose another place")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
-        try:
-            new = temporary / "new"
-            new.mkdir()
+        with new_folder(folder, lambda there: (there / DESCRIPTION).exists(), "region teacher") as new:
             save_model(self.clip, new / CLIP)
             tensors = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
             save_file(tensors, new / WEIGHTS)
@@ -86,15 +78,10 @@ class MetaTeacher:
                 "name": self.name,
                 "settings": as_dict(self.config),
                 "width": self.clip.embed_dim,
-                "weights_sha256": file_sha256(new / WEIGHTS),
-                "clip_weights_sha256": file_sha256(new / CLIP / "model.safetensors"),
+                "weights_sha256": sha256(new / WEIGHTS),
+                "clip_weights_sha256": sha256(new / CLIP / "model.safetensors"),
             }
-            (new / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-            if folder.exists():
-                folder.rename(temporary / "old")
-            new.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            write_json(new / DESCRIPTION, described)
 
 
 def region_teacher_folder(name: str) -> Path | None:
@@ -106,21 +93,17 @@ def region_teacher_folder(name: str) -> Path | None:
 def read_meta_teacher(folder: Path) -> MetaTeacher:
     """The frozen meta-teacher in a folder, in evaluation mode. Raises InputError for what is damaged or another one."""
     where = folder / DESCRIPTION
-    try:
-        values: dict[str, Any] = json.loads(where.read_text(encoding="utf-8"))
-        stored, settings, digest = values["format"], values["settings"], values["weights_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{where}: not the description of a region teacher ({error!r})") from error
-    if stored != FORMAT:
-        raise InputError(f"{where}: format {stored!r} is not known here (this version reads {FORMAT})")
-    config = build(MetaTeacherConfig, settings, f"{where}: settings")
+    values = read_json(where, "copy the folder again")
+    if values.get("format") != FORMAT:
+        raise InputError(f"{where}: format {values.get('format')!r} is not known here (this version reads {FORMAT})")
+    config = build(MetaTeacherConfig, values.get("settings", {}), f"{where}: settings")
     clip = read_model(folder / CLIP)
     network = MetaTeacherNetwork(clip.embed_dim, config)
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     tensors = read_safetensors(folder / WEIGHTS, shapes, f"the settings in {DESCRIPTION}")
-    if file_sha256(folder / WEIGHTS) != digest:
+    if sha256(folder / WEIGHTS) != values.get("weights_sha256"):
         raise InputError(f"{folder / WEIGHTS}: the content is not what {DESCRIPTION} recorded: copy the folder again")
-    if file_sha256(folder / CLIP / "model.safetensors") != values.get("clip_weights_sha256"):
+    if sha256(folder / CLIP / "model.safetensors") != values.get("clip_weights_sha256"):
         raise InputError(
             f"{folder / CLIP}: another CLIP than the one this teacher was trained on: copy the folder again"
         )

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
 from clipdistill.regions.box_file import BoxFile, write_rows
 from clipdistill.regions.boxes import Boxes, Detector
+from clipdistill.runtime.files import make_folder, read_json, remove_leftovers, write_json
 
 FORMAT = 1
 MANIFEST = "proposals.json"
@@ -43,6 +43,7 @@ def detect(
         path = folder / f"part-{number:05d}.parquet"
         if path.exists():
             continue
+        remove_leftovers(folder, path.name)
         metadata = {"clipdistill": "proposals", "detector": str(wanted["detector"])}
         write_rows(path, _detected(source, part, detector, batch_size), metadata)
         progress(part.stop, len(source))
@@ -77,21 +78,16 @@ def open_folder(folder: Path, source: PairSource, wanted: dict[str, Any]) -> Non
     path = folder / MANIFEST
     described = {**wanted, "data": source.name, "data_sha256": source.fingerprint(), "images": len(source)}
     if path.exists():
-        try:
-            stored = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: not readable as JSON ({error})") from error
-        for key in ("format", "detector_sha256", "data_sha256"):
+        stored = read_json(path, "give a new folder, or remove this one")
+        what = {"format": "another format", "detector_sha256": "another detector", "data_sha256": "other data"}
+        for key, other in what.items():
             if stored.get(key) != described[key]:
-                what = {"format": "another format", "detector_sha256": "another detector", "data_sha256": "other data"}
-                detail = f"{stored.get('detector')} on {stored.get('data')}"
                 raise InputError(
-                    f"{folder}: holds proposals of {what[key]} ({detail}): give a new folder, or remove this one"
+                    f"{folder}: holds proposals of {other} ({stored.get('detector')} on {stored.get('data')}): "
+                    "give a new folder, or remove this one"
                 )
         return
-    if folder.exists() and any(folder.iterdir()):
+    make_folder(folder, "boxes")
+    if any(folder.iterdir()):
         raise InputError(f"{folder}: the folder is not empty and holds no proposals; give a new one")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{MANIFEST}.writing")
-    temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, described)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from clipdistill.evaluate.evaluate import Data, evaluate
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.runtime.console import TextTable
 from clipdistill.statistics.bootstrap import bootstrap_ratio, paired_bootstrap
 from clipdistill.statistics.scores import Scores
 
@@ -76,33 +75,22 @@ def before_after(
     return changes, scores
 
 
-def table(changes: Sequence[Change]) -> Table:
-    """The changes as a table in percent; MRR is what DCLIP prints as MAP."""
-    result = Table(title="before and after, percent, 95 % intervals of paired differences", title_justify="left")
-    result.add_column("data")
-    result.add_column("metric")
-    for name in ("before", "after", "difference", "p", "kept"):
-        result.add_column(name, justify="right")
+def table(changes: Sequence[Change]) -> TextTable:
+    """The changes in percent; MRR is what DCLIP prints as MAP."""
+    result = TextTable(
+        ("data", "metric", "before", "after", "difference", "p", "kept"),
+        title="before and after, percent, 95 % intervals of paired differences",
+        text=(0, 1),
+    )
     for change in changes:
-        low, high = (100 * value for value in change.difference[1:])
+        value, low, high = (100 * number for number in change.difference)
         kept = "" if change.kept is None else f"{100 * change.kept[0]:.1f} %"
-        result.add_row(
-            change.data,
-            change.metric,
-            f"{100 * change.before:.1f}",
-            f"{100 * change.after:.1f}",
-            f"{100 * change.difference[0]:+.1f} [{low:+.1f}, {high:+.1f}]",
-            f"{change.p:.3f}",
-            kept,
-        )
+        scores = f"{100 * change.before:.1f}", f"{100 * change.after:.1f}"
+        difference = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+        result.rows.append((change.data, change.metric, *scores, difference, f"{change.p:.3f}", kept))
     return result
 
 
 def to_json(changes: Sequence[Change]) -> dict[str, Any]:
     """Plain values for a file."""
     return {"format": 1, "changes": [vars(change) for change in changes]}
-
-
-def show(changes: Sequence[Change]) -> None:
-    """Print the table."""
-    Console(width=max(Console().width, 110)).print(table(changes))

@@ -134,7 +134,7 @@ class _Run:
         (out / CHECKPOINT).unlink(missing_ok=True)
         self._describe("finished")
         if measured is not None and self.display.enabled:
-            measured.print()
+            measured.table().print()
         return self.progress.step
 
     def _announce(self) -> None:
