@@ -59,11 +59,12 @@ def write_results(ablations: Sequence[Path], out: Path) -> None:
         if not page.is_file():
             raise InputError(f"{folder}: no {NAME}.md there; run  clipdistill ablate PLAN --out {folder}  first")
         text = page.read_text(encoding="utf-8")
-        picture = folder / f"{NAME}.png"
-        if picture.is_file():
-            name = f"{folder.resolve().name}.png"
-            shutil.copyfile(picture, images / name)
-            text = text.replace(f"({NAME}.png)", f"(images/{name})")
+        for ending in (".svg", ".png"):  # .png: an older version's
+            picture = folder / f"{NAME}{ending}"
+            if picture.is_file():
+                name = f"{folder.resolve().name}{ending}"
+                shutil.copyfile(picture, images / name)
+                text = text.replace(f"({NAME}{ending})", f"(images/{name})")
         blocks.append(re.sub(r"^#", "##", without_paths(text), flags=re.MULTILINE))
     runs = [run for folder in ablations for run in run_folders(folder)]
     verdicts = [v for v in judge(read_claims("published"), read_records(runs)) if v.effect is not None]

@@ -13,9 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from clipdistill.bench.throughput import throughput
 from clipdistill.cache.config import CacheConfig
@@ -24,13 +22,13 @@ from clipdistill.config import as_dict, build
 from clipdistill.models import load_model
 from clipdistill.report.look import look
 from clipdistill.report.report import write_report
+from clipdistill.runtime.console import TextTable, say
 from clipdistill.statistics.scores import Scores
 from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.run import Run, distill
 
 TEACHER = "scenes-teacher"
 RECIPES = ("clip", "clip-kd", "clip-rd")
-console = Console()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,29 +54,28 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for recipe in recipes
     ]
-    console.print("[bold]the teacher's embeddings, computed once for all students[/bold]")
+    say("the teacher's embeddings, computed once for all students", colour="bold")
     cache = fill_cache(configs[0], out / "teacher-cache")
     runs: list[Run] = []
     for config in configs:
-        console.print(f"[bold]{len(runs) + 1}/{len(configs)}  {config.recipe}[/bold]")
+        say(f"{len(runs) + 1}/{len(configs)}  {config.recipe}", colour="bold")
         cached = {"teacher": f"cache:{cache}"} if config.objective.needs_teacher else {}
         runs.append(distill(config.model_copy(update=cached)))
-    console.print("[bold]measuring speed[/bold]")
+    say("measuring speed", colour="bold")
     measure_speed(runs, arguments.seconds)
-    console.print("[bold]drawing the report[/bold]")
+    say("drawing the report", colour="bold")
     look([run.folder for run in runs], images=300, queries=8, progress=False)
     report = out / "report.html"
     summary = write_report([r.folder for r in runs], report, title="clipdistill demo", claims="published")
     print_summary(runs)
-    console.print(summary.headline)
-    console.print(f"\nreport: {report}   ({time.monotonic() - began:.0f} s)", soft_wrap=True)
+    say(f"{summary.headline}\n\nreport: {report}   ({time.monotonic() - began:.0f} s)")
     return 0
 
 
 def fill_cache(config: RunConfig, folder: Path) -> Path:
     """The store of the teacher's embeddings of every training picture and caption."""
     settings = {"teacher": TEACHER, "data": as_dict(config.data), "out": folder}
-    with Progress(console=console, transient=True) as bar:
+    with Progress(transient=True) as bar:
         task = bar.add_task("pictures", total=None)
         fill(
             build(CacheConfig, settings), progress=lambda done, total, _: bar.update(task, completed=done, total=total)
@@ -98,7 +95,7 @@ def measure_speed(runs: Sequence[Run], seconds: float) -> None:
 def print_summary(runs: Sequence[Run]) -> None:
     """One line a model: the same numbers as the report's table."""
     shown = ("t2i_R@1", "i2t_R@1", "top1")
-    table = Table("model", *shown, title="teacher and students")
+    table = TextTable(["model", *shown], title="teacher and students")
     rows: dict[str, dict[str, float]] = {}
     for run in runs:
         scores = run.scores or Scores([])
@@ -107,5 +104,5 @@ def print_summary(runs: Sequence[Run]) -> None:
             if score.metric in shown:
                 rows.setdefault(name, {}).setdefault(score.metric, score.value)
     for name, values in sorted(rows.items(), key=lambda item: item[0] != "teacher"):
-        table.add_row(name, *(f"{values[m]:.1%}" if m in values else "" for m in shown))
-    console.print(table)
+        table.rows.append([name, *(f"{values[m]:.1%}" if m in values else "" for m in shown)])
+    table.print()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-from rich.table import Table
-
 from clipdistill.recipes import about, load_recipe, recipe_names
+from clipdistill.runtime.console import TextTable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,58 +15,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print one table."""
-    table = {"recipes": recipes, "students": students, "datasets": datasets}[arguments.what]()
-    console = Console()
-    console.print(table) if console.is_terminal else Console(width=200).print(table)
+    {"recipes": recipes, "students": students, "datasets": datasets}[arguments.what]().print()
     return 0
 
 
-def recipes() -> Table:
+def recipes() -> TextTable:
     """Every shipped recipe with its terms, source and published figure."""
-    table = Table("recipe", "terms and weights", "source", "published", title="recipes", show_lines=True)
+    table = TextTable(["recipe", "terms and weights", "source", "published"], text=range(4))
     for name in recipe_names():
         weights = load_recipe(name)["objective"]["weights"]
         terms = " + ".join(term if weight == 1 else f"{weight:g} {term}" for term, weight in weights.items())
         known = about(name)
-        table.add_row(name, terms, known.source, known.published)
+        table.rows.append([name, terms, known.source, known.published])
     return table
 
 
-def students() -> Table:
+def students() -> TextTable:
     """Every registered student with its parameter counts."""
     from clipdistill.models.students import list_students
 
-    table = Table(
-        "student", "image", "text transformer", "total", "embedding", "source", title="students (M parameters)"
-    )
+    heads = ["student", "image", "text transformer", "total", "embedding", "source"]
+    table = TextTable(heads, title="students (M parameters)", text=(0, 5))
     for row in list_students():
-        table.add_row(
-            row.name,
-            f"{row.image_parameters / 1e6:.2f}",
-            f"{row.text_parameters / 1e6:.2f}",
-            f"{row.total_parameters / 1e6:.2f}",
-            str(row.embed_dim),
-            row.source,
-        )
+        counts = (row.image_parameters, row.text_parameters, row.total_parameters)
+        table.rows.append([row.name, *(f"{n / 1e6:.2f}" for n in counts), str(row.embed_dim), row.source])
     return table
 
 
-def datasets() -> Table:
+def datasets() -> TextTable:
     """How data sets are named, and the known labelled sets."""
     from clipdistill.data.class_names import KNOWN_SETS
 
-    table = Table("name", "what", title="data sets")
+    table = TextTable(["name", "what"], text=(0, 1))
     for name, what in (
-        (
-            "captions.json",
-            "Karpathy or COCO captions JSON; the image folder is found beside it or given by --image-root",
-        ),
+        ("captions.json", "Karpathy or COCO captions JSON; its image folder beside it, or given by --image-root"),
         ("pairs.csv, .tsv, .parquet", "one caption a row; columns filepath and title unless named"),
         ("'cc3m/{00000..00331}.tar', folder/", "WebDataset tars in img2dataset's layout, or a folder of images + .txt"),
         ("hf:owner/name", "a Hugging Face data set (extra hf)"),
         ("scenes, scenes:val?size=1000", "the built-in procedural set"),
     ):
-        table.add_row(name, what)
+        table.rows.append([name, what])
     for name, known in KNOWN_SETS.items():
-        table.add_row(name, f"labelled: {known}")
+        table.rows.append([name, f"labelled: {known}"])
     return table

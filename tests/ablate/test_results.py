@@ -2,6 +2,7 @@
 
 import json
 import math
+import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
@@ -70,15 +71,17 @@ def test_the_files_say_the_same(folder):
     page = (out / "ablation.md").read_text()
     assert "# Made-up grid" in page
     assert "clipdistill ablate plan.yaml --out grid" in page
-    assert "![differences from base and learning curves](ablation.png)" in page
-    assert (out / "ablation.png").read_bytes()[:4] == b"\x89PNG"
-    rows = [line.split(" | ") for line in main_table(results).splitlines()]
+    assert "![differences from base and learning curves](ablation.svg)" in page
+    drawn = ElementTree.parse(out / "ablation.svg").getroot()
+    words = {element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"better", "same", "worse", "text→image R@1", "points against base"} <= words
+    rows = [line.split(" | ") for line in main_table(results).markdown().splitlines()]
     assert rows[0][0] == "| variant"
     assert [row[0].strip("|* ") for row in rows[2:]] == ["teacher", *VARIANTS]
     better = next(row for row in rows if row[0] == "| better")
     value = next(d for d in stored["differences"] if d["variant"] == "better")["both"]
     assert better[2].startswith(f"**+{100 * value['effect']:.2f} [+{100 * value['low']:.2f} to")
-    assert "same − base" in detail_table(results)
+    assert "same − base" in detail_table(results).markdown()
     assert "task + crd" not in page.split("## What was compared")[1].split("**same**")[1]
     assert "train.weight_decay: 0.1 -> 0.5" in page
     verdicts = json.loads((out / "claims.json").read_text())["claims"]

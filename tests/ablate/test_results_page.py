@@ -31,8 +31,8 @@ def test_the_page_holds_tables_pictures_and_published_claims(script, tmp_path):
     text = out.read_text()
     assert "\n## Made up\n" in text
     assert "clipdistill ablate benchmarks/plan.yaml --data set.json --out runs/x train.steps=5" in text
-    assert "(images/ablation-made-up.png)" in text
-    assert (tmp_path / "docs" / "images" / "ablation-made-up.png").is_file()
+    assert "(images/ablation-made-up.svg)" in text
+    assert (tmp_path / "docs" / "images" / "ablation-made-up.svg").is_file()
     assert "python docs/results.py runs/ablation-made-up" in text
     claims = text.split("## The published claims")[1]
     assert "| **supported** | `clip-rd > clip-kd on * t2i_R@1 [flickr8k]` |" in claims

@@ -83,5 +83,6 @@ def test_colours_only_on_a_terminal_that_wants_them(monkeypatch):
     assert "\033" not in file.getvalue()
 
 
-def test_markdown_escapes_bars():
+def test_markdown_escapes_bars_and_shows_colours_as_bold():
+    assert TextTable(["a"], [[Coloured("+1", "green")], [Coloured("0", "")]]).markdown().endswith("| **+1** |\n| 0 |")
     assert TextTable(["a", "b"], [["x|y", "1"]]).markdown() == "| a | b |\n| --- | ---: |\n| x\\|y | 1 |"

@@ -95,7 +95,7 @@ def _tell(outcome: Outcome, results: Results | None, out: Path) -> None:
         f"{len(outcome.elsewhere)} at work in another process, {len(outcome.failed)} failed"
     )
     if results is not None:
-        Console().print(terminal_table(results))
+        terminal_table(results).print()
         if results.verdicts:
             Console().print(verdict_table(results.verdicts))
         print(f"table and picture: {out / 'ablation.md'}   page: clipdistill report {out}")

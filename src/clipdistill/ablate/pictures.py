@@ -2,128 +2,126 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from importlib import resources
 
 import numpy as np
 
 from clipdistill.ablate.results import Column, Results
 from clipdistill.ablate.tables import column_title
+from clipdistill.report.svg import Axis, Chart, compact, figure, text
 
-_BLUE, _ORANGE, _GREY, _INK = "#1f6fd6", "#d2551b", "#9a9fa8", "#1b1d22"
+WIDTH, ROW, PANEL, ACROSS = 1000.0, 24.0, 150.0, 4
+_OWN, _BASE, _SEED = 1, 3, 7  # colours of svg.py, of which 1 and 7 are drawn as circles
 
 
-def draw(results: Results, path: Path, curve_metric: str | None = None) -> bool:
-    """Write the picture (format by the ending: .png or .svg); False when there is nothing to draw.
+def draw(results: Results) -> str:
+    """The picture as an SVG file; "" when there is nothing to draw.
 
     Above: variant minus baseline with 95 % intervals, a dot for each seed, filled where decided. Below: the mean curve
     of each variant with the range over seeds, the baseline's and all others' behind it.
     """
     columns = [c for c in results.columns if any(d.column == c for d in results.differences)]
-    metric = curve_metric or _curve_metric(results)
-    if not columns and metric is None:
-        return False
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    from matplotlib import pyplot as plt
-
-    style: dict[Any, Any] = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.fonttype": "none",
-    }
-    others = [v.name for v in results.variants if v.name != results.plan.reference]
-    panels = [v.name for v in results.variants if v.name in results.curves] if metric else []
-    across = 4
-    down = math.ceil(len(panels) / across)
-    with plt.rc_context(style):
-        heights = [0.6 + 0.26 * max(len(others), 1) if columns else 0.0, 1.55 * down]
-        figure: Any = plt.figure(figsize=(10, sum(heights) + 0.5), layout="constrained")
-        drawn = [height for height in heights if height]
-        parts = list(figure.subfigures(len(drawn), 1, squeeze=False, height_ratios=drawn)[:, 0])
-        if columns:
-            _differences(results, columns, others, parts.pop(0))
-        if panels and metric:
-            _curves(results, metric, panels, down, across, parts.pop(0))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # the writer's own date would make every drawing differ
-        figure.savefig(path, dpi=140, metadata={"Date": None} if path.suffix == ".svg" else {})
-        plt.close(figure)
-    return True
+    followed = {m for seeds in results.curves.values() for points in seeds.values() for _, s in points for m in s}
+    metric = next((c.metric for c in results.columns if c.metric in followed), None)
+    parts: list[str] = []
+    height = 8.0
+    if columns:
+        others = [v.name for v in results.variants if v.name != results.plan.reference]
+        tall = 90.0 + ROW * len(others)
+        names = 24.0 + 6.8 * max(map(len, others))
+        wide = (WIDTH - names - 16) / len(columns)
+        for place, column in enumerate(columns):
+            left = names if place == 0 else 8.0  # only the first panel has the names
+            chart = _differences(results, column, others, wide + left, tall, left)
+            parts.append(chart.render((names - left + wide * place, height)))
+        height += tall + 12
+    if metric is not None:
+        means = {v.name: _mean_curve(results, v.name, metric) for v in results.variants if v.name in results.curves}
+        for place, name in enumerate(means):
+            at = (WIDTH / ACROSS * (place % ACROSS), height + PANEL * (place // ACROSS))
+            parts.append(_curve(means, name, results.plan.reference).render(at))
+        height += PANEL * -(-len(means) // ACROSS) + 24
+        title = column_title(Column(metric, None, None), [])
+        words = f"{title} in per cent over pairs seen, on a sample of the validation set"
+        words += f" (orange: {results.plan.reference}; band: range over seeds)"
+        parts.append(text(WIDTH / 2, height - 8, words, "middle"))
+    name = f"differences from {results.plan.reference} and learning curves"
+    style = resources.files("clipdistill.ablate").joinpath("picture.css").read_text(encoding="utf-8")
+    return figure(WIDTH, height, name, parts, style) if parts else ""
 
 
-def _differences(results: Results, columns: list[Column], others: list[str], part: Any) -> None:
-    axes = part.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    places = {name: len(others) - 1 - i for i, name in enumerate(others)}
-    base = next(v for v in results.variants if v.name == results.plan.reference) if columns else None
-    for axis, column in zip(axes, columns):
-        axis.axvline(0, color=_INK, linewidth=0.8)
-        for name, place in places.items():
-            found = results.difference(name, column)
-            if found is None or found.verdict.effect is None:
-                continue
-            verdict, decided = found.verdict, found.outcome != "undecided"
-            value = 100 * found.verdict.effect
-            variant = next(v for v in results.variants if v.name == name)
-            if base is not None:
-                ours, theirs = (dict(zip(v.seeds, v.scores[column])) for v in (variant, base))
-                each = [100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
-                axis.plot(each, [place - 0.22] * len(each), ".", color=_GREY, markersize=3)
-            if verdict.low is not None and verdict.high is not None:
-                axis.plot([100 * verdict.low, 100 * verdict.high], [place, place], color=_BLUE, linewidth=1.4)
-            face = _BLUE if decided else "white"
-            axis.plot(value, place, "o", color=_BLUE, markerfacecolor=face, markersize=5)
-        axis.set_yticks(list(places.values()), list(places))
-        axis.set_ylim(-0.7, len(others) - 0.4)
-        axis.set_title(column_title(column, results.columns), fontsize=9)
-        axis.set_xlabel(f"points against {results.plan.reference}")
-        axis.grid(axis="x", color="#e6e6e6", linewidth=0.6)
-
-
-def _curves(results: Results, metric: str, panels: list[str], down: int, across: int, part: Any) -> None:
-    axes = part.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    means = {name: _mean_curve(results, name, metric) for name in panels}
-    for place, axis in enumerate(axes.flat):
-        if place >= len(panels):
-            axis.set_visible(False)
-            continue
-        name = panels[place]
-        for other, (x, mean, _, _) in means.items():
-            if other not in (name, results.plan.reference):
-                axis.plot(x, mean, color="#dcdcdc", linewidth=0.8, zorder=1)
-        if results.plan.reference in means:
-            x, mean, _, _ = means[results.plan.reference]
-            axis.plot(x, mean, color=_ORANGE, linewidth=1.2, zorder=2)
-        x, mean, low, high = means[name]
-        if name != results.plan.reference:
-            axis.fill_between(x, low, high, color=_BLUE, alpha=0.2, linewidth=0)
-            axis.plot(x, mean, color=_BLUE, linewidth=1.6, zorder=3)
-        axis.set_title(name, fontsize=8.5, loc="left", pad=2)
-        axis.tick_params(labelsize=7.5)
-        axis.grid(color="#eeeeee", linewidth=0.5)
-        axis.xaxis.set_major_formatter(lambda v, _: f"{v / 1000:g}k" if v else "0")
-    title = column_title(Column(metric, None, None), [])
-    part.supylabel(f"{title}, %", fontsize=8.5)
-    part.supxlabel(
-        f"pairs seen (on a sample of the validation set; orange: {results.plan.reference}; band: range over seeds)",
-        fontsize=8.5,
+def _differences(
+    results: Results, column: Column, others: Sequence[str], width: float, height: float, left: float
+) -> Chart:
+    """Points against the baseline in one column, a row a variant."""
+    variants = {v.name: v for v in results.variants}
+    found = {name: results.difference(name, column) for name in others}
+    places = {name: float(len(others) - 1 - i) for i, name in enumerate(others)}
+    base = dict(zip(variants[results.plan.reference].seeds, variants[results.plan.reference].scores[column]))
+    values = [0.0]
+    seeds: dict[str, list[float]] = {}
+    for name, difference in found.items():
+        if difference is not None and difference.verdict.effect is not None:
+            own = dict(zip(variants[name].seeds, variants[name].scores[column]))
+            seeds[name] = [100 * (own[seed] - base[seed]) for seed in own if seed in base]
+            verdict = difference.verdict
+            bounds = [verdict.effect, verdict.low, verdict.high]
+            values += [*seeds[name], *(100 * v for v in bounds if v is not None and np.isfinite(v))]
+    x = Axis(
+        min(values), max(values), f"points against {results.plan.reference}", show=lambda v: f"{v:g}".replace("-", "−")
     )
+    y = Axis(-0.6, len(others) - 0.4, "", pad=0.0, show=lambda _: "")
+    y.ticks = []
+    title = column_title(column, results.columns)
+    chart = Chart(x, y, f"differences in {title}", width=width, height=height)
+    chart.left, chart.right, chart.top = left, width - 8, 26.0
+    chart.parts.append(text(left, 13, title, "start", "axis"))
+    chart.path([0.0, 0.0], [-0.6, len(others) - 0.4], "zero")
+    for name, place in places.items():
+        if left > 8:
+            chart.parts.append(text(left - 10, chart.py(place) + 4, name, "end"))
+        difference = found[name]
+        if difference is None or name not in seeds:
+            continue
+        for value in seeds[name]:
+            chart.point(value, place - 0.26, _SEED, "", size=1.6, focus=False)
+        verdict, hollow = difference.verdict, difference.outcome == "undecided"
+        low, high, value = verdict.low, verdict.high, 100 * (verdict.effect or 0.0)
+        reach = None if low is None or high is None else (100 * low, 100 * high)
+        chart.point(value, place, _OWN, "", size=4.2, x_range=reach, focus=False, hollow=hollow)
+    return chart
 
 
-def _mean_curve(results: Results, name: str, metric: str) -> tuple[list[int], list[float], list[float], list[float]]:
+def _curve(means: dict[str, tuple[list[float], ...]], name: str, baseline: str) -> Chart:
+    """One variant's learning curve before all others."""
+    numbers = [v for _, *curves in means.values() for curve in curves for v in curve] or [0.0]
+    last = max([x[-1] for x, *_ in means.values() if x], default=1.0)
+    y = Axis(min(0.0, *numbers), max(numbers), name, pad=0.03, show=lambda v: f"{v:g}", floor=0.0)
+    chart = Chart(Axis(0.0, last, "", pad=0.02, floor=0.0, show=compact), y, name, width=WIDTH / ACROSS, height=PANEL)
+    chart.left, chart.bottom = 36.0, PANEL - 24
+    for other, (x, mean, _, _) in means.items():
+        if other not in (name, baseline):
+            chart.path(x, mean, "other")
+    if baseline in means:
+        chart.line(*means[baseline][:2], _BASE, "")
+    if name != baseline:
+        x, mean, low, high = means[name]
+        chart.band(x, low, high, _OWN)
+        chart.line(x, mean, _OWN, "")
+    return chart
+
+
+def _mean_curve(results: Results, name: str, metric: str) -> tuple[list[float], ...]:
     """(pairs seen, mean, lowest, highest over seeds) in per cent, at the points that all seeds have."""
     curves = [
         {x: scores[metric] for x, scores in points if metric in scores} for points in results.curves[name].values()
     ]
     shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     values = [[100 * curve[x] for curve in curves] for x in shared]
-    return shared, [float(np.mean(v)) for v in values], [min(v) for v in values], [max(v) for v in values]
-
-
-def _curve_metric(results: Results) -> str | None:
-    """The first compared metric that was followed during training."""
-    followed = {m for seeds in results.curves.values() for points in seeds.values() for _, s in points for m in s}
-    return next((c.metric for c in results.columns if c.metric in followed), None)
+    return (
+        [float(x) for x in shared],
+        [float(np.mean(v)) for v in values],
+        [min(v) for v in values],
+        [max(v) for v in values],
+    )

@@ -1,8 +1,7 @@
-"""What an ablation leaves in its folder: ablation.json, ablation.md, ablation.png, claims.json."""
+"""What an ablation leaves in its folder: ablation.json, ablation.md, ablation.svg, claims.json."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from clipdistill.ablate.pictures import draw
 from clipdistill.ablate.plan import Plan
 from clipdistill.ablate.results import Results, collect, to_json
 from clipdistill.ablate.tables import markdown
+from clipdistill.runtime.files import write_json, write_text
 from clipdistill.statistics.verdicts import FILE as CLAIMS
 from clipdistill.statistics.verdicts import write_verdicts
 
@@ -22,15 +22,12 @@ def summarise(plan: Plan, grid: Sequence[GridRun], out: Path, *, command: str | 
     results = collect(plan, grid, out)
     if results is None:
         return None
-    drawn = draw(results, out / f"{NAME}.png")
-    _write(out / f"{NAME}.json", json.dumps(to_json(results) | {"command": command}, indent=1, ensure_ascii=False))
-    _write(out / f"{NAME}.md", markdown(results, picture=f"{NAME}.png" if drawn else None, command=command))
+    picture = draw(results)
+    if picture:
+        write_text(out / f"{NAME}.svg", picture)
+    write_json(out / f"{NAME}.json", to_json(results) | {"command": command})
+    page = markdown(results, picture=f"{NAME}.svg" if picture else None, command=command)
+    write_text(out / f"{NAME}.md", page.rstrip("\n") + "\n")
     if results.verdicts:
         write_verdicts(results.verdicts, out / CLAIMS, plan.title or "ablation")
     return results
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-
 from clipdistill.ablate.results import Column, Difference, Results, VariantResult
+from clipdistill.runtime.console import Coloured, TextTable
 from clipdistill.statistics.verdicts import p_text, verdicts_markdown
 
+_COLOURS = {"better": "green", "worse": "red"}
 _NAMES = {"top1": "zero-shot top-1", "top5": "zero-shot top-5", "mean_per_class": "zero-shot mean per class"}
 
 
@@ -34,44 +34,43 @@ def markdown(results: Results, *, picture: str | None = None, command: str | Non
         blocks.append(
             f"**Not finished:** {results.finished} of {results.runs} runs; missing: {', '.join(results.missing)}."
         )
-    blocks.append(main_table(results))
+    blocks.append(main_table(results).markdown())
     blocks.append(_legend(results))
     if picture:
         blocks.append(f"![differences from {plan.reference} and learning curves]({picture})")
     if results.verdicts:
         blocks += [f"{'#' * (level + 1)} Claims", verdicts_markdown(results.verdicts)]
-    blocks += [f"{'#' * (level + 1)} Over seeds and over queries", detail_table(results)]
+    blocks += [f"{'#' * (level + 1)} Over seeds and over queries", detail_table(results).markdown()]
     blocks += [f"{'#' * (level + 1)} What was compared", _compared(results)]
     return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
 
 
-def main_table(results: Results) -> str:
+def main_table(results: Results) -> TextTable:
     """One row a variant: score (standard deviation over seeds), difference from the baseline, p by Holm, cost."""
     heads = ["variant"]
     for column in results.columns:
         heads += [column_title(column, results.columns), f"minus {results.plan.reference}"]
-    heads += ["seconds", "pairs/s"]
-    rows = []
+    table = TextTable([*heads, "seconds", "pairs/s"])
     if results.teacher:
         cells = ["teacher"]
         for column in results.columns:
             cells += [_percent(results.teacher.get(column), column), ""]
-        rows.append([*cells, "", ""])
+        table.rows.append([*cells, "", ""])
     for variant in results.variants:
-        cells = [f"**{variant.name}**" if variant.name == results.plan.reference else variant.name]
+        cells = [Coloured(variant.name, "bold" if variant.name == results.plan.reference else "")]
         for column in results.columns:
             cells += [_score(variant, column), _difference(results.difference(variant.name, column))]
-        rows.append([*cells, f"{variant.seconds:.0f}", f"{variant.pairs_per_second:.0f}"])
-    return _table(heads, rows, right=len(heads) - 1)
+        table.rows.append([*cells, f"{variant.seconds:.0f}", f"{variant.pairs_per_second:.0f}"])
+    return table
 
 
-def detail_table(results: Results) -> str:
+def detail_table(results: Results) -> TextTable:
     """Each difference with both kinds of uncertainty apart and together."""
     heads = ["difference", "metric", "points", "over seeds", "over queries", "together", "p", "p (Holm)", "verdict"]
-    rows = []
+    table = TextTable(heads, text=range(len(heads)))
     for d in results.differences:
         scale = _scale(d.column)
-        rows.append(
+        table.rows.append(
             [
                 f"{d.variant} − {results.plan.reference}",
                 column_title(d.column, results.columns),
@@ -84,24 +83,13 @@ def detail_table(results: Results) -> str:
                 _outlook(d),
             ]
         )
-    return _table(heads, rows)
+    return table
 
 
-def terminal_table(results: Results) -> Table:
+def terminal_table(results: Results) -> TextTable:
     """The main table for the terminal."""
-    table = Table("variant", title=results.plan.title or "ablation", caption=_caption(results))
-    for column in results.columns:
-        table.add_column(column_title(column, results.columns), justify="right")
-        table.add_column(f"minus {results.plan.reference}", justify="right")
-    table.add_column("seconds", justify="right")
-    for variant in results.variants:
-        cells = [variant.name]
-        for column in results.columns:
-            difference = results.difference(variant.name, column)
-            colour = {"better": "green", "worse": "red"}.get(difference.outcome if difference else "", "")
-            text = _difference(difference).replace("**", "")
-            cells += [_score(variant, column), f"[{colour}]{text}[/]" if colour and text else text]
-        table.add_row(*cells, f"{variant.seconds:.0f}")
+    table = main_table(results)
+    table.title, table.caption = results.plan.title or "ablation", _caption(results)
     return table
 
 
@@ -163,13 +151,13 @@ def _difference(difference: Difference | None) -> str:
         text += f" [{_bounds(difference.verdict.low, difference.verdict.high, scale)}]"
     if difference.p_holm is not None:
         text += f", p {p_text(difference.p_holm)}"
-    return f"**{text}**" if difference.outcome != "undecided" else text
+    return Coloured(text, _COLOURS.get(difference.outcome, ""))
 
 
 def _outlook(difference: Difference) -> str:
     verdict = difference.verdict
     if difference.outcome != "undecided":
-        return f"**{difference.outcome}**"
+        return Coloured(difference.outcome, _COLOURS[difference.outcome])
     if verdict.outcome != "undecided":
         return "undecided (not after Holm)"
     if verdict.seeds_needed is not None:
@@ -201,8 +189,3 @@ def _percent(value: float | None, column: Column) -> str:
 
 def _scale(column: Column) -> float:
     return 1.0 if column.metric.endswith("median_rank") or column.metric == "ties" else 100.0
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: int = 0) -> str:
-    marks = ["---"] * (len(heads) - right) + ["---:"] * right
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, marks, *rows))

@@ -210,9 +210,11 @@ def difference_chart(column: Column, comparisons: Sequence[Comparison], width: f
     y.ticks = []
     chart = Chart(x, y, f"Differences in {column.title}", width=width, height=58.0 + 40.0 * len(shown))
     chart.left, chart.top = 14.0, 10.0
-    chart.path([0.0, 0.0], [-0.5, len(shown) - 0.5], "zero")
     for row, comparison in enumerate(shown):
         at = len(shown) - 1 - row - 0.18
+        chart.path(
+            [0.0, 0.0], [at - 0.24, at + 0.2], "zero"
+        )  # beside the markers only: a whole line would cross the names
         words = f"{comparison.challenger.label} minus {comparison.baseline.label}"
         reach = (
             (comparison.low, comparison.high) if comparison.low is not None and comparison.high is not None else None

@@ -9,6 +9,7 @@ and two stand side by side on a desk. Classes: `s0` the teacher, `s1` ... `s8` t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -151,13 +152,13 @@ class Chart:
         cx, cy = self.px(x), self.py(y)
         whiskers = ""
         if y_range is not None:
-            whiskers += (
-                f'<path class="whisker" d="M{number(cx)} {number(self.py(y_range[0]))}V{number(self.py(y_range[1]))}"/>'
-            )
+            low, high = (self.py(v) for v in y_range)
+            whiskers += f'<path class="whisker" d="M{number(cx)} {number(low)}V{number(high)}"/>'
+            self._boxes.append((cx - 1, high, cx + 1, low))
         if x_range is not None:
-            whiskers += (
-                f'<path class="whisker" d="M{number(self.px(x_range[0]))} {number(cy)}H{number(self.px(x_range[1]))}"/>'
-            )
+            low, high = (self.px(v) for v in x_range)
+            whiskers += f'<path class="whisker" d="M{number(low)} {number(cy)}H{number(high)}"/>'
+            self._boxes.append((low, cy - 1, high, cy + 1))
         reach = f'<circle class="reach" cx="{number(cx)}" cy="{number(cy)}" r="12"/>' if focus else ""
         tab = ' tabindex="0"' if focus else ""
         self.parts.append(
@@ -167,13 +168,24 @@ class Chart:
         self._boxes.append((cx - size - 2, cy - size - 2, cx + size + 2, cy + size + 2))
 
     def path(self, xs: Sequence[float], ys: Sequence[float], style: str) -> None:
-        """A line that belongs to no entry (a front, a reference)."""
-        points = " ".join(f"{number(self.px(x))},{number(self.py(y))}" for x, y in zip(xs, ys))
+        """A line that belongs to no entry (a front, a reference), behind what is drawn; labels keep off it."""
+        places = [(self.px(x), self.py(y)) for x, y in zip(xs, ys)]
+        points = " ".join(f"{number(x)},{number(y)}" for x, y in places)
         self.parts.insert(0, f'<polyline class="{style}" points="{points}"/>')
+        for (x, y), (x2, y2) in itertools.pairwise(places):
+            steps = 1 + int(math.hypot(x2 - x, y2 - y) / 6)
+            between = ((x + (x2 - x) * i / steps, y + (y2 - y) * i / steps) for i in range(steps + 1))
+            self._boxes += [(u - 1, v - 1, u + 1, v + 1) for u, v in between]
 
-    def label(self, x: float, y: float, text: str, colour: int) -> None:
+    def band(self, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], colour: int) -> None:
+        """The area between two lines in the colour of an entry."""
+        corners = [*zip(xs, highs), *reversed(list(zip(xs, lows)))]
+        points = " ".join(f"{number(self.px(x))},{number(self.py(y))}" for x, y in corners)
+        self.parts.append(f'<polygon class="band {colour_class(colour)}" points="{points}"/>')
+
+    def label(self, x: float, y: float, name: str, colour: int) -> None:
         """A name beside a point, on the side where it covers nothing drawn so far."""
-        shown = text if len(text) <= 26 else text[:25] + "…"
+        shown = name if len(name) <= 26 else f"{name[:12]}…{name[-13:]}"  # what tells names apart is often their end
         cx, cy, wide = self.px(x), self.py(y), 6.6 * len(shown)
         sides = [
             ("start", 10, 4),
@@ -188,7 +200,7 @@ class Chart:
         for anchor, dx, dy in sides:
             start = cx + dx - {"start": 0.0, "end": wide, "middle": wide / 2}[anchor]
             box = (start, cy + dy - 11, start + wide, cy + dy + 3)
-            cost = sum(_overlap(box, other) for other in self._boxes)
+            cost = sum(_overlap(box, other, 1.0) for other in self._boxes)
             cost += 40 * max(
                 0.0, self.left - box[0], box[2] - self.right + 2, self.top - 12 - box[1], box[3] - self.bottom
             )
@@ -198,12 +210,11 @@ class Chart:
         assert best is not None
         self._boxes.append(chosen)
         _, anchor, tx, ty = best
-        self.parts.append(_text(tx, ty, shown, anchor, f"name {colour_class(colour)}"))
+        self.parts.append(text(tx, ty, shown, anchor, f"name {colour_class(colour)}"))
 
-    def note(self, x: float, y: float, text: str, colour: int, anchor: str) -> None:
+    def note(self, x: float, y: float, words: str, colour: int, anchor: str) -> None:
         """A line of text above a point."""
-        at = f'x="{number(self.px(x))}" y="{number(self.py(y) - 11)}" text-anchor="{anchor}"'
-        self.parts.append(f'<text class="name {colour_class(colour)}" {at}>{escape(text)}</text>')
+        self.parts.append(text(self.px(x), self.py(y) - 11, words, anchor, f"name {colour_class(colour)}"))
 
     def bars(self, edges: Sequence[float], heights: Sequence[float], colour: int, tip: str) -> None:
         """A filled step outline (a histogram)."""
@@ -216,27 +227,40 @@ class Chart:
             f'<g class="{colour_class(colour)} hover"><path class="area" d="{"".join(steps)}"/>{_title(tip)}</g>'
         )
 
-    def render(self) -> str:
-        """The chart as an <svg> element."""
-        grid, text = [], []
+    def render(self, place: tuple[float, float] | None = None) -> str:
+        """The chart as an <svg> element; `place`: where it stands within another one (see `figure`)."""
+        grid, words = [], []
         for tick in self.y.ticks:
             at = number(self.py(tick))
             grid.append(f'<path d="M{number(self.left)} {at}H{number(self.right)}"/>')
-            text.append(_text(self.left - 7, self.py(tick) + 4, self.y.show(tick), "end"))
+            words.append(text(self.left - 7, self.py(tick) + 4, self.y.show(tick), "end"))
         for tick in self.x.ticks:
             at = number(self.px(tick))
             grid.append(f'<path d="M{at} {number(self.bottom)}v5"/>')
-            text.append(_text(self.px(tick), self.bottom + 18, self.x.show(tick), "middle"))
+            words.append(text(self.px(tick), self.bottom + 18, self.x.show(tick), "middle"))
         if self.x.label:
-            text.append(_text((self.left + self.right) / 2, self.height - 6, self.x.label, "middle", "axis"))
+            words.append(text((self.left + self.right) / 2, self.height - 6, self.x.label, "middle", "axis"))
         if self.y.label:
-            text.append(_text(2, 13, self.y.label, "start", "axis"))
+            words.append(text(2, 13, self.y.label, "start", "axis"))
+        size = f"{number(self.width)} {number(self.height)}"
+        where = ""
+        if place is not None:
+            where = ' x="{}" y="{}" width="{}" height="{}"'.format(*map(number, (*place, self.width, self.height)))
         return (
-            f'<svg class="chart" viewBox="0 0 {number(self.width)} {number(self.height)}" role="img" '
+            f'<svg class="chart"{where} viewBox="0 0 {size}" role="img" '
             f'aria-label="{escape(self.name)}"><g class="grid">{"".join(grid)}'
             f'<path class="base" d="M{number(self.left)} {number(self.bottom)}H{number(self.right)}"/></g>'
-            f'<g class="ticks">{"".join(text)}</g>{"".join(self.parts)}</svg>'
+            f'<g class="ticks">{"".join(words)}</g>{"".join(self.parts)}</svg>'
         )
+
+
+def figure(width: float, height: float, name: str, parts: Sequence[str], style: str) -> str:
+    """Charts (rendered with their places) and texts as one SVG file that stands alone: white, with its own style."""
+    size = f'width="{number(width)}" height="{number(height)}" viewBox="0 0 {number(width)} {number(height)}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{escape(name)}">\n'
+        f'<style>{style}</style><rect width="100%" height="100%" fill="#fff"/>\n' + "\n".join([*parts, "</svg>\n"])
+    )
 
 
 def marker(colour: int, cx: float, cy: float, r: float) -> str:
@@ -264,15 +288,18 @@ def _polygon(cx: float, cy: float, polar: Sequence[tuple[float, float]]) -> str:
     return f'<polygon class="mark" points="{points}"/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, css: str = "") -> str:
+def text(x: float, y: float, words: str, anchor: str, css: str = "") -> str:
+    """A line of text; anchor: "start", "middle" or "end"."""
     kind = f' class="{css}"' if css else ""
-    return f'<text{kind} x="{number(x)}" y="{number(y)}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text{kind} x="{number(x)}" y="{number(y)}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
 def _title(tip: str) -> str:
     return f"<title>{escape(tip)}</title>" if tip else ""
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float], margin: float) -> float:
+    """The area shared by two boxes; lines count as much as marks, so a margin is added."""
+    a = (a[0] - margin, a[1] - margin, a[2] + margin, a[3] + margin)
     wide, high = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     return wide * high if wide > 0 and high > 0 else 0.0

@@ -65,9 +65,9 @@ class TextTable:
         return shown
 
     def markdown(self) -> str:
-        """The table in Markdown; cells are shown as they are (a cell may hold Markdown, a bar is escaped)."""
+        """The table in Markdown, coloured cells bold; a cell may hold Markdown of its own, only bars are escaped."""
         marks = ["---" if i in self.text else "---:" for i in range(len(self.heads))]
-        cells = [[re.sub(r"(?<!\\)\|", r"\|", _clean(cell)) for cell in row] for row in (self.heads, *self.rows)]
+        cells = [[re.sub(r"(?<!\\)\|", r"\|", _bold(_clean(cell))) for cell in row] for row in (self.heads, *self.rows)]
         return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], marks, *cells[1:]))
 
     def _widths(self, rows: Sequence[Sequence[str]], width: int | None) -> list[int] | None:
@@ -131,6 +131,10 @@ def _coloured(file: TextIO) -> bool:
 
 def _paint(text: str, colour: str, colours: bool) -> str:
     return f"\033[{_CODES[colour]}m{text}\033[0m" if colours and colour and text else text
+
+
+def _bold(cell: str) -> str:
+    return f"**{cell}**" if cell and getattr(cell, "colour", "") else cell
 
 
 def _clean(text: str) -> str:
