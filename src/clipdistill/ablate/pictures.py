@@ -104,7 +104,7 @@ def _curve(means: dict[str, tuple[list[float], ...]], name: str, baseline: str) 
         if other not in (name, baseline):
             chart.path(x, mean, "other")
     if baseline in means:
-        chart.line(*means[baseline][:2], _BASE, "")
+        chart.line(means[baseline][0], means[baseline][1], _BASE, "")
     if name != baseline:
         x, mean, low, high = means[name]
         chart.band(x, low, high, _OWN)
