@@ -78,14 +78,13 @@ def small_files(bytes: int) -> None:
 
 
 def full_disk(name: str, skip: int = 0) -> None:
-    """Opening a file called `name` (PID: the process) for writing fails as on a full disk, after `skip` times."""
+    """Opening a file whose name begins with `name` for writing fails as on a full disk, after `skip` times."""
     import pathlib
 
-    name = name.replace("PID", str(os.getpid()))
     original, seen = pathlib.Path.open, [0]
 
     def refused(self: pathlib.Path, mode: str = "r", *arguments: Any, **settings: Any) -> Any:
-        if self.name == name and set(mode) & set("wa"):
+        if self.name.startswith(name) and set(mode) & set("wa"):
             seen[0] += 1
             if seen[0] > skip:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))

@@ -57,7 +57,7 @@ def test_row_16_a_cache_that_does_not_fit(launcher: Launcher, models: Path, tmp_
     cache = tmp_path / "cache"
     fill = ["cache", "--teacher", models / "teacher", "--data", "scenes:train", "--out", cache, "--device", "cpu"]
     fill += ["--block", 8, "--quiet", "data.size=20"]
-    said = launcher.start(*fill, fault="full_disk", name=".000001.safetensors.PID.writing").finish(74)
+    said = launcher.start(*fill, fault="full_disk", name=".000001.safetensors.writing-").finish(74)
     assert "No space left on device" in said
     assert (cache / "teacher-0" / "000000.safetensors").exists()
     launcher.start(*fill).finish()

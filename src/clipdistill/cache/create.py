@@ -27,6 +27,7 @@ from clipdistill.config import as_dict
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
+from clipdistill.runtime.files import write_text
 from clipdistill.runtime.links import refuse_links
 from clipdistill.runtime.locks import Claims
 
@@ -240,7 +241,6 @@ def _add_synthetic(records: list[dict[str, Any]], path: Path | None) -> Syntheti
 
 def _write_tokenizers(folder: Path, teachers: Sequence[ClipModel], numbers: range) -> None:
     for number in numbers:
-        text = tokenizer_text(teachers[number])
         path = folder / f"teacher-{number}" / "tokenizer.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", errors="surrogatepass", newline="\n")
+        write_text(path, tokenizer_text(teachers[number]))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipdistill.cache.blocks import remove_leftovers, write_block
+from clipdistill.cache.blocks import write_block
 from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.create import open_for_filling
 from clipdistill.cache.onnx_teacher import load_fill_teacher
@@ -220,7 +220,7 @@ class _Filling:
                 self.claims.give_back(f"{number:06d}")
                 continue
             for part in parts:
-                remove_leftovers(self.store.path(*part, number))
+                self.store.remove_leftovers(*part, number)
             work = _Work(number, parts, self._indices(number))
             self.queue.append(work)
             kinds = {part for part, _ in parts}

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pydantic
 
-from clipdistill.cache.blocks import flush
+from clipdistill.cache.blocks import CACHE_REMEDY, MANIFEST, BlockFolder
 from clipdistill.cache.rows import Dtype
 from clipdistill.config import Config, as_dict, build
 from clipdistill.data.views import ImageSpec, ViewPolicy
@@ -20,7 +17,6 @@ from clipdistill.errors import InputError
 
 FORMAT = 1
 KIND = "clipdistill cache"
-MANIFEST = "manifest.json"
 
 
 class TeacherEntry(Config):
@@ -130,20 +126,19 @@ class Layout:
         return int((self.stops - self.starts).max(initial=0))
 
 
+def blocks_of(folder: Path) -> BlockFolder:
+    """The files of a cache."""
+    return BlockFolder(folder, what="cache", remedy=CACHE_REMEDY)
+
+
 def read_manifest(folder: Path, kind: str = KIND) -> Manifest:
-    """The manifest of the store in `folder`; raises InputError when there is none or it cannot be used."""
+    """The manifest of the cache in `folder`; raises InputError when there is none or it cannot be used."""
     path = folder / MANIFEST
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{folder}: no {MANIFEST}, so this is not a cache: make one with `clipdistill cache`"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(values, dict) or values.get("kind") != kind:
-        found = values.get("kind") if isinstance(values, dict) else None
-        raise InputError(f"{path}: not the manifest of a '{kind}' (it says {found!r})")
+    if not path.exists():
+        raise InputError(f"{folder}: no {MANIFEST}, so this is not a cache: make one with `clipdistill cache`")
+    values = blocks_of(folder).description()
+    if values.get("kind") != kind:
+        raise InputError(f"{path}: not the manifest of a '{kind}' (it says {values.get('kind')!r})")
     if values.get("format") != FORMAT:
         raise InputError(
             f"{path}: format {values.get('format')!r}, this version reads {FORMAT}: use the version that wrote it"
@@ -161,8 +156,4 @@ def read_manifest(folder: Path, kind: str = KIND) -> Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step."""
-    temporary = folder / f".{MANIFEST}.{os.getpid()}.writing"
-    temporary.write_text(json.dumps(as_dict(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    flush(temporary)
-    temporary.replace(folder / MANIFEST)
-    flush(folder)
+    blocks_of(folder).describe(as_dict(manifest))

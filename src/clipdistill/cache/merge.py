@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipdistill.cache.blocks import flush, write_block
+from clipdistill.cache.blocks import write_block
 from clipdistill.cache.fingerprint import differences
 from clipdistill.cache.manifest import Manifest, SyntheticEntry, write_manifest
 from clipdistill.cache.samples import write_samples
@@ -21,6 +20,7 @@ from clipdistill.cache.stored_views import pack_views
 from clipdistill.cache.synthetic import synthetic_fingerprint
 from clipdistill.config import as_dict
 from clipdistill.errors import InputError
+from clipdistill.runtime.files import new_file
 
 _OWN = ("segments", "samples", "data", "synthetic", "block")
 
@@ -61,10 +61,8 @@ def _settings(manifest: Manifest) -> dict[str, Any]:
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.writing")
-    shutil.copyfile(source, temporary)
-    flush(temporary)
-    temporary.replace(target)
+    with new_file(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def _copy_tokenizers(out: Path, store: Store) -> None:

@@ -6,7 +6,7 @@ An uncompressed Arrow IPC file, memory-mapped: a store of ten million samples op
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clipdistill.cache.blocks import flush
+from clipdistill.cache.blocks import read_table, write_table
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
 
-_BATCH = 65_536
 DIGEST_BYTES = 16
 _SCHEMA = pa.schema(
     [
@@ -46,16 +45,9 @@ class SampleTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            # offsets are trusted by everything that reads them: a damaged or hostile file could lead outside its memory
-            self._table.validate(full=True)
-        except FileNotFoundError:
-            raise InputError(f"{path}: the table of samples is missing, so the cache cannot be used") from None
-        except (OSError, pa.ArrowException) as error:
-            raise InputError(f"{path}: not readable as an Arrow file ({error}), so the cache cannot be used") from error
-        if self._table.schema != _SCHEMA:
-            raise InputError(f"{path}: columns {self._table.schema.names} instead of {_SCHEMA.names}")
+        self._table = read_table(
+            path, _SCHEMA, "table of samples", "the cache cannot be used without it: fill it again"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SampleTable, (self.path,)
@@ -114,30 +106,9 @@ class SampleTable:
         return self._table.to_pylist()
 
 
-def write_samples(folder: Path, records: Iterable[dict[str, Any]]) -> str:
-    """Write a table and return its file name, which carries the content's sha256: a table is never changed in place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".samples.writing"
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        batch: list[dict[str, Any]] = []
-        for record in records:
-            batch.append(record)
-            if len(batch) == _BATCH:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
-                batch = []
-        if batch:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
-    name = f"samples-{file_digest(temporary)}.arrow"
-    flush(temporary)
-    temporary.replace(folder / name)
-    flush(folder)
-    return name
-
-
-def file_digest(path: Path) -> str:
-    """The first 16 hexadecimal digits of a file's sha256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def write_samples(folder: Path, records: Iterable[Mapping[str, Any]]) -> str:
+    """Write a table and return its file name, which carries the content's sha256."""
+    return write_table(folder, "samples", _SCHEMA, records)
 
 
 def find_difference(table: SampleTable, source: PairSource) -> str | None:

@@ -12,6 +12,7 @@ docs/cache.md describes each file so that others can write them.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from clipdistill.cache.blocks import Block
-from clipdistill.cache.manifest import FORMAT, Manifest, read_manifest
+from clipdistill.cache.manifest import FORMAT, Manifest, blocks_of, read_manifest
 from clipdistill.cache.rows import groups, unpack
 from clipdistill.cache.samples import SampleTable, sample_digest
 from clipdistill.cache.stored_views import read_view
@@ -57,6 +58,7 @@ class Store:
             )
         self.layout = self.manifest.layout
         self._blocks: dict[tuple[Part, int, int], Block] = {}
+        self._files = blocks_of(self.folder)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.folder,)
@@ -83,12 +85,19 @@ class Store:
 
     # --- files -------------------------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _name(part: Part, teacher: int, block: int) -> str:
+        if part == "views":
+            return f"views/{block:06d}"
+        return f"teacher-{teacher}/{'synthetic-' if part == 'synthetic' else ''}{block:06d}"
+
     def path(self, part: Part, teacher: int, block: int) -> Path:
         """The file of one block; `teacher` does not matter for views."""
-        if part == "views":
-            return self.folder / "views" / f"{block:06d}.safetensors"
-        prefix = "synthetic-" if part == "synthetic" else ""
-        return self.folder / f"teacher-{teacher}" / f"{prefix}{block:06d}.safetensors"
+        return self._files.path(self._name(part, teacher, block))
+
+    def remove_leftovers(self, part: Part, teacher: int, block: int) -> None:
+        """Take away what killed writers left of a block; only while holding the lock on it."""
+        self._files.remove_leftovers(self._name(part, teacher, block))
 
     def parts(self) -> list[tuple[Part, int]]:
         """What each block consists of, in the order of writing."""
@@ -105,15 +114,13 @@ class Store:
 
     def missing_blocks(self) -> list[int]:
         """Numbers of the blocks of which some part is not filled."""
-        present = {}
+        present: set[str] = set()
         for part, teacher in self.parts():
-            folder = self.path(part, teacher, 0).parent
-            if folder not in present:
-                present[folder] = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+            present |= self._files.names(self._name(part, teacher, 0).partition("/")[0])
         return [
             block
             for block in range(len(self.layout))
-            if any((path := self.path(*part, block)).name not in present[path.parent] for part in self.parts())
+            if any(self._name(*part, block) not in present for part in self.parts())
         ]
 
     def require_complete(self) -> None:
@@ -169,16 +176,9 @@ class Store:
         return fields
 
     def _open(self, part: Part, teacher: int, number: int) -> Block:
-        block = Block(self.path(part, teacher, number))
-        for field, expected in self.block_metadata(part, teacher, number).items():
-            found = block.metadata.get(field)
-            if found != expected:
-                raise InputError(
-                    f"{block.path}: {field}: the block was written with {found!r}, the manifest says {expected!r}: it "
-                    "belongs to another cache"
-                )
-        self._check_shapes(block, part, teacher, number)
-        return block
+        expected = self.block_metadata(part, teacher, number)
+        check = functools.partial(self._check_shapes, part=part, teacher=teacher, number=number)
+        return self._files.read(self._name(part, teacher, number), expected, check)
 
     def _check_shapes(self, block: Block, part: Part, teacher: int, number: int) -> None:
         start, stop = self.layout.bounds(number)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import mmap
-import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from clipdistill.cache.blocks import flush
 from clipdistill.cache.manifest import MANIFEST, Manifest, TeacherEntry, read_manifest, write_manifest
 from clipdistill.cache.rows import scaled
 from clipdistill.cache.store import Store
@@ -35,6 +33,7 @@ from clipdistill.data.formats.tar_headers import DamagedTar, members
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.views import View
 from clipdistill.errors import InputError
+from clipdistill.runtime.files import new_file
 
 SHARD_KIND = "clipdistill cache shards"
 _RECENT = 512  # decoded samples kept: a batch asks for each several times
@@ -85,14 +84,11 @@ def export_shards(store: Store, source: PairSource, out: Path) -> list[Path]:
     for label, indices in groups.items():
         path = out / f"{label}.tar"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.writing")
-        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+        with new_file(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for index in indices:
                 stem = source.key(index)[len(label) + 1 :]
                 _add(tar, stem + _TENSORS, safetensors.torch.save(_tensors(store, index)))
                 _add(tar, stem + _DESCRIPTION, json.dumps(_describe(store, index), ensure_ascii=False).encode())
-        flush(temporary)
-        temporary.replace(path)
         written.append(path)
     write_manifest(out, store.manifest.model_copy(update={"kind": SHARD_KIND}))
     return written

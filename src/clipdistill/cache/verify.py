@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from clipdistill.cache.blocks import require_whole_table
 from clipdistill.cache.fingerprint import text_digest
-from clipdistill.cache.samples import file_digest
 from clipdistill.cache.store import Part, Store
 from clipdistill.cache.synthetic import synthetic_fingerprint
 from clipdistill.errors import InputError
@@ -58,8 +58,10 @@ def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, tot
 
 def _check_tables(store: Store, report: VerifyReport) -> None:
     path = store.samples.path
-    if not path.name.endswith(f"-{file_digest(path)}.arrow"):
-        report.problems.append(f"{path}: damaged: its content is not what its name says; fill the cache again")
+    try:
+        require_whole_table(path)
+    except InputError as error:
+        report.problems.append(str(error))
     rows = np.sort(store.samples.rows)
     if not np.array_equal(rows, np.arange(len(rows))):
         report.problems.append(f"{path}: damaged: its rows are not 0 to {len(rows) - 1}")
