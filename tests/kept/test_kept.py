@@ -60,7 +60,9 @@ def test_runs_are_reported_compared_and_claimed(kept: Path, tmp_path: Path) -> N
     assert main(["report", *runs, str(kept / "run"), "--out", str(tmp_path / "report.html")]) == 0
     assert "CLIP-RD" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert main(["compare", *runs[:2], "--against", *runs[2:]]) == 0
-    (tmp_path / "claims.yaml").write_text("claims: [{claim: clip-rd > clip-rd-without-vrd on scenes/val t2i_R@1}]")
+    (tmp_path / "claims.yaml").write_text(
+        "claims: [{id: kept, claim: clip-rd > clip-rd-without-vrd on scenes/val t2i_R@1}]"
+    )
     assert main(["claims", str(tmp_path / "claims.yaml"), *runs]) == 0
 
 
