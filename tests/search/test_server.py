@@ -134,7 +134,7 @@ def test_a_picture_can_be_given(server: SearchServer, collection: Collection) ->
     assert ask(server, "/picture", "POST", b"no picture")[0] == 400
     assert ask(server, "/picture", "POST", b"", Content_Length=str(LARGEST_UPLOAD + 1))[0] == 413
     assert ask(server, "/other", "POST", b"")[0] == 404
-    assert ask(server, "/", "DELETE")[0] == 501
+    assert ask(server, "/", "DELETE")[0] == 405
     for _ in range(20):
         server.keep_query(data)
     assert len(server.queries) == 16
