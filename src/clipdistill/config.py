@@ -21,6 +21,11 @@ class Config(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        """What may be set, for suggestions after an unknown key."""
+        return list(cls.model_fields)
+
 
 C = TypeVar("C", bound=Config)
 
@@ -63,7 +68,7 @@ def _keys_at(cls: type[Config], path: Sequence[str]) -> list[str]:
         field = getattr(current, "model_fields", {}).get(name)
         options = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
         current = next((o for o in options if isinstance(o, type) and issubclass(o, Config)), None)
-    return list(getattr(current, "model_fields", {}))
+    return [] if current is None else list(current.known_keys())
 
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def mix_names() -> list[str]:
 def settings_of(mix: str) -> dict[str, Any]:
     """The objective's settings under a mix's name."""
     if mix == EVERYTHING:
-        return {"weights": {name: 10.0 if name == "fd" else 1.0 for name in TERMS}}
+        return {"weights": {name: 10.0 if name == "fd" else 1.0 for name in TERMS.names()}}
     settings: dict[str, Any] = load_recipe(mix)["objective"]
     return settings
 
@@ -32,7 +32,7 @@ def make_objective(mix: str, student: int, teacher: int, engine: str, dtype: tor
     """The mix's objective, with the same random parameters each time."""
     torch.manual_seed(7)
     config = ObjectiveConfig(**{**settings_of(mix), "engine": engine})
-    return config.build(student, teacher).to(dtype)
+    return Objective.from_config(config, student, teacher).to(dtype)
 
 
 def make_input(

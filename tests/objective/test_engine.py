@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from clipdistill.objective import Objective
-from clipdistill.objective.engines.engine import TILED_FROM, choose_engine, dense_bytes, load_engine
+from clipdistill.objective.engines.choose import TILED_FROM, choose_engine, dense_bytes, load_engine
 from clipdistill.objective.plan import CrossEntropy, Divergence, Sigmoid
 from tests.objective.plain import random_embeddings
 

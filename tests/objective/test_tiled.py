@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipdistill.objective.engines import tiled_products
+from clipdistill.objective.engines import EngineOptions, tiled_products
 from clipdistill.objective.engines.dense import dense
-from clipdistill.objective.engines.engine import EngineOptions, Plan
 from clipdistill.objective.engines.tiled import tiled
 from clipdistill.objective.engines.tiled_walk import Walk
 from clipdistill.objective.features import Features
 from clipdistill.objective.gather import World
-from clipdistill.objective.plan import CrossEntropy, Divergence, Primitive, Sigmoid
+from clipdistill.objective.plan import CrossEntropy, Divergence, Plan, Primitive, Sigmoid
 from tests.objective.tiled_cases import (
     CLIP_RD,
     SCALES,

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from clipdistill.objective.engines import tiled_fused
-from clipdistill.objective.engines.engine import EngineOptions
+from clipdistill.objective.engines import EngineOptions, tiled_fused
 from tests.objective.test_tiled import LARGE, LARGE_SCALES, converted, largest_error, run, with_scales
 from tests.objective.tiled_cases import CLIP_RD, make_features, plan_of, random_plan, reference, relative
 

@@ -13,10 +13,11 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipdistill.objective.engines.engine import EngineOptions, Plan
+from clipdistill.objective.engines import EngineOptions
 from clipdistill.objective.engines.tiled import tiled
 from clipdistill.objective.features import Features
 from clipdistill.objective.gather import World
+from clipdistill.objective.plan import Plan
 from tests.objective.test_tiled import LARGE, LARGE_SCALES, with_scales
 from tests.objective.tiled_cases import CLIP_RD, gradients, leaves, make_features, plan_of, random_plan, reference
 

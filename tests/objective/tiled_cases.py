@@ -9,15 +9,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clipdistill.objective.engines.engine import Plan
 from clipdistill.objective.features import Features
-from clipdistill.objective.pairings import Setting, all_pairings, named_logits
-from clipdistill.objective.plan import CrossEntropy, Divergence, Primitive, Sigmoid
+from clipdistill.objective.plan import (
+    CrossEntropy,
+    Divergence,
+    Plan,
+    Primitive,
+    Sigmoid,
+    named_logits,
+    published_pairings,
+)
 
 DIMS = {"student": 6, "teacher": 5, "fused": 4, "k": 3}
 TEACHERS = 2
 TRAINED = ("student_image", "student_text", "student_synthetic_text", "projected_image", "projected_text")
-PAIRINGS = {**all_pairings(Setting(teachers=TEACHERS, synthetic=True)), **all_pairings(Setting())}
+PAIRINGS = {**published_pairings(TEACHERS), **published_pairings()}
 SCALES = {
     "student": 14.0,
     "student_bias": -4.0,

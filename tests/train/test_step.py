@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from clipdistill.config import build
-from clipdistill.objective import Embeddings
+from clipdistill.objective import Embeddings, Objective
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import load_recipe, recipe_names
 from clipdistill.train.step import Towers, forward_backward
@@ -45,7 +45,7 @@ def gradients(recipe: str, micro_batch: int | None) -> tuple[float, dict[str, to
     torch.manual_seed(0)
     values = load_recipe(recipe)
     config = build(ObjectiveConfig, values["objective"])
-    objective = config.build(STUDENT, TEACHER).double()
+    objective = Objective.from_config(config, STUDENT, TEACHER).double()
     towers = DoubleTowers(TinyClip(bias="sigmoid" in config.active_terms), values["train"].get("fixed_logit_scale"))
     images = torch.randn(ROWS, 3, 2, 2, dtype=torch.float64)
     tokens = torch.randint(0, 20, (ROWS, 5))
@@ -80,7 +80,7 @@ def test_plain_accumulation_would_be_wrong():
     """The check above can fail: halves of the batch on their own are another objective."""
     whole, _ = gradients("clip", None)
     torch.manual_seed(0)
-    objective = build(ObjectiveConfig, load_recipe("clip")["objective"]).build(STUDENT, TEACHER).double()
+    objective = Objective.from_recipe("clip", student_dim=STUDENT, teacher_dim=TEACHER).double()
     towers = DoubleTowers(TinyClip(bias=False))
     images, tokens = torch.randn(ROWS, 3, 2, 2, dtype=torch.float64), torch.randint(0, 20, (ROWS, 5))
     halves = 0.0

@@ -21,8 +21,8 @@ import pydantic
 
 from clipdistill.config import Config, build, override, read_yaml
 from clipdistill.errors import InputError, nearest
-from clipdistill.objective.terms import TERMS
 from clipdistill.recipes import lay
+from clipdistill.registry import TERMS
 from clipdistill.statistics.claims import Claim
 
 _NAME = re.compile(r"^[\w][\w.%+=@-]{0,79}$")
@@ -225,7 +225,7 @@ def _term_and_weight(switch: str, option: str) -> tuple[str, float]:
 
 def _known(name: str, where: str) -> None:
     if name not in TERMS:
-        raise InputError(f"{where}: unknown term '{name}'{nearest(name, TERMS)}")
+        raise InputError(f"{where}: unknown term '{name}'{nearest(name, TERMS.names())}")
 
 
 def _require(fitting: Sequence[str], option: str, weights_of: Mapping[str, Mapping[str, float]]) -> None:

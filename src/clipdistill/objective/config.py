@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import pydantic
 
 from clipdistill.config import Config
-from clipdistill.errors import InputError
 from clipdistill.objective.mix import Mix, checked_weights
-from clipdistill.objective.objective import Objective
-from clipdistill.objective.pairings import Setting
-from clipdistill.objective.terms import find_term
+from clipdistill.objective.term import Setting, options_model
+from clipdistill.registry import TERMS
 
 
 class ObjectiveConfig(Config):
-    """Settings of `Objective`; see its docstring for their meaning."""
+    """Settings of `Objective`; see its docstring for their meaning. Options of terms are keys like the others."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
 
     weights: dict[str, float]
     scales: Literal["released", "exponential"] = "released"
     projection: Literal["after-task", "before-task"] = "after-task"
     engine: Literal["dense", "tiled", "auto"] = "auto"
-    feature_units: Literal["released", "cosine"] = "released"
-    gd_temperature: Literal["released", "fixed"] = "released"
-    sigmoid_targets: Literal["pairs", "teacher"] = "pairs"
-    vrd_target: Literal["text", "image"] = "text"
-    reinforced_lambda: float = pydantic.Field(default=1.0, ge=0, le=1)
     products: Literal["exact", "bfloat16"] = "exact"
 
-    @pydantic.field_validator("weights")
+    @pydantic.model_validator(mode="before")
     @classmethod
-    def _known_terms(cls, weights: dict[str, float]) -> dict[str, float]:
-        checked_weights(weights)
+    def _check_options(cls, values: Any) -> Any:
+        """Every option of the mix's terms with its value; options of other terms are checked and left out."""
+        if not isinstance(values, Mapping):
+            return values
+        given = {key: value for key, value in values.items() if key not in cls.model_fields}
+        weights = values.get("weights")
+        terms = [TERMS.get(name) for name in weights if name in TERMS] if isinstance(weights, Mapping) else []
+        names = {option.name for term in terms for option in term.options}
+        everybody = terms if names.issuperset(given) else [TERMS.get(name) for name in TERMS.names()]
+        options = options_model(*everybody).model_validate(given).model_dump()
+        kept = {name: value for name, value in options.items() if name in names}
+        return {key: value for key, value in values.items() if key not in given} | kept
+
+    @pydantic.field_validator("weights", mode="wrap")
+    @classmethod
+    def _check_weights(cls, given: Any, read: pydantic.ValidatorFunctionWrapHandler) -> dict[str, float]:
+        weights: dict[str, float] = read(given)
+        checked_weights({name: value if isinstance(value, bool) else weights[name] for name, value in given.items()})
         return weights
+
+    @classmethod
+    def known_keys(cls) -> list[str]:
+        """The keys of this class and of every term's options."""
+        return [*cls.model_fields, *(option.name for name in TERMS.names() for option in TERMS.get(name).options)]
 
     @property
     def active_terms(self) -> tuple[str, ...]:
@@ -41,26 +57,21 @@ class ObjectiveConfig(Config):
         return tuple(checked_weights(self.weights))
 
     @property
+    def options(self) -> dict[str, Any]:
+        """The options of the terms by name."""
+        return dict(self.model_extra or {})
+
+    @property
     def needs_teacher(self) -> bool:
         """Some term reads the teacher's embeddings."""
-        setting = Setting(sigmoid_targets=self.sigmoid_targets, reinforced_lambda=self.reinforced_lambda)
-        return Mix.of(checked_weights(self.weights), setting).reads_teacher
+        return Mix.of(checked_weights(self.weights), Setting(options=self.options)).reads_teacher
 
     @property
     def accepts_ensemble(self) -> bool:
         """Every term has a meaning for several teachers, and one of them uses them."""
-        return self.needs_teacher and not any(find_term(name).single_teacher for name in self.active_terms)
+        return self.needs_teacher and not any(TERMS.get(name).single_teacher for name in self.active_terms)
 
-    def build(self, student_dim: int, teacher_dim: int, teacher_blocks: Sequence[int] | None = None) -> Objective:
-        """The objective for embeddings of these widths; teacher_blocks: widths of an ensemble's members, if it is
-        one.
-        """
-        if teacher_blocks is not None and sum(teacher_blocks) != teacher_dim:
-            raise InputError(f"objective: teacher blocks {tuple(teacher_blocks)} do not add up to {teacher_dim}")
-        if teacher_blocks is not None and len(teacher_blocks) > 1 and not self.accepts_ensemble:
-            wrong = next((name for name in self.active_terms if find_term(name).single_teacher), self.active_terms[0])
-            raise InputError(
-                f"objective: the term '{wrong}' compares with one teacher, {len(teacher_blocks)} were given"
-            )
-        settings = {name: getattr(self, name) for name in type(self).model_fields}
-        return Objective(student_dim=student_dim, teacher_dim=teacher_dim, **settings)
+    @property
+    def least_rows(self) -> int:
+        """Rows a batch needs for its loss to say anything: 2 when some term compares pairs."""
+        return 2 if any(TERMS.get(name).compares_pairs for name in self.active_terms) else 1

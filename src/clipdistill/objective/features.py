@@ -34,7 +34,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Features:
-    """Local rows and scalars by name; see `pairings.py` for the names.
+    """Local rows and scalars by name; see `plan.py` for the names.
 
     matrices: (n_local, D), L2-normalised, all of one floating type (float32 or float64).
     scales: 0-dimensional tensors of the same type: multipliers and biases.
@@ -106,7 +106,7 @@ def blocks_of(embeddings: Embeddings) -> tuple[int, ...]:
 
 def is_matrix(name: str) -> bool:
     """Whether `name` is a matrix of rows rather than a multiplier or bias."""
-    return "_image" in name or "_text" in name
+    return ":" not in name and "=" not in name and ("_image" in name or "_text" in name)
 
 
 class Owner(Protocol):
@@ -122,6 +122,7 @@ class Owner(Protocol):
     text_projection: torch.nn.Linear | None
     image_fusion: torch.nn.Linear | None
     text_fusion: torch.nn.Linear | None
+    own_scales: torch.nn.ParameterDict
 
 
 class FeatureBuilder:
@@ -162,7 +163,10 @@ class FeatureBuilder:
         return self.owner.image_projection if part == "image" else self.owner.text_projection
 
     def _student(self, part: str) -> Tensor:
-        raw = getattr(self.student, part).to(self.dtype)
+        raw = getattr(self.student, part)
+        if raw is None:
+            raise InputError("objective: a term reads a synthetic caption, and the student's embeddings carry none")
+        raw = raw.to(self.dtype)
         layer = self._layer(part) if self.owner.projection == "before-task" else None
         return normalised(raw if layer is None else project(layer, raw))
 
@@ -194,7 +198,9 @@ class FeatureBuilder:
         if name == "student_bias":
             bias = 0.0 if self.student.logit_bias is None else self.student.logit_bias
             return scalars("the student's logit_bias", bias, 1, self.like)[0]
-        if name.startswith("teacher"):
+        if name.startswith("="):
+            return self.like.new_tensor(float(name[1:]))
+        if name.startswith("teacher") and ":" not in name:
             assert self.teacher is not None
             index = int(name.rpartition("_")[2]) if name[-1].isdigit() else 0
             if name.startswith("teacher_bias"):
@@ -203,5 +209,6 @@ class FeatureBuilder:
             return scalars("the teacher's logit_scale", self.teacher.logit_scale, self.teachers, self.like)[
                 index
             ].detach()
-        parameter: Tensor = getattr(self.owner, f"{name}_scale").to(device=self.like.device, dtype=self.dtype)
+        own = self.owner.own_scales[name] if ":" in name else getattr(self.owner, f"{name}_scale")
+        parameter: Tensor = own.to(device=self.like.device, dtype=self.dtype)
         return parameter.exp() if self.owner.scales == "exponential" else parameter

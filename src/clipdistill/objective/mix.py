@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from clipdistill.errors import InputError
-from clipdistill.objective.engines.engine import Plan
-from clipdistill.objective.pairings import Setting, all_pairings, named_logits
-from clipdistill.objective.plan import Primitive
-from clipdistill.objective.term import Term
-from clipdistill.objective.terms import find_term
+from clipdistill.errors import InputError, nearest
+from clipdistill.objective.plan import Pairing, Plan, Primitive, named_logits, published_pairings
+from clipdistill.objective.term import Setting, Term
+from clipdistill.registry import TERMS
 
 
 def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
     """The terms with a non-zero weight, in the order given; InputError for unknown names and impossible weights."""
     found: dict[str, float] = {}
     for name, weight in weights.items():
-        find_term(name)
+        if name not in TERMS:
+            raise InputError(f"objective: unknown term '{name}'{nearest(name, TERMS.names())}")
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
             raise InputError(f"objective: the weight of '{name}' is {weight!r}, expected a number of at least 0")
         if weight > 0:
@@ -32,8 +31,9 @@ def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
 class Mix:
     """Weighted terms under one setting.
 
-    plan: the similarity terms, for an engine. feature_terms: the others. reads: every matrix and scalar by name.
-    trained: those of them that receive a gradient.
+    plan: the similarity terms, for an engine. feature_terms: the others. reads: every matrix and scalar by name; a
+    fixed multiplier is "=5.0", a scale that a term owns "term:scale". trained: those that receive a gradient.
+    starts: the multiplier at which each scale that a term owns starts.
     """
 
     setting: Setting
@@ -41,31 +41,42 @@ class Mix:
     feature_terms: dict[str, Term]
     reads: frozenset[str]
     trained: frozenset[str]
+    starts: dict[str, float]
 
     @classmethod
     def of(cls, weights: Mapping[str, float], setting: Setting) -> Mix:
         """Work out `weights` (all above 0) under `setting`."""
-        known = all_pairings(setting)
-        pairings, primitives, feature_terms = {}, {}, {}
+        published = published_pairings(setting.teachers)
+        pairings: dict[str, Pairing] = {}
+        primitives: dict[str, tuple[Primitive, ...]] = {}
+        feature_terms: dict[str, Term] = {}
         reads: set[str] = set()
         trained: set[str] = set()
+        starts: dict[str, float] = {}
         for name in weights:
-            term = find_term(name)
+            term = TERMS.get(name)
             if term.primitives is None:
                 feature_terms[name] = term
-                reads.update(term.reads)
-                trained.update(read for read in term.reads if not read.startswith("teacher"))
+                reads.update(term.reads, term.gathers)
+                trained.update(read for read in (*term.reads, *term.gathers) if _trainable(read))
                 continue
-            primitives[name] = term.primitives(setting)
+            own = {f"{name}:{scale}": start for scale, start in term.scales.items()}
+            known = published | {pairing.name: _resolved(pairing, name, own) for pairing in term.pairings}
+            with TERMS.blaming(name):
+                primitives[name] = _checked(term.primitives(setting), known)
             for primitive in primitives[name]:
                 for logits in named_logits(primitive):
-                    pairing = pairings[logits] = known[logits]
-                    names = {pairing.rows, pairing.columns, pairing.scale, *([pairing.bias] if pairing.bias else [])}
-                    reads |= names
+                    pairing = known[logits]
+                    if pairings.setdefault(logits, pairing) != pairing:
+                        raise InputError(
+                            f"objective: two terms, one of them '{name}', call different pairings '{logits}'"
+                        )
+                    reads |= pairing.names
+                    starts |= {scale: start for scale, start in own.items() if scale == pairing.scale}
                     if logits == primitive.logits:
-                        trained |= {read for read in names if not read.startswith("teacher")}
+                        trained |= {read for read in pairing.names if _trainable(read)}
         plan = Plan(pairings, primitives, {name: weights[name] for name in primitives})
-        return cls(setting, plan, feature_terms, frozenset(reads), frozenset(trained))
+        return cls(setting, plan, feature_terms, frozenset(reads), frozenset(trained), starts)
 
     @property
     def all_primitives(self) -> list[Primitive]:
@@ -75,7 +86,7 @@ class Mix:
     @property
     def reads_teacher(self) -> bool:
         """Some term reads the teacher's embeddings (fused rows contain them)."""
-        return any(name.startswith(("teacher", "fused")) for name in self.reads)
+        return any(name.startswith(("teacher", "fused")) and ":" not in name for name in self.reads)
 
     @property
     def reads_teacher_synthetic(self) -> bool:
@@ -95,10 +106,37 @@ class Mix:
 
     def check_ensemble(self, teachers: int) -> None:
         """InputError when a term of the mix has no meaning for several teachers."""
-        names = [*self.plan.primitives, *self.feature_terms]
-        wrong = [name for name in names if find_term(name).single_teacher]
+        wrong = [name for name in (*self.plan.primitives, *self.feature_terms) if TERMS.get(name).single_teacher]
         if wrong:
             raise InputError(
-                f"objective: the term '{wrong[0]}' compares with one teacher, the embeddings given hold "
-                f"{teachers}; use 'reinforced' for an ensemble"
+                f"objective: the term '{wrong[0]}' compares with one teacher, {teachers} were given; "
+                "use 'reinforced' for an ensemble"
             )
+
+
+def _trainable(name: str) -> bool:
+    return not name.startswith("=") and (":" in name or not name.startswith("teacher"))
+
+
+def _resolved(pairing: Pairing, term: str, own: Mapping[str, float]) -> Pairing:
+    """A term's own pairing with the name under which its scale is found."""
+    own_name = f"{term}:{pairing.scale}"
+    return replace(pairing, scale=own_name) if own_name in own else pairing
+
+
+def _checked(primitives: tuple[Primitive, ...], known: Mapping[str, Pairing]) -> tuple[Primitive, ...]:
+    """The primitives of a term, if they are some. Raises InputError for what no engine could compute."""
+    primitives = tuple(primitives)
+    if not primitives:
+        raise InputError("has no primitives, so there is nothing to compute")
+    for primitive in primitives:
+        if not isinstance(primitive, Primitive):
+            raise InputError(f"expected CrossEntropy, Divergence or Sigmoid as primitives, got {primitive!r:.80}")
+        for logits in named_logits(primitive):
+            if logits not in known:
+                raise InputError(f"unknown pairing '{logits}'{nearest(logits, known)}: name it in `pairings`")
+        if not known[primitive.logits].trained:
+            raise InputError(f"the pairing '{primitive.logits}' compares teacher with teacher, so nothing is trained")
+        if not math.isfinite(primitive.weight) or getattr(primitive, "axis", "rows") not in ("rows", "columns"):
+            raise InputError(f"{primitive}: expected a finite weight, and rows or columns as axis")
+    return primitives

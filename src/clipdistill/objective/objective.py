@@ -1,9 +1,9 @@
-"""The weighted sum of published distillation terms, as one module."""
+"""The weighted sum of distillation terms, as one module."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,24 +11,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from clipdistill.errors import InputError
-from clipdistill.objective import explain
+from clipdistill.config import build, merge
+from clipdistill.errors import InputError, nearest
+from clipdistill.objective.config import ObjectiveConfig
+from clipdistill.objective.engines import EngineName, EngineOptions
+from clipdistill.objective.engines.choose import UNKNOWN_MEMORY, choose_engine, dense_bytes, load_engine
 from clipdistill.objective.engines.dense import dense, gathered_names
-from clipdistill.objective.engines.engine import UNKNOWN_MEMORY, EngineName, EngineOptions, choose_engine, load_engine
-from clipdistill.objective.features import Embeddings, FeatureBuilder, blocks_of, check
-from clipdistill.objective.gather import World, current_world, gather_rows, sum_over_ranks
+from clipdistill.objective.features import Embeddings, FeatureBuilder, blocks_of, check, is_matrix
+from clipdistill.objective.gather import current_world, gather_rows, sum_over_ranks
 from clipdistill.objective.mix import Mix, checked_weights
-from clipdistill.objective.pairings import Setting
-from clipdistill.objective.term import LocalBatch
+from clipdistill.objective.plan import SCALES
+from clipdistill.objective.term import LocalBatch, Setting, Term
+from clipdistill.recipes import load_recipe
+from clipdistill.registry import TERMS
 from clipdistill.runtime.machine import free_memory
 
 INITIAL_SCALE = math.log(1 / 0.07)
-SCALES = ("image", "text", "cross", "fusion")
-
-
-def _scale_dtype() -> torch.dtype:
-    """float64 for the scales, so that setting one and then calling .double() loses no digit; Apple's GPUs have none."""
-    return torch.float32 if torch.backends.mps.is_available() else torch.float64
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,9 @@ class ObjectiveOutput:
 
 
 class Objective(nn.Module):
-    """Any mix of the published terms, with the few parameters they own.
+    """Any mix of terms, with the few parameters they own.
 
-    weights: term name -> weight; a weight of 0 is as if the term were not named. See `objective.terms.TERMS`.
+    weights: term name -> weight; a weight of 0 is as if the term were not named. See `registry.TERMS`.
     student_dim, teacher_dim: widths of the embeddings (for a teacher ensemble the sum of its blocks).
     scales: "released": the scales k_i, k_t, k_c, k_f are the multipliers themselves, started at ln(1/0.07) = 2.66, as
         in the published codes; "exponential": they are logarithms of the multipliers, which start at 1/0.07 = 14.3.
@@ -55,12 +53,12 @@ class Objective(nn.Module):
         (CLIP-KD: task, crd, affinity and the other student-only similarities see unprojected features) or "before-task"
         (CLIP-RD: all terms see projected features). Nothing is projected when the widths are equal.
     engine: "dense", "tiled" (memory linear in the batch) or "auto"; products: "exact", or "bfloat16" (tiled only).
-    feature_units, gd_temperature, sigmoid_targets, vrd_target, reinforced_lambda: see the terms fd, gd, sigmoid,
-        vrd_kl, reinforced.
+    options: those of the terms by name, for example vrd_target="image"; docs/methods.md lists them.
 
     Parameters that the mix does not use do not exist (None); those it only reads as a detached target do not require a
     gradient. Under torch.distributed each rank calls the module with its local rows and gets the whole batch's value;
     gradients of features and parameters become those of one process after averaging over ranks.
+    Raises InputError for unknown terms and for settings that are no allowed ones.
     """
 
     image_projection: nn.Linear | None
@@ -71,6 +69,7 @@ class Objective(nn.Module):
     text_scale: nn.Parameter | None
     cross_scale: nn.Parameter | None
     fusion_scale: nn.Parameter | None
+    own_scales: nn.ParameterDict
 
     def __init__(
         self,
@@ -81,41 +80,19 @@ class Objective(nn.Module):
         projection: Literal["after-task", "before-task"] = "after-task",
         engine: Literal["dense", "tiled", "auto"] = "auto",
         *,
-        feature_units: Literal["released", "cosine"] = "released",
-        gd_temperature: Literal["released", "fixed"] = "released",
-        sigmoid_targets: Literal["pairs", "teacher"] = "pairs",
-        vrd_target: Literal["text", "image"] = "text",
-        reinforced_lambda: float = 1.0,
         products: Literal["exact", "bfloat16"] = "exact",
+        **options: Any,
     ) -> None:
         super().__init__()
-        for name, value, allowed in (
-            ("scales", scales, ("released", "exponential")),
-            ("projection", projection, ("after-task", "before-task")),
-            ("engine", engine, ("dense", "tiled", "auto")),
-            ("feature_units", feature_units, ("released", "cosine")),
-            ("gd_temperature", gd_temperature, ("released", "fixed")),
-            ("sigmoid_targets", sigmoid_targets, ("pairs", "teacher")),
-            ("vrd_target", vrd_target, ("text", "image")),
-            ("products", products, ("exact", "bfloat16")),
-        ):
-            if value not in allowed:
-                raise InputError(f"objective: {name} is {value!r}, expected one of {', '.join(allowed)}")
-        if not 0 <= reinforced_lambda <= 1:
-            raise InputError(f"objective: reinforced_lambda is {reinforced_lambda}, expected a share between 0 and 1")
+        self.weights = checked_weights(weights)
+        settings = {"scales": scales, "projection": projection, "engine": engine, "products": products}
+        self.config = build(ObjectiveConfig, {"weights": self.weights, **settings, **options}, "objective")
         if student_dim < 1 or teacher_dim < 1:
             raise InputError(f"objective: embedding widths {student_dim} and {teacher_dim} must be positive")
-        self.weights = checked_weights(weights)
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.scales, self.projection, self.engine = scales, projection, engine
         self.options = EngineOptions(products=products)
-        self.setting = Setting(
-            sigmoid_targets=sigmoid_targets,
-            vrd_target=vrd_target,
-            feature_units=feature_units,
-            gd_temperature=gd_temperature,
-            reinforced_lambda=reinforced_lambda,
-        )
+        self.setting = Setting(options=self.config.options)
         self._mixes: dict[Setting, Mix] = {}
         self._choices: dict[tuple[int, int, Setting], tuple[EngineName, str]] = {}
         self._add_parameters()
@@ -123,6 +100,15 @@ class Objective(nn.Module):
     def _add_parameters(self) -> None:
         mix = self.mix(self.setting)
         early = self.projection == "before-task"
+        for name in mix.plan.primitives:
+            for pairing in TERMS.get(name).pairings:
+                left, right = self._width(pairing.rows), self._width(pairing.columns)
+                if left != right:
+                    with TERMS.blaming(name):
+                        raise InputError(
+                            f"pairing '{pairing.name}': {pairing.rows} is {left} wide, {pairing.columns} {right}: "
+                            "take the projected rows of the student"
+                        )
         for modality in ("image", "text"):
             unequal = self.student_dim != self.teacher_dim
             needed = unequal and (early or mix.reads_projected(modality))
@@ -130,32 +116,40 @@ class Objective(nn.Module):
             if layer is not None:
                 layer.requires_grad_(mix.trains(modality, early))
             setattr(self, f"{modality}_projection", layer)
-            fusion = f"fused_{modality}" in mix.reads
-            setattr(
-                self,
-                f"{modality}_fusion",
-                nn.Linear(2 * self.teacher_dim, self.student_dim) if fusion else None,
-            )
+            fused = f"fused_{modality}" in mix.reads
+            fusion = nn.Linear(2 * self.teacher_dim, self.student_dim) if fused else None
+            setattr(self, f"{modality}_fusion", fusion)
         for name in SCALES:
-            parameter = None
-            if name in mix.reads:
-                start = torch.tensor(INITIAL_SCALE, dtype=_scale_dtype())
-                parameter = nn.Parameter(start, requires_grad=name in mix.trained)
+            parameter = _scale(INITIAL_SCALE, name in mix.trained) if name in mix.reads else None
             self.register_parameter(f"{name}_scale", parameter)
+        log = self.scales == "exponential"
+        starts = {name: math.log(start) if log else start for name, start in mix.starts.items()}
+        self.own_scales = nn.ParameterDict({n: _scale(start, n in mix.trained) for n, start in starts.items()})
+
+    @classmethod
+    def from_config(
+        cls, config: ObjectiveConfig, student_dim: int, teacher_dim: int, teacher_blocks: Sequence[int] | None = None
+    ) -> Objective:
+        """The objective that a recipe describes; teacher_blocks: widths of an ensemble's members, if it is one.
+
+        Raises InputError when a term and an ensemble of teachers do not go together.
+        """
+        if teacher_blocks is not None and sum(teacher_blocks) != teacher_dim:
+            raise InputError(f"objective: teacher blocks {tuple(teacher_blocks)} do not add up to {teacher_dim}")
+        settings = {name: getattr(config, name) for name in type(config).model_fields} | config.options
+        made = cls(student_dim=student_dim, teacher_dim=teacher_dim, **settings)
+        if teacher_blocks is not None and len(teacher_blocks) > 1:
+            made.mix(made.setting).check_ensemble(len(teacher_blocks))
+        return made
 
     @classmethod
     def from_recipe(cls, name: str, *, student_dim: int, teacher_dim: int, **changes: Any) -> Objective:
-        """The objective of a shipped recipe (or of a recipe file); `changes` replace settings of its `objective:`
-        part.
-        """
-        from clipdistill.config import build, merge
-        from clipdistill.objective.config import ObjectiveConfig
-        from clipdistill.recipes import load_recipe
-
+        """The objective of a recipe, shipped or in a file; `changes` replace settings of its `objective:` part."""
         values = merge(load_recipe(name).get("objective", {}), changes)
         if "weights" in changes:
             values["weights"] = dict(changes["weights"])
-        return build(ObjectiveConfig, values, f"recipe {name}: objective").build(student_dim, teacher_dim)
+        config = build(ObjectiveConfig, values, f"recipe {name}: objective")
+        return cls.from_config(config, student_dim, teacher_dim)
 
     def mix(self, setting: Setting) -> Mix:
         """The terms of this objective worked out for one kind of step."""
@@ -163,33 +157,34 @@ class Objective(nn.Module):
             self._mixes[setting] = Mix.of(self.weights, setting)
         return self._mixes[setting]
 
-    def set_scales(
-        self,
-        *,
-        image: float | None = None,
-        text: float | None = None,
-        cross: float | None = None,
-        fusion: float | None = None,
-    ) -> None:
-        """Set the effective multipliers, in either reading of `scales`; those of terms outside the mix are ignored."""
-        for name, value in (("image", image), ("text", text), ("cross", cross), ("fusion", fusion)):
+    def _parameter(self, name: str) -> nn.Parameter | None:
+        found = self.own_scales[name] if name in self.own_scales else getattr(self, f"{name}_scale", None)
+        return found if isinstance(found, nn.Parameter) else None
+
+    def set_scales(self, **multipliers: float | None) -> None:
+        """Set effective multipliers (image, text, cross, fusion; "term:scale"), in either reading of `scales`.
+
+        Published ones outside the mix are ignored. Raises InputError for a name or a number that is none.
+        """
+        for name, value in multipliers.items():
+            if name not in SCALES and name not in self.own_scales:
+                raise InputError(f"objective: unknown scale '{name}'{nearest(name, (*SCALES, *self.own_scales))}")
             if value is None:
                 continue
             if not (math.isfinite(value) and value > 0):
                 raise InputError(f"objective: the {name} scale is {value}, expected a positive number")
-            parameter = getattr(self, f"{name}_scale")
+            parameter = self._parameter(name)
             if parameter is not None:
                 with torch.no_grad():
                     parameter.fill_(math.log(value) if self.scales == "exponential" else value)
 
     def effective_scales(self) -> dict[str, float]:
         """The multipliers of the scales this mix has, by name."""
-        found = {}
-        for name in SCALES:
-            parameter = getattr(self, f"{name}_scale")
-            if parameter is not None:
-                found[name] = float(parameter.detach().exp() if self.scales == "exponential" else parameter.detach())
-        return found
+        found = {name: self._parameter(name) for name in (*SCALES, *self.own_scales)}
+        exponential = self.scales == "exponential"
+        return {
+            name: float(p.detach().exp() if exponential else p.detach()) for name, p in found.items() if p is not None
+        }
 
     def parameter_groups(self, weight_decay: float = 0.0) -> list[dict[str, Any]]:
         """Optimiser groups of the trained parameters: matrices decay, scales and biases never do; empty groups are left
@@ -231,13 +226,34 @@ class Objective(nn.Module):
 
     def estimate_bytes(self, n: int, device: torch.device | None = None, world_size: int = 1) -> int:
         """Roughly the bytes one forward and backward pass over a whole batch of n rows adds on one rank (float32)."""
-        return explain.estimate_bytes(self, n, device or torch.device("cpu"), world_size)
+        mix = self.mix(self.setting)
+        widths = [self._width(name) for name in mix.reads if is_matrix(name)]
+        # rows of all ranks, their gradients, and the normalised copies
+        linear = 3 * 4 * n * sum(widths)
+        engine, _ = self.choose(n, device or torch.device("cpu"), world_size=world_size)
+        if engine == "dense":
+            return linear + dense_bytes(n, mix.all_primitives, world_size=world_size)
+        stripe = 512
+        return linear + 4 * stripe * n * (len(mix.plan.pairings) + 2)
+
+    def _width(self, name: str) -> int:
+        """Columns of the feature matrix called `name`."""
+        if name.startswith("student") and self.projection == "before-task":
+            return self.teacher_dim
+        return self.student_dim if name.startswith(("student", "fused")) else self.teacher_dim
 
     def explain(self, n: int | None = None, device: torch.device | None = None, world_size: int = 1) -> str:
-        """The objective in symbols: terms with weights, gradient flow, scales, projections, and the engine for n
-        rows.
-        """
-        return explain.explain(self, n, device or torch.device("cpu"), world_size)
+        """The objective in symbols: terms, gradient flow, options, scales, projections, and the engine for n rows."""
+        from clipdistill.objective.explain import explain
+
+        line = f"engine: {self.engine}"
+        if n is not None:
+            line = "engine for N={}: {} ({})".format(
+                n, *self.choose(n, device or torch.device("cpu"), world_size=world_size)
+            )
+        projected = [name for name in ("image", "text") if getattr(self, f"{name}_projection") is not None]
+        widths = (self.student_dim, self.teacher_dim)
+        return explain(self.config, self.mix(self.setting), self.effective_scales(), widths, projected, line)
 
     def forward(self, student: Embeddings, teacher: Embeddings | None = None) -> ObjectiveOutput:
         """The value for a batch; `teacher` may be None when no term of the mix reads one.
@@ -279,8 +295,11 @@ class Objective(nn.Module):
         """Weighted sum and detached values of the terms that compare rows rather than pairs."""
         if not mix.feature_terms:
             return like.new_zeros(()), {}
-        shares = [term.feature_loss(batch) for term in mix.feature_terms.values() if term.feature_loss is not None]
+        shares = [share_of(term, batch) for term in mix.feature_terms.values()]
         values = sum_over_ranks(torch.stack(shares), batch.world)
+        for name, value in zip(mix.feature_terms, values.detach()):
+            if TERMS.origin(name) and not bool(torch.isfinite(value)):
+                _blame_not_finite(name, batch, float(value))
         total = values @ values.new_tensor([self.weights[name] for name in mix.feature_terms])
         return total, dict(zip(mix.feature_terms, values.detach()))
 
@@ -313,4 +332,36 @@ class Objective(nn.Module):
         return f"{listed}, scales={self.scales}, projection={self.projection}, engine={self.engine}"
 
 
-__all__ = ["INITIAL_SCALE", "Embeddings", "Objective", "ObjectiveOutput", "World"]
+def share_of(term: Term, batch: LocalBatch) -> Tensor:
+    """This rank's share of a feature term, 0-dimensional. Raises InputError, naming the plug-in, for what is none."""
+    rows = batch.world.counts[batch.world.rank]
+    value: Any
+    expected: tuple[int, ...] = ()
+    given = [batch[name] for name in term.reads] + list(batch.whole.values())
+    with TERMS.blaming(term.name):
+        if term.feature_loss is not None:
+            value = term.feature_loss(batch)
+        elif rows == 0 or term.row_loss is None:
+            # a rank without rows still takes part in the exchange, forward and backward
+            return torch.stack([0 * matrix.sum() for matrix in given]).sum()
+        else:
+            value, expected = term.row_loss(batch), (rows,)
+        if not isinstance(value, Tensor) or tuple(value.shape) != expected:
+            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:80]
+            raise InputError(f"expected a tensor of shape {expected}, got {got}")
+        if torch.is_grad_enabled() and not value.requires_grad and any(matrix.requires_grad for matrix in given):
+            raise InputError("its value has no gradient: it was detached, or computed outside torch")
+    return value if term.feature_loss is not None else value.sum() / max(batch.world.total, 1)
+
+
+def _blame_not_finite(name: str, batch: LocalBatch, value: float) -> None:
+    """InputError when a plug-in's term made NaN or infinity of finite rows; otherwise the rows are to blame."""
+    if all(bool(torch.isfinite(batch[read]).all()) for read in TERMS.get(name).reads):
+        with TERMS.blaming(name):
+            raise InputError(f"its value is {value} although every row it reads is finite")
+
+
+def _scale(start: float, trained: bool) -> nn.Parameter:
+    """float64, so that setting one and then calling .double() loses no digit; Apple's GPUs have none."""
+    dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
+    return nn.Parameter(torch.tensor(start, dtype=dtype), requires_grad=trained)

@@ -94,7 +94,7 @@ class _Run:
         )
         self.teacher = self.task.teacher
         width = self.teacher.clip.embed_dim
-        self.objective = config.objective.build(width, width).to(device)
+        self.objective = Objective.from_config(config.objective, width, width).to(device)
         self.optimiser = _optimiser(self.teacher, self.objective, config)
         self.progress = _Progress()
 

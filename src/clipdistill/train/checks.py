@@ -129,7 +129,7 @@ def one_term(setup: Setup, name: str) -> Objective:
     whole = setup.objective
     teachers = None if setup.teacher is None else setup.teacher.blocks
     blocks = teachers if teachers is not None and len(teachers) > 1 else None
-    alone = single.build(whole.student_dim, whole.teacher_dim, teacher_blocks=blocks).to(setup.device)
+    alone = Objective.from_config(single, whole.student_dim, whole.teacher_dim, teacher_blocks=blocks).to(setup.device)
     known = whole.state_dict()
     alone.load_state_dict({key: known[key] for key in alone.state_dict()})
     return alone

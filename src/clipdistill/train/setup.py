@@ -158,7 +158,8 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
     total = train.steps if train.steps is not None else max(round((train.epochs or 0) * per_epoch), 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)
-        objective = config.objective.build(
+        objective = Objective.from_config(
+            config.objective,
             student.embed_dim,
             student.embed_dim if teacher is None else sum(teacher.blocks),
             teacher_blocks=None if teacher is None or len(teacher.blocks) == 1 else teacher.blocks,

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipdistill.objective.engines.engine import EngineOptions, EngineResult, Plan
+from clipdistill.objective.engines import EngineOptions, EngineResult
 from clipdistill.objective.features import Features
 from clipdistill.objective.gather import World, gather_rows, sum_over_ranks
-from clipdistill.objective.pairings import named_logits
-from clipdistill.objective.plan import Axis, CrossEntropy, Divergence, Primitive, Sigmoid
+from clipdistill.objective.plan import Axis, CrossEntropy, Divergence, Plan, Primitive, Sigmoid, named_logits
 
 
 class _Matrices:
@@ -82,7 +81,7 @@ def dense(
     options: EngineOptions,
     whole: Mapping[str, Tensor] | None = None,
 ) -> EngineResult:
-    """The engine of `engine.Engine` that holds its matrices. `options` do not apply: products are always exact.
+    """The engine of `engines.Engine` that holds its matrices. `options` do not apply: products are always exact.
 
     whole: the matrices of `gathered_names` with the rows of all ranks, when the caller has exchanged them already.
     """

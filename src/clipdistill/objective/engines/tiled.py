@@ -19,17 +19,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clipdistill.objective.engines.engine import EngineOptions, EngineResult, Plan
+from clipdistill.objective.engines import EngineOptions, EngineResult
 from clipdistill.objective.engines.tiled_fused import FusedWalk, wanted
 from clipdistill.objective.engines.tiled_layout import Key, components, value_keys
 from clipdistill.objective.engines.tiled_products import Products, Shape, Workspace
 from clipdistill.objective.engines.tiled_walk import Gradients, Inputs, Walk
 from clipdistill.objective.features import Features
 from clipdistill.objective.gather import World, all_rows, sum_own_rows
+from clipdistill.objective.plan import Plan
 
 
 def tiled(features: Features, plan: Plan, world: World, options: EngineOptions) -> EngineResult:
-    """The engine of `engine.Engine` that never holds a logit matrix."""
+    """The engine of `engines.Engine` that never holds a logit matrix."""
     job = _Job(features, plan, world, options)
     total, terms = _Tiled.apply(job, *job.tensors)
     return EngineResult(total, dict(zip(plan.primitives, terms.unbind())))
@@ -88,7 +89,7 @@ class _Tiled(torch.autograd.Function):
 def _compute(
     job: _Job, tensors: Sequence[Tensor], needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Total, terms and the gradient of every tensor that needs one, in the convention of `engine.Engine`."""
+    """Total, terms and the gradient of every tensor that needs one, in the convention of `engines.Engine`."""
     world, like = job.world, tensors[0].new_empty(0)
     products = Products(like.device, like.dtype, job.options.products == "bfloat16")
     local = [products.factor(matrix.contiguous()) for matrix in tensors[: job.matrices]]
@@ -158,7 +159,7 @@ class _Buffers:
         )
 
     def own(self, world: World) -> dict[int, Tensor]:
-        """The gradient of every place, in the convention of `engine.Engine`; exchanges the columns' once."""
+        """The gradient of every place, in the convention of `engines.Engine`; exchanges the columns' once."""
         scales = {place: (gradient * world.size).to(self.dtype) for place, gradient in self.scales.items()}
         if self.together is None:
             return self.rows | self.columns | scales

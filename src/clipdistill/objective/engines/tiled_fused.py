@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipdistill.objective.engines.engine import EngineOptions
+from clipdistill.objective.engines import EngineOptions
 from clipdistill.objective.engines.tiled_products import Range
 from clipdistill.objective.engines.tiled_walk import Walk
 from clipdistill.objective.plan import Axis

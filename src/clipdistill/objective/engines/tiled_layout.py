@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from clipdistill.objective.engines.engine import Plan
-from clipdistill.objective.pairings import named_logits
-from clipdistill.objective.plan import Axis, CrossEntropy, Divergence, Pairing, Primitive, Sigmoid
+from clipdistill.objective.plan import Axis, CrossEntropy, Divergence, Pairing, Plan, Primitive, Sigmoid, named_logits
 
 # A number the values are made of: ("lse", matrix, axis), ("diagonal", matrix), ("sigmoid", logits, targets) or
 # ("cross", target, logits, axis, entropy). Each is a sum over rows or entries, not yet divided by N.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clipdistill.objective.engines.engine import EngineOptions
+from clipdistill.objective.engines import EngineOptions
 
 # Tile shapes (rows, columns), measured with benchmarks/objective.py. On a CPU a tile and its exponential stay in the
 # second-level cache; on a GPU a tile has to be large enough to fill the device.

@@ -1,20 +1,13 @@
-"""cosine: DCLIP's distance of the student's embeddings to the region-aware teacher's.
-
-Formula: cosine = [1 - mean_N cos(A, u)] + [1 - mean_N cos(B, v)].
-    u is the teacher's cross-modal global embedding, v its plain sentence embedding; which embedding the teacher hands
-    over is the teacher's business, the term only compares rows.
-Gradient: both student towers (through the projections when the sizes differ); the teacher's rows are constants.
-Source: DCLIP (arXiv 2505.21549), weight 1 beside a contrastive loss at the fixed temperature 0.05 (`logit_scale` 20).
-Default weight: 1.
-Released code: half of its "image" target u is pooled from the caption, so the term leaks text into the image tower; the
-    region weights described in the paper are never applied. Equal to `fd` with feature_units="cosine".
-"""
+"""The term cosine; its facts are those of TERM."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from clipdistill.objective.term import LocalBatch, Term
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def feature_loss(batch: LocalBatch) -> Tensor:

@@ -1,17 +1,9 @@
-"""crd: contrastive relational distillation; CLIP-RD calls the same term HRD.
-
-Formula: S = s A0 B0^T, T = t u v^T;  crd = 1/2 [KL(T || S) + KL(T^T || S^T)], KL the mean over rows.
-Gradient: both student towers and the student's logit scale; T is the detached target.
-Source: CLIP-KD (arXiv 2307.12732), weight 1; CLIP-RD (arXiv 2603.25383), weight 1.
-Default weight: 1.
-Released code: as `task`, CLIP-RD uses the projected features when the sizes differ.
-"""
+"""The term crd; its facts are those of TERM."""
 
 from __future__ import annotations
 
-from clipdistill.objective.pairings import Setting
 from clipdistill.objective.plan import Divergence, Primitive
-from clipdistill.objective.term import Term
+from clipdistill.objective.term import Setting, Term
 
 
 def primitives(setting: Setting) -> tuple[Primitive, ...]:

@@ -1,17 +1,9 @@
-"""cross_kd: the teacher's own distribution taught to the student-teacher cross-modal one.
-
-Formula: T = t u v^T;  cross_kd = 1/2 [KL(T || k_c A v^T) + KL(T^T || k_c B u^T)].
-Gradient: both student towers (through the projections when the sizes differ) and k_c; T is the detached target.
-Source: the CLIP-KD release (arXiv 2307.12732), where its weight is 0 in every script.
-Default weight: 1 when asked for; no published recipe uses it.
-Released code: as here, with k_c a direct multiplier (`scales="released"`).
-"""
+"""The term cross_kd; its facts are those of TERM."""
 
 from __future__ import annotations
 
-from clipdistill.objective.pairings import Setting
 from clipdistill.objective.plan import Divergence, Primitive
-from clipdistill.objective.term import Term
+from clipdistill.objective.term import Setting, Term
 
 
 def primitives(setting: Setting) -> tuple[Primitive, ...]:

@@ -1,23 +1,21 @@
-"""fd: feature distillation, the squared distance of student and teacher rows; MFD is the same with a masked student
-image.
-
-Formula, feature_units="released": fd = mean_{N,D} (A - u)^2 + mean_{N,D} (B - v)^2: a sum over the two modalities, a
-    mean over every element, so each sample's squared distance is divided by the width D.
-    feature_units="cosine": fd = mean_N (1 - cos(A, u)) + mean_N (1 - cos(B, v)). As |A - u|^2 = 2 (1 - cos), a released
-    weight w at width D is 2 w / D in cosine units: 2000 at D = 512 is 7.8125, at D = 768 it is 5.2083.
-Gradient: both student towers, through the projections when the sizes differ; the teacher's rows are constants.
-Source: CLIP-KD (arXiv 2307.12732), weight 2000; CLIP-RD, weight 2000. MFD: the student sees 25 % of its patches, the
-    teacher the whole image; weight 2000, and the masking itself belongs to the student model, not to the objective.
-Default weight: 2000 (released units).
-Released code: the mean over D makes the weight depend on the width; in the released MFD the task loss, too, is computed
-    on the masked image.
-"""
+"""The term fd; its facts are those of TERM."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
-from clipdistill.objective.term import LocalBatch, Term
+from clipdistill.objective.term import LocalBatch, Option, Setting, Term
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNITS = Option(
+    "feature_units",
+    Literal["released", "cosine"],
+    "released",
+    "the mean of squares over N and D, or the mean of 1 - cos over N (a weight w at width D is then 2 w / D)",
+)
 
 
 def feature_loss(batch: LocalBatch) -> Tensor:
@@ -27,8 +25,16 @@ def feature_loss(batch: LocalBatch) -> Tensor:
     text = ((rows["projected_text"] - rows["teacher_text"]) ** 2).sum()
     width = rows["teacher_image"].shape[1]
     # half the squared distance is 1 - cos, and keeps its digits where 1 - cos would cancel
-    divisor = width if batch.setting.feature_units == "released" else 2
+    divisor = width if batch.setting[UNITS] == "released" else 2
     return (image + text) / (divisor * max(batch.world.total, 1))
+
+
+def remark(weights: Mapping[str, float], setting: Setting, width: int) -> str:
+    """The weight in the other units."""
+    weight = weights["fd"]
+    if setting[UNITS] == "cosine":
+        return f"units: cosine, so {weight:g} here is {weight * width / 2:g} in released units at D={width}"
+    return f"units: released, so {weight:g} here is {2 * weight / width:g} (1 - cos) at D={width}"
 
 
 TERM = Term(
@@ -40,5 +46,7 @@ TERM = Term(
     default_weight=2000.0,
     differs="released units make the weight depend on the width: w = 2000 at D = 512 is 2 w / D = 7.8125 cosine units",
     feature_loss=feature_loss,
+    options=(UNITS,),
+    remark=remark,
     reads=("projected_image", "projected_text", "teacher_image", "teacher_text"),
 )

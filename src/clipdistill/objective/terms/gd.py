@@ -1,35 +1,31 @@
-"""gd: gradient distillation, the student's contrastive gradient with respect to its features matched to the teacher's.
-
-Formula: for anchors p, candidates k and inverse temperature s: E = softmax(p k^T / tau) - 1, g_p = E k / (tau N),
-    g_k = E^T p / (tau N);  gd = sum of the four mean squares over N and D of g(student) - g(teacher): anchors and
-    candidates, image -> text (p = A, k = B) and text -> image (p = B, k = A).
-    gd_temperature="released": tau = s (and t for the teacher), as the released code has it; "fixed": tau = 1/s and 1/t.
-Gradient: both student towers (through the projections when the sizes differ) and the student's logit scale, also
-    through the softmax; the teacher's gradients are constants.
-Source: CLIP-KD (arXiv 2307.12732), weight 1e8, not part of the final mix.
-Default weight: 1e8 (released temperature). The fixed temperature changes the term's size by a factor that depends on
-    the features (4e6 to 2e7 on the released fixtures, 7 to 100 on random rows of N = 256 to 1024): tune the weight.
-Released code: passes the scale where a temperature is expected, so logits are cos/100 instead of 100 cos and the
-    gradients are
-    divided by 100: hence the weight 1e8.
-"""
+"""The term gd; its facts are those of TERM."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from typing import TYPE_CHECKING, Literal
 
-from clipdistill.objective.gather import World, reduce_rows
-from clipdistill.objective.term import LocalBatch, Term
+from clipdistill.objective.term import LocalBatch, Option, Term
 
-# Elements of one stripe of the N x N matrix E; stripes are recomputed in the backward pass, so memory stays linear in
-# N.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from clipdistill.objective.gather import World
+
+TEMPERATURE = Option(
+    "gd_temperature",
+    Literal["released", "fixed"],
+    "released",
+    "tau is the scale itself, as in the released code, or one over it (another size of the term: tune its weight)",
+)
+
 STRIPE_ELEMENTS = 1 << 22
+"""Of one stripe of the N x N matrix E. Stripes are recomputed backward, so memory stays linear in N."""
 
 
 def feature_loss(batch: LocalBatch) -> Tensor:
     """This rank's share of the four mean squared differences."""
+    import torch
+
     student = _gradients(batch, "projected", batch.features.scales["student"])
     with torch.no_grad():
         teacher = _gradients(batch, "teacher", batch.features.scales["teacher"])
@@ -40,7 +36,7 @@ def feature_loss(batch: LocalBatch) -> Tensor:
 
 def _gradients(batch: LocalBatch, who: str, scale: Tensor) -> list[Tensor]:
     """Own rows of the gradients w.r.t. anchors and candidates, both directions: four of (n_local, D)."""
-    temperature = scale if batch.setting.gd_temperature == "released" else 1 / scale
+    temperature = scale if batch.setting[TEMPERATURE] == "released" else 1 / scale
     found: list[Tensor] = []
     for anchors, candidates in (("image", "text"), ("text", "image")):
         own, others = batch.features.matrices[f"{who}_{anchors}"], batch.whole[f"{who}_{candidates}"]
@@ -55,6 +51,11 @@ def contrastive_gradients(
 
     anchors: own rows (n_local, D); candidates: all rows (N, D). Returns own rows of both gradients.
     """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    from clipdistill.objective.gather import reduce_rows
+
     stripe = max(1, STRIPE_ELEMENTS // max(1, len(candidates)))
     by_anchor: list[Tensor] = []
     by_candidate = torch.zeros_like(candidates)
@@ -75,6 +76,8 @@ def contrastive_gradients(
 
 
 def _stripe(rows: Tensor, candidates: Tensor, temperature: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    import torch
+
     error = torch.softmax(rows @ candidates.T / temperature, dim=1)
     hit = torch.zeros_like(error)
     torch.diagonal(hit, first).fill_(1.0)
@@ -92,6 +95,7 @@ TERM = Term(
     default_weight=1e8,
     differs="the released code uses tau = s instead of 1/s; gd_temperature='fixed' puts it right",
     feature_loss=feature_loss,
+    options=(TEMPERATURE,),
     reads=("projected_image", "projected_text", "teacher_image", "teacher_text", "student", "teacher"),
     gathers=("projected_image", "projected_text", "teacher_image", "teacher_text"),
 )

@@ -1,19 +1,9 @@
-"""task: the CLIP contrastive loss of the student on its own.
-
-Formula: S = s A0 B0^T;  task = 1/2 [CE(S) + CE(S^T)],  CE(L) = -(1/N) sum_i log softmax(L_i)_i.
-    When the step carries synthetic captions (MobileCLIP) the same loss on them is added: a sum, not a mean.
-Gradient: both student towers and the student's logit scale; nothing is detached.
-Source: CLIP (arXiv 2103.00020); weight 1 in CLIP-RD and CLIP-KD, 1 - lambda in MobileCLIP, 0 in TinyCLIP.
-Default weight: 1.
-Released code: with unequal sizes CLIP-RD projects the features first, so the evaluated space never sees this loss;
-    CLIP-KD does not project them. `projection` chooses; "after-task" (CLIP-KD) is the default.
-"""
+"""The term task; its facts are those of TERM."""
 
 from __future__ import annotations
 
-from clipdistill.objective.pairings import Setting
 from clipdistill.objective.plan import CrossEntropy, Primitive
-from clipdistill.objective.term import Term
+from clipdistill.objective.term import Setting, Term
 
 
 def primitives(setting: Setting) -> tuple[Primitive, ...]:

@@ -1,19 +1,9 @@
-"""xrd: cross relational distillation, the two teacher-student cross-modal distributions pulled together.
-
-Formula: P = k_c u B^T (teacher image x student text), Q = k_c v A^T (teacher text x student image);
-    xrd = 1/4 [KL(Q || P) + KL(P || Q) + KL(Q^T || P^T) + KL(P^T || Q^T)].
-Gradient: both student towers and k_c; in each of the four divergences the first argument is detached.
-Source: CLIP-RD (arXiv 2603.25383), weight 1.
-Default weight: 1.
-Released code: shares k_c with icl, not exponentiated (`scales="released"`); on one process with unequal sizes it
-    multiplies matrices of different width and stops.
-"""
+"""The term xrd; its facts are those of TERM."""
 
 from __future__ import annotations
 
-from clipdistill.objective.pairings import Setting
 from clipdistill.objective.plan import Divergence, Primitive
-from clipdistill.objective.term import Term
+from clipdistill.objective.term import Setting, Term
 
 
 def primitives(setting: Setting) -> tuple[Primitive, ...]:
