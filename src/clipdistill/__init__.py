@@ -10,7 +10,7 @@ from clipdistill.version import __version__
 if TYPE_CHECKING:
     from clipdistill.evaluate.evaluate import evaluate
     from clipdistill.evaluate.retrieval import retrieval
-    from clipdistill.models import load_student
+    from clipdistill.models import load_student, register_student
     from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
     from clipdistill.train.run import Run, distill
 
@@ -21,6 +21,7 @@ _WHERE = {
     "Run": "clipdistill.train.run",
     "distill": "clipdistill.train.run",
     "load_student": "clipdistill.models",
+    "register_student": "clipdistill.models.known",
     "retrieval": "clipdistill.evaluate.retrieval",
 }
 
@@ -33,6 +34,7 @@ __all__ = [
     "distill",
     "evaluate",
     "load_student",
+    "register_student",
     "retrieval",
 ]
 

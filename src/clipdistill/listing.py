@@ -32,7 +32,7 @@ def recipes() -> TextTable:
 
 def students() -> TextTable:
     """Every registered student with its parameter counts."""
-    from clipdistill.models.students import list_students
+    from clipdistill.models.known import list_students
 
     heads = ["student", "image", "text transformer", "total", "embedding", "source"]
     table = TextTable(heads, title="students (M parameters)", text=(0, 5))

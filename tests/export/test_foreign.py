@@ -85,10 +85,10 @@ def test_transformers_loads_it_with_its_own_tokenizer(images, tmp_path):
     ],
 )
 def test_what_clip_model_cannot_be_is_refused(name, reason, tiny):
-    from clipdistill.models.students import student_architecture
+    from clipdistill.models.students import named_architecture
 
     with pytest.raises(InputError, match=reason):
-        hugging_face_config(dataclasses.replace(tiny, architecture=student_architecture(name)))
+        hugging_face_config(dataclasses.replace(tiny, architecture=named_architecture(name)))
 
 
 @pytest.mark.parametrize(

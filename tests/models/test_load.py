@@ -6,7 +6,7 @@ import json
 import logging
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, hub, load_model, load_student, save_model
 from clipdistill.models.architecture import build_module, check_architecture
-from clipdistill.models.students import known_architectures
 from tests.models.conftest import tiny_architecture
 
 Make = Callable[..., ClipModel]
@@ -36,7 +35,7 @@ def tiny_open_clip(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def tiny_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def tiny_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """open_clip with two tiny architectures (one also with QuickGELU), two tags, and an empty hub cache."""
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny-16", tiny_open_clip())
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "Tiny-16-quickgelu", tiny_open_clip(quick_gelu=True))
@@ -48,9 +47,7 @@ def tiny_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "Tiny-16", tags)
     cache = tmp_path / "hub"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
-    known_architectures.cache_clear()
-    yield cache
-    known_architectures.cache_clear()
+    return cache
 
 
 def put_in_cache(cache: Path, repository: str, filename: str) -> Path:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, load_model, save_model
-from clipdistill.models import save as save_module
+from clipdistill.runtime import files
 
 Make = Callable[..., ClipModel]
 
@@ -107,7 +107,7 @@ def test_failed_write_leaves_the_old_model_and_no_rubbish(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(save_module, "_flush", full_disk)
+    monkeypatch.setattr(files, "sync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_model(make_tiny(seed=9), saved)
     assert load_model(saved).fingerprint() == before
@@ -118,7 +118,7 @@ def test_foreign_folders_are_never_replaced(make_tiny: Make, tmp_path: Path) -> 
     precious = tmp_path / "thesis"
     precious.mkdir()
     (precious / "chapter1.txt").write_text("years of work")
-    with pytest.raises(InputError, match="not a model folder, so it is not replaced"):
+    with pytest.raises(InputError, match="no model folder, so it is not replaced"):
         save_model(make_tiny(), precious)
     assert (precious / "chapter1.txt").read_text() == "years of work"
 

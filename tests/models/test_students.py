@@ -10,7 +10,7 @@ from clipdistill.errors import InputError
 from clipdistill.models import build_student, build_words_tokenizer, list_students
 from clipdistill.models.architecture import build_module, check_architecture
 from clipdistill.models.clip_model import count_parameters
-from clipdistill.models.students import known_architectures, needs_vocabulary, registry
+from clipdistill.models.known import known_architectures, needs_vocabulary, students
 from tests.models.conftest import CAPTIONS, tiny_architecture
 
 # millions: image tower, text transformer, total; from the papers' released configurations
@@ -56,14 +56,14 @@ def test_counting_rule_gives_the_published_sizes_of_teachers(name: str, expected
 
 def test_every_row_is_complete() -> None:
     rows = list_students()
-    assert [row.name for row in rows] == list(registry())
+    assert [row.name for row in rows] == list(students())
     for row in rows:
         assert row.source
         assert 0 < row.image_parameters + row.text_parameters < row.total_parameters
         assert (row.tokenizer == "words") == needs_vocabulary(row.name)
 
 
-@pytest.mark.parametrize("name", [name for name in registry() if needs_vocabulary(name)])
+@pytest.mark.parametrize("name", [name for name in students() if needs_vocabulary(name)])
 def test_small_students_take_their_words_from_captions_and_run(name: str) -> None:
     model = build_student(name, seed=0, captions=CAPTIONS)
     model.module.eval()

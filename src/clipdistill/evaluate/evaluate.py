@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from clipdistill.data.labelled import LabelledSource, is_labelled_name, open_labelled
 from clipdistill.data.open import open_pairs
@@ -20,8 +21,9 @@ from clipdistill.embed.encode import EncodedPairs, Encoder
 from clipdistill.errors import InputError
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.evaluate.zero_shot import zero_shot
-from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.clip_model import ClipModel, require_usable_scale
 from clipdistill.models.load import load_model
+from clipdistill.models.own import clip_model_of
 from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.bootstrap import bootstrap
 from clipdistill.statistics.protocol import (
@@ -42,11 +44,11 @@ Data = str | Path | DataConfig | PairSource | LabelledSource
 
 
 def evaluate(
-    model: str | Path | ClipModel,
+    model: str | Path | nn.Module | ClipModel,
     data: Data | Sequence[Data],
     *,
     protocol: str = "standard",
-    teacher: str | Path | ClipModel | None = None,
+    teacher: str | Path | nn.Module | ClipModel | None = None,
     ks: Sequence[int] = (1, 5, 10),
     batch_size: int = 256,
     device: str | torch.device | None = None,
@@ -64,7 +66,8 @@ def evaluate(
 ) -> Scores:
     """Measure a model, and its teacher where given, on image-caption pairs (retrieval) and labelled sets (zero-shot).
 
-    model, teacher: names (see load_model) or loaded models. data: one set or several; names or opened sources.
+    model, teacher: names (see load_model), loaded models, or any nn.Module with encode_image and encode_text.
+    data: one set or several; names or opened sources.
     protocol: "standard" (all captions, any of an image's captions is a hit) or "first-caption" (the released CLIP-KD
     and CLIP-RD: one caption an image, one positive both ways); only retrieval is concerned.
     ks: K of R@K. templates, classes: prompt templates and class-name file of labelled sets (None: the set's own).
@@ -264,7 +267,9 @@ def _open(item: Data, split: str | None, classes: str | Path | None) -> PairSour
         return open_pairs(config, split=split, default_split="val")
 
 
-def _loaded(model: str | Path | ClipModel, device: str | torch.device | None) -> ClipModel:
+def _loaded(model: str | Path | nn.Module | ClipModel, device: str | torch.device | None) -> ClipModel:
     if isinstance(model, str | Path):
         return load_model(model, device=pick_device(device), teacher=True)
-    return model
+    loaded = model if isinstance(model, ClipModel) else clip_model_of(model)
+    require_usable_scale(loaded)
+    return loaded

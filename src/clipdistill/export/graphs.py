@@ -24,7 +24,7 @@ from clipdistill.export.transform import FILE as TRANSFORM
 from clipdistill.export.transform import write_transform
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import load_graph, read_exported
-from clipdistill.models.save import file_sha256
+from clipdistill.runtime.files import sha256
 
 FORMAT = 1
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
@@ -190,7 +190,7 @@ def _files(folder: Path, tower: str, runtime: str) -> list[Path]:
 def _file_facts(folder: Path, tower: str, runtime: str) -> dict[str, Any]:
     files = _files(folder, tower, runtime)
     return {
-        "files": {path.name: file_sha256(path) for path in files},
+        "files": {path.name: sha256(path) for path in files},
         "bytes": sum(path.stat().st_size for path in files),
     }
 

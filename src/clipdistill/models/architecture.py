@@ -131,6 +131,10 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
     only. Returns a CLIP, CustomTextCLIP or CoCa; encode_image and encode_text give raw (not normalised) embeddings (B,
     embed_dim).
     """
+    if "vision_cfg" not in architecture:
+        raise InputError(
+            "only open_clip's architectures can be built, cut or pruned, not an export or a module of your own"
+        )
     arguments, block_sizes = sized.split_block_sizes(architecture)
     custom_text = arguments.pop("custom_text", False) or arguments["text_cfg"].get("hf_model_name") is not None
     text_model = arguments["text_cfg"].get("hf_model_name")

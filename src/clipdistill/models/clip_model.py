@@ -13,6 +13,7 @@ from torch import nn
 
 from clipdistill.config import as_dict
 from clipdistill.data.views import ImageSpec
+from clipdistill.errors import InputError
 from clipdistill.models.architecture import text_tower
 from clipdistill.models.tokenizers import Tokenizer
 
@@ -26,7 +27,8 @@ class ClipModel:
     `module.encode_image` maps float images (B, 3, H, W), prepared as `image` says, to raw embeddings (B, embed_dim);
     `module.encode_text` maps the ids (B, context_length) of `tokenizer` to (B, embed_dim). Neither is normalised.
     `module.logit_scale` is a parameter holding the logarithm of the multiplier; `module.logit_bias` one or None.
-    `architecture` is open_clip's configuration of the module (see models/architecture.py).
+    `architecture` is open_clip's configuration of the module (see models/architecture.py); for a module from outside
+    {"module": its class, "student": the registered name that builds it or None} (models/own.py).
     """
 
     name: str
@@ -36,6 +38,8 @@ class ClipModel:
     embed_dim: int
     context_length: int
     architecture: dict[str, Any]
+    counts: dict[str, int] | None = None
+    """Parameter counts of a model whose module does not tell (an export, a module from outside)."""
 
     def fingerprint(self) -> str:
         """sha256 (hex) over weights, architecture, image specification and tokenizer; the same on every device.
@@ -59,7 +63,24 @@ class ClipModel:
         the transformer blocks alone, without token and position embeddings, final norm and projection (docs/models.md).
         "text_total" is the whole text tower. "total" adds the logit scale (and bias).
         """
+        if self.counts is not None:
+            return {key: self.counts.get(key, 0) for key in ("image", "text_transformer", "text_total", "total")}
         return count_parameters(self.module)
+
+
+def require_usable_scale(model: ClipModel) -> None:
+    """Raise InputError unless the logit multiplier is a positive finite number and the bias, if any, a finite one."""
+    scale = getattr(model.module, "logit_scale", None)
+    if scale is not None:
+        values = scale.detach().double().exp()
+        if not bool((torch.isfinite(values) & (values > 0)).all()):
+            raise InputError(
+                f"'{model.name}': its logit scale is {scale.detach().flatten().tolist()}, and it must be the logarithm "
+                "of a positive number: the file is damaged, or the training that wrote it had failed"
+            )
+    bias = getattr(model.module, "logit_bias", None)
+    if bias is not None and not bool(torch.isfinite(bias.detach()).all()):
+        raise InputError(f"'{model.name}': its logit bias is {bias.detach().flatten().tolist()}, not a number")
 
 
 def count_parameters(module: nn.Module) -> dict[str, int]:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError, MissingExtraError
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.tokenizers import HuggingFaceTokenizer, tokenizer_from_dict
+from clipdistill.runtime.files import read_json, sha256
 
 RUNTIMES = ("onnx", "openvino")
 MANIFEST, DESCRIPTION = "manifest.json", "model.json"
@@ -35,17 +34,6 @@ PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 """Number formats in which OpenVINO may compute a float32 graph."""
 
 Runner = Callable[[np.ndarray], np.ndarray]
-
-
-@dataclass
-class ExportedModel(ClipModel):
-    """A ClipModel whose towers are graphs; counts and fingerprint come from its files."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def parameter_counts(self) -> dict[str, int]:
-        """Of the model that was exported; zeros where the folder does not say."""
-        return {key: self.counts.get(key, 0) for key in ("image", "text_transformer", "text_total", "total")}
 
 
 class ExportedTowers(nn.Module):
@@ -65,8 +53,7 @@ class ExportedTowers(nn.Module):
         self.size_bytes = sum(path.stat().st_size for path in files)
         digest = hashlib.sha256()
         for path in files:
-            with path.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
+            digest.update(bytes.fromhex(sha256(path)))
         self.weights_sha256 = digest.hexdigest()
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -81,7 +68,7 @@ class ExportedTowers(nn.Module):
         return torch.from_numpy(self.runners[tower](values.detach().cpu().numpy())).to(values.device)
 
 
-def read_exported(folder: Path, name: str, runtime: str, precision: str = "float32") -> ExportedModel:
+def read_exported(folder: Path, name: str, runtime: str, precision: str = "float32") -> ClipModel:
     """The export in `folder`, run by `runtime`. Raises InputError for missing or unusable files."""
     graphs = {tower: _graph(folder, tower, runtime) for tower in TOWERS}
     values = _description(folder, name)
@@ -94,6 +81,8 @@ def read_exported(folder: Path, name: str, runtime: str, precision: str = "float
             else _exported_tokenizer(folder / "tokenizer.json")
         )
         logit_scale = float(values.get("logit_scale", 100.0))
+        if not 0 < logit_scale < math.inf:
+            raise InputError(f"{where}: logit_scale must be a positive number (the multiplier), got {logit_scale}")
         counts, flops = dict(values.get("parameters", {})), dict(values.get("flops", {}))
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, InputError):
@@ -104,7 +93,7 @@ def read_exported(folder: Path, name: str, runtime: str, precision: str = "float
     module = ExportedTowers(runners, files, logit_scale, flops)
     width = module.encode_text(tokenizer(["a photo"])).shape[1]
     architecture = {"exported": runtime, "precision": precision, "weights_sha256": module.weights_sha256}
-    return ExportedModel(name, module, spec, tokenizer, width, tokenizer.context_length, architecture, counts)
+    return ClipModel(name, module, spec, tokenizer, width, tokenizer.context_length, architecture, counts)
 
 
 def _graph(folder: Path, tower: str, runtime: str) -> Path:
@@ -121,21 +110,15 @@ def _description(folder: Path, name: str) -> dict[str, Any]:
     path = next((folder / file for file in (MANIFEST, DESCRIPTION) if (folder / file).is_file()), None)
     if path is None:
         raise InputError(f"{folder}: has neither {MANIFEST} (of an export) nor {DESCRIPTION}, so '{name}' is no model")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: not a description of exported towers")
-    return values
+    return read_json(path)
 
 
 def _exported_tokenizer(path: Path) -> HuggingFaceTokenizer:
     """The export's own tokenizer.json, so that what is measured is what was shipped."""
+    definition = read_json(path)
     try:
-        definition = json.loads(path.read_text(encoding="utf-8"))
         length, padding = definition["truncation"]["max_length"], definition["padding"]["pad_id"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{path}: not the tokenizer of an export ({error})") from error
     return HuggingFaceTokenizer(definition, length, padding)
 

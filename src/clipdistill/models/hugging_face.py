@@ -6,7 +6,6 @@ open_clip cannot express (two activations, another model type) is refused by nam
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.hub import cached, require_network
 from clipdistill.models.tokenizers import CLIP_CONTEXT_LENGTH, ClipBpeTokenizer, HuggingFaceTokenizer, Tokenizer
 from clipdistill.models.weights import fit, read_state_dict
+from clipdistill.runtime.files import read_json
 
 CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 WEIGHT_FILES = ("model.safetensors", INDEX, "pytorch_model.bin")
@@ -65,19 +65,6 @@ def read_hugging_face(folder: Path, name: str) -> ClipModel:
     image = build(ImageSpec, values, f"{folder}: image preprocessing")
     tokenizer = _read_tokenizer(folder, architecture["text_cfg"])
     return ClipModel(name, module, image, tokenizer, architecture["embed_dim"], tokenizer.context_length, architecture)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file, or an InputError."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: expected a mapping, got {type(values).__name__}")
-    return values
 
 
 def architecture_from(config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -5,11 +5,13 @@ ViT-T-16                    a registered student or an open_clip architecture, r
 scenes-teacher              the trained teacher of the demo, which comes with the package
 ViT-B-16@weights.pt         a checkpoint file with the architecture named; weights.pt alone where the shapes tell
 hf:owner/name               a model of the Hugging Face hub
+local-dir:DIR               open_clip's word for a folder, the same as DIR
 onnx:DIR, openvino:DIR      an export (clipdistill export), run by that runtime: to evaluate, measure, teach
 timm:name                   a timm image tower with the default text tower; weights if the name has one of timm's tags
 runs/x                      a run, its student/, its checkpoints/step-00000100; any model folder;
                             a Hugging Face CLIP folder; an open_clip folder
-inherit:SIZES,from=MODEL    a smaller model cut out of another one (models/inherit_names.py)
+inherit:SIZES,from=MODEL    a smaller model cut out of another one (models/inheritance/names.py)
+module:NAME                 a module that the program holds; `load_model` takes the module itself too
 """
 
 from __future__ import annotations
@@ -26,30 +28,24 @@ from torch import nn
 from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, render
 from clipdistill.errors import InputError
 from clipdistill.models import hub, hugging_face, open_clip_models
-from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import MANIFEST, ExportedModel, read_exported
+from clipdistill.models.clip_model import ClipModel, require_usable_scale
+from clipdistill.models.exported import MANIFEST, read_exported
 from clipdistill.models.inheritance.cut import inherit
 from clipdistill.models.inheritance.names import PREFIX, parse
+from clipdistill.models.known import HELD, SHIPPED, known_architectures, near, offering, shipped_models
 from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG
+from clipdistill.models.own import clip_model_of, held_model
 from clipdistill.models.resolution import with_image_size
 from clipdistill.models.save import DESCRIPTION, read_model
-from clipdistill.models.students import build_student, known_architectures, near, timm_student
+from clipdistill.models.students import build_student, timm_student
 from clipdistill.models.tokenizers import Tokenizer
 from clipdistill.models.weights import WEIGHT_SUFFIXES
 
 logger = logging.getLogger("clipdistill")
 
-SHIPPED = Path(__file__).parent / "shipped"
-"""Trained model folders that come with the package, by name."""
-
-
-def shipped_models() -> list[str]:
-    """Names of the trained models that come with the package."""
-    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{DESCRIPTION}"))
-
 
 def load_model(
-    name: str | Path,
+    name: str | Path | nn.Module | ClipModel,
     *,
     device: str | torch.device = "cpu",
     teacher: bool = False,
@@ -59,20 +55,23 @@ def load_model(
 ) -> ClipModel:
     """The model called `name` (see the module's docstring for the forms), weights in fp32, on `device`.
 
+    `name` may be an nn.Module with encode_image and encode_text, which is used itself and not a copy (models/own.py).
     `teacher` True: in evaluation mode and without gradients. `image_size`: another resolution in pixels than the
     model's own; position embeddings are interpolated. `tokenizer`, `seed`: for models with random weights only, as in
     build_student. Raises InputError, one sentence, for a name that is nothing known (with the nearest one), a file that
     is not what it should be, weights of another architecture, or weights that are not on this machine when the hub is
     forbidden or out of reach.
     """
-    model = _read(str(name), tokenizer, seed)
-    if image_size is not None and isinstance(model, ExportedModel):
-        raise InputError(f"'{name}': an exported model has its image size for good: export it again at {image_size}")
+    if isinstance(name, ClipModel):
+        model = name
+    else:
+        model = clip_model_of(name) if isinstance(name, nn.Module) else _read(str(name), tokenizer, seed)
     if image_size is not None:
         model = with_image_size(model, image_size)
     model.module.to(device)
     if teacher:
         model.module.eval().requires_grad_(False)
+    require_usable_scale(model)
     return model
 
 
@@ -150,6 +149,17 @@ def _cached_folder(repository: str, files: tuple[tuple[str, ...], ...]) -> Path 
     return found[0].parent if all(found) and found[0] is not None else None
 
 
+def _from_local_dir(folder: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise InputError(f"local-dir:{folder}: no such folder")
+    return read_folder(path, f"local-dir:{folder}")
+
+
+def _held(name: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
+    return held_model(HELD + name)
+
+
 def _from_timm(network: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
     return timm_student(network, seed=seed, tokenizer=tokenizer)
 
@@ -175,6 +185,8 @@ _PREFIXES: dict[str, Callable[[str, Tokenizer | None, int], ClipModel]] = {
     "onnx": _from_onnx,
     "openvino": _from_openvino,
     "inherit": _inherited,
+    "local-dir": _from_local_dir,
+    HELD[:-1]: _held,
 }
 
 
@@ -230,11 +242,15 @@ class Preprocess:
         return render(picture.convert("RGB"), EVALUATION_VIEW, self.image)
 
 
-def load_student(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[nn.Module, Preprocess, Tokenizer]:
+def load_student(
+    path: str | Path | nn.Module, *, device: str | torch.device = "cpu", module: nn.Module | None = None
+) -> tuple[nn.Module, Preprocess, Tokenizer]:
     """A trained model ready for use: (module in evaluation mode, preprocess, tokenizer). `path` may be any model name.
 
+    module: filled with the weights of a folder whose model is a module of your own that no registered name builds.
     module.encode_image(preprocess(picture)[None]) and module.encode_text(tokenizer(["a caption"])) give (1, embed_dim),
     not normalised.
     """
-    model = load_model(path, device=device, teacher=True)
+    with offering(module):
+        model = load_model(path, device=device, teacher=True)
     return model.module, Preprocess(model.image), model.tokenizer

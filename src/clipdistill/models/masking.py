@@ -71,7 +71,7 @@ def _dropping_place(module: nn.Module) -> tuple[nn.Module, str, int]:
     """Owner and name of the module that all tokens pass through, and the number of prefix tokens."""
     from open_clip.transformer import VisionTransformer
 
-    visual = module.visual
+    visual = getattr(module, "visual", None)
     if isinstance(visual, VisionTransformer):
         return visual, "patch_dropout", 1
     trunk = getattr(visual, "trunk", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,10 +17,13 @@ from clipdistill.errors import InputError
 from clipdistill.models.architecture import build_module, check_architecture, image_size
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.hub import fetch, require_network
-from clipdistill.models.hugging_face import read_json, tokenizer_for
-from clipdistill.models.students import known_architectures, named_architecture, near, registry
+from clipdistill.models.hugging_face import tokenizer_for
+from clipdistill.models.known import architecture_values, known_architectures, needs_vocabulary, require_pretrained
+from clipdistill.models.students import named_architecture
 from clipdistill.models.tokenizers import Tokenizer
 from clipdistill.models.weights import fit, read_state_dict
+from clipdistill.registry import STUDENTS
+from clipdistill.runtime.files import read_json
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 SAFE_WEIGHTS, PICKLED_WEIGHTS = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
@@ -31,33 +35,21 @@ def read_pretrained(architecture_name: str, tag: str) -> ClipModel:
     Raises InputError for an unknown architecture or tag, and when the weights are neither cached nor within reach.
     """
     import open_clip
-    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+    from open_clip.pretrained import get_pretrained_cfg
 
     name = f"{architecture_name}/{tag}"
-    if architecture_name not in open_clip.list_models():
-        raise InputError(
-            f"'{name}' is no file or folder, and open_clip has no architecture '{architecture_name}'"
-            f"{near(architecture_name, open_clip.list_models())}"
-        )
-    tags = list_pretrained_tags_by_model(architecture_name)
+    require_pretrained(architecture_name, tag)
     settings = get_pretrained_cfg(architecture_name, tag)
-    if not settings:
-        known = f"; it has: {', '.join(tags)}" if tags else "; open_clip has no pretrained weights for it"
-        raise InputError(f"'{architecture_name}' has no pretrained weights '{tag}'{near(tag, tags) or known}")
-    architecture = named_open_clip(architecture_name)
+    # open_clip's own architecture of that name, even where a student of ours shares it
+    architecture = check_architecture(
+        open_clip.get_model_config(architecture_name), f"architecture '{architecture_name}'"
+    )
     # the tag knows which activation its weights were trained with; the plain architecture says 'gelu' for all of them
     architecture["quick_gelu"] = architecture["quick_gelu"] or bool(settings.get("quick_gelu", False))
     tokenizer = tokenizer_for(architecture, name)
     path = _weights_path(settings, name)
     preprocessing = {key: settings[key] for key in ("mean", "std", "interpolation", "resize_mode") if key in settings}
     return _with_weights(name, architecture, path, tokenizer, preprocessing)
-
-
-def named_open_clip(name: str) -> dict[str, Any]:
-    """open_clip's own architecture of that name, even where a student of the registry shares it."""
-    import open_clip
-
-    return check_architecture(open_clip.get_model_config(name), f"architecture '{name}'")
 
 
 def _weights_path(settings: Mapping[str, Any], name: str) -> Path:
@@ -131,7 +123,7 @@ def read_checkpoint(path: Path, architecture_name: str | None = None) -> ClipMod
     tensors = read_state_dict(path)
     if architecture_name is None:
         architecture_name = _architecture_by_shapes(tensors, path)
-    if architecture_name in registry() and registry()[architecture_name].tokenizer == "words":
+    if needs_vocabulary(architecture_name):
         raise InputError(
             f"{path}: '{architecture_name}' has words that a bare checkpoint does not hold: give its model folder"
         )
@@ -158,7 +150,7 @@ def _architecture_by_shapes(tensors: Mapping[str, torch.Tensor], path: Path) -> 
         raise InputError(
             f"{path}: its tensors fit no known architecture: name it, as in  ViT-B-16@{path.name},  to see what differs"
         )
-    if len({_behaviour(name) for name in fitting}) > 1:
+    if len({json.dumps(named_architecture(name), sort_keys=True) for name in fitting}) > 1:
         raise InputError(
             f"{path}: its tensors fit {', '.join(fitting)}, which differ in what they compute: name the right one, "
             f"as in  {fitting[0]}@{path.name}"
@@ -167,16 +159,11 @@ def _architecture_by_shapes(tensors: Mapping[str, torch.Tensor], path: Path) -> 
     return fitting[0]
 
 
-def _behaviour(name: str) -> str:
-    """Everything in an architecture, as text, to tell whether two that fit the same tensors are the same."""
-    import json
-
-    return json.dumps(named_architecture(name), sort_keys=True)
-
-
 def _could_be(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
     """A quick comparison of a few sizes, so that only likely architectures are built."""
-    values = _quick_values(name)
+    if name in STUDENTS:
+        return False  # whatever code of others builds
+    values = architecture_values(name)
     text = values["text_cfg"]
     if text.get("hf_model_name") is not None:
         return False  # building those reads configurations from the hub
@@ -195,16 +182,6 @@ def _could_be(name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
         return True
     width = vision.get("width", 768)
     return stem.shape[0] == (width // 2 if isinstance(vision.get("layers"), list) else width)
-
-
-def _quick_values(name: str) -> dict[str, Any]:
-    """The description of an architecture without its checks, which consult timm."""
-    import open_clip
-
-    if name in registry():
-        return registry()[name].architecture
-    values: dict[str, Any] = open_clip.get_model_config(name)
-    return values
 
 
 def _first(tensors: Mapping[str, torch.Tensor], *names: str) -> torch.Tensor | None:

@@ -31,6 +31,11 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> int:
     """
     parameters = dict(module.named_parameters())
     for pattern in patterns:
+        if pattern in _TOWERS and not hasattr(module, "visual"):
+            raise InputError(
+                f"freeze: '{pattern}' is a tower of open_clip's models; name this module's own parts, such as "
+                f"'{next(iter(parameters)).split('.')[0]}'"
+            )
         matched = [name for name in parameters if _matches(pattern, name)]
         if not matched:
             parts = {name.rsplit(".", depth)[0] for name in parameters for depth in (1, 2, 3)}
@@ -147,7 +152,7 @@ def _depth(name: str) -> int:
 
 def _timm_depths(module: nn.Module) -> dict[str, int]:
     """Depths inside a timm trunk, by the grouping that timm defines for each network."""
-    trunk = getattr(module.visual, "trunk", None)
+    trunk = getattr(getattr(module, "visual", None), "trunk", None)
     if trunk is None:
         return {}
     from timm.models import group_parameters

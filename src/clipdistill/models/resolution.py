@@ -21,6 +21,8 @@ def with_image_size(model: ClipModel, size: int) -> ClipModel:
     """
     if size == model.image.size:
         return model
+    if "vision_cfg" not in model.architecture:
+        raise InputError(f"'{model.name}': its image size, {model.image.size}, is fixed, so it cannot be {size}")
     values = copy.deepcopy(model.architecture)
     values["vision_cfg"]["image_size"] = size
     architecture = check_architecture(values, f"{model.name} at {size} pixels")

@@ -6,11 +6,9 @@ specification, tokenizer. Neither file can carry code.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
-import tempfile
+import contextlib
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,13 @@ from safetensors.torch import save_file
 
 from clipdistill.config import as_dict, build
 from clipdistill.data.views import ImageSpec
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, MissingExtraError
 from clipdistill.models.architecture import build_module, check_architecture, image_size, shapes
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.tokenizers import tokenizer_from_dict
+from clipdistill.models.known import is_own_module
+from clipdistill.models.own import plugin_of, rebuilt
+from clipdistill.models.tokenizers import OwnTokenizer, tokenizer_from_dict
+from clipdistill.runtime.files import new_folder, read_json, sha256, write_json
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS = "model.json", "model.safetensors"
@@ -48,26 +49,9 @@ def save_model(model: ClipModel, folder: Path | str, *, dtype: torch.dtype | Non
     `dtype` torch.float16 or torch.bfloat16 rounds floating-point weights to halve the file; None keeps them to the bit.
     Raises InputError when the destination is a file or a folder that is not a model folder.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / DESCRIPTION).exists())):
-        raise InputError(f"{folder}: exists and is not a model folder, so it is not replaced: choose another place")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.writing-", dir=folder.parent))
-    try:
-        save_file(_stored_tensors(model, dtype), temporary / WEIGHTS)
-        description = _description(model, dtype, file_sha256(temporary / WEIGHTS))
-        (temporary / DESCRIPTION).write_text(
-            json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        # safetensors and mkdtemp make them private; a model is to be read by others
-        temporary.chmod(0o755)
-        (temporary / WEIGHTS).chmod(0o644)
-        for part in (temporary / WEIGHTS, temporary / DESCRIPTION, temporary):
-            _flush(part)
-        _replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with new_folder(folder, lambda old: (old / DESCRIPTION).exists(), "model folder") as new:
+        save_file(_stored_tensors(model, dtype), new / WEIGHTS)
+        write_json(new / DESCRIPTION, _description(model, dtype, sha256(new / WEIGHTS)))
 
 
 def _stored_tensors(model: ClipModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -84,10 +68,13 @@ def _description(model: ClipModel, dtype: torch.dtype | None, weights_sha256: st
     import timm
 
     versions = {"torch": torch.__version__, "open_clip": open_clip.__version__, "timm": timm.__version__}
+    architecture = dict(model.architecture)
+    if architecture.get("student") is not None:
+        architecture["plugin"] = plugin_of(architecture["student"])
     return {
         "format": FORMAT,
         "name": model.name,
-        "architecture": model.architecture,
+        "architecture": architecture,
         "activation": activation(model.architecture),
         "image": as_dict(model.image),
         "tokenizer": model.tokenizer.to_dict(),
@@ -99,35 +86,10 @@ def _description(model: ClipModel, dtype: torch.dtype | None, weights_sha256: st
 
 
 def activation(architecture: dict[str, Any]) -> str:
-    """'quick_gelu' or 'gelu'."""
+    """'quick_gelu' or 'gelu'; 'own' for a module from outside."""
+    if is_own_module(architecture):
+        return "own"
     return "quick_gelu" if architecture.get("quick_gelu") else "gelu"
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 (hex) of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make a file's or folder's content survive a power cut before it is renamed."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    """Put `temporary` in the place of `folder`; a folder cannot be renamed over a full one, so that steps aside."""
-    if folder.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.replaced-", dir=folder.parent))
-        folder.rename(aside / "old")
-        temporary.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        temporary.rename(folder)
-    _flush(folder.parent)
 
 
 def read_model(folder: Path) -> ClipModel:
@@ -138,16 +100,18 @@ def read_model(folder: Path) -> ClipModel:
     """
     where = folder / DESCRIPTION
     values = read_description(where)
-    architecture = check_architecture(values["architecture"], f"{where}: architecture")
+    described = values["architecture"]
+    if isinstance(described, dict) and is_own_module(described):
+        return _read_own(folder, values)
+    architecture = check_architecture(described, f"{where}: architecture")
     if values["activation"] != activation(architecture):
         raise InputError(
             f"{where}: '{values['activation']}' contradicts the architecture ('{activation(architecture)}'): "
             "the file was edited or damaged, and guessing would change every result"
         )
-    tensors = read_safetensors(folder / WEIGHTS, shapes(architecture), f"the architecture in {DESCRIPTION}")
-    if file_sha256(folder / WEIGHTS) != values["weights_sha256"]:
-        raise InputError(f"{folder / WEIGHTS}: the content is not what {DESCRIPTION} recorded: copy the folder again")
-    tokenizer = tokenizer_from_dict(values["tokenizer"])
+    tensors = _weights(folder, values, shapes(architecture), f"the architecture in {DESCRIPTION}")
+    with blaming_file(where):
+        tokenizer = tokenizer_from_dict(values["tokenizer"])
     image = build(ImageSpec, values["image"], f"{where}: image")
     module = build_module(architecture)
     module.load_state_dict(tensors)
@@ -164,28 +128,61 @@ def read_model(folder: Path) -> ClipModel:
     )
 
 
+def _read_own(folder: Path, values: dict[str, Any]) -> ClipModel:
+    """A module from outside, built again by its own code and filled with the stored weights."""
+    where = folder / DESCRIPTION
+    known = values["tokenizer"]
+    stored = isinstance(known, dict) and known.get("kind") != OwnTokenizer.kind
+    with blaming_file(where):
+        tokenizer = tokenizer_from_dict(known) if stored else None
+    model = rebuilt(values["architecture"], values["name"], str(where), tokenizer)
+    tensors = _weights(folder, values, {n: t.shape for n, t in model.module.state_dict().items()}, "the module")
+    model.module.load_state_dict(tensors)
+    image = build(ImageSpec, values["image"], f"{where}: image")
+    return dataclasses.replace(model, image=image, name=values["name"])
+
+
+def _weights(
+    folder: Path, values: dict[str, Any], expected: dict[str, torch.Size], what: str
+) -> dict[str, torch.Tensor]:
+    """The folder's tensors, compared with `expected` shapes of `what` and the recorded checksum."""
+    tensors = read_safetensors(folder / WEIGHTS, expected, what)
+    if sha256(folder / WEIGHTS) != values["weights_sha256"]:
+        raise InputError(f"{folder / WEIGHTS}: the content is not what {DESCRIPTION} recorded: copy the folder again")
+    return tensors
+
+
 def read_description(path: Path) -> dict[str, Any]:
     """The checked top level of a model.json; raises InputError for anything that is not one of this format."""
     if not path.is_file():
         raise InputError(f"{path}: no such file, so this is not a model folder")
     if path.stat().st_size > _LARGEST_DESCRIPTION:
         raise InputError(f"{path}: too large for a model description ({path.stat().st_size >> 20} MB)")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(values, dict) or "format" not in values:
+    values = read_json(path)
+    if "format" not in values:
         raise InputError(f"{path}: not a model description (it has no 'format')")
     if values["format"] != FORMAT:
         raise InputError(
-            f"{path}: format {values['format']!r} is not known here (this version reads {FORMAT}): update clipdistill"
+            f"{path}: format {values['format']!r:.50} is not known here (this version reads {FORMAT}): "
+            "update clipdistill"
         )
     missing = sorted(_KEYS - values.keys())
     if missing:
         raise InputError(f"{path}: the key '{missing[0]}' is missing")
     if not isinstance(values["name"], str):
-        raise InputError(f"{path}: 'name' must be text, got {values['name']!r}")
+        raise InputError(f"{path}: 'name' must be text, got {values['name']!r:.200}")
     return values
+
+
+@contextlib.contextmanager
+def blaming_file(path: Path) -> Iterator[None]:
+    """Within, an InputError begins with the file in which the trouble was read."""
+    try:
+        yield
+    except MissingExtraError:
+        raise
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def read_safetensors(path: Path, expected: dict[str, torch.Size], what: str) -> dict[str, torch.Tensor]:

@@ -14,13 +14,14 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from clipdistill.errors import InputError, MissingExtraError, nearest
+from clipdistill.registry import describe
 
 CLIP_CONTEXT_LENGTH = 77
 _CACHE_LIMIT = 200_000  # captions remembered per process, about 300 bytes each
@@ -50,8 +51,9 @@ class Tokenizer(ABC):
     def with_context_length(self, context_length: int) -> Tokenizer:
         """The same vocabulary with rows of another width."""
 
-    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
-        """Token ids of `captions`: LongTensor (n, context_length)."""
+    def __call__(self, captions: str | Sequence[str]) -> torch.Tensor:
+        """Token ids of `captions`: LongTensor (n, context_length); one string is one caption, as in open_clip."""
+        captions = as_captions(captions)
         rows = np.full((len(captions), self.context_length), self._padding, dtype=np.int64)
         for row, caption in zip(rows, captions):
             ids = self._ids(caption)
@@ -63,9 +65,9 @@ class Tokenizer(ABC):
                 row[: len(ids)] = ids
         return torch.from_numpy(rows)
 
-    def lengths(self, captions: Sequence[str]) -> list[int]:
+    def lengths(self, captions: str | Sequence[str]) -> list[int]:
         """Ids each caption needs before any cut, start and end included; above `context_length` means it is cut."""
-        return [len(self._ids(caption)) for caption in captions]
+        return [len(self._ids(caption)) for caption in as_captions(captions)]
 
     _padding: int = 0
     _keeps_end: bool = True  # whether a cut row ends with the end token, as every CLIP expects
@@ -262,7 +264,7 @@ class HuggingFaceTokenizer(Tokenizer):
             caption = get_clean_fn(self.clean)(caption)
         return list(self._fast.encode(caption).ids)
 
-    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+    def __call__(self, captions: str | Sequence[str]) -> torch.Tensor:
         """See Tokenizer."""
         rows = super().__call__(captions)
         return rows if self.blank is None else rows.masked_fill(rows == self.blank, 0)
@@ -281,6 +283,58 @@ class HuggingFaceTokenizer(Tokenizer):
     def with_context_length(self, context_length: int) -> HuggingFaceTokenizer:
         """See Tokenizer."""
         return HuggingFaceTokenizer(self.definition, context_length, self._padding, self.clean, self.blank)
+
+
+class OwnTokenizer(Tokenizer):
+    """Somebody else's tokenizer: `call` maps a list of captions to ids (n, L). It is its module's, and not saved."""
+
+    kind = "own"
+
+    def __init__(self, call: Callable[[list[str]], Any], where: str) -> None:
+        self._call, self._where = call, where
+        self.context_length = self(["a"]).shape[1]
+        vocabulary = getattr(call, "vocab_size", 0)
+        self.vocab_size = vocabulary if isinstance(vocabulary, int) else 0
+
+    def __call__(self, captions: str | Sequence[str]) -> torch.Tensor:
+        """See Tokenizer. Raises InputError for what are no ids."""
+        captions = as_captions(captions)
+        try:
+            found = self._call(list(captions))
+            ids = torch.as_tensor(found["input_ids"] if isinstance(found, Mapping) else found)
+        except Exception as error:
+            raise InputError(
+                f"{self._where} failed for a list of {len(captions)} captions ({describe(error)})"
+            ) from error
+        if ids.ndim != 2 or len(ids) != len(captions) or ids.is_floating_point():
+            raise InputError(
+                f"{self._where} gave {tuple(ids.shape)} for {len(captions)} captions, expected ids ({len(captions)}, L)"
+            )
+        return ids.long()
+
+    def encode(self, caption: str) -> list[int]:
+        """The ids of one caption, without the repeated id that fills the row."""
+        ids: list[int] = self([caption])[0].tolist()
+        while len(ids) > 1 and ids[-1] == ids[-2]:
+            ids.pop()
+        return ids
+
+    def to_dict(self) -> dict[str, Any]:
+        """What tells it from others; it cannot be made from that."""
+        name = f"{type(self._call).__module__}.{type(self._call).__qualname__}"
+        return {"kind": self.kind, "class": name, "context_length": self.context_length, "vocab_size": self.vocab_size}
+
+    def with_context_length(self, context_length: int) -> Tokenizer:
+        """Not possible: the rows are as wide as its owner makes them."""
+        raise InputError(f"{self._where}: its rows have {self.context_length} ids, and no other width can be asked for")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OwnTokenizer, (self._call, self._where)
+
+
+def as_captions(captions: str | Sequence[str]) -> Sequence[str]:
+    """A list of captions; a single string is one caption, and not one for each of its letters."""
+    return [captions] if isinstance(captions, str) else captions
 
 
 def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:

@@ -15,6 +15,7 @@ from clipdistill.data.pairs import DataConfig
 from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
 from clipdistill.models.inheritance.config import MaskConfig
+from clipdistill.models.known import hold
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import lay, load_recipe
 from clipdistill.regions.config import MetaTeacherConfig, RegionsConfig
@@ -135,6 +136,11 @@ class RunConfig(Config):
     @classmethod
     def _plain_name(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, (str, Path)) else value
+
+    @pydantic.field_validator("student", "teacher", mode="before")
+    @classmethod
+    def _module_name(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        return hold(value, str(info.field_name))  # an nn.Module is as good as a name
 
     @property
     def run_name(self) -> str:

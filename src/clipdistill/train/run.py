@@ -233,7 +233,10 @@ def _final_scores(setup: Setup, folder: Path, display: Display) -> Scores | None
         return None
     teacher: Any = None
     if setup.teacher is not None and len(setup.teacher.blocks) == 1:
-        teacher = config.evaluation.teacher or setup.teacher.model
+        live = setup.teacher.model
+        # a teacher from outside may have no text tower, and then no retrieval to measure
+        whole = live is not None and hasattr(live.module, "encode_text")
+        teacher = config.evaluation.teacher or (live if whole else None)
     known = None if teacher is None else setup.sources.teacher_scores(config)
     display.say("evaluating the student" + (" and the teacher" if teacher is not None and known is None else ""))
     scores = evaluate(

@@ -20,9 +20,10 @@ from clipdistill.models.inheritance.cut import inherit
 from clipdistill.models.inheritance.names import is_inherited, parse
 from clipdistill.models.inheritance.prune import prune
 from clipdistill.models.inheritance.training import Masking, start_masking
+from clipdistill.models.known import needs_vocabulary
+from clipdistill.models.own import takes_tokenizer
 from clipdistill.models.parameters import freeze, hold_frozen_statistics
 from clipdistill.models.save import read_model
-from clipdistill.models.students import needs_vocabulary
 from clipdistill.objective import Embeddings, Objective
 from clipdistill.runtime.distributed import broadcast_module, rank, world_size
 from clipdistill.train.checkpoint import Checkpoint, restore
@@ -248,7 +249,7 @@ def _student(
         # a student whose vocabulary is made from words shares the teacher's, so that both read the same captions; also
         # that of a teacher which is named and not used, so that a run without distillation starts like one with it
         shared = None
-        if needs_vocabulary(config.student) and config.teachers:
+        if (needs_vocabulary(config.student) or takes_tokenizer(config.student)) and config.teachers:
             shared = (teacher or sources.teacher(config, source, device)).tokenizer
         student = build_student(
             config.student,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from clipdistill.data.loader import Batch
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, Tokenizer, load_model
+from clipdistill.models.known import OWN_EMBEDDINGS
 from clipdistill.objective import Embeddings
 from clipdistill.regions.meta_teacher import region_teacher_folder
 from clipdistill.regions.teacher import RegionTeacher, open_region_teacher
+from clipdistill.registry import describe
 from clipdistill.runtime.distributed import gather_lists, is_main
 from clipdistill.train.config import RunConfig
 from clipdistill.train.step import autocast
@@ -60,8 +63,9 @@ class LiveTeacher:
         return self.models[0]
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        return self.model.tokenizer
+    def tokenizer(self) -> Tokenizer | None:
+        """None for a teacher without a text tower."""
+        return self.model.tokenizer if hasattr(self.model.module, "encode_text") else None
 
     @property
     def stored(self) -> None:
@@ -85,6 +89,9 @@ class LiveTeacher:
         """The teacher's embeddings of this rank's rows: (B, sum of D_k) each."""
         assert batch.teacher_images is not None
         assert batch.teacher_tokens is not None
+        own = getattr(self.models[0].module, OWN_EMBEDDINGS, None)
+        if own is not None and len(self.models) == 1:
+            return own_embeddings(self.model, own, batch, self.device, self.scales[0])
         return self.encode(batch.teacher_images, batch.teacher_tokens)
 
     @torch.no_grad()
@@ -95,7 +102,9 @@ class LiveTeacher:
         image_blocks, text_blocks = [], []
         for model in self.models:
             with autocast(self.device, self.precision):
-                image, text = model.module.encode_image(images), model.module.encode_text(tokens)
+                image = model.module.encode_image(images)
+                # without a text tower the pictures stand for their captions
+                text = model.module.encode_text(tokens) if hasattr(model.module, "encode_text") else image
             image_blocks.append(torch.nn.functional.normalize(image.float(), dim=-1))
             text_blocks.append(torch.nn.functional.normalize(text.float(), dim=-1))
         single = len(self.models) == 1
@@ -103,6 +112,29 @@ class LiveTeacher:
         return Embeddings(
             torch.cat(image_blocks, 1), torch.cat(text_blocks, 1), scale, blocks=None if single else self.blocks
         )
+
+
+def own_embeddings(
+    model: ClipModel, make: Callable[[Batch], Any], batch: Batch, device: torch.device, scale: float
+) -> Embeddings:
+    """What a teacher from outside makes of a batch: Embeddings, (image, text), or image embeddings alone, (B, D)."""
+    try:
+        found = make(batch)
+    except Exception as error:
+        raise InputError(f"teacher '{model.name}': {OWN_EMBEDDINGS} failed ({describe(error)})") from error
+    if isinstance(found, Embeddings):
+        return found
+    image, text = found if isinstance(found, tuple | list) else (found, found)
+    rows = []
+    for part in (image, image if text is None else text):
+        if not isinstance(part, Tensor) or tuple(part.shape) != (len(batch.keys), model.embed_dim):
+            shape = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise InputError(
+                f"teacher '{model.name}': {OWN_EMBEDDINGS} gave {shape}, "
+                f"expected ({len(batch.keys)}, {model.embed_dim})"
+            )
+        rows.append(torch.nn.functional.normalize(part.detach().to(device).float(), dim=-1))
+    return Embeddings(rows[0], rows[1], torch.tensor(scale, device=device))
 
 
 def load_teacher(

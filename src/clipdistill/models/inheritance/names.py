@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clipdistill.errors import InputError, nearest
-from clipdistill.models.students import known_architectures, named_architecture, near
+from clipdistill.models.known import architecture_values, known_architectures, near
 
 PREFIX = "inherit:"
 PUBLISHED = {
@@ -142,13 +142,13 @@ def _named(name: str, student: str) -> Inheritance:
             f"'{student}': '{name}' is no published configuration and no student"
             f"{near(name, [*PUBLISHED, *known_architectures()])}"
         )
-    return sizes_of(named_architecture(architecture), name)
+    return sizes_of(architecture_values(architecture), name)
 
 
 def sizes_of(architecture: Mapping[str, Any], name: str) -> Inheritance:
     """The sizes of an architecture, for a student that inherits them. Raises InputError for towers without widths."""
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
-    if vision.get("timm_model_name") or text.get("hf_model_name"):
+    if vision.get("timm") or vision.get("timm_model_name") or text.get("hf_model_name"):
         raise InputError(f"'{PREFIX}{name}': {name} has a tower of another library, whose sizes cannot be inherited")
     layers = vision.get("layers", 12)
     resnet = not isinstance(layers, int)

@@ -111,7 +111,9 @@ def tower_sizes(
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.transformer import VisionTransformer
 
-    visual: Any = module.visual
+    visual: Any = getattr(module, "visual", None)
+    if "vision_cfg" not in architecture:
+        return None
     if tower == "image" and isinstance(visual, ModifiedResNet):
         vision = architecture["vision_cfg"]
         return ResNetSizes(vision.get("width", 768), tuple(vision["layers"]), vision.get("head_width", 64))
