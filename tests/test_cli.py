@@ -74,6 +74,24 @@ def test_bad_input_is_one_sentence_and_exit_code_2(case, tmp_path, capsys):
     assert "Traceback" not in shown
 
 
+def test_it_runs_as_a_module():
+    shown = subprocess.run(
+        [sys.executable, "-m", "clipdistill", "--version"], check=True, capture_output=True, text=True
+    )
+    assert shown.stdout.strip() == f"clipdistill {__version__}"
+
+
+def test_a_place_that_nobody_looked_at_is_one_sentence(monkeypatch, capsys):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied", "/some/where")
+
+    monkeypatch.setattr("clipdistill.listing.run", refuse)
+    assert main(["list", "recipes"]) == 2
+    assert capsys.readouterr().err == (
+        "clipdistill: /some/where: cannot be read or written (Permission denied): choose another place\n"
+    )
+
+
 CONTENT = {
     "empty.json": ("", "empty.json"),
     "list.json": ("[1, 2, 3]", "list.json"),

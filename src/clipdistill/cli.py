@@ -1,6 +1,7 @@
 """The command line: parse, hand over, report errors in one sentence. Each sub-command lives in the module named here.
 
-A command module has `add_arguments(parser)` and `run(arguments) -> int | None`.
+A command module has `add_arguments(parser)` and `run(arguments) -> int | None`. It imports torch and what needs it only
+where something is computed: names, keys and files are looked at first, so that a mistake is told at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from clipdistill.errors import ClipdistillError, nearest, storage_error
+from clipdistill.errors import ClipdistillError, InputError, nearest, storage_error
 from clipdistill.registry import load_plugin
 from clipdistill.version import __version__
 
@@ -56,11 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        full = storage_error(error)
-        if full is None:
+        known = storage_error(error) or _place_error(error)
+        if known is None:
             raise
-        print(f"clipdistill: {full}", file=sys.stderr)
-        return full.exit_code
+        print(f"clipdistill: {known}", file=sys.stderr)
+        return known.exit_code
+
+
+def _place_error(error: BaseException) -> InputError | None:
+    """The last resort for a place that cannot be read or written and that nobody looked at before: one sentence."""
+    if not isinstance(error, OSError) or error.filename is None or isinstance(error, ConnectionError):
+        return None
+    return InputError(f"{error.filename}: cannot be read or written ({error.strerror}): choose another place")
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -8,24 +8,17 @@ zero-shot classification of attribute combinations that were never trained on, t
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.progress import Progress
-
-from clipdistill.bench.throughput import throughput
-from clipdistill.cache.config import CacheConfig
-from clipdistill.cache.fill import fill
-from clipdistill.config import as_dict, build
-from clipdistill.models import load_model
-from clipdistill.report.look import look
-from clipdistill.report.report import write_report
 from clipdistill.runtime.console import TextTable, say
-from clipdistill.statistics.scores import Scores
-from clipdistill.train.config import RunConfig, resolve
-from clipdistill.train.run import Run, distill
+from clipdistill.runtime.files import make_folder, write_json
+
+if TYPE_CHECKING:  # torch and all that needs it wait until the settings are known to be right
+    from clipdistill.train.config import RunConfig
+    from clipdistill.train.run import Run
 
 TEACHER = "scenes-teacher"
 RECIPES = ("clip", "clip-kd", "clip-rd")
@@ -42,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, measure, report; an interrupted demo continues where it stopped."""
+    from clipdistill.train.config import resolve
+
     began = time.monotonic()
     out: Path = arguments.out
     recipes = arguments.recipes.split(",")
@@ -54,6 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for recipe in recipes
     ]
+    make_folder(out, "demo")
+
+    from clipdistill.report.look import look
+    from clipdistill.report.report import write_report
+    from clipdistill.train.run import distill
+
     say("the teacher's embeddings, computed once for all students", colour="bold")
     cache = fill_cache(configs[0], out / "teacher-cache")
     runs: list[Run] = []
@@ -74,6 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def fill_cache(config: RunConfig, folder: Path) -> Path:
     """The store of the teacher's embeddings of every training picture and caption."""
+    from rich.progress import Progress
+
+    from clipdistill.cache.config import CacheConfig
+    from clipdistill.cache.fill import fill
+    from clipdistill.config import as_dict, build
+
     settings = {"teacher": TEACHER, "data": as_dict(config.data), "out": folder}
     with Progress(transient=True) as bar:
         task = bar.add_task("pictures", total=None)
@@ -85,11 +92,14 @@ def fill_cache(config: RunConfig, folder: Path) -> Path:
 
 def measure_speed(runs: Sequence[Run], seconds: float) -> None:
     """Teacher and every student in one alternating run, so that the ratios hold on a busy machine; bench.json each."""
+    from clipdistill.bench.throughput import throughput
+    from clipdistill.models import load_model
+
     models = {"teacher": load_model(TEACHER, teacher=True)}
     models |= {run.folder.name: load_model(str(run.student), teacher=True) for run in runs}
     result = throughput(models, batch_sizes=(1, 64), seconds=seconds)
     for run in runs:
-        (run.folder / "bench.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_json(run.folder / "bench.json", result)
 
 
 def print_summary(runs: Sequence[Run]) -> None:
@@ -98,8 +108,7 @@ def print_summary(runs: Sequence[Run]) -> None:
     table = TextTable(["model", *shown], title="teacher and students")
     rows: dict[str, dict[str, float]] = {}
     for run in runs:
-        scores = run.scores or Scores([])
-        for score in scores:
+        for score in run.scores or ():
             name = "teacher" if score.model == "teacher" else run.folder.name
             if score.metric in shown:
                 rows.setdefault(name, {}).setdefault(score.metric, score.value)

@@ -6,11 +6,14 @@ import csv
 import io
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from clipdistill.cli import main
 from clipdistill.errors import InputError
 from clipdistill.report.command import add_arguments, run
 from clipdistill.report.report import ReportSummary, write_report
@@ -172,10 +175,61 @@ def test_unknown_verdicts_of_claims_are_undecided(tmp_path: Path) -> None:
 
 def test_where_it_cannot_be_written(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "rd")
-    with pytest.raises(InputError, match="this is a folder; name the file"):
-        write_report([folder], tmp_path)
-    with pytest.raises(InputError, match=r"end its name in \.html"):
+    (tmp_path / "r.html").mkdir()
+    with pytest.raises(InputError, match="this is a folder; name a file"):
+        write_report([folder], tmp_path / "r.html")
+    with pytest.raises(InputError, match=r"a name that ends in \.html"):
         write_report([folder], tmp_path / "report.pdf")
+
+
+@pytest.mark.parametrize("name", ["file/below/r.html", "dangling.html", "x" * 251 + ".html", "r.html"])
+def test_a_place_that_cannot_be_written_is_refused_in_one_sentence(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "rd")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "dangling.html").symlink_to(tmp_path / "nowhere" / "deep")
+    (tmp_path / "r.md").mkdir()
+    assert main(["report", str(folder), "--out", str(tmp_path / name)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_run_of_stages_whose_list_is_damaged_is_shown_by_its_runs(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "staged" / "one").parent
+    (folder / "stages.json").write_bytes(b"\0" * 40)
+    assert main(["report", str(folder), "--out", str(tmp_path / "r.html")]) == 0
+    assert "stages.json: holds only NUL bytes" in Page((tmp_path / "r.html").read_text()).text
+
+
+def test_a_killed_report_leaves_the_old_page_whole(tmp_path: Path) -> None:
+    """Killed at any moment while it writes, the page, the Markdown and the CSV are each the old or the new one."""
+    folder = write_run(tmp_path / "rd")
+    out = tmp_path / "r.html"
+    write_report([folder], out, title="old")
+    whole = {path.name: path.read_bytes() for path in tmp_path.glob("r.*")}
+    code = (
+        "import os, signal, sys, pathlib\n"
+        "from clipdistill.report import report\n"
+        "from clipdistill.runtime import files\n"
+        "at, sync, seen = int(sys.argv[3]), files.sync, []\n"
+        "def die(path):\n"
+        "    seen.append(path)\n"
+        "    if len(seen) == at: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    sync(path)\n"
+        "files.sync = die\n"
+        "report.write_report([sys.argv[1]], sys.argv[2], title='new')\n"
+    )
+    for moment in (1, 2, 4, 5, 6):  # each file is synced, then its folder
+        done = subprocess.run([sys.executable, "-c", code, str(folder), str(out), str(moment)], check=False)
+        assert done.returncode == -9
+        for name, content in whole.items():
+            now = (tmp_path / name).read_bytes()
+            assert now == content or (
+                b"new" in now and now.rstrip().endswith((b"</html>", b"`", content[-20:].rstrip()))
+            )
+        assert out.read_text().rstrip().endswith("</html>")
+    write_report([folder], out, title="new")
+    assert "new" in out.read_text()
 
 
 def test_a_failed_report_leaves_the_old_one(tmp_path: Path) -> None:
@@ -185,7 +239,7 @@ def test_a_failed_report_leaves_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         write_report([folder], tmp_path / "report.html")
     assert (tmp_path / "report.html").read_text() == before
-    assert not list(tmp_path.glob(".*part"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -126,3 +126,11 @@ def test_places_that_cannot_be_made(tmp_path: Path) -> None:
         (tmp_path / "closed").mkdir(mode=0o500)
         with pytest.raises(InputError, match="permission"):
             files.make_folder(tmp_path / "closed" / "run", "run")
+
+
+def test_places_of_files_are_looked_at_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "deep")
+    assert files.require_place(tmp_path / "new" / "a.json", "scores") == tmp_path / "new" / "a.json"
+    for name, reason in ((".", "this is a folder"), ("dangling", "in the way"), ("x" * 256, "too long")):
+        with pytest.raises(InputError, match=reason):
+            files.require_place(tmp_path / name, "scores")

@@ -1,0 +1,18 @@
+"""One self-contained HTML page about some runs, with Markdown and CSV beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clipdistill.errors import InputError
+from clipdistill.runtime.files import require_place
+
+
+def report_place(out: Path | str) -> Path:
+    """The page's path; InputError when the page, or the two files beside it, cannot be written there."""
+    out = Path(out)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{out}: the report is an HTML file; give it a name that ends in .html")
+    for path in (out, out.with_suffix(".md"), out.with_suffix(".csv")):
+        require_place(path, "report")
+    return out

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from clipdistill.errors import InputError
-from clipdistill.report.report import write_report
-from clipdistill.runs.folder import run_folders
+from clipdistill.report import report_place
+from clipdistill.runs.folder import STAGES, RunFolder, run_folders
+from clipdistill.runtime.console import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,12 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Look, write the page, say what it says."""
-    runs = [stage for run in arguments.runs for stage in run_folders(run)]
     notes: list[str] = []
+    runs = [found for run in arguments.runs for found in _runs_of(run, notes)]
+    for run in runs:
+        if not run.is_dir():
+            raise InputError(f"{run}: no such run folder")
+        RunFolder(run).facts()
+    out = report_place(arguments.out)
+    if (arguments.data or arguments.split) and not arguments.look:
+        raise InputError("--data and --split say what --look looks at: give --look as well")
     if arguments.look:
         from clipdistill.report.look import look
 
-        notes = look(
+        notes += look(
             runs,
             data=arguments.data,
             split=arguments.split,
@@ -45,13 +53,23 @@ def run(arguments: argparse.Namespace) -> int:
             device=arguments.device,
             progress=not arguments.quiet,
         )
-    elif arguments.data or arguments.split:
-        raise InputError("--data and --split say what --look looks at: give --look as well")
-    summary = write_report(runs, arguments.out, title=arguments.title, claims=arguments.claims)
-    print(summary.headline)
-    for notice in (*notes, *summary.notices):
-        print(f"note: {notice}")
-    print(
-        f"\nreport: {summary.html} ({summary.size / 1e6:.1f} MB), also {summary.markdown.name} and {summary.csv.name}"
-    )
+    from clipdistill.report.report import write_report
+
+    summary = write_report(runs, out, title=arguments.title, claims=arguments.claims, notices=notes)
+    say(summary.headline)
+    for notice in summary.notices:
+        say(f"note: {notice}")
+    say(f"\nreport: {summary.html} ({summary.size / 1e6:.1f} MB), also {summary.markdown.name} and {summary.csv.name}")
     return 0
+
+
+def _runs_of(folder: Path, notes: list[str]) -> list[Path]:
+    """The runs that a folder stands for; of one whose list of stages is damaged, those that lie in it."""
+    try:
+        return run_folders(folder)
+    except InputError as error:
+        inside = sorted(path.parent for path in folder.glob("*/run.json"))
+        if not inside or not (folder / STAGES).is_file():
+            raise
+        notes.append(f"{error}; the runs in the folder are shown.")
+        return inside

@@ -6,13 +6,13 @@ for how differences are judged and words.py for what it says about them.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clipdistill.errors import InputError
+from clipdistill.report import report_place
 from clipdistill.report.context import VERDICTS, Report
 from clipdistill.report.data import Run, read_optional, read_runs
 from clipdistill.report.gallery import read_galleries
@@ -22,6 +22,7 @@ from clipdistill.report.tables import ScoreTable, build_table, compare
 from clipdistill.report.text import to_csv, to_markdown
 from clipdistill.report.trade import read_trade
 from clipdistill.report.words import headline
+from clipdistill.runtime.files import write_text
 from clipdistill.statistics.claims import judge, read_claims
 from clipdistill.statistics.records import read_records
 from clipdistill.statistics.verdicts import evidence
@@ -40,26 +41,27 @@ class ReportSummary:
 
 
 def write_report(
-    runs: Sequence[Path | str], out: Path | str, *, title: str | None = None, claims: str | Path | None = None
+    runs: Sequence[Path | str],
+    out: Path | str,
+    *,
+    title: str | None = None,
+    claims: str | Path | None = None,
+    notices: Sequence[str] = (),
 ) -> ReportSummary:
     """Write a report on run folders to `out` (.html), with the same name ending in .md and .csv beside it.
 
-    claims: judge these on the runs (a YAML file of claims, or "published"; see evaluate/claims.py).
+    claims: judge these on the runs (a YAML file of claims, or "published"; see statistics/claims.py).
+    notices: shown on the page beside its own.
     Read beside or in the run folders when present: bench.json, gallery.json, geometry.json, claims.json.
     Raises InputError for a folder that is no run, a broken file, or an `out` that is a folder.
     """
-    out = Path(out)
-    if out.is_dir():
-        raise InputError(f"{out}: this is a folder; name the file to write, for example {out / 'report.html'}")
-    if out.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{out}: the report is an HTML file; end its name in .html")
+    out = report_place(out)
     report = collect([Path(run) for run in runs], title, claims)
-    markdown, csv = out.with_suffix(".md"), out.with_suffix(".csv")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    html = render(report)
-    _write(markdown, to_markdown(report))
-    _write(csv, to_csv(report))
-    _write(out, html)
+    report.notices = [*notices, *report.notices]
+    markdown, csv, html = out.with_suffix(".md"), out.with_suffix(".csv"), render(report)
+    write_text(markdown, to_markdown(report))
+    write_text(csv, to_csv(report))
+    write_text(out, html)
     sentences = "\n".join(sentence.text for sentence in report.headline)
     return ReportSummary(out, markdown, csv, sentences, tuple(report.notices), len(html.encode()))
 
@@ -128,13 +130,3 @@ def _judged(folders: Sequence[Path], source: str | Path) -> tuple[list[dict[str,
 def _in_place(claim: str) -> str:
     """ "a > b on flickr8k top1" for "a > b on * top1 [flickr8k]"."""
     return re.sub(r" on \* (\S+) \[(.+)\]$", r" on \2 \1", claim)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write under another name first, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -118,6 +118,25 @@ def make_folder(path: Path | str, what: str) -> Path:
     return path
 
 
+def require_place(path: Path | str, what: str) -> Path:
+    """See that `path` can be written as a file, before the work whose result it is for; makes the folders above it.
+
+    Raises InputError where a folder or a dead link is in the way, the name is too long, or the place cannot be written.
+    """
+    path = Path(path)
+    try:
+        if path.lstat() and path.is_symlink() and not path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        if path.is_dir():
+            raise InputError(f"{path}: this is a folder; name a file for the {what}")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise cannot_write(path, what, error) from error
+    make_folder(path.parent, what)
+    return path
+
+
 def cannot_write(path: Path | str, what: str, error: OSError) -> Exception:
     """The error to raise when `path`, the place for `what`, cannot be made or written."""
     full = storage_error(error)
