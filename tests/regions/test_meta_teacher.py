@@ -327,7 +327,7 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     from clipdistill.regions.store import RegionStore
 
     stores = map(RegionStore, sorted((tmp_path / "store").glob("regions-*")))
-    store = next(store for store in stores if store.manifest["whole_image"] == "always")
+    store = next(store for store in stores if store.manifest.whole_image == "always")
     with torch.no_grad():
         expected = F.normalize(live.image(store.read(batch.indices.tolist())), dim=1)
         text = F.normalize(live.text(live.clip.tokenizer(batch.captions))[0], dim=1)

@@ -1,27 +1,27 @@
 """Embeddings of all regions of a data set through a frozen CLIP image tower, made once.
 
 The tower is frozen and boxes are fixed, so a region's embedding is a constant of the image: DCLIP's released code
-computes it again in every step. A store is a folder: `regions.json` (what it was made from) and blocks of 256 images
-(safetensors, float16 embeddings), each written whole; an interrupted call is continued.
+computes it again in every step. A store is a folder of blocks (cache.blocks): `regions.json` says what it was made
+from, `block-00000` and so on hold 256 images each, float16 embeddings; an interrupted call is continued.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from clipdistill.config import as_dict
+from clipdistill.cache.blocks import Block, BlockFolder
+from clipdistill.config import Config, as_dict, build
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.problems import BadSample
 from clipdistill.data.views import ImageSpec, View, normalise, render_pixels
@@ -35,7 +35,37 @@ FORMAT = 1
 MANIFEST = "regions.json"
 BLOCK = 256
 _ZERO_ROW, _UNREADABLE = -1, -2  # instead of a count: nothing found, the released one zero row; no picture
+_IDENTITY = ("format", "data_sha256", "boxes_sha256", "image_tower_sha256", "crops", "limits", "whole_image")
 Progress = Callable[[int, int], None]
+
+
+class RegionManifest(Config):
+    """What a store was made from. without_boxes: images that the boxes do not know; block: images a block."""
+
+    format: int = FORMAT
+    data: str
+    data_sha256: str
+    images: int = pydantic.Field(ge=1)
+    boxes: str
+    boxes_sha256: str
+    without_boxes: int = pydantic.Field(ge=0)
+    image_tower_sha256: str
+    crops: ImageSpec
+    limits: BoxLimits
+    whole_image: str
+    width: int = pydantic.Field(ge=1)
+    block: int = pydantic.Field(ge=1)
+
+    @property
+    def identity(self) -> str:
+        """Sixteen digits of a digest of everything the embeddings depend on."""
+        values = as_dict(self)
+        text = json.dumps({key: values[key] for key in _IDENTITY}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def parts(self) -> list[range]:
+        """The images of each block."""
+        return [range(start, min(start + self.block, self.images)) for start in range(0, self.images, self.block)]
 
 
 @dataclass(frozen=True)
@@ -82,81 +112,70 @@ def fill_store(
     boxes are those of other images.
     """
     missing = boxes.require_some((source.key(i) for i in range(len(source))), source.name)
-    described: dict[str, Any] = {
-        "format": FORMAT,
-        "data": source.name,
-        "data_sha256": source.fingerprint(),
-        "images": len(source),
-        "boxes": boxes.name,
-        "boxes_sha256": boxes.fingerprint(),
-        "without_boxes": len(missing),
-        "image_tower_sha256": image_tower_sha256(clip),
-        "crops": as_dict(spec),
-        "limits": as_dict(limits),
-        "whole_image": whole_image,
-        "width": clip.embed_dim,
-        "block": BLOCK,
-    }
-    folder = root / f"regions-{_identity(described)}"
-    _open(folder, described)
+    manifest = RegionManifest(
+        data=source.name,
+        data_sha256=source.fingerprint(),
+        images=len(source),
+        boxes=boxes.name,
+        boxes_sha256=boxes.fingerprint(),
+        without_boxes=len(missing),
+        image_tower_sha256=image_tower_sha256(clip),
+        crops=spec,
+        limits=limits,
+        whole_image=whole_image,
+        width=clip.embed_dim,
+        block=BLOCK,
+    )
+    blocks = _blocks(root / f"regions-{manifest.identity}")
+    if blocks.manifest.exists():
+        stored = _read_manifest(blocks)
+        if (stored.identity, stored.images) != (manifest.identity, manifest.images):
+            raise InputError(f"{blocks.manifest}: not what the folder is named after: remove the folder")
+        manifest = stored
+    else:
+        blocks.describe(as_dict(manifest))
     module = clip.module.eval().to(device)
-    for number, part in enumerate(_parts(len(source))):
-        path = folder / f"block-{number:05d}.safetensors"
-        if not path.exists():
+    for number, part in enumerate(manifest.parts()):
+        if not blocks.path(_name(number)).exists():
             regions = [_regions(source, boxes, i, limits, whole_image) for i in part]
-            _write(path, regions, module, spec, torch.device(device), batch_size, clip.embed_dim)
+            tensors = _tensors(regions, module, spec, torch.device(device), batch_size, clip.embed_dim)
+            blocks.write(_name(number), tensors, _metadata(manifest, part))
             progress(part.stop, len(source))
-    return RegionStore(folder)
+    return RegionStore(blocks.folder)
 
 
-def _parts(count: int) -> list[range]:
-    return [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
+def _blocks(folder: Path) -> BlockFolder:
+    return BlockFolder(
+        folder, what="region store", remedy="remove it and run the same command again", manifest=MANIFEST
+    )
 
 
-_IDENTITY = ("format", "data_sha256", "boxes_sha256", "image_tower_sha256", "crops", "limits", "whole_image")
+def _name(number: int) -> str:
+    return f"block-{number:05d}"
 
 
-def _identity(described: dict[str, Any]) -> str:
-    text = json.dumps({key: described[key] for key in _IDENTITY}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _metadata(manifest: RegionManifest, part: range) -> dict[str, str]:
+    return {"store": manifest.identity, "images": f"{part.start}-{part.stop}"}
 
 
-def _open(folder: Path, described: dict[str, Any]) -> None:
-    path = folder / MANIFEST
-    if path.exists():
-        stored = _read_manifest(folder)
-        for key in _IDENTITY:
-            if stored.get(key) != described[key]:
-                raise InputError(f"{path}: '{key}' is not what the folder is named after: remove the folder")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{MANIFEST}.writing")
-    temporary.write_text(json.dumps(described, indent=1), encoding="utf-8")
-    temporary.replace(path)
+def _read_manifest(blocks: BlockFolder) -> RegionManifest:
+    values = blocks.description()
+    if values.get("format") != FORMAT:
+        raise InputError(
+            f"{blocks.manifest}: format {values.get('format')!r}, this version reads {FORMAT}: {blocks.remedy}"
+        )
+    return build(RegionManifest, values, str(blocks.manifest))
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        stored = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{folder / MANIFEST}: not readable ({error})") from error
-    return stored
-
-
-@dataclass(frozen=True)
-class _Regions:
-    """One image's picture and boxes, ready to be cut; no picture where it cannot be read."""
-
-    image: Image.Image | None
-    boxes: Boxes
-    zero_row: bool = False
+_Regions = tuple[Image.Image | None, Boxes]
+"""One image's picture and boxes, ready to be cut; no picture where it cannot be read."""
 
 
 def _regions(source: PairSource, boxes: BoxFile, index: int, limits: BoxLimits, whole_image: str) -> _Regions:
     try:
         image = source.image(index)
     except BadSample:
-        return _Regions(None, Boxes.none(1, 1))  # the loader meets it again, lists and counts it
+        return None, Boxes.none(1, 1)  # the loader meets it again, lists and counts it
     width, height = image.size
     found = boxes.get(source.key(index), width, height) or Boxes.none(width, height)
     found = found.usable(limits)
@@ -164,58 +183,26 @@ def _regions(source: PairSource, boxes: BoxFile, index: int, limits: BoxLimits, 
         whole = np.asarray([[0, 0, width, height]], dtype=np.float32)
         corners, confidence = np.concatenate([whole, found.corners]), np.concatenate([[1.0], found.confidence])
         found = Boxes.of(width, height, corners, confidence)
-    return _Regions(image, found, zero_row=len(found) == 0)
+    return image, found
 
 
-def _write(
-    path: Path,
-    images: Sequence[_Regions],
-    module: Any,
-    spec: ImageSpec,
-    device: torch.device,
-    batch_size: int,
-    width: int,
-) -> None:
+def _tensors(
+    images: Sequence[_Regions], module: Any, spec: ImageSpec, device: torch.device, batch_size: int, width: int
+) -> dict[str, Tensor]:
     """Crops of all images of a block through the tower, a batch at a time."""
-    rows: list[Tensor] = []
-    waiting: list[Tensor] = []
-
-    def encode() -> None:
-        with torch.no_grad():
-            features = module.encode_image(torch.stack(waiting).to(device))
-        rows.append(features.float().cpu())
-        waiting.clear()
-
-    for crop in _crops(images, spec):
-        waiting.append(crop)
-        if len(waiting) == batch_size:
-            encode()
-    if waiting:
-        encode()
-    embeddings = torch.cat(rows) if rows else torch.zeros(0, width)
-    counts = torch.tensor([_count(one) for one in images])
-    tensors = {
-        "embeddings": embeddings.half(),
-        "counts": counts,
-        "areas": torch.from_numpy(np.concatenate([one.boxes.areas for one in images])),
-        "confidences": torch.from_numpy(np.concatenate([one.boxes.confidence for one in images])),
+    cut = [(image, box) for image, boxes in images if image is not None for box in boxes.pixel_boxes()]
+    rows = [torch.zeros(0, width)]
+    with torch.no_grad():
+        for start in range(0, len(cut), batch_size):
+            crops = [crop(image, box, spec) for image, box in cut[start : start + batch_size]]
+            rows.append(module.encode_image(torch.stack(crops).to(device)).float().cpu())
+    counts = [_UNREADABLE if image is None else len(boxes) or _ZERO_ROW for image, boxes in images]
+    return {
+        "embeddings": torch.cat(rows).half(),
+        "counts": torch.tensor(counts),
+        "areas": torch.from_numpy(np.concatenate([boxes.areas for _, boxes in images])),
+        "confidences": torch.from_numpy(np.concatenate([boxes.confidence for _, boxes in images])),
     }
-    temporary = path.with_name(f".{path.name}.writing")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)
-
-
-def _count(one: _Regions) -> int:
-    if one.image is None:
-        return _UNREADABLE
-    return _ZERO_ROW if one.zero_row else len(one.boxes)
-
-
-def _crops(images: Sequence[_Regions], spec: ImageSpec) -> Iterator[Tensor]:
-    for one in images:
-        if one.image is not None:
-            for box in one.boxes.pixel_boxes():
-                yield crop(one.image, box, spec)
 
 
 def crop(image: Image.Image, box: tuple[int, int, int, int], spec: ImageSpec) -> Tensor:
@@ -227,31 +214,37 @@ class RegionStore:
     """Reads a complete store: regions of samples by their index in the data it was made from."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = _read_manifest(folder)
-        self.width = int(self.manifest["width"])
-        self._blocks: dict[int, tuple[Any, Tensor, Tensor, Tensor, Tensor]] = {}
-        for number in range(len(_parts(int(self.manifest["images"])))):
-            if not (folder / f"block-{number:05d}.safetensors").exists():
+        self.folder, self._blocks = folder, _blocks(folder)
+        self.manifest = _read_manifest(self._blocks)
+        self._starts: dict[int, np.ndarray] = {}
+        there = self._blocks.names()
+        for number in range(-(-len(self) // self.manifest.block)):
+            if _name(number) not in there:
                 raise InputError(f"{folder}: incomplete (block {number} is missing): run the same command again")
+        self._parts = self.manifest.parts()
 
     def __len__(self) -> int:
-        return int(self.manifest["images"])
+        return self.manifest.images
 
-    def _block(self, number: int) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
-        if number not in self._blocks:
-            path = self.folder / f"block-{number:05d}.safetensors"
-            try:
-                with safe_open(path, framework="pt") as file:
-                    tensors = {name: file.get_tensor(name) for name in ("counts", "areas", "confidences")}
-                    rows = file.get_slice("embeddings")
-                    embeddings = rows[:]
-            except SafetensorError as error:
-                raise InputError(f"{path}: damaged ({error}): remove it and run the same command again") from error
-            counts = tensors["counts"]
-            starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.clamp(min=0).cumsum(0)])
-            self._blocks[number] = (embeddings, counts, starts, tensors["areas"], tensors["confidences"])
-        return self._blocks[number]
+    def _block(self, number: int) -> dict[str, np.ndarray]:
+        """The tensors of a block, read whole and compared with its checksum the first time."""
+        return self._blocks.read(_name(number), check=lambda block: self._check(block, number)).arrays
+
+    def _check(self, block: Block, number: int) -> None:
+        if "crc32" in block.metadata:  # missing in blocks of version 0.1
+            block.require(_metadata(self.manifest, self._parts[number]), "region store")
+            block.verify()
+        arrays, dtypes = block.arrays, {"embeddings": "F16", "counts": "I64", "areas": "F32", "confidences": "F32"}
+        if {name: block.dtype(name) for name in arrays} != dtypes:
+            raise InputError(f"{block.path}: damaged block (its tensors are not {', '.join(dtypes)}): {block.remedy}")
+        counts = arrays["counts"]
+        found = {name: arrays[name].shape for name in dtypes}
+        starts = np.concatenate([[0], np.cumsum(np.clip(counts, 0, 1 << 40))])
+        rows = int(starts[-1])
+        wanted = {"embeddings": (rows, self.manifest.width), "counts": (len(self._parts[number]),)}
+        if found != {**wanted, "areas": (rows,), "confidences": (rows,)} or counts.min() < _UNREADABLE:
+            raise InputError(f"{block.path}: damaged block (its shapes {found} do not fit together): {block.remedy}")
+        self._starts[number] = starts
 
     def counts(self) -> Tensor:
         """Regions of every image, int64 (N,)."""
@@ -262,31 +255,29 @@ class RegionStore:
         return self._counts() != _UNREADABLE
 
     def _counts(self) -> Tensor:
-        return torch.cat([self._block(n)[1] for n in range(len(_parts(len(self))))])
+        return torch.from_numpy(np.concatenate([self._block(n)["counts"] for n in range(len(self._parts))]))
 
     def read(self, indices: Sequence[int]) -> RegionBatch:
         """The regions of these samples, in their order."""
         found = []
         for index in indices:
-            number, within = divmod(int(index), BLOCK)
-            embeddings, counts, starts, areas, confidences = self._block(number)
-            begin, end = int(starts[within]), int(starts[within + 1])
-            rows = embeddings[begin:end].float()
-            sizes, scores = areas[begin:end], confidences[begin:end]
-            if int(counts[within]) == _ZERO_ROW:
-                rows, sizes, scores = torch.zeros(1, self.width), torch.zeros(1), torch.zeros(1)
-            found.append((rows, sizes, scores))
-        most = max([len(rows) for rows, _, _ in found], default=0) or 1
-        shape = (len(found), most)
-        batch = RegionBatch(
-            torch.zeros(*shape, self.width),
-            torch.zeros(shape, dtype=torch.bool),
-            torch.zeros(shape),
-            torch.zeros(shape),
-        )
-        for row, (rows, sizes, scores) in enumerate(found):
-            batch.embeddings[row, : len(rows)] = rows
-            batch.mask[row, : len(rows)] = True
-            batch.areas[row, : len(rows)] = sizes
-            batch.confidences[row, : len(rows)] = scores
-        return batch
+            number, within = divmod(int(index), self.manifest.block)
+            arrays = self._block(number)
+            own = slice(*self._starts[number][within : within + 2].tolist())
+            rows: list[np.ndarray] = [
+                arrays[name][own].astype(np.float32) for name in ("embeddings", "areas", "confidences")
+            ]
+            if arrays["counts"][within] == _ZERO_ROW:
+                rows = [np.zeros((1, self.manifest.width)), np.zeros(1), np.zeros(1)]
+            found.append(rows)
+        lengths = torch.tensor([len(rows[0]) for rows in found], dtype=torch.int64)
+        most = max([1, *lengths.tolist()])
+
+        def padded(column: int, *shape: int) -> Tensor:
+            result = torch.zeros(len(found), most, *shape)
+            for row, values in zip(result, found, strict=True):
+                row[: len(values[column])] = torch.from_numpy(values[column])
+            return result
+
+        mask = torch.arange(most) < lengths[:, None]
+        return RegionBatch(padded(0, self.manifest.width), mask, padded(1), padded(2))

@@ -86,7 +86,7 @@ class RegionTask:
         """What is trained on what, for the terminal."""
         found = [
             f"{self.source.name}, {len(self.samples)} images, {self.store.counts().float().mean():.1f} regions each "
-            f"({self.store.manifest['without_boxes']} images without boxes); frozen CLIP {self.teacher.clip.name}; "
+            f"({self.store.manifest.without_boxes} images without boxes); frozen CLIP {self.teacher.clip.name}; "
             f"{self.parameters / 1e6:.2f} M parameters train"
         ]
         if self.source.problems.total:
@@ -101,7 +101,7 @@ class RegionTask:
             "kind": "region teacher",
             "teacher": self.teacher.clip.name,
             "student": self.teacher.name,
-            "boxes": self.store.manifest["boxes"],
+            "boxes": self.store.manifest.boxes,
             "regions": int(self.store.counts().sum()),
             "parameters": {"total": self.parameters},
             "teacher_parameters": self.teacher.clip.parameter_counts(),

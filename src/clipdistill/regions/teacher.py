@@ -63,8 +63,8 @@ class RegionTeacher:
         manifest = self.store.manifest
         counts = self.store.counts().float()
         found = (
-            f"regions: {manifest['boxes']}, {counts.mean():.1f} an image; {manifest['without_boxes']} of "
-            f"{len(self.store)} images have no boxes (whole image: {manifest['whole_image']})"
+            f"regions: {manifest.boxes}, {counts.mean():.1f} an image; {manifest.without_boxes} of "
+            f"{len(self.store)} images have no boxes (whole image: {manifest.whole_image})"
         )
         if self.teacher.config.caption_free:
             return [found]
