@@ -13,8 +13,9 @@ from clipdistill.ablate.tables import detail_table, main_table
 from clipdistill.errors import InputError
 from clipdistill.report.report import write_report
 from clipdistill.runs.folder import run_folders
-from clipdistill.statistics.bootstrap import holm, paired_bootstrap, paired_seeds
+from clipdistill.statistics.bootstrap import bootstrap_difference, holm, seed_interval
 from clipdistill.statistics.records import read_records
+from clipdistill.statistics.verdicts import QUERIES_ALONE
 from tests.ablate.synthetic import plan_of, write_grid, write_run
 
 VARIANTS = {
@@ -52,14 +53,19 @@ def test_the_statistics_are_those_of_their_parts(folder):
     found = results.differences[0]
     records = {(r.method, r.seed): r for r in read_records([run.folder for run in grid])}
     ours, base = ([records[name, seed] for seed in range(4)] for name in ("better", "base"))
-    seeds = paired_seeds([r.value for r in ours], [r.value for r in base])
+    seeds = seed_interval([a.value - b.value for a, b in zip(ours, base)])
     means = [np.mean([r.per_query for r in side], axis=0) for side in (ours, base)]
-    queries = paired_bootstrap(*means, ours[0].clusters)
-    assert (found.over_seeds, found.over_queries) == (seeds, queries)
-    assert queries.clusters == 600
+    queries = bootstrap_difference(*means, ours[0].clusters)
+    alone = found.verdict.over_seeds, found.verdict.over_queries
+    assert [(part.low, part.high) for part in alone] == [
+        pytest.approx((seeds.low, seeds.high)),
+        pytest.approx((queries.low, queries.high)),
+    ]
+    assert found.verdict.images == 600
     below = math.hypot(seeds.value - seeds.low, queries.value - queries.low)
     assert found.verdict.low == pytest.approx(found.verdict.effect - below)
-    assert [d.p_holm for d in results.differences] == holm([d.verdict.p for d in results.differences])
+    verdicts = [d.verdict for d in results.differences]
+    assert [v.p_holm for v in verdicts] == holm([v.p for v in verdicts])
 
 
 def test_the_files_say_the_same(folder):
@@ -127,14 +133,15 @@ def test_an_unfinished_grid_compares_what_is_there(tmp_path):
     assert collect(plan, grid, tmp_path) is None
 
 
-def test_one_seed_decides_nothing(tmp_path):
+def test_one_seed_decides_on_the_queries_alone_and_says_so(tmp_path):
     plan = plan_of({"base": {"recipe": "clip"}, "other": {"recipe": "clip-kd"}}, seeds=1)
     results = summarise(plan, write_grid(plan, tmp_path, {"base": 0.3, "other": 0.5}), tmp_path)
     (found,) = results.differences
-    assert found.outcome == "undecided"
-    assert found.over_seeds is None
-    assert found.over_queries.low > 0.15
-    assert "one training seed" in found.verdict.reason
+    assert found.outcome == "better"
+    assert found.verdict.over_seeds is None
+    assert found.verdict.over_queries.low > 0.15
+    assert QUERIES_ALONE in (tmp_path / "ablation.md").read_text()
+    assert "**better on the test queries alone**" in (tmp_path / "ablation.md").read_text()
 
 
 def test_an_unknown_metric_is_refused(tmp_path):

@@ -41,7 +41,7 @@ def test_an_unfinished_run_has_only_run_json(tmp_path: Path) -> None:
         ("run.json", '{"format": 7}', "format 7 is newer"),
         ("scores.json", '{"format": 1}', "scores"),
         ("scores.json", '{"format": 1, "scores": [{"metric": "x"}]}', "score 0"),
-        ("scores.npz", "not an archive", r"scores\.npz: not readable"),
+        ("scores.npz", "not an archive", r"scores\.npz: damaged, or of another measurement"),
         ("log.jsonl", '{"step": 1}\nbroken\n{"step": 2}\n', r"log\.jsonl \(line 2\): not readable as JSON"),
         ("log.jsonl", '{"samples": 1}\n', r"log\.jsonl \(line 1\): the key 'step' is missing"),
         ("eval.jsonl", '{"step": 1}\n', r"eval\.jsonl \(line 1\): expected the keys"),
@@ -109,6 +109,7 @@ def test_queries_and_retention_are_read_where_they_were_kept(tmp_path: Path) -> 
     rows = [*scores_of("student", (0.4, 0.5, 0.6), "s"), *scores_of("teacher", (0.5, 0.5, 0.6), "t")]
     write_scores(folder / "scores.json", rows, {"t2i_R@1": np.repeat([1.0, 0.0], [1600, 2400])})
     run = read_run(folder)
-    question = run.scores[0].protocol
-    assert run.queries["student", question].values["t2i_R@1"].mean() == pytest.approx(0.4)
+    record = next(row for row in run.scores if (row.role, row.metric) == ("student", "t2i_R@1"))
+    question = record.question
+    assert record.per_query.mean() == pytest.approx(0.4)
     assert run.retention["t2i_R@1", question][0] == pytest.approx(0.8)

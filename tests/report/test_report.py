@@ -118,7 +118,7 @@ def test_csv_has_one_tidy_row_a_number(demo: Demo) -> None:
     assert found["condition"] == "[1] retrieval, standard: scenes/val, 1,000 images, 4,000 captions (all)"
     assert {r["kind"] for r in rows} == {"score", "difference", "speed", "latency", "size", "cost"}
     differences = [r for r in rows if r["kind"] == "difference" and r["measure"] == "t2i_R@1 minus CLIP-KD"]
-    assert [r["verdict"] for r in differences] == ["not decided"]
+    assert [r["verdict"] for r in differences] == ["undecided"]
 
 
 def test_csv_text_is_never_a_formula(tmp_path: Path) -> None:

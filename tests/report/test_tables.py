@@ -11,6 +11,7 @@ from scipy import stats
 
 from clipdistill.report.data import read_runs
 from clipdistill.report.tables import ScoreTable, build_table, compare, metric_name
+from clipdistill.statistics.bootstrap import holm
 from tests.report.synthetic import PROTOCOL, score, scores_of, write_run, write_scores
 
 
@@ -88,20 +89,21 @@ def test_a_student_without_a_teacher_is_compared_with_its_rivals_teacher(tmp_pat
     assert kept.value == pytest.approx(0.431 / 0.522 if table.students[0].method == "clip-kd" else kept.value)
 
 
-def test_differences_from_stored_intervals_with_holm(tmp_path: Path) -> None:
+def test_differences_without_results_of_single_queries_take_the_widest_interval(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / m, m) for m in ("contrastive", "clip-kd", "clip-rd")]
-    found = [c for c in compare(table_of(*folders)) if c.column.metric == "t2i_R@1"]
+    compared = compare(table_of(*folders))
+    found = [c for c in compared if c.column.metric == "t2i_R@1"]
     assert [(c.challenger.method, c.baseline.method) for c in found] == [
         ("clip-kd", "contrastive"),
         ("clip-rd", "contrastive"),
         ("clip-rd", "clip-kd"),
     ]
-    assert [c.decided for c in found] == [True, True, False]
-    last = found[2]
-    error = math.sqrt(0.437 * 0.563 / 4000 + 0.431 * 0.569 / 4000)
-    assert last.basis == "queries"
-    assert (last.low, last.high) == pytest.approx((0.006 - 1.96 * error, 0.006 + 1.96 * error), abs=1e-5)
-    assert last.p_value == pytest.approx(2 * stats.norm.sf(0.006 / error), rel=1e-3)  # the largest: Holm leaves it
+    assert [c.verdict.better for c in found] == ["better", "better", "undecided"]
+    halves = [1.96 * math.sqrt(v * (1 - v) / 4000) for v in (0.437, 0.431)]
+    assert found[2].bounds == pytest.approx((0.006 - sum(halves), 0.006 + sum(halves)), abs=1e-5)
+    verdicts = [c.verdict for c in compared]
+    assert [v.p_holm for v in verdicts] == holm([v.p for v in verdicts])
+    assert verdicts[0].family == 9
 
 
 def test_the_challenger_is_the_newer_method_whatever_the_order(tmp_path: Path) -> None:
@@ -124,28 +126,14 @@ def test_kept_queries_are_compared_in_pairs_and_decide_more(tmp_path: Path) -> N
         write_scores(folder / "scores.json", rows, {"t2i_R@1": hits})
         folders.append(folder)
     [paired] = compare(table_of(*folders))
-    assert paired.basis == "paired"
+    assert paired.verdict.queries == 4000
     assert paired.decided
     for folder in folders:
         (folder / "scores.npz").unlink()
     [unpaired] = compare(table_of(*folders))
-    assert unpaired.basis == "queries"
+    assert unpaired.verdict.queries is None
     assert not unpaired.decided
     assert unpaired.difference == pytest.approx(paired.difference)
-
-
-def test_several_seeds_are_compared_by_welch(tmp_path: Path) -> None:
-    values = {"clip-kd": (0.0, 0.01, -0.01), "clip-rd": (0.1, 0.12, 0.09)}
-    folders = [
-        write_run(tmp_path / f"{m}{i}", m, seed=i, shift=v)
-        for m, shifts in values.items()
-        for i, v in enumerate(shifts)
-    ]
-    found = compare(table_of(*folders))[0]
-    a, b = ([base + v for v in values[m]] for base, m in ((0.437, "clip-rd"), (0.431, "clip-kd")))
-    assert found.basis == "seeds"
-    assert found.decided
-    assert found.p_value == pytest.approx(stats.ttest_ind(a, b, equal_var=False).pvalue)
 
 
 def test_unequal_budgets_are_named(tmp_path: Path) -> None:

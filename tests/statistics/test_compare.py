@@ -8,11 +8,12 @@ import pytest
 
 from clipdistill import cli
 from clipdistill.errors import InputError
-from clipdistill.statistics.bootstrap import holm, mcnemar, paired_bootstrap
-from clipdistill.statistics.claims import judge_difference
+from clipdistill.statistics.bootstrap import bootstrap_difference, holm, mcnemar
 from clipdistill.statistics.compare import compare
+from clipdistill.statistics.judge import decide
 from clipdistill.statistics.records import read_records
 from clipdistill.statistics.scores import Queries, Score, Scores
+from clipdistill.statistics.verdicts import QUERIES_ALONE
 from tests.ablate.synthetic import protocol, scores_of
 
 
@@ -32,14 +33,14 @@ def test_two_models_are_compared_on_the_same_queries(tmp_path):
     a, b = write(tmp_path / "a", 0.40), write(tmp_path / "b", 0.35)
     result = compare([a], [b])
     (found,) = result.differences
-    expected = paired_bootstrap(values(a), values(b), np.arange(3000) // 5)
-    assert found.over_queries == expected
-    assert expected.clusters == 600
-    assert (found.bounds, found.p, found.p_holm) == ((expected.low, expected.high), expected.p, expected.p)
+    expected = bootstrap_difference(values(a), values(b), np.arange(3000) // 5)
+    verdict = found.verdict
+    assert (verdict.queries, verdict.images, verdict.basis) == (3000, 600, "queries alone")
+    assert (verdict.low, verdict.high, verdict.p_holm) == pytest.approx((expected.low, expected.high, verdict.p))
     assert found.outcome == "a"
     assert compare([b], [a]).differences[0].outcome == "b"
     same = compare([a], [a]).differences[0]
-    assert (same.value, same.p, same.outcome) == (0, 1, "undecided")
+    assert (same.value, same.verdict.p, same.outcome) == (0, 1, "undecided")
 
 
 def test_several_seeds_are_paired(tmp_path):
@@ -47,11 +48,11 @@ def test_several_seeds_are_paired(tmp_path):
     base = [write(tmp_path / f"b{seed}", 0.35, seed, "kd") for seed in (1, 2, 3, 4)]
     result = compare(ours, base)
     (found,) = result.differences
-    assert result.seeds == 3
+    assert result.shared_seeds == 3
     assert (result.a.name, result.b.name) == ("rd", "kd")
     records = {(r.method, r.seed): r for r in read_records([*ours, *base]) if r.method != "teacher"}
-    expected = judge_difference([records["rd", s] for s in (1, 2, 3)], [records["kd", s] for s in (1, 2, 3)])
-    assert (found.verdict.low, found.verdict.high, found.p) == (expected.low, expected.high, expected.p)
+    expected = decide([records["rd", s] for s in (1, 2, 3)], [records["kd", s] for s in (1, 2, 3)])
+    assert (found.verdict.low, found.verdict.high, found.verdict.p) == (expected.low, expected.high, expected.p)
     assert found.value == pytest.approx(expected.effect)
     assert found.outcome == "a"
 
@@ -60,8 +61,9 @@ def test_seeds_that_are_not_shared_are_compared_unpaired(tmp_path):
     ours = [write(tmp_path / f"a{seed}", 0.40, seed, "rd") for seed in (0, 1)]
     base = [write(tmp_path / f"b{seed}", 0.40, seed, "kd") for seed in (2, 3, 4)]
     result = compare(ours, base)
-    assert result.seeds == 0
-    assert result.differences[0].over_seeds.n == 5
+    assert result.shared_seeds == 0
+    verdict = result.differences[0].verdict
+    assert (verdict.basis, verdict.seeds, verdict.seeds_right) == ("unpaired seeds and queries", 2, 3)
     assert result.differences[0].outcome == "undecided"
 
 
@@ -103,7 +105,7 @@ def test_classifiers_get_mcnemar_and_metrics_are_adjusted_together(tmp_path):
     found = compare([tmp_path / "a.json"], [tmp_path / "b.json"]).differences
     assert [t.metric for t in found] == ["top1", "top5"]
     assert found[0].mcnemar == mcnemar(right["a"], right["b"])
-    assert [t.p_holm for t in found] == holm([t.p for t in found])
+    assert [t.verdict.p_holm for t in found] == holm([t.verdict.p for t in found])
 
 
 def test_the_command_prints_and_writes(tmp_path, capsys):
@@ -111,7 +113,7 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     assert cli.main(["compare", str(a), str(b), "--json", str(tmp_path / "c.json")]) == 0
     printed = capsys.readouterr().out
     assert "a: a\nb: b\n" in printed
-    assert "not whether one way of training is better" in printed.replace("\n", " ")
+    assert QUERIES_ALONE in printed.replace("\n", " ")
     stored = json.loads((tmp_path / "c.json").read_text())
     assert stored["differences"][0]["outcome"] == "a"
     assert cli.main(["compare", str(a)]) == 2

@@ -151,7 +151,7 @@ def test_json_and_files_come_back_whole(tmp_path: Path) -> None:
     [
         ("{", "not readable as JSON"),
         ("[]", "expected a list of scores"),
-        ('{"format": 9, "scores": []}', "format 9, this version reads format 1"),
+        ('{"format": 9, "scores": []}', "format 9, this version reads 1 and 2"),
         ('{"format": 1, "scores": [{"metric": "x"}], "protocols": []}', "score 0: not a stored score"),
         ('{"format": 1, "scores": [], "protocols": [{"nam": "x"}]}', "unknown key 'nam' .*'name'"),
     ],

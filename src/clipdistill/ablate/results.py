@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.plan import Plan
 from clipdistill.errors import InputError, nearest
-from clipdistill.statistics.bootstrap import Comparison, holm, paired_bootstrap, paired_seeds
-from clipdistill.statistics.claims import Verdict, judge, judge_difference
+from clipdistill.statistics.claims import judge
+from clipdistill.statistics.judge import Verdict, adjust, decide
 from clipdistill.statistics.records import Record, read_records
 from clipdistill.train.run import changes, stored_settings
 
@@ -35,26 +35,16 @@ class Column:
 
 @dataclass(frozen=True)
 class Difference:
-    """Variant minus baseline in one column, on shared seeds and queries.
-
-    over_seeds: Student's paired t over training seeds; over_queries: bootstrap and permutation over test queries,
-    clustered by image, of results averaged over seeds; verdict: both uncertainties together, and what it means;
-    p_holm: the verdict's p, adjusted over all differences of the table.
-    """
+    """Variant minus baseline in one column; the verdict's p_holm is adjusted over all differences of the table."""
 
     variant: str
     column: Column
     verdict: Verdict
-    over_seeds: Comparison | None
-    over_queries: Comparison | None
-    p_holm: float | None = None
 
     @property
     def outcome(self) -> str:
-        """'better', 'worse' or 'undecided', by the interval and by the adjusted p."""
-        if self.verdict.outcome == "undecided" or self.p_holm is None or self.p_holm >= 0.05:
-            return "undecided"
-        return "better" if self.verdict.outcome == "supported" else "worse"
+        """'better', 'worse' or 'undecided'."""
+        return self.verdict.better
 
 
 @dataclass
@@ -194,28 +184,13 @@ def _differences(
 ) -> list[Difference]:
     found = []
     for column in columns:
-        base = _by_seed(records, plan.reference, column)
+        base = list(_by_seed(records, plan.reference, column).values())
         for variant in variants:
-            own = _by_seed(records, variant.name, column)
-            shared = sorted(set(own) & set(base))
-            if variant.name != plan.reference and shared:
-                pairs = [own[seed] for seed in shared], [base[seed] for seed in shared]
-                found.append(paired_difference(variant.name, column, *pairs))
-    known = [i for i, difference in enumerate(found) if difference.verdict.p is not None]
-    for i, p in zip(known, holm([found[i].verdict.p or 0.0 for i in known]), strict=True):
-        found[i] = replace(found[i], p_holm=p)
-    return found
-
-
-def paired_difference(name: str, column: Column, ours: Sequence[Record], base: Sequence[Record]) -> Difference:
-    """`ours` minus `base`: records of the same seeds in the same order, measured on the same queries."""
-    a, b = ([record.value for record in side] for side in (ours, base))
-    over_queries = None
-    if all(record.per_query is not None for record in (*ours, *base)):
-        means = [np.mean([np.asarray(r.per_query, dtype=np.float64) for r in side], axis=0) for side in (ours, base)]
-        over_queries = paired_bootstrap(means[0], means[1], ours[0].clusters)
-    over_seeds = paired_seeds(a, b) if len(a) > 1 else None
-    return Difference(name, column, judge_difference(ours, base), over_seeds, over_queries)
+            own = list(_by_seed(records, variant.name, column).values())
+            if variant.name != plan.reference and own and base:
+                found.append(Difference(variant.name, column, decide(own, base)))
+    verdicts = adjust([difference.verdict for difference in found])
+    return [replace(difference, verdict=verdict) for difference, verdict in zip(found, verdicts, strict=True)]
 
 
 def _teacher(records: Sequence[Record], columns: Sequence[Column]) -> dict[Column, float]:
@@ -320,10 +295,8 @@ def to_json(results: Results) -> dict[str, Any]:
             | {
                 "variant": d.variant,
                 "outcome": d.outcome,
-                "p_holm": d.p_holm,
+                "p_holm": d.verdict.p_holm,
                 "both": d.verdict.to_dict(),
-                "over_seeds": None if d.over_seeds is None else asdict(d.over_seeds),
-                "over_queries": None if d.over_queries is None else asdict(d.over_queries),
             }
             for d in results.differences
         ],

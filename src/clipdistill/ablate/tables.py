@@ -8,7 +8,8 @@ from typing import Any
 
 from clipdistill.ablate.results import Column, Difference, Results, VariantResult
 from clipdistill.runtime.console import Coloured, TextTable
-from clipdistill.statistics.verdicts import p_text, verdicts_markdown
+from clipdistill.statistics.judge import Uncertainty
+from clipdistill.statistics.verdicts import basis_text, better_text, bounds_text, more_seeds, p_text, verdicts_markdown
 
 _COLOURS = {"better": "green", "worse": "red"}
 _NAMES = {"top1": "zero-shot top-1", "top5": "zero-shot top-5", "mean_per_class": "zero-shot mean per class"}
@@ -75,11 +76,11 @@ def detail_table(results: Results) -> TextTable:
                 f"{d.variant} − {results.plan.reference}",
                 column_title(d.column, results.columns),
                 _signed(d.verdict.effect, scale),
-                _range(d.over_seeds, scale),
-                _range(d.over_queries, scale),
-                _bounds(d.verdict.low, d.verdict.high, scale),
+                _range(d.verdict.over_seeds, scale),
+                _range(d.verdict.over_queries, scale),
+                _minus(bounds_text(d.verdict, scale)),
                 "" if d.verdict.p is None else p_text(d.verdict.p),
-                "" if d.p_holm is None else p_text(d.p_holm),
+                "" if d.verdict.p_holm is None else p_text(d.verdict.p_holm),
                 _outlook(d),
             ]
         )
@@ -107,10 +108,9 @@ def _setting(results: Results) -> str:
 
 def _legend(results: Results) -> str:
     return (
-        "Scores in per cent: mean ± standard deviation over seeds. Differences in points with 95 % intervals that hold "
-        "the spread over seeds (Student's t, paired by seed) and the sampling of test queries (bootstrap, clustered by "
-        "image) together, and two-sided p adjusted by Holm over all differences of the table; bold where p is below "
-        f"0.05. Seconds of training a run. {_caption(results)}"
+        "Scores in per cent: mean ± standard deviation over seeds. Differences in points with 95 % intervals and "
+        f"two-sided p; bold where decided. {basis_text([d.verdict for d in results.differences])} Seconds of training "
+        f"a run. {_caption(results)}"
     )
 
 
@@ -145,42 +145,37 @@ def _score(variant: VariantResult, column: Column) -> str:
 def _difference(difference: Difference | None) -> str:
     if difference is None or difference.verdict.effect is None:
         return ""
-    scale = _scale(difference.column)
-    text = f"{_signed(difference.verdict.effect, scale)}"
-    if difference.verdict.low is not None:
-        text += f" [{_bounds(difference.verdict.low, difference.verdict.high, scale)}]"
-    if difference.p_holm is not None:
-        text += f", p {p_text(difference.p_holm)}"
+    verdict, scale = difference.verdict, _scale(difference.column)
+    bounds = _minus(bounds_text(verdict, scale))
+    text = _signed(verdict.effect, scale) + (f" [{bounds}]" if bounds else "")
+    if verdict.p is not None:
+        text += f", p {p_text(verdict.p)}"
     return Coloured(text, _COLOURS.get(difference.outcome, ""))
 
 
 def _outlook(difference: Difference) -> str:
     verdict = difference.verdict
     if difference.outcome != "undecided":
-        return Coloured(difference.outcome, _COLOURS[difference.outcome])
-    if verdict.outcome != "undecided":
-        return "undecided (not after Holm)"
+        return Coloured(better_text(verdict), _COLOURS[difference.outcome])
     if verdict.seeds_needed is not None:
-        return f"undecided; {max(1, verdict.seeds_needed - verdict.seeds)} more seeds"
+        return f"undecided; {more_seeds(verdict)} more seeds"
     if verdict.images_needed is not None:
         return f"undecided; more than {verdict.images_needed:,} test images"
-    return "undecided"
+    return "undecided" if verdict.effect is not None else f"undecided: {verdict.reason}"
 
 
-def _range(comparison: Any, scale: float) -> str:
-    if comparison is None:
+def _range(uncertainty: Uncertainty | None, scale: float) -> str:
+    if uncertainty is None or not math.isfinite(uncertainty.high - uncertainty.low):
         return ""
-    return f"{_bounds(comparison.low, comparison.high, scale)}, p {p_text(comparison.p)}"
-
-
-def _bounds(low: float | None, high: float | None, scale: float) -> str:
-    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
-        return ""
-    return f"{_signed(low, scale)} to {_signed(high, scale)}"
+    return f"{_signed(uncertainty.low, scale)} to {_signed(uncertainty.high, scale)}, p {p_text(uncertainty.p)}"
 
 
 def _signed(value: float | None, scale: float) -> str:
-    return "" if value is None else f"{value * scale:+.2f}".replace("-", "−")
+    return "" if value is None else _minus(f"{value * scale:+.2f}")
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
 
 
 def _percent(value: float | None, column: Column) -> str:

@@ -18,9 +18,10 @@ from clipdistill.report.geometry import Shape
 from clipdistill.report.reproduce import reproduce
 from clipdistill.report.svg import SMALL_WIDTH, WIDTH, compact
 from clipdistill.report.svg import rate as show
-from clipdistill.report.tables import MAIN_METRICS, Column, Comparison, Entry, Estimate, ScoreTable
+from clipdistill.report.tables import MAIN_METRICS, Column, Entry, Estimate, PairComparison, ScoreTable
 from clipdistill.report.trade import Device, Speed, Trade
 from clipdistill.report.words import Sentence, interval_text, metric_text, points_text, value_text
+from clipdistill.statistics.verdicts import basis_text, better_text, p_text
 
 BADGES = {"win": "beats", "loss": "worse", "open": "undecided", "cost": "buys", "caution": "caution"}
 VERDICTS = ("supported", "contradicted", "undecided")
@@ -33,7 +34,7 @@ class Report:
     title: str
     runs: list[Run]
     table: ScoreTable
-    comparisons: list[Comparison]
+    comparisons: list[PairComparison]
     trade: Trade
     gallery: Gallery | None
     headline: list[Sentence]
@@ -70,7 +71,7 @@ def page(report: Report) -> dict[str, Any]:
             (table.title_of(c), plots.difference_chart(c, report.comparisons, width)) for c in table.lead
         ),
         "comparison_table": comparison_table(report),
-        "basis": _basis(report.comparisons),
+        "basis": basis_text([c.verdict for c in report.comparisons]),
         "trade_charts": _trade_charts(report),
         "speed_tables": [
             {
@@ -137,11 +138,12 @@ def comparison_table(report: Report) -> dict[str, Any] | None:
             _cell(c.baseline.label),
             _cell(metric_text(c.column, report.table)),
             _cell(points_text(c)),
-            _cell("–" if c.p_value is None else "<0.001" if c.p_value < 0.001 else f"{c.p_value:.3f}"),
-            _cell(("better" if c.difference > 0 else "worse") if c.decided else "not decided"),
+            _cell("–" if c.verdict.p is None else p_text(c.verdict.p)),
+            _cell("–" if c.verdict.p_holm is None else p_text(c.verdict.p_holm)),
+            _cell(better_text(c.verdict)),
         ]
         rows.append({"entry": c.challenger, "cells": cells})
-    titles = ["Student", "Against", "Measure", "Difference", "p (Holm)", "Verdict"]
+    titles = ["Student", "Against", "Measure", "Difference", "p", "p (Holm)", "Verdict"]
     return {"name": "Comparisons", "titles": titles, "texts": [0, 1, 2], "rows": rows}
 
 
@@ -327,23 +329,6 @@ def _trade_charts(report: Report) -> list[dict[str, Any]]:
             note = "parameters of both towers together"
             charts.append({"title": f"{table.title_of(column)} against size", "note": note, "svg": Markup(svg)})
     return charts
-
-
-def _basis(comparisons: Sequence[Comparison]) -> str:
-    kinds = {c.basis for c in comparisons}
-    parts = []
-    if kinds & {"queries", "paired"}:
-        parts.append("With one seed per method the interval covers the choice of test queries only.")
-    if "paired" in kinds:
-        parts.append("Both models answered the same queries (paired bootstrap over images, permutation test).")
-    if "queries" in kinds:
-        parts.append(
-            "Results of single queries were not kept, so two models are treated as independent although they answered "
-            "the same ones; a paired test would have narrower intervals."
-        )
-    if "seeds" in kinds:
-        parts.append("With several seeds the interval comes from the seeds (Welch).")
-    return " ".join(parts)
 
 
 def _libraries(device: Device) -> str:

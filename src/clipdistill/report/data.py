@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from typing import Any
 
 from clipdistill.bench.device import architecture_fingerprint
 from clipdistill.errors import InputError
-from clipdistill.statistics.scores import Queries, Score, Scores
+from clipdistill.statistics.records import Record, records_of
+from clipdistill.statistics.scores import Scores
 
 METHOD_NAMES = {
     "clip-rd": "CLIP-RD",
@@ -41,26 +41,6 @@ Question = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
-class ScoreRow:
-    """One measured number: `value` with its 95 % interval (`low`, `high`) over `n` queries, under a protocol.
-
-    role: "student" or "teacher". fingerprint: of the model that was measured.
-    protocol: see Question; label: the protocol in words.
-    """
-
-    role: str
-    model: str
-    metric: str
-    value: float
-    n: int
-    low: float | None
-    high: float | None
-    protocol: Question
-    label: str
-    fingerprint: str = ""
-
-
-@dataclass(frozen=True)
 class Curve:
     """A line over samples seen: x increasing, y without gaps (values that are not finite are left out and counted)."""
 
@@ -71,7 +51,10 @@ class Curve:
 
 @dataclass(eq=False)
 class Run:
-    """One run folder. `facts` is run.json as written; the fields are those the report needs."""
+    """One run folder. `facts` is run.json as written; the fields are those the report needs.
+
+    scores: what was measured of this run's weights and of its teacher; stale: what is of other weights.
+    """
 
     folder: Path
     name: str
@@ -87,9 +70,9 @@ class Run:
     seconds: float
     command: str
     facts: dict[str, Any]
-    scores: list[ScoreRow] = field(default_factory=list)
-    queries: dict[tuple[str, Question], Queries] = field(default_factory=dict)
+    scores: list[Record] = field(default_factory=list)
     retention: dict[tuple[str, Question], tuple[float, float | None, float | None]] = field(default_factory=dict)
+    stale: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     losses: dict[str, Curve] = field(default_factory=dict)
     vitals: dict[str, Curve] = field(default_factory=dict)
@@ -143,7 +126,14 @@ def read_run(folder: Path) -> Run:
         recipe=_text(folder / "recipe.yaml"),
         architecture=_architecture(folder / "student" / "model.json"),
     )
-    read_scores(folder / "scores.json", run)
+    scores = Scores.of_run(folder)
+    if scores is not None:
+        found = records_of(scores, method, run.seed, facts)
+        run.scores = [record for record in found if not record.stale]
+        run.stale = [record for record in found if record.stale]
+        run.notes = list(scores.notes)
+        for kept in scores.retention():
+            run.retention[kept.metric, kept.protocol.question()] = (kept.value, kept.low, kept.high)
     return run
 
 
@@ -274,50 +264,6 @@ def read_bad_samples(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]
             examples.append((key, reason))
         group.add(key)
     return {kind: len(group) for kind, group in sorted(keys.items())}, examples
-
-
-def read_scores(path: Path, run: Run) -> None:
-    """Fill a run's scores, per-query results (from the .npz beside it), retentions and notes; nothing when absent."""
-    if not path.is_file():
-        return
-    try:
-        stored = Scores.load(path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path.with_suffix('.npz')}: not readable as per-query results ({error})") from error
-    run.notes = list(stored.notes)
-    run.scores = [_score(score) for score in stored]
-    run.queries = {(_role(model), question): queries for (model, question), queries in stored.queries.items()}
-    # read as stored: its intervals were computed over the same queries, which need not have been kept
-    raw = read_json(path)
-    rows, protocols = raw.get("retention"), [score.protocol for score in stored]
-    order = list(dict.fromkeys(protocols))
-    for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict) and _role(str(row.get("model"))) == "student" and isinstance(row.get("protocol"), int):
-            key = (str(row.get("metric")), order[row["protocol"]].question()) if row["protocol"] < len(order) else None
-            value = _number(row.get("value"))
-            if key is not None and value is not None:
-                run.retention[key] = (value, _number(row.get("low")), _number(row.get("high")))
-
-
-def _score(score: Score) -> ScoreRow:
-    return ScoreRow(
-        role=_role(score.model),
-        model=score.model,
-        metric=score.metric,
-        value=score.value,
-        n=score.n,
-        low=_number(score.low),
-        high=_number(score.high),
-        protocol=score.protocol.question(),
-        label=score.protocol.label(),
-        fingerprint=score.protocol.model_fingerprint,
-    )
-
-
-def _role(model: str) -> str:
-    return "teacher" if model == "teacher" else "student"
 
 
 def thin(points: Sequence[tuple[float, float]]) -> Curve:

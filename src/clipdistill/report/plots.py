@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from clipdistill.report.data import Curve
 from clipdistill.report.svg import HEIGHT, SMALL_HEIGHT, SMALL_WIDTH, WIDTH, Axis, Chart, compact, rate
-from clipdistill.report.tables import Column, Comparison, Entry, Estimate, ScoreTable, is_share, metric_name
+from clipdistill.report.tables import Column, Entry, Estimate, PairComparison, ScoreTable, is_share, metric_name
 from clipdistill.report.trade import Device, Trade, pareto
 from clipdistill.report.words import interval_text, points_text, value_text
 
@@ -193,12 +193,12 @@ def _range(cell: Estimate) -> tuple[float, float] | tuple[()]:
     return (cell.low, cell.high) if cell.low is not None and cell.high is not None else ()
 
 
-def difference_chart(column: Column, comparisons: Sequence[Comparison], width: float = WIDTH) -> str:
+def difference_chart(column: Column, comparisons: Sequence[PairComparison], width: float = WIDTH) -> str:
     """Challenger minus baseline with intervals around a zero line; hollow where undecided."""
     shown = [c for c in comparisons if c.column is column]
     if not shown:
         return ""
-    values = [v for c in shown for v in (c.difference, c.low or c.difference, c.high or c.difference)]
+    values = [v for c in shown for v in (c.difference, *(c.bounds or ()))]
     x = Axis(
         min(0.0, *values),
         max(0.0, *values),
@@ -216,9 +216,6 @@ def difference_chart(column: Column, comparisons: Sequence[Comparison], width: f
             [0.0, 0.0], [at - 0.24, at + 0.2], "zero"
         )  # beside the markers only: a whole line would cross the names
         words = f"{comparison.challenger.label} minus {comparison.baseline.label}"
-        reach = (
-            (comparison.low, comparison.high) if comparison.low is not None and comparison.high is not None else None
-        )
         tip = f"{words}: {points_text(comparison)}, {'decided' if comparison.decided else 'not decided'}"
         chart.point(
             comparison.difference,
@@ -226,7 +223,7 @@ def difference_chart(column: Column, comparisons: Sequence[Comparison], width: f
             comparison.challenger.colour,
             tip,
             size=5.5,
-            x_range=reach,
+            x_range=comparison.bounds,
             hollow=not comparison.decided,
         )
         middle = chart.x(comparison.difference)

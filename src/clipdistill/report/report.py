@@ -23,8 +23,9 @@ from clipdistill.report.text import to_csv, to_markdown
 from clipdistill.report.trade import read_trade
 from clipdistill.report.words import headline
 from clipdistill.runtime.files import write_text
-from clipdistill.statistics.claims import judge, read_claims
-from clipdistill.statistics.records import read_records
+from clipdistill.statistics.claims import is_claim, is_measured, judge, read_claims
+from clipdistill.statistics.judge import Verdict
+from clipdistill.statistics.records import Record, read_records
 from clipdistill.statistics.verdicts import evidence
 
 
@@ -82,7 +83,7 @@ def collect(folders: Sequence[Path], title: str | None = None, claims: str | Pat
         trade=trade,
         gallery=gallery,
         headline=headline(table, comparisons, trade),
-        claims=[*_claims(runs), *judged],
+        claims=[*(c for c in _claims(runs, folders) if c["text"] not in {j["text"] for j in judged}), *judged],
         geometry=read_geometry(runs, table),
         notices=[*table.notices, *(gallery.notices if gallery else [])],
         claims_note=silent,
@@ -97,9 +98,13 @@ def _title(table: ScoreTable) -> str:
     return f"Distilling CLIP: {listed}"
 
 
-def _claims(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """The verdicts of claims.json, with an unknown verdict shown as undecided."""
-    found = []
+def _claims(runs: Sequence[Run], folders: Sequence[Path]) -> list[dict[str, str]]:
+    """The claims of claims.json, judged again on these runs so that no other answer stands beside the table.
+
+    What cannot be judged here (free text, other runs) keeps the verdict that is written there.
+    """
+    found: dict[str, dict[str, str]] = {}
+    records: list[Record] | None = None
     for path, _, stored in read_optional(runs, "claims.json"):
         rows = stored.get("claims")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -107,24 +112,32 @@ def _claims(runs: Sequence[Run]) -> list[dict[str, str]]:
         for row in rows:
             verdict = str(row.get("verdict", "undecided"))
             kind = verdict if verdict in VERDICTS else "undecided"
-            text, evidence = (
-                str(row.get("claim") or row.get("text") or ""),
-                str(row.get("evidence") or row.get("why") or ""),
-            )
-            found.append({"kind": kind, "verdict": kind, "text": _in_place(text), "evidence": evidence})
-    return found
+            text = _in_place(str(row.get("claim") or row.get("text") or ""))
+            why = str(row.get("evidence") or row.get("why") or "")
+            judged: list[Verdict] = []
+            if is_claim(text) and all(run.seed is not None for run in runs):
+                records = read_records(folders) if records is None else records
+                judged = [verdict for verdict in judge([text], records) if is_measured(verdict)]
+            for row in map(_shown, judged) if judged else [_row(kind, text, why)]:
+                found[row["text"]] = row
+    return list(found.values())
 
 
 def _judged(folders: Sequence[Path], source: str | Path) -> tuple[list[dict[str, str]], str]:
     """(verdicts on the claims of `source` as the page shows them, a sentence on those these runs say nothing of)."""
     verdicts = judge(read_claims(source), read_records(folders))
-    known = [v for v in verdicts if v.effect is not None or any(part.effect is not None for part in v.parts)]
-    rows = [
-        {"kind": v.outcome, "verdict": v.outcome, "text": _in_place(v.claim), "evidence": evidence(v)} for v in known
-    ]
+    known = [v for v in verdicts if is_measured(v)]
     silent = len(verdicts) - len(known)
     said = f"{silent} of {len(verdicts)} claims ({source}) are about methods or data that these runs do not have."
-    return rows, said if silent else ""
+    return [_shown(verdict) for verdict in known], said if silent else ""
+
+
+def _shown(verdict: Verdict) -> dict[str, str]:
+    return _row(verdict.outcome, _in_place(verdict.claim), evidence(verdict))
+
+
+def _row(verdict: str, text: str, evidence: str) -> dict[str, str]:
+    return {"kind": verdict, "verdict": verdict, "text": text, "evidence": evidence}
 
 
 def _in_place(claim: str) -> str:

@@ -61,7 +61,7 @@ def eval_commands(run: Run) -> list[str]:
     evaluation = recipe.get("evaluation") if isinstance(recipe, dict) else None
     if not isinstance(recipe, dict) or not isinstance(evaluation, dict):
         return []
-    tasks = {str(dict(row.protocol).get("task")) for row in run.scores}
+    tasks = {str(dict(row.question).get("task")) for row in run.scores}
     teacher = next((t for t in (evaluation.get("teacher"), run.teacher) if t and any(_teacher_rows(run))), None)
     commands = []
     data = _data(recipe.get("validation"), run)
@@ -88,7 +88,7 @@ def _data(stored: Any, run: Run) -> list[str] | None:
         columns = {"image_column": "filepath", "caption_column": "title", "max_pixels": 64_000_000}
         if any(columns.get(key) != value for key, value in unusual.items()):
             return None
-        split = next((dict(row.protocol).get("split") for row in run.scores if row.protocol), None)
+        split = next((dict(row.question).get("split") for row in run.scores if row.question), None)
         split = stored.get("split") or split
         return ["--data", path, *(["--split", str(split)] if split else [])]
     options = [f"{key}={stored[key]}" for key in ("size", "seed") if stored.get(key)]

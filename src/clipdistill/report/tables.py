@@ -2,22 +2,23 @@
 
 Numbers under different protocols never share a column. Several runs that differ only in their seed become one entry,
 whose interval then comes from the seeds; a single run's interval comes from the test queries alone, and the words
-say so. Retention is the student's score over the teacher's under the same protocol. Statistics are those of
-clipdistill.statistics.bootstrap, with Holm's correction over the pairs of a column.
+say so. Retention is the student's score over the teacher's under the same protocol. Who is better is decided by
+clipdistill.statistics.judge.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
+from statistics import NormalDist
 from typing import Any
 
-from scipy import stats
-
-from clipdistill.report.data import Question, Run, ScoreRow
-from clipdistill.statistics import bootstrap as statistics
+from clipdistill.report.data import Question, Run
+from clipdistill.statistics.bootstrap import seed_interval
+from clipdistill.statistics.judge import Verdict, adjust, decide
+from clipdistill.statistics.records import Record
 
 LEAD_METRICS = ("t2i_R@1", "i2t_R@1", "top1")
 """The measures that the headline, the trade-off and the comparisons are about, the first available one in front."""
@@ -31,7 +32,7 @@ PLAIN_METHODS = ("contrastive", "clip")
 _METRIC_ORDER = [f"{d}_{m}" for m in ("R@1", "R@5", "R@10", "mAP@10", "MRR", "median_rank") for d in ("i2t", "t2i")]
 _METRIC_ORDER += ["top1", "top5", "mean_per_class"]
 _PLAIN_METRICS = ("ties", "median_rank", "gap", "loss")  # not shares of one, so not shown in per cent
-_Z = float(stats.norm.ppf(0.975))
+_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,9 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """challenger minus baseline in one column: difference with a 95 % interval and a Holm-corrected p-value.
+class PairComparison:
+    """challenger minus baseline in one column, and the verdict on "the challenger is better".
 
-    decided: the corrected p-value is below 0.05. basis: what interval and p-value rest on: "seeds" (Welch), "paired"
-    (the same queries, bootstrap and permutation) or "queries" (two independent samples, from the stored intervals).
     unequal: what differs between the two besides the method (budget, data, teacher, student), in words.
     """
 
@@ -105,12 +104,18 @@ class Comparison:
     baseline: Entry
     column: Column
     difference: float
-    low: float | None
-    high: float | None
-    p_value: float | None
-    decided: bool
-    basis: str
+    verdict: Verdict
     unequal: tuple[str, ...]
+
+    @property
+    def decided(self) -> bool:
+        return self.verdict.outcome != "undecided"
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The 95 % interval, where there is a finite one."""
+        low, high = self.verdict.low, self.verdict.high
+        return (low, high) if low is not None and high is not None and math.isfinite(high - low) else None
 
 
 @dataclass
@@ -203,13 +208,14 @@ def build_table(runs: Sequence[Run]) -> ScoreTable:
     numbers: dict[Question, int] = {}
     for run in runs:
         for row in run.scores:
-            number = numbers.setdefault(row.protocol, len(numbers) + 1)
-            columns.setdefault((row.metric, row.protocol), Column(row.metric, row.protocol, row.label, number))
+            number = numbers.setdefault(row.question, len(numbers) + 1)
+            label = row.measured.label() if row.measured else ""
+            columns.setdefault((row.metric, row.question), Column(row.metric, row.question, label, number))
     order = {metric: position for position, metric in enumerate(_METRIC_ORDER)}
     table.columns = sorted(columns.values(), key=lambda c: (c.number, order.get(c.metric, 99), c.metric))
     for column in table.columns:
         for entry in table.entries:
-            rows = [_rows(run, entry.role, column) for run in entry.runs]
+            rows = [_rows(run.scores, entry.role, column) for run in entry.runs]
             found = [row[0] for row in rows if row]
             if not found:
                 continue
@@ -227,7 +233,15 @@ def build_table(runs: Sequence[Run]) -> ScoreTable:
         if run.status and run.status != "finished":
             notices.append(f"The run {run.name} is not finished (status: {run.status}): its figures are preliminary.")
         notices += [f"{run.name}: {note}" for note in run.notes]
-        if not run.scores:
+        if run.stale:
+            values = ", ".join(
+                f"{metric_name(r.metric)} {_plain_value(r)}" for r in run.stale if r.metric in MAIN_METRICS
+            )
+            notices.append(
+                f"The scores of {run.name} are stale: {run.stale[0].stale}. They are in no table and nothing is judged "
+                f"by them{f' ({values})' if values else ''}."
+            )
+        elif not run.scores:
             notices.append(f"The run {run.name} has no scores.json: it was not evaluated, so it is not in the table.")
         lost = sum(curve.not_finite for curve in run.losses.values())
         if lost:
@@ -238,21 +252,24 @@ def build_table(runs: Sequence[Run]) -> ScoreTable:
     return table
 
 
-def compare(table: ScoreTable) -> list[Comparison]:
-    """Every pair of students in every lead column, Holm-corrected over the pairs of a column."""
-    result: list[Comparison] = []
+def compare(table: ScoreTable) -> list[PairComparison]:
+    """Every pair of students in every lead column, with Holm's p over all of them."""
+    found = []
     for column in table.lead:
         entries = [e for e in table.students if e.label in column.cells]
-        family = []
         for first, second in combinations(entries, 2):
             baseline, challenger = (first, second) if _rank(first) <= _rank(second) else (second, first)
-            family.append(_difference(challenger, baseline, column))
-        corrected = iter(statistics.holm([c.p_value for c in family if c.p_value is not None]))
-        for comparison in family:
-            p_value = next(corrected) if comparison.p_value is not None else None
-            decided = p_value is not None and p_value < 0.05
-            result.append(Comparison(**{**comparison.__dict__, "p_value": p_value, "decided": decided}))
-    return result
+            sides = [
+                [r for run in entry.runs for r in _rows([*run.scores, *run.stale], "student", column)]
+                for entry in (challenger, baseline)
+            ]
+            verdict = decide(*sides)
+            means = [column.cells[entry.label].value for entry in (challenger, baseline)]
+            difference = means[0] - means[1] if verdict.effect is None else verdict.effect
+            unequal = tuple(_unequal(challenger, baseline))
+            found.append(PairComparison(challenger, baseline, column, difference, verdict, unequal))
+    verdicts = adjust([comparison.verdict for comparison in found])
+    return [replace(comparison, verdict=verdict) for comparison, verdict in zip(found, verdicts, strict=True)]
 
 
 def _student_entries(runs: Sequence[Run]) -> list[Entry]:
@@ -309,11 +326,15 @@ def _recipe_without_seed(run: Run) -> str:
     return "\n".join(line for line in run.recipe.splitlines() if not line.strip().startswith(ignored))
 
 
-def _rows(run: Run, role: str, column: Column) -> list[ScoreRow]:
-    return [r for r in run.scores if r.role == role and r.metric == column.metric and r.protocol == column.protocol]
+def _rows(records: Sequence[Record], role: str, column: Column) -> list[Record]:
+    return [r for r in records if (r.role, r.metric, r.question) == (role, column.metric, column.protocol)]
 
 
-def _single(row: ScoreRow) -> Estimate:
+def _plain_value(row: Record) -> str:
+    return f"{100 * row.value:.1f} %" if is_share(row.metric) else f"{row.value:.3g}"
+
+
+def _single(row: Record) -> Estimate:
     """One run's score; the standard error is read off its interval, or is the binomial one when there is none."""
     error: float | None = None
     low, high = row.low, row.high
@@ -325,43 +346,22 @@ def _single(row: ScoreRow) -> Estimate:
         and 0 <= row.value <= 1
         and row.metric.endswith(("R@1", "R@5", "R@10", "top1", "top5"))
     ):
+        from scipy import stats
+
         low, high = stats.binomtest(round(row.value * row.n), row.n).proportion_ci(method="wilson")
         low, high = float(low), float(high)
         error = (high - low) / (2 * _Z)
     return Estimate(row.value, low, high, error, row.n)
 
 
-def _over_seeds(rows: Sequence[ScoreRow]) -> Estimate:
+def _over_seeds(rows: Sequence[Record]) -> Estimate:
     """Mean over seeds with Student's interval."""
+    from scipy import stats
+
     values = [row.value for row in rows]
-    interval = statistics.seed_interval(values)
+    interval = seed_interval(values)
     error = (interval.high - interval.low) / (2 * float(stats.t.ppf(0.975, len(values) - 1)))
     return Estimate(interval.value, interval.low, interval.high, error, rows[0].n, len(values), tuple(values))
-
-
-def _difference(challenger: Entry, baseline: Entry, column: Column) -> Comparison:
-    """Over seeds where both have several (Welch); else paired over the queries where they were kept; else unpaired."""
-    a, b = column.cells[challenger.label], column.cells[baseline.label]
-    unequal = tuple(_unequal(challenger, baseline))
-    if a.seeds > 1 and b.seeds > 1:
-        found, basis = statistics.welch(a.per_seed, b.per_seed), "seeds"
-        return Comparison(
-            challenger, baseline, column, found.value, found.low, found.high, found.p, False, basis, unequal
-        )
-    ours, theirs = (e.first.queries.get(("student", column.protocol)) for e in (challenger, baseline))
-    if a.seeds == b.seeds == 1 and ours is not None and theirs is not None:
-        x, y = ours.values.get(column.metric), theirs.values.get(column.metric)
-        if x is not None and y is not None and len(x) == len(y):
-            found = statistics.paired_bootstrap(x, y, ours.clusters.get(column.metric), replicates=1000)
-            low, high, p = found.low, found.high, found.p
-            return Comparison(challenger, baseline, column, found.value, low, high, p, False, "paired", unequal)
-    difference = a.value - b.value
-    if a.standard_error is None or b.standard_error is None:
-        return Comparison(challenger, baseline, column, difference, None, None, None, False, "queries", unequal)
-    error = math.hypot(a.standard_error, b.standard_error)
-    p_value = 2 * float(stats.norm.sf(abs(difference) / error)) if error > 0 else float(difference == 0)
-    low, high = difference - _Z * error, difference + _Z * error
-    return Comparison(challenger, baseline, column, difference, low, high, p_value, False, "queries", unequal)
 
 
 def _unequal(a: Entry, b: Entry) -> list[str]:

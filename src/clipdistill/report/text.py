@@ -19,6 +19,7 @@ from clipdistill.report.context import (
 from clipdistill.report.reproduce import eval_commands, train_command
 from clipdistill.report.tables import Estimate
 from clipdistill.report.words import interval_text, value_text
+from clipdistill.statistics.verdicts import better_text
 
 CSV_COLUMNS = (
     "kind",
@@ -113,8 +114,8 @@ def to_csv(report: Report) -> str:
                 more = {"n": cell.n or "", "seeds": cell.seeds, "retention": retention}
                 row("score", entry.label, entry.role, column.metric, f"[{column.number}] {column.label}", cell, **more)
     for c in report.comparisons:
-        verdict = ("better" if c.difference > 0 else "worse") if c.decided else "not decided"
-        estimate = Estimate(c.difference, c.low, c.high)
+        low, high = c.bounds or (None, None)
+        estimate = Estimate(c.difference, low, high)
         measure = f"{c.column.metric} minus {c.baseline.label}"
         row(
             "difference",
@@ -123,7 +124,7 @@ def to_csv(report: Report) -> str:
             measure,
             f"[{c.column.number}] {c.column.label}",
             estimate,
-            verdict=verdict,
+            verdict=better_text(c.verdict),
         )
     for device in report.trade.devices:
         for speed in device.speeds:

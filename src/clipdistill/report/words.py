@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clipdistill.report.svg import compact, rate
-from clipdistill.report.tables import Column, Comparison, Estimate, ScoreTable
+from clipdistill.report.tables import Column, Estimate, PairComparison, ScoreTable
 from clipdistill.report.trade import Trade
+from clipdistill.statistics.verdicts import QUERIES_ALONE
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ def interval_text(estimate: Estimate, share: bool, digits: int = 1) -> str:
     return f"{rate(estimate.low)} to {rate(estimate.high)}"
 
 
-def points_text(comparison: Comparison) -> str:
+def points_text(comparison: PairComparison) -> str:
     """ "+3.1 points (0.8 to 5.4)"."""
     text = f"{100 * comparison.difference:+.1f} points".replace("-", "−")
-    if comparison.low is None or comparison.high is None:
+    if comparison.bounds is None:
         return f"{text} (no interval)"
-    return f"{text} ({100 * comparison.low:+.1f} to {100 * comparison.high:+.1f})".replace("-", "−")
+    low, high = comparison.bounds
+    return f"{text} ({100 * low:+.1f} to {100 * high:+.1f})".replace("-", "−")
 
 
 def metric_text(column: Column, table: ScoreTable) -> str:
@@ -50,7 +52,7 @@ def metric_text(column: Column, table: ScoreTable) -> str:
     return title[0].lower() + title[1:]
 
 
-def headline(table: ScoreTable, comparisons: Sequence[Comparison], trade: Trade) -> list[Sentence]:
+def headline(table: ScoreTable, comparisons: Sequence[PairComparison], trade: Trade) -> list[Sentence]:
     """The sentences at the head of the report: the best student, each pair of methods, speed and size, cautions."""
     if not table.lead:
         return [Sentence("caution", "None of these runs has been evaluated, so nothing can be said about accuracy.")]
@@ -61,7 +63,7 @@ def headline(table: ScoreTable, comparisons: Sequence[Comparison], trade: Trade)
     return [sentence for sentence in sentences if sentence.text]
 
 
-def _best_student(table: ScoreTable, comparisons: Sequence[Comparison]) -> Sentence:
+def _best_student(table: ScoreTable, comparisons: Sequence[PairComparison]) -> Sentence:
     column = table.lead[0]
     best = column.best(table.entries)
     if best is None:
@@ -91,21 +93,21 @@ def _best_student(table: ScoreTable, comparisons: Sequence[Comparison]) -> Sente
     return Sentence("lead", text + ".")
 
 
-def _pairs(table: ScoreTable, comparisons: Sequence[Comparison]) -> list[Sentence]:
-    pairs: dict[tuple[int, int], list[Comparison]] = {}
+def _pairs(table: ScoreTable, comparisons: Sequence[PairComparison]) -> list[Sentence]:
+    pairs: dict[tuple[int, int], list[PairComparison]] = {}
     for comparison in comparisons:
         pairs.setdefault((id(comparison.challenger), id(comparison.baseline)), []).append(comparison)
     return [_pair(found, table) for found in pairs.values()]
 
 
-def _pair(found: Sequence[Comparison], table: ScoreTable) -> Sentence:
+def _pair(found: Sequence[PairComparison], table: ScoreTable) -> Sentence:
     """One sentence on two methods over all lead measures."""
     a, b = found[0].challenger.label, found[0].baseline.label
-    wins = [c for c in found if c.decided and c.difference > 0]
-    losses = [c for c in found if c.decided and c.difference < 0]
+    wins = [c for c in found if c.verdict.better == "better"]
+    losses = [c for c in found if c.verdict.better == "worse"]
     undecided = [c for c in found if not c.decided]
 
-    def listed(comparisons: Sequence[Comparison]) -> str:
+    def listed(comparisons: Sequence[PairComparison]) -> str:
         return _and([f"{metric_text(c.column, table)} {points_text(c)}" for c in comparisons])
 
     if wins and not losses:
@@ -165,7 +167,7 @@ def _price(table: ScoreTable, trade: Trade) -> list[Sentence]:
     return sentences
 
 
-def _cautions(table: ScoreTable, comparisons: Sequence[Comparison]) -> list[Sentence]:
+def _cautions(table: ScoreTable, comparisons: Sequence[PairComparison]) -> list[Sentence]:
     found = []
     unequal = dict.fromkeys(
         f"{_capital(c.challenger.label)} and {c.baseline.label} differ in more than the method: "
@@ -174,14 +176,8 @@ def _cautions(table: ScoreTable, comparisons: Sequence[Comparison]) -> list[Sent
         if c.unequal
     )
     found += [Sentence("caution", text) for text in unequal]
-    if comparisons and any(c.basis != "seeds" for c in comparisons):
-        found.append(
-            Sentence(
-                "caution",
-                "One seed per method: the intervals cover the choice of test queries, not the luck of a training run. "
-                "Several seeds would be needed to claim that a method is better in general.",
-            )
-        )
+    if any(c.verdict.basis == "queries alone" for c in comparisons):
+        found.append(Sentence("caution", f"Where a method has one training seed, its verdicts rest {QUERIES_ALONE}."))
     return found
 
 

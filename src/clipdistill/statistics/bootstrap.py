@@ -1,10 +1,11 @@
-"""Intervals and tests for scores: what sampling of queries, and of seeds, can and cannot tell.
+"""Intervals and tests for scores: what sampling of queries, and of seeds, can and cannot tell (`judge` weighs them).
 
 Queries about one image are not independent (five captions share a picture), so resampling draws images, with all
 their queries. Models are compared on the same queries, pairwise. All resampling is seeded: same input, same interval.
 
 Methods: percentile bootstrap over clusters (Efron and Tibshirani 1993), widened for few clusters as Hesterberg (2015)
 advises; sign-flip permutation over clusters; exact McNemar; Student t over seeds; Holm (1979).
+SciPy is imported where it is used: commands that compute nothing must start at once.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy import stats
 
 from clipdistill.errors import InputError
 
 REPLICATES = 2000
 _BLOCK = 4_000_000
 """Random draws held at a time."""
+_LISTED = 13
+"""Clusters of which all sign patterns are listed; of more they are drawn."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A paired difference a - b with interval and two-sided p-value. n: pairs; clusters: independent units."""
+class PairedDifference:
+    """A difference a - b on the same queries with its two-sided p. n: pairs; clusters: independent units."""
 
     value: float
     low: float
@@ -83,12 +85,12 @@ def bootstrap(
 
 def paired_bootstrap(
     a: Any, b: Any, clusters: Any = None, *, level: float = 0.95, replicates: int = REPLICATES, seed: int = 0
-) -> Comparison:
+) -> PairedDifference:
     """Mean difference a - b on the same queries: interval by resampling clusters, p by `permutation_test`."""
     a, b = _pair(a, b)
     interval = bootstrap_difference(a, b, clusters, level=level, replicates=replicates, seed=seed)
     p = permutation_test(a, b, clusters, seed=seed)
-    return Comparison(interval.value, interval.low, interval.high, p, interval.n, interval.clusters, level)
+    return PairedDifference(interval.value, interval.low, interval.high, p, interval.n, interval.clusters, level)
 
 
 def bootstrap_difference(
@@ -121,19 +123,16 @@ def bootstrap_ratio(
 def permutation_test(a: Any, b: Any, clusters: Any = None, *, permutations: int = 10_000, seed: int = 0) -> float:
     """Two-sided p-value of "a and b are exchangeable on every cluster": random sign flips of cluster differences.
 
-    All 2^n sign patterns are listed when there are at most 13 clusters that differ; else `permutations` are drawn, and
-    the observed one counts among them, so p is never below 1 / (permutations + 1).
+    Exact for few clusters (see `sign_flips`); else `permutations` are drawn, and the observed one counts among them,
+    so p is never below 1 / (permutations + 1).
     """
     a, b = _pair(a, b)
+    exact = sign_flips(a - b, clusters)
+    if exact is not None:
+        return exact
     _, sums, _, _ = _by_cluster(a - b, clusters)
     sums = sums[sums != 0]
-    n = len(sums)
-    observed = abs(sums.sum()) * (1 - 1e-12)
-    if n == 0:
-        return 1.0
-    if n <= 13:
-        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        return float((np.abs(signs @ sums) >= observed).mean())
+    n, observed = len(sums), _reach(sums)
     rng = np.random.default_rng(seed)
     reached, step = 0, max(1, _BLOCK // n)
     for start in range(0, permutations, step):
@@ -144,6 +143,27 @@ def permutation_test(a: Any, b: Any, clusters: Any = None, *, permutations: int 
     return (reached + 1) / (permutations + 1)
 
 
+def sign_flips(differences: Any, clusters: Any = None) -> float | None:
+    """The exact two-sided p-value of "every cluster's difference could have had the other sign".
+
+    All 2^n sign patterns of the n clusters that differ are listed; None when there are more than 13.
+    """
+    _, sums, _, _ = _by_cluster(differences, clusters)
+    sums = sums[sums != 0]
+    n = len(sums)
+    if n == 0:
+        return 1.0
+    if n > _LISTED:
+        return None
+    signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    return float((np.abs(signs @ sums) >= _reach(sums)).mean())
+
+
+def _reach(sums: np.ndarray) -> float:
+    """What counts as extreme as observed, rounding aside."""
+    return float(abs(sums.sum()) * (1 - 1e-12))
+
+
 def mcnemar(correct_a: Any, correct_b: Any) -> tuple[float, int, int]:
     """Exact McNemar test of two classifiers on the same samples: (p-value, only a right, only b right)."""
     a, b = _pair(correct_a, correct_b)
@@ -152,44 +172,20 @@ def mcnemar(correct_a: Any, correct_b: Any) -> tuple[float, int, int]:
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
     if only_a + only_b == 0:
         return 1.0, 0, 0
+    from scipy import stats
+
     return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue), only_a, only_b
 
 
 def seed_interval(values: Any, *, level: float = 0.95) -> Interval:
     """Student's t interval of the mean over seeds. One seed has no interval: its bounds are infinite."""
+    from scipy import stats
+
     values = _finite(values)
     n = len(values)
     mean = float(values.mean())
     half = float(stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf
     return Interval(mean, mean - half, mean + half, n, n, level)
-
-
-def paired_seeds(a: Any, b: Any, *, level: float = 0.95) -> Comparison:
-    """Mean difference a - b over seeds (a[i] and b[i] share seed i), Student's paired t."""
-    a, b = _pair(a, b)
-    interval = seed_interval(a - b, level=level)
-    deviation = float((a - b).std(ddof=1)) if len(a) > 1 else math.nan
-    if len(a) == 1:
-        p = 1.0
-    elif deviation == 0:
-        p = 1.0 if interval.value == 0 else 0.0
-    else:
-        # scipy's ttest_rel gives the same and warns when all differences are nearly alike
-        p = float(2 * stats.t.sf(abs(interval.value) / deviation * math.sqrt(len(a)), len(a) - 1))
-    return Comparison(interval.value, interval.low, interval.high, p, len(a), len(a), level)
-
-
-def welch(a: Any, b: Any, *, level: float = 0.95) -> Comparison:
-    """Mean difference of two independent samples of seeds, Welch's t."""
-    a, b = _finite(a), _finite(b)
-    value = float(a.mean() - b.mean())
-    if min(len(a), len(b)) < 2:
-        return Comparison(value, -math.inf, math.inf, 1.0, len(a) + len(b), len(a) + len(b), level)
-    if a.std() == 0 and b.std() == 0:
-        return Comparison(value, value, value, float(value == 0), len(a) + len(b), len(a) + len(b), level)
-    test = stats.ttest_ind(a, b, equal_var=False)
-    low, high = test.confidence_interval(level)
-    return Comparison(value, float(low), float(high), float(test.pvalue), len(a) + len(b), len(a) + len(b), level)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -204,22 +200,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     result = np.empty(len(p))
     result[order] = np.minimum(adjusted, 1.0)
     return [float(v) for v in result]
-
-
-def seeds_to_decide(differences: Any, *, target: float = 0.0, level: float = 0.95, most: int = 1000) -> int | None:
-    """How many seeds in all a t interval of these differences needs to leave `target` out, if mean and spread stay.
-
-    None when more than `most` would be needed, or when fewer than two seeds are known.
-    """
-    values = _finite(differences)
-    if len(values) < 2:
-        return None
-    distance, spread = abs(float(values.mean()) - target), float(values.std(ddof=1))
-    if spread == 0:
-        return len(values) if distance > 0 else None
-    n = np.arange(2, most + 1)
-    enough = stats.t.ppf((1 + level) / 2, n - 1) * spread / np.sqrt(n) < distance
-    return int(n[np.argmax(enough)]) if enough.any() else None
 
 
 def _by_cluster(values: Any, clusters: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -288,6 +268,8 @@ def _percentiles(draws: np.ndarray, n: int, level: float) -> tuple[float, float]
     """Percentile bounds, their levels widened so that few clusters are treated as Student's t would (Hesterberg)."""
     if n < 2:
         return -math.inf, math.inf
+    from scipy import stats
+
     tail = float(stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf((1 - level) / 2, n - 1)))
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)

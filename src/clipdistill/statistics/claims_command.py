@@ -11,7 +11,7 @@ from rich.console import Console
 
 from clipdistill.errors import InputError
 from clipdistill.runs.folder import run_folders
-from clipdistill.statistics.claims import PUBLISHED, Verdict, judge, read_claims
+from clipdistill.statistics.claims import PUBLISHED, is_measured, judge, read_claims
 from clipdistill.statistics.records import read_records
 from clipdistill.statistics.verdicts import FILE, verdict_table, verdicts_markdown, write_verdicts
 
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not runs:
         raise InputError(f"{arguments.runs[0]}: a file; give run folders")
     verdicts = judge(claims, read_records(runs), level=arguments.level)
-    known = [v for v in verdicts if _measured(v)]
+    known = [v for v in verdicts if is_measured(v)]
     shown = verdicts if arguments.all else known
     path = arguments.json or _common(runs) / FILE
     write_verdicts(shown, path, str(arguments.claims))
@@ -53,10 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{silent} of {len(verdicts)} claims are about methods or data that these runs do not have (see --all)")
     print(f"verdicts: {path}")
     return 0
-
-
-def _measured(verdict: Verdict) -> bool:
-    return verdict.effect is not None or any(part.effect is not None for part in verdict.parts)
 
 
 def _common(runs: Sequence[Path]) -> Path:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from clipdistill.errors import InputError
-from clipdistill.statistics.compare import ModelComparison, Tested, compare
-from clipdistill.statistics.verdicts import p_text
+from clipdistill.runtime.files import make_folder, write_json
+from clipdistill.statistics.compare import MetricComparison, compare
+from clipdistill.statistics.verdicts import basis_text, better_text, bounds_text, more_seeds, p_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,55 +38,32 @@ def run(arguments: argparse.Namespace) -> int:
         first, second = first[:1], first[1:]
     result = compare(first, second, metrics=arguments.metric, model=arguments.model)
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+        make_folder(arguments.json.parent, "comparison")
+        write_json(arguments.json, result.to_dict())
     console = Console()
     console.print(f"a: {result.a.name}\nb: {result.b.name}", markup=False, highlight=False)
     for label in dict.fromkeys(t.protocol.label() for t in result.differences):
         console.print(label, style="bold", markup=False, highlight=False, soft_wrap=True)
         console.print(_table([t for t in result.differences if t.protocol.label() == label]))
-    console.print(_about(result), soft_wrap=True)
+    console.print(basis_text([t.verdict for t in result.differences]), soft_wrap=True, highlight=False)
     return 0
 
 
-def _table(rows: list[Tested]) -> Table:
+def _table(rows: list[MetricComparison]) -> Table:
     table = Table("metric", box=None)
     for head in ("a", "b", "a - b in points (95 % interval)", "p", "p (Holm)", "better"):
         table.add_column(head, justify="right")
     for row in rows:
-        bounds = "" if row.bounds is None else f" ({100 * row.bounds[0]:+.2f} to {100 * row.bounds[1]:+.2f})"
+        scale = 1 if row.metric.endswith("median_rank") else 100
+        bounds = bounds_text(row.verdict, scale)
         table.add_row(
             row.metric,
-            f"{100 * row.a:.1f}",
-            f"{100 * row.b:.1f}",
-            f"{100 * row.value:+.2f}{bounds}",
-            "" if row.p is None else p_text(row.p),
-            "" if row.p_holm is None else p_text(row.p_holm),
-            row.outcome if row.outcome != "undecided" else _undecided(row),
+            f"{scale * row.a:.1f}",
+            f"{scale * row.b:.1f}",
+            f"{scale * row.value:+.2f}" + (f" ({bounds})" if bounds else ""),
+            "" if row.verdict.p is None else p_text(row.verdict.p),
+            "" if row.verdict.p_holm is None else p_text(row.verdict.p_holm),
+            better_text(row.verdict, "a", "b")
+            + (f" ({more_seeds(row.verdict)} more seeds)" if row.verdict.seeds_needed else ""),
         )
     return table
-
-
-def _undecided(row: Tested) -> str:
-    needed = None if row.verdict is None else row.verdict.seeds_needed
-    if row.verdict is None or needed is None:
-        return "undecided"
-    return f"undecided ({max(1, needed - row.verdict.seeds)} more seeds)"
-
-
-def _about(result: ModelComparison) -> str:
-    if result.seeds > 1:
-        return (
-            f"{result.seeds} shared seeds: intervals hold the spread over seeds (Student's t, paired) and the sampling "
-            "of test queries (bootstrap, clustered by image) together; Holm over the metrics."
-        )
-    if max(len(result.a.seeds), len(result.b.seeds)) > 1:
-        return (
-            "The two sides share at most one seed: intervals hold the sampling of test queries alone, p is the larger "
-            "of the test over queries and, with several seeds a side, Welch's test over seeds; Holm over the metrics."
-        )
-    return (
-        "One run a side: interval (bootstrap) and p (permutation), both clustered by image, say whether these two "
-        "models differ, not whether one way of training is better; that needs several seeds a side (--against). "
-        "Holm over the metrics."
-    )

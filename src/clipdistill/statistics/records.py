@@ -1,33 +1,35 @@
-"""Results as flat records, one for each (method, seed, data set, protocol, metric): what claims are judged from.
+"""Results as flat records, one for each (method, seed, data set, protocol, metric): what the judge weighs.
 
-A record is a plain dictionary {method, seed, metric, value, ...}, so results measured elsewhere can be added by hand;
-`read_records` makes them from finished run folders.
+A record can be made of a plain dictionary {method, seed, metric, value, ...}, so results measured elsewhere can be
+added by hand; `read_records` makes them from finished run folders, `records_of` from the scores of one run.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clipdistill.errors import InputError, nearest
-from clipdistill.statistics.protocol import digest
+from clipdistill.runs.folder import RunFolder, stale_scores
+from clipdistill.runtime.files import read_json
+from clipdistill.statistics.protocol import Protocol, digest
 from clipdistill.statistics.scores import Scores
 
 SPEED = "pairs_per_second"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Record:
     """One result.
 
     method: what was trained ("clip-rd"), or "teacher"; seed: of the training run, None for what was not trained here
     (a teacher, a speed). dataset, protocol: where known; records compare only within the same. low, high: interval of
-    a measurement without queries (a speed). per_query, clusters: (Q,) results and the image of each query.
+    the value alone, over `n` queries. per_query, clusters: (Q,) results whose mean is the value, and the image of each
+    query. measured: the whole protocol. stale: why the scores are not this model's, '' where they are.
     """
 
     method: str
@@ -40,39 +42,51 @@ class Record:
     high: float | None = None
     per_query: np.ndarray | None = None
     clusters: np.ndarray | None = None
+    n: int = 0
+    measured: Protocol | None = None
+    stale: str = ""
+
+    @property
+    def role(self) -> str:
+        """ "teacher" or "student"."""
+        return "teacher" if self.method == "teacher" else "student"
+
+    @property
+    def question(self) -> tuple[tuple[str, Any], ...]:
+        """Every condition of the measurement except the model; () where it is not known."""
+        return self.measured.question() if self.measured else ()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights that were measured; '' where it is not known."""
+        return self.measured.model_fingerprint if self.measured else ""
+
+    @property
+    def lower_is_better(self) -> bool:
+        return self.metric.endswith("median_rank")
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | Record) -> Record:
         """A record from a mapping; InputError for unknown or missing keys and values that are no numbers."""
         if isinstance(values, Record):
             return values
-        fields = cls.__dataclass_fields__
+        known = {f.name for f in fields(cls)}
         for key in values:
-            if key not in fields:
-                raise InputError(f"a result has no key '{key}'{nearest(str(key), fields)}")
+            if key not in known:
+                raise InputError(f"a result has no key '{key}'{nearest(str(key), sorted(known))}")
         for key in ("method", "metric", "value"):
             if key not in values:
                 raise InputError(f"the result {dict(values)!r:.120} lacks the key '{key}'")
         try:
-            numbers = {k: None if values.get(k) is None else float(values[k]) for k in ("value", "low", "high")}
-            seed = None if values.get("seed") is None else int(values["seed"])
+            given = {k: v for k, v in values.items() if v is not None}
+            given |= {k: float(given[k]) for k in ("value", "low", "high") if k in given}
+            given |= {k: int(given[k]) for k in ("seed", "n") if k in given}
+            record = cls(**(given | {"method": str(values["method"]), "metric": str(values["metric"])}))
         except (TypeError, ValueError) as error:
             raise InputError(f"the result {dict(values)!r:.120} holds something else than numbers: {error}") from error
-        if numbers["value"] is None or not np.isfinite(numbers["value"]):
+        if not np.isfinite(record.value):
             raise InputError(f"the result of {values['method']} in {values['metric']} is not a finite number")
-        arrays = {k: None if values.get(k) is None else np.asarray(values[k]) for k in ("per_query", "clusters")}
-        return cls(
-            method=str(values["method"]),
-            metric=str(values["metric"]),
-            value=numbers["value"],
-            seed=seed,
-            dataset=values.get("dataset"),
-            protocol=values.get("protocol"),
-            low=numbers["low"],
-            high=numbers["high"],
-            per_query=arrays["per_query"],
-            clusters=arrays["clusters"],
-        )
+        return record
 
 
 def read_records(folders: Sequence[Path]) -> list[Record]:
@@ -82,57 +96,70 @@ def read_records(folders: Sequence[Path]) -> list[Record]:
     records: list[Record] = []
     teachers: set[tuple[Any, ...]] = set()
     for folder in folders:
-        run = _read(folder / "run.json")
-        if run is None:
+        place = RunFolder(Path(folder))
+        if not place.is_run:
             raise InputError(f"{folder}: not a run folder (it has no run.json)")
+        run = place.facts()
         method, seed = run.get("method"), run.get("seed")
         if not isinstance(method, str) or not isinstance(seed, int):
             raise InputError(f"{folder / 'run.json'}: the keys 'method' (text) and 'seed' (number) are needed")
-        if (folder / "scores.json").exists():
-            scores = Scores.load(folder / "scores.json")
-            for record, fingerprint in _of_scores(scores, method, seed):
-                key = (fingerprint, record.metric, record.dataset, record.protocol)
-                if record.method == "teacher":
-                    if key in teachers:
-                        continue
-                    teachers.add(key)
-                records.append(record)
-        records += _of_speeds(_read(folder / "bench.json"), {folder.name: method, run.get("name"): method})
+        scores = Scores.of_run(folder)
+        for record in records_of(scores, method, seed, run) if scores else []:
+            if record.role == "teacher":
+                key = (record.fingerprint, record.metric, record.dataset, record.protocol)
+                if key in teachers:
+                    continue
+                teachers.add(key)
+            records.append(record)
+        records += _speeds(folder / "bench.json", {folder.name: method, run.get("name"): method})
     return _once(records)
 
 
-def _of_scores(scores: Scores, method: str, seed: int) -> Iterable[tuple[Record, str]]:
+def records_of(scores: Scores, method: str, seed: int | None, facts: Mapping[str, Any] | None = None) -> list[Record]:
+    """The records of one run's scores, the teacher's among them. facts: the run.json that says which weights it has."""
+    found = []
     for score in scores:
         queries = scores.queries.get((score.model, score.protocol.question()))
+        per_query = queries.values.get(score.metric) if queries else None
+        if per_query is not None and abs(float(per_query.mean()) - score.value) > 1e-6:
+            per_query = None  # ranks, whose score is the median, and accuracies by class
         teacher = score.model == "teacher"
-        record = Record(
-            method="teacher" if teacher else method,
-            metric=score.metric,
-            value=score.value,
-            seed=None if teacher else seed,
-            dataset=score.protocol.dataset,
-            protocol=f"{score.protocol.label()} #{digest(score.protocol.question())[:8]}",
-            low=score.low,
-            high=score.high,
-            per_query=queries.values.get(score.metric) if queries else None,
-            clusters=queries.clusters.get(score.metric) if queries else None,
+        found.append(
+            Record(
+                method="teacher" if teacher else method,
+                metric=score.metric,
+                value=score.value,
+                seed=None if teacher else seed,
+                dataset=score.protocol.dataset,
+                protocol=f"{score.protocol.label()} #{digest(score.protocol.question())[:8]}",
+                low=score.low,
+                high=score.high,
+                per_query=per_query,
+                clusters=queries.clusters.get(score.metric) if queries else None,
+                n=score.n,
+                measured=score.protocol,
+                stale="" if teacher else stale_scores(facts or {}, score.protocol.model_fingerprint) or "",
+            )
         )
-        yield record, score.protocol.model_fingerprint
+    return found
 
 
-def _of_speeds(bench: Mapping[str, Any] | None, methods: Mapping[Any, str]) -> list[Record]:
+def _speeds(path: Path, methods: Mapping[Any, str]) -> list[Record]:
     """Pairs per second at the largest batch of the first back end and number format; one value for each method."""
-    rows = [row for row in (bench or {}).get("measurements", []) if row.get("tower") == "pair"]
-    if not rows:
-        return []
-    setting = (rows[0]["backend"], rows[0]["dtype"], max(row["batch"] for row in rows))
-    found = []
-    for row in rows:
-        name = "teacher" if row["model"] == "teacher" else methods.get(row["model"])
-        if name is not None and (row["backend"], row["dtype"], row["batch"]) == setting:
-            where = f"{setting[0]}, {setting[1]}, batch {setting[2]}"
-            bounds = {"low": row.get("low"), "high": row.get("high")}
-            found.append(Record(name, SPEED, float(row["value"]), protocol=where, **bounds))
+    rows = read_json(path).get("measurements") if path.is_file() else []
+    found: list[Record] = []
+    try:
+        rows = [row for row in rows or [] if row.get("tower") == "pair"]
+        setting = (rows[0]["backend"], rows[0]["dtype"], max(row["batch"] for row in rows)) if rows else ()
+        for row in rows:
+            name = "teacher" if row["model"] == "teacher" else methods.get(row["model"])
+            if name is not None and (row["backend"], row["dtype"], row["batch"]) == setting:
+                where = f"{setting[0]}, {setting[1]}, batch {setting[2]}"
+                found.append(Record.of({"method": name, "metric": SPEED, "value": row["value"], "protocol": where} | {
+                    bound: row.get(bound) for bound in ("low", "high")
+                }))  # fmt: skip
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the measurements of `clipdistill bench` ({error!r})") from error
     return found
 
 
@@ -143,15 +170,3 @@ def _once(records: Sequence[Record]) -> list[Record]:
         key = (record.method, record.protocol) if record.metric == SPEED else i
         kept.setdefault(key, record)
     return list(kept.values())
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(stored, dict):
-        raise InputError(f"{path}: expected an object, got {type(stored).__name__}")
-    return stored

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,15 @@ from rich.text import Text
 
 from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
-from clipdistill.statistics.bootstrap import Interval, bootstrap_ratio
+from clipdistill.runtime.files import digest_of, make_folder, new_file, parse_json, read_json, sha256, write_text
+from clipdistill.statistics.bootstrap import bootstrap_ratio
 from clipdistill.statistics.protocol import Protocol, comparable, difference
 
-FORMAT = 1
+FILE = "scores.json"
+FORMAT = 2
+"""Format 1 had no checksums."""
+_AGAIN = "measure again with  clipdistill eval RUN --data ... --json RUN/scores.json"
+_LARGEST_ARRAY = 1 << 30  # bytes
 _RANKS = ("median_rank",)  # smaller is better, and not a fraction
 _COUNTS = ("ties",)
 
@@ -65,6 +73,8 @@ class Scores:
         self.scores: list[Score] = list(scores)
         self.queries: dict[tuple[str, Any], Queries] = {}
         self.notes: list[str] = []
+        self._kept: dict[tuple[str, str, Any], Score] = {}
+        """Retention as it was stored: its intervals need per-query results, which may be gone since."""
 
     def __iter__(self) -> Iterator[Score]:
         return iter(self.scores)
@@ -117,21 +127,23 @@ class Scores:
             other = base.get((s.metric, s.protocol.question()))
             if s.model == reference or other is None or other.value == 0 or not _is_fraction(s.metric):
                 continue
-            interval = self._retention_interval(s, reference)
-            low, high = (interval.low, interval.high) if interval else (None, None)
+            low, high = self._retention_interval(s, reference)
             result.append(Score(s.metric, s.value / other.value, s.n, s.protocol, low, high, s.model))
         return result
 
-    def _retention_interval(self, score: Score, reference: str) -> Interval | None:
+    def _retention_interval(self, score: Score, reference: str) -> tuple[float | None, float | None]:
         question = score.protocol.question()
+        stored = self._kept.get((score.model, score.metric, question))
+        if stored is not None and reference == "teacher":
+            return stored.low, stored.high
         ours, theirs = self.queries.get((score.model, question)), self.queries.get((reference, question))
         if ours is None or theirs is None or score.metric not in ours.values or score.metric not in theirs.values:
-            return None
+            return None, None
         if score.value == 0:  # resampling nothing but failures says nothing
-            return None
-        return bootstrap_ratio(
-            ours.values[score.metric], theirs.values[score.metric], ours.clusters.get(score.metric), replicates=1000
-        )
+            return None, None
+        clusters = ours.clusters.get(score.metric)
+        found = bootstrap_ratio(ours.values[score.metric], theirs.values[score.metric], clusters, replicates=1000)
+        return found.low, found.high
 
     def table(self, metrics: Sequence[str] | None = None, *, split: bool = True) -> list[Table]:
         """One rich table for each protocol: a row a metric, a column a model, then what each keeps of the teacher.
@@ -186,94 +198,135 @@ class Scores:
             console.print(Group(Text(label, style="bold"), table))
         console.print(Group(*(Text(note) for note in self.notes)))
 
-    def to_json(self) -> str:
-        """Everything but the per-query results. Protocols are listed once and referred to by position."""
-        protocols = list(dict.fromkeys(s.protocol for s in self.scores))
+    def to_json(self, *, queries_sha256: str | None = None) -> str:
+        """Everything but the per-query results, with a checksum. Protocols are listed once, referred to by position."""
+        protocols = self._listed()
         place = {protocol: i for i, protocol in enumerate(protocols)}
         stored = {
             "format": FORMAT,
             "protocols": [as_dict(p) | {"label": p.label()} for p in protocols],
-            "scores": [self._row(s, place) for s in self.scores],
-            "retention": [self._row(s, place) for s in self.retention()],
+            "scores": [_row(s, place) for s in self.scores],
+            "retention": [_row(s, place) for s in self.retention()],
             "notes": self.notes,
+            "queries_sha256": queries_sha256,
         }
-        return json.dumps(stored, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(stored | {"sha256": digest_of(stored)}, indent=1, ensure_ascii=False) + "\n"
 
-    @staticmethod
-    def _row(score: Score, place: dict[Protocol, int]) -> dict[str, Any]:
-        return {
-            "metric": score.metric,
-            "value": score.value,
-            "n": score.n,
-            "low": score.low,
-            "high": score.high,
-            "model": score.model,
-            "protocol": place[score.protocol],
-        }
+    def _listed(self) -> list[Protocol]:
+        return list(dict.fromkeys(s.protocol for s in self.scores))
 
     @classmethod
     def from_json(cls, text: str, where: str = "scores") -> Scores:
         """The inverse of `to_json`; InputError for anything else."""
-        try:
-            stored = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not readable as JSON ({error})") from error
+        return cls._of_values(parse_json(text.encode("utf-8", "surrogatepass"), where), where)
+
+    @classmethod
+    def _of_values(cls, stored: Any, where: str) -> Scores:
         if not isinstance(stored, dict) or not isinstance(stored.get("scores"), list):
             raise InputError(f"{where}: expected a list of scores under the key 'scores'")
-        if stored.get("format") != FORMAT:
-            raise InputError(f"{where}: written in format {stored.get('format')!r}, this version reads format {FORMAT}")
+        if stored.get("format") not in (1, FORMAT):
+            raise InputError(f"{where}: written in format {stored.get('format')!r}, this version reads 1 and {FORMAT}")
+        if stored["format"] == FORMAT and stored.pop("sha256", None) != digest_of(stored):
+            raise InputError(f"{where}: damaged or changed by hand (its checksum does not fit): {_AGAIN}")
+        listed, notes = stored.get("protocols", []), stored.get("notes", [])
+        if not isinstance(listed, list) or not all(isinstance(p, dict) for p in listed) or not isinstance(notes, list):
+            raise InputError(f"{where}: expected lists under the keys 'protocols' and 'notes'")
         protocols = [
             build(Protocol, {k: v for k, v in values.items() if k != "label"}, f"{where}, protocol {i}")
-            for i, values in enumerate(stored.get("protocols", []))
+            for i, values in enumerate(listed)
         ]
-        scores = []
-        for i, row in enumerate(stored["scores"]):
-            try:
-                protocol = protocols[row["protocol"]]
-                low, high = (None if row[key] is None else float(row[key]) for key in ("low", "high"))
-                value, n, model = float(row["value"]), int(row["n"]), str(row["model"])
-                scores.append(Score(str(row["metric"]), value, n, protocol, low, high, model))
-            except (KeyError, IndexError, TypeError, ValueError) as error:
-                raise InputError(f"{where}, score {i}: not a stored score ({error!r})") from error
-        result = cls(scores)
-        result.notes = [str(note) for note in stored.get("notes", [])]
+        result = cls(_score(row, protocols, f"{where}, score {i}") for i, row in enumerate(stored["scores"]))
+        retention = stored.get("retention", [])
+        for i, row in enumerate(retention if isinstance(retention, list) else []):
+            kept = _score(row, protocols, f"{where}, retention {i}")
+            result._kept[kept.model, kept.metric, kept.protocol.question()] = kept
+        result.notes = [str(note) for note in notes]
         return result
 
     def save(self, path: Path) -> None:
-        """Write `path` (JSON) and, when per-query results were kept, `path` with the ending .npz beside it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json(), encoding="utf-8")
+        """Write `path` (JSON) and, when per-query results were kept, `path` with the ending .npz beside it.
+
+        The arrays come first and the JSON names their checksum, so that the two of different measurements, which a
+        crash between the writes would leave, are never taken for one.
+        """
+        make_folder(path.parent, "scores")
         arrays: dict[str, np.ndarray] = {}
-        protocols = list(dict.fromkeys(s.protocol for s in self.scores))
-        for i, protocol in enumerate(protocols):
+        for i, protocol in enumerate(self._listed()):
             model = next(s.model for s in self.scores if s.protocol == protocol)
             queries = self.queries.get((model, protocol.question()))
             for metric, values in (queries.values if queries else {}).items():
                 arrays[f"{i}/{model}/{metric}"] = values
                 if queries is not None and metric in queries.clusters:
                     arrays[f"{i}/{model}/{metric}/clusters"] = queries.clusters[metric]
+        beside = path.with_suffix(".npz")
         if arrays:
-            # no allow_pickle=False here: NumPy before 2.1 would store it as one more array; these hold numbers only
-            np.savez_compressed(path.with_suffix(".npz"), **arrays)  # type: ignore[arg-type]
+            with new_file(beside) as temporary:
+                # no allow_pickle=False here: NumPy before 2.1 would store it as one more array; these are numbers only
+                np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+        else:
+            beside.unlink(missing_ok=True)
+        write_text(path, self.to_json(queries_sha256=sha256(beside) if arrays else None))
 
     @classmethod
     def load(cls, path: Path) -> Scores:
-        """Read what `save` wrote, per-query results included where the .npz file is there."""
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: no such file") from error
-        result = cls.from_json(text, str(path))
+        """Read what `save` wrote, per-query results included where the .npz file is there.
+
+        Raises InputError that says in one sentence what is wrong with either file.
+        """
+        stored = read_json(path)
+        expected = stored.get("queries_sha256")
+        result = cls._of_values(stored, str(path))
         arrays = path.with_suffix(".npz")
         if arrays.exists():
-            protocols = list(dict.fromkeys(s.protocol for s in result.scores))
-            with np.load(arrays, allow_pickle=False) as stored:
-                for name in stored.files:
-                    i, model, metric, *clusters = name.split("/")
-                    key = (model, protocols[int(i)].question())
-                    queries = result.queries.setdefault(key, Queries())
-                    (queries.clusters if clusters else queries.values)[metric] = stored[name]
+            if stored["format"] == FORMAT and sha256(arrays) != expected:
+                raise InputError(f"{arrays}: damaged, or of another measurement than {path.name}: {_AGAIN}")
+            result._read_queries(arrays)
         return result
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Scores | None:
+        """The scores of a run folder; None where it was not measured."""
+        return cls.load(folder / FILE) if (folder / FILE).is_file() else None
+
+    def _read_queries(self, path: Path) -> None:
+        protocols = self._listed()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                for info in archive.infolist():
+                    if info.file_size > _LARGEST_ARRAY:
+                        raise ValueError(f"{info.filename} holds {info.file_size:,} bytes")
+                    # read to its end first, where zip files have their checksum
+                    values = np.lib.format.read_array(io.BytesIO(archive.read(info)), allow_pickle=False)
+                    i, model, metric, *clusters = info.filename.removesuffix(".npy").split("/")
+                    if values.ndim != 1 or values.dtype.kind not in "biuf":
+                        raise ValueError(f"{info.filename} is no list of numbers")
+                    queries = self.queries.setdefault((model, protocols[int(i)].question()), Queries())
+                    (queries.clusters if clusters else queries.values)[metric] = values
+        except Exception as error:  # whatever zip and NumPy make of damage
+            raise InputError(f"{path}: not readable as per-query results ({error}): {_AGAIN}") from error
+
+
+def _row(score: Score, place: Mapping[Protocol, int]) -> dict[str, Any]:
+    return {
+        "metric": score.metric,
+        "value": score.value,
+        "n": score.n,
+        "low": score.low,
+        "high": score.high,
+        "model": score.model,
+        "protocol": place[score.protocol],
+    }
+
+
+def _score(row: Any, protocols: Sequence[Protocol], where: str) -> Score:
+    try:
+        low, high = (None if row[key] is None else float(row[key]) for key in ("low", "high"))
+        value, n, position = float(row["value"]), int(row["n"]), int(row["protocol"])
+        if not math.isfinite(value) or position < 0 or any(v is not None and math.isnan(v) for v in (low, high)):
+            raise ValueError("its numbers")
+        return Score(str(row["metric"]), value, n, protocols[position], low, high, str(row["model"]))
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{where}: not a stored score ({error!r})") from error
 
 
 def _order(metric: str) -> tuple[int, str]:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
-from clipdistill.statistics.claims import Verdict
+from clipdistill.runtime.files import make_folder, write_json
+from clipdistill.statistics.judge import Verdict
 
 FORMAT = 1
 FILE = "claims.json"
+QUERIES_ALONE = "on the test queries alone: it holds for these models, not for the ways they were trained"
+"""What is said wherever a verdict rests on one training seed, or on models that were not trained here."""
 
 
 def write_verdicts(verdicts: Sequence[Verdict], path: Path, source: str) -> None:
     """claims.json: each verdict with its evidence in words; `source` says where the claims come from."""
     rows = [verdict.to_dict() | {"verdict": verdict.outcome, "evidence": evidence(verdict)} for verdict in verdicts]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(
-        json.dumps({"format": FORMAT, "source": source, "claims": rows}, indent=1, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
-    temporary.replace(path)
+    make_folder(path.parent, "verdicts")
+    write_json(path, {"format": FORMAT, "source": source, "claims": rows})
 
 
 def evidence(verdict: Verdict) -> str:
@@ -33,18 +32,51 @@ def evidence(verdict: Verdict) -> str:
         return "; ".join(f"{part.outcome}: {evidence(part)}" for part in verdict.parts)
     if verdict.effect is None:
         return verdict.reason
-    return "; ".join(part for part in (", ".join(_facts(verdict)), _outlook(verdict)) if part)
+    alone = QUERIES_ALONE if verdict.basis == "queries alone" and verdict.p is not None else ""
+    stale = f"{verdict.stale} stale results left out" if verdict.stale else ""
+    return "; ".join(part for part in (", ".join(_facts(verdict)), alone, stale, _outlook(verdict)) if part)
+
+
+def better_text(verdict: Verdict, left: str = "better", right: str = "worse") -> str:
+    """'better', 'worse' or 'undecided' for a cell, with what it rests on where that is not training seeds."""
+    if verdict.outcome == "undecided":
+        return "undecided"
+    word = left if verdict.better == "better" else right
+    return f"{word} on the test queries alone" if verdict.basis == "queries alone" else word
+
+
+def basis_text(verdicts: Sequence[Verdict]) -> str:
+    """What the intervals and p of these verdicts rest on, in sentences for a legend."""
+    known = [verdict for verdict in verdicts if verdict.p is not None]
+    queries = "the sampling of test queries (bootstrap, clustered by image)"
+    said = {
+        "paired seeds and queries": f"Intervals hold the spread over seeds (Student's t, paired by seed) and {queries} "
+        "together.",
+        "unpaired seeds and queries": "For sides that share fewer than two seeds, intervals hold the spread over the "
+        f"seeds of each (Student's t, not paired) and {queries} together.",
+        "queries alone": f"For sides of one training seed, intervals hold {queries} only, and the verdict rests "
+        f"{QUERIES_ALONE}.",
+    }
+    found = {verdict.basis for verdict in known}
+    parts = [sentence for basis, sentence in said.items() if basis in found]
+    family = max((verdict.family for verdict in known), default=0)
+    if family > 1:
+        parts.append(f"Verdicts go by the interval; p (Holm) is adjusted over the {family} comparisons shown together.")
+    return " ".join(parts)
 
 
 def _facts(verdict: Verdict) -> list[str]:
     facts = [effect_text(verdict)]
-    if verdict.seeds:
+    if verdict.seeds_right is not None:
+        facts.append(f"{verdict.seeds} and {verdict.seeds_right} seeds, not paired")
+    elif verdict.seeds:
         facts.append(f"{verdict.seeds} seed{'s' if verdict.seeds > 1 else ''}")
     if verdict.queries:
         images = f" on {verdict.images:,} images" if verdict.images and verdict.images != verdict.queries else ""
         facts.append(f"{verdict.queries:,} queries{images}")
     if verdict.p is not None:
-        facts.append(f"p {p_text(verdict.p)}" + (f" ({p_text(verdict.p_holm)} by Holm)" if verdict.p_holm else ""))
+        holm = f" ({p_text(verdict.p_holm)} by Holm over {verdict.family})" if verdict.p_holm is not None else ""
+        facts.append(f"p {p_text(verdict.p)}{holm if verdict.family > 1 else ''}")
     return facts
 
 
@@ -52,9 +84,14 @@ def _outlook(verdict: Verdict) -> str:
     if verdict.outcome != "undecided":
         return ""
     if verdict.seeds_needed is not None:
-        more = max(1, verdict.seeds_needed - verdict.seeds)
+        more = more_seeds(verdict)
         return f"about {more} more seed{'s' if more > 1 else ''} would decide, if mean and spread stay"
     return verdict.reason
+
+
+def more_seeds(verdict: Verdict) -> int:
+    """Seeds of each side that would decide, beyond those there are."""
+    return max(1, (verdict.seeds_needed or 0) - min(verdict.seeds, verdict.seeds_right or verdict.seeds))
 
 
 def effect_text(verdict: Verdict) -> str:
@@ -62,9 +99,16 @@ def effect_text(verdict: Verdict) -> str:
     assert verdict.effect is not None
     show = _writer(verdict)
     text = show(verdict.effect)
-    if verdict.low is not None and verdict.high is not None:
+    if verdict.low is not None and verdict.high is not None and math.isfinite(verdict.high - verdict.low):
         text += f" ({show(verdict.low, False)} to {show(verdict.high, False)})"
     return text
+
+
+def bounds_text(verdict: Verdict, scale: float = 100.0) -> str:
+    """'-0.33 to +0.50' in points; '' without an interval."""
+    if verdict.low is None or verdict.high is None or not math.isfinite(verdict.high - verdict.low):
+        return ""
+    return f"{scale * verdict.low:+.2f} to {scale * verdict.high:+.2f}"
 
 
 def _writer(verdict: Verdict) -> Any:
@@ -92,7 +136,8 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
     table = Table("verdict", "claim", "evidence", show_lines=True)
     colours = {"supported": "green", "contradicted": "red", "undecided": "yellow"}
     for verdict in verdicts:
-        table.add_row(f"[{colours[verdict.outcome]}]{verdict.outcome}[/]", verdict.claim, evidence(verdict))
+        outcome = Text(verdict.outcome, style=colours[verdict.outcome])
+        table.add_row(outcome, Text(verdict.claim), Text(evidence(verdict)))
     return table
 
 
