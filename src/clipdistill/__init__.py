@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from clipdistill.evaluate.retrieval import retrieval
     from clipdistill.models import load_student, register_student
     from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
+    from clipdistill.objective.term import register_term
     from clipdistill.train.run import Run, distill
 
 _WHERE = {
@@ -22,6 +23,7 @@ _WHERE = {
     "distill": "clipdistill.train.run",
     "load_student": "clipdistill.models",
     "register_student": "clipdistill.models.known",
+    "register_term": "clipdistill.objective.term",
     "retrieval": "clipdistill.evaluate.retrieval",
 }
 
@@ -35,6 +37,7 @@ __all__ = [
     "evaluate",
     "load_student",
     "register_student",
+    "register_term",
     "retrieval",
 ]
 
