@@ -31,7 +31,7 @@ from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.fill import fill
 from clipdistill.cache.manifest import DataEntry, Manifest, TeacherEntry, write_manifest
 from clipdistill.cache.rows import pack
-from clipdistill.cache.samples import sample_digest, write_samples
+from clipdistill.cache.samples import write_samples
 from clipdistill.cache.store import Store
 from clipdistill.cache.stored import StoredRows
 from clipdistill.data.loader import Batch, PairLoader
@@ -41,6 +41,7 @@ from clipdistill.data.pairs import DataConfig, PairSource, Subset
 from clipdistill.data.views import EVALUATION_VIEW as EVALUATION
 from clipdistill.data.views import ImageSpec, normalise, render_pixels
 from clipdistill.embed.encode import encode_pairs
+from clipdistill.embed.prepare import sample_digest
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.models import ClipModel, build_student, load_model
 from clipdistill.objective import Objective

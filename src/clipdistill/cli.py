@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from clipdistill.errors import ClipdistillError, InputError, nearest, storage_error
+from clipdistill.errors import ClipdistillError, InputError, nearest, storage_error, worker_lost
 from clipdistill.registry import load_plugin
 from clipdistill.version import __version__
 
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        known = storage_error(error) or _place_error(error)
+        known = storage_error(error) or worker_lost(error) or _place_error(error)
         if known is None:
             raise
         print(f"clipdistill: {known}", file=sys.stderr)

@@ -72,6 +72,20 @@ def storage_error(
     return StorageError(f"{f'{named}: ' if named else ''}{os.strerror(number)}: {advice}")
 
 
+_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? .*", re.IGNORECASE)
+
+
+def worker_lost(error: BaseException, doing: str = "", advice: str = "") -> ClipdistillError | None:
+    """What to tell the user when `error` means that a process preparing data has died; None for another error."""
+    found = _WORKER.search(" ".join(str(error).split())) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return None
+    return ClipdistillError(
+        f"{found[0][:120].rstrip('. ')}: a data worker died{doing}, usually for lack of memory: "
+        f"{advice or 'use fewer workers and run the same command again'}"
+    )
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """' (did you mean 'x'?)' for the option nearest to `name`, or the list of options when none is near."""
     options = sorted(options)

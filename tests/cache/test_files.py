@@ -8,10 +8,11 @@ import torch
 
 from clipdistill import cli
 from clipdistill.cache.plain import PlainEmbeddings
-from clipdistill.cache.samples import DIGEST_BYTES, SampleTable, write_samples
+from clipdistill.cache.samples import SampleTable, write_samples
 from clipdistill.cache.sizes import readable, sample_bytes
 from clipdistill.cache.store import Store
 from clipdistill.cache.synthetic import read_synthetic
+from clipdistill.embed.prepare import DIGEST_BYTES
 from clipdistill.errors import InputError
 from tests.cache.support import cache_config, filled, scenes
 from tests.cache.test_fill import fill

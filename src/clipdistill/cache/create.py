@@ -20,11 +20,12 @@ from clipdistill.cache.fingerprint import (
 )
 from clipdistill.cache.manifest import MANIFEST, DataEntry, Manifest, SyntheticEntry, TeacherEntry, write_manifest
 from clipdistill.cache.rows import row_bytes
-from clipdistill.cache.samples import SampleTable, find_difference, sample_digest, write_samples
+from clipdistill.cache.samples import SampleTable, find_difference, write_samples
 from clipdistill.cache.store import Store
 from clipdistill.cache.synthetic import matched, read_synthetic, synthetic_fingerprint
 from clipdistill.config import as_dict
 from clipdistill.data.pairs import PairSource
+from clipdistill.embed.prepare import sample_digest
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
 from clipdistill.runtime.files import write_text

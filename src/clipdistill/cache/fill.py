@@ -12,7 +12,6 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +28,11 @@ from clipdistill.cache.sizes import check_space, readable
 from clipdistill.cache.store import Part, Store
 from clipdistill.cache.stored_views import pack_views
 from clipdistill.data.ledger import BadSampleLedger
+from clipdistill.data.loader import geometry, prepared
 from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import PairSource
-from clipdistill.data.views import normalise
-from clipdistill.embed.prepare import Item, Preparation, Prepared, geometry, init_worker
+from clipdistill.embed.encode import Encoder
+from clipdistill.embed.prepare import Item, Preparation, Prepared
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
 from clipdistill.runtime.locks import Claims
@@ -132,7 +132,8 @@ class _Filling:
         progress: Callable[[int, int, float], None],
     ) -> None:
         self.config, self.store, self.source, self.models = config, store, source, models
-        self.device, self.precision, self.progress = device, precision, progress
+        self.device, self.progress = device, progress
+        self.encoders = [Encoder(m, batch_size=config.batch_size, device=device, dtype=precision) for m in models]
         self.claims = Claims(store.folder / "locks")
         self.queue: deque[_Work] = deque()
         self.report = FillReport(store)
@@ -168,8 +169,8 @@ class _Filling:
             self.to_do = self.report.samples + sum(self._size(block) for block in missing)
             before = self.report.samples
             with torch.inference_mode():
-                for prepared in self._loader(missing):
-                    self._take(prepared)
+                for batch in self._loader(missing):
+                    self._take(batch)
             if self.report.samples == before:
                 time.sleep(1.0)  # the rest is claimed by others: wait for them, or for their claims to go stale
         self.report.seconds = time.monotonic() - self.began
@@ -195,20 +196,7 @@ class _Filling:
         workers = self.config.workers
         if workers is None:
             workers = min(8, cpu_count()) if self.device.type == "cuda" else 0
-        settings: dict[str, Any] = {}
-        if workers:
-            method = "fork" if os.name == "posix" and hasattr(os, "fork") else "spawn"
-            settings = {"multiprocessing_context": method, "worker_init_fn": init_worker}
-        return iter(
-            torch.utils.data.DataLoader(
-                self.preparation,
-                batch_size=None,
-                sampler=self._plan(missing),  # type: ignore[arg-type]
-                num_workers=workers,
-                generator=torch.Generator(),
-                **settings,
-            )
-        )
+        return prepared(self.preparation, self._plan(missing), workers)
 
     def _plan(self, missing: list[int]) -> Iterator[list[Item]]:
         """Claim one block after the other, just ahead of the work, and cut each into batches."""
@@ -238,21 +226,22 @@ class _Filling:
         synthetic = self.store.samples.synthetic(index) if "synthetic" in kinds else ()
         return Item(index, views, bool(kinds & {"pairs", "views"}), texts, synthetic)
 
-    def _take(self, prepared: Prepared) -> None:
+    def _take(self, batch: Prepared) -> None:
         """Run the teachers on one batch; write the block when it was its last."""
         work = self.queue[0]
         for part, teacher in work.parts:
             if part == "pairs":
-                work.images.setdefault(teacher, []).append(self._encode_images(teacher, prepared))
-                work.texts.setdefault((part, teacher), []).append(self._encode_texts(teacher, prepared.tokens))
+                pixels = batch.pixels[self.pixels_of[teacher]]
+                work.images.setdefault(teacher, []).append(self.encoders[teacher].encode_images(pixels))
+                work.texts.setdefault((part, teacher), []).append(self._encode_texts(teacher, batch.tokens))
             elif part == "synthetic":
-                work.texts.setdefault((part, teacher), []).append(self._encode_texts(teacher, prepared.synthetic))
-        work.views.extend(prepared.views)
-        work.problems.extend(prepared.problems)
-        work.counts["pairs"].extend(len(item.texts) for item in prepared.items)
-        work.counts["synthetic"].extend(len(item.synthetic) for item in prepared.items)
-        work.done += len(prepared.items)
-        self.report.truncated += prepared.truncated
+                work.texts.setdefault((part, teacher), []).append(self._encode_texts(teacher, batch.synthetic))
+        work.views.extend(batch.views)
+        work.problems.extend(batch.problems)
+        work.counts["pairs"].extend(len(item.texts) for item in batch.items)
+        work.counts["synthetic"].extend(len(item.synthetic) for item in batch.items)
+        work.done += len(batch.items)
+        self.report.truncated += batch.truncated
         self.claims.renew()
         if work.done == len(work.indices):
             self._finish(work)
@@ -260,33 +249,12 @@ class _Filling:
         finished = self.report.samples + (self.queue[0].done if self.queue else 0)
         self.progress(finished, self.to_do, finished / max(time.monotonic() - self.began, 1e-9))
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-    def _encode_images(self, teacher: int, prepared: Prepared) -> Tensor:
-        """Unit rows (samples x (1 + views), D), on the device."""
-        model = self.models[teacher]
-        towers: Any = model.module
-        pixels = prepared.pixels[self.pixels_of[teacher]].to(self.device, non_blocking=True)
-        rows = []
-        for part in pixels.split(max(self.config.batch_size, 1)):
-            with self._autocast():
-                rows.append(towers.encode_image(normalise(part, model.image)))
-        return torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
-
     def _encode_texts(self, teacher: int, tokens: list[Tensor]) -> Tensor:
         """Unit rows (texts, D), on the device."""
-        model = self.models[teacher]
-        towers: Any = model.module
         if not tokens:
-            return torch.zeros(0, model.embed_dim, device=self.device)
-        rows = []
-        for part in tokens[self.tokens_of[teacher]].split(4 * self.config.batch_size):
-            with self._autocast():
-                rows.append(towers.encode_text(part.to(self.device, non_blocking=True)))
-        return torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
+            return torch.zeros(0, self.models[teacher].embed_dim, device=self.device)
+        encoder = self.encoders[teacher]
+        return encoder.encode_tokens(tokens[self.tokens_of[teacher]], at_once=4 * self.config.batch_size)
 
     def _finish(self, work: _Work) -> None:
         """Write what the block lacked, give the claim back, record bad samples."""

@@ -5,8 +5,7 @@ An uncompressed Arrow IPC file, memory-mapped: a store of ten million samples op
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ import pyarrow as pa
 
 from clipdistill.cache.blocks import read_table, write_table
 from clipdistill.data.pairs import PairSource
+from clipdistill.embed.prepare import DIGEST_BYTES, sample_digest
 from clipdistill.errors import InputError
 
-DIGEST_BYTES = 16
 _SCHEMA = pa.schema(
     [
         ("key", pa.large_string()),
@@ -28,16 +27,6 @@ _SCHEMA = pa.schema(
         ("synthetic", pa.large_list(pa.large_string())),
     ]
 )
-
-
-def sample_digest(key: str, captions: Sequence[str]) -> bytes:
-    """BLAKE2b (16 bytes) of the key and the captions, each preceded by its length in UTF-8 bytes (8, little-endian)."""
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for text in (key, *captions):
-        encoded = text.encode("utf-8")
-        digest.update(len(encoded).to_bytes(8, "little"))
-        digest.update(encoded)
-    return digest.digest()
 
 
 class SampleTable:

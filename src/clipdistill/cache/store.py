@@ -25,10 +25,11 @@ from torch import Tensor
 from clipdistill.cache.blocks import Block
 from clipdistill.cache.manifest import FORMAT, Manifest, blocks_of, read_manifest
 from clipdistill.cache.rows import groups, unpack
-from clipdistill.cache.samples import SampleTable, sample_digest
+from clipdistill.cache.samples import SampleTable
 from clipdistill.cache.stored_views import read_view
 from clipdistill.config import as_dict
 from clipdistill.data.views import EVALUATION_VIEW, View
+from clipdistill.embed.prepare import sample_digest
 from clipdistill.errors import InputError
 
 Part = Literal["pairs", "synthetic", "views"]

@@ -10,16 +10,10 @@ import torch
 from torch import Tensor
 
 from clipdistill.cache.blocks import Block
-from clipdistill.data.views import View, ViewPolicy, sample_view
+from clipdistill.data.views import View
 
 _NO_BOX = (-1, -1, -1, -1)
 _NO_OPERATION = 255
-
-
-def draw_views(policy: ViewPolicy, count: int, seed: int, key: bytes, width: int, height: int) -> list[View]:
-    """The views 1..count of one image: a function of (policy, seed, digest of the sample, image size) alone."""
-    entropy = [seed, int.from_bytes(key[:8], "little")]
-    return [sample_view(policy, width, height, np.random.default_rng([*entropy, n])) for n in range(1, count + 1)]
 
 
 def pack_views(samples: Sequence[Sequence[View]], count: int) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clipdistill.cache.samples import sample_digest
 from clipdistill.data.captions import clean
+from clipdistill.embed.prepare import sample_digest
 from clipdistill.errors import InputError
 
 _COLUMNS = ("captions", "caption", "synthetic", "text")

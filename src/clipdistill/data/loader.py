@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -147,7 +147,7 @@ class PairLoader:
         self.steps = steps
         self.workers = workers
         self.device = torch.device(device)
-        self.start_method = start_method or ("fork" if sys.platform == "linux" else "spawn")
+        self.start_method = start_method
         self._specs = (student.image, None if teacher is None else teacher.image)
         self._preparation = _Preparation(
             source, self.sampler, student, teacher, view or ViewPolicy(), caption, exact, stored
@@ -165,27 +165,17 @@ class PairLoader:
         preparation = self._preparation
         parts = preparation.parts
         tasks = range(self.start_step * parts, self.steps * parts)
-        settings: dict[str, Any] = {}
         if self.workers > 0:
             preparation.warm_up()
-            settings = {
-                "multiprocessing_context": self.start_method,
-                "worker_init_fn": _init_worker,
-                # enough for two steps ahead, however many parts a step has
-                "prefetch_factor": max(2, min(16, math.ceil(2 * parts / self.workers))),
-            }
-        loader = torch.utils.data.DataLoader(
+        chunks = prepared(
             preparation,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            sampler=tasks,  # type: ignore[arg-type]
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # its own: the global one must not depend on how often loaders were made
-            **settings,
+            tasks,
+            self.workers,
+            start_method=self.start_method,
+            pin=self.device.type == "cuda",
+            # enough for two steps ahead, however many parts a step has
+            ahead=max(2, min(16, math.ceil(2 * parts / max(self.workers, 1)))),
         )
-        with _signals_held():
-            chunks = iter(loader)
         for step in range(self.start_step, self.steps):
             yield self._assemble(step, [next(chunks) for _ in range(parts)])
 
@@ -280,7 +270,7 @@ class _Preparation(torch.utils.data.Dataset):
         self.share_pixels = self.share_tokens = False
         if teacher is not None:
             self.teacher_spec, self.teacher_tokenizer = teacher.image, teacher.tokenizer
-            self.share_pixels = _geometry(teacher.image) == _geometry(student.image)
+            self.share_pixels = geometry(teacher.image) == geometry(student.image)
             self.share_tokens = teacher.tokenizer is student.tokenizer or teacher.tokenizer == student.tokenizer
         specs = [spec for spec in (self.student_spec, self.teacher_spec) if spec is not None]
         least_area = view.scale[0] if view.random else 1.0
@@ -360,6 +350,43 @@ class _Preparation(torch.utils.data.Dataset):
         return result
 
 
+def prepared(
+    items: torch.utils.data.Dataset,
+    tasks: Iterable[Any],
+    workers: int,
+    *,
+    start_method: str | None = None,
+    pin: bool = False,
+    ahead: int = 2,
+) -> Iterator[Any]:
+    """`items[task]` for each task in order, made by `workers` processes (0: by this one).
+
+    The one way in which workers are started, for training, evaluation and filling a cache: without a copy of the
+    device's state, deaf to signals (the parent decides when to stop), on one thread each, and drawing nothing from the
+    global generator. start_method: None is fork where the system has it safely (Linux), else spawn; pin: tensors in
+    page-locked memory; ahead: tasks that each worker has waiting. `errors.worker_lost` tells of one that died.
+    """
+    settings: dict[str, Any] = {}
+    if workers > 0:
+        settings = {
+            "multiprocessing_context": start_method or ("fork" if sys.platform == "linux" else "spawn"),
+            "worker_init_fn": _init_worker,
+            "prefetch_factor": ahead,
+        }
+    loader = torch.utils.data.DataLoader(
+        items,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        sampler=tasks,  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=pin,
+        generator=torch.Generator(),  # its own: the global one must not depend on how often loaders were made
+        **settings,
+    )
+    with _signals_held():
+        return iter(loader)
+
+
 def _as_it_is(chunk: Any) -> Any:
     """Chunks are complete: torch's own conversion would turn tuples into lists."""
     return chunk
@@ -378,7 +405,8 @@ def truncated(tokenizer: Any, captions: Sequence[str]) -> int:
     return sum(length > limit for length in tokenizer.lengths(long)) if long else 0
 
 
-def _geometry(spec: ImageSpec) -> tuple[Any, ...]:
+def geometry(spec: ImageSpec) -> tuple[Any, ...]:
+    """What of an image specification the pixels depend on; the normalisation comes later, on the device."""
     return spec.size, spec.interpolation, spec.resize_mode
 
 

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,28 +24,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from torch import Tensor
 
-from clipdistill.data.loader import truncated
+from clipdistill.data.loader import prepared, truncated
 from clipdistill.data.pairs import PairSource
-from clipdistill.data.problems import BadSample
-from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, normalise, render_pixels
+from clipdistill.data.views import normalise
+from clipdistill.embed.prepare import Item, Pictures, Preparation
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.clip_model import ClipModel
 
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16,
+    "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16,
+}  # fmt: skip
+"""Number formats of a forward pass, by the names of the command line and of recipes."""
 _CHUNK = 32
 """Images a worker prepares at a time."""
-
-
-class Pictures(Protocol):
-    """What images are read from: a PairSource or a LabelledSource."""
-
-    name: str
-
-    def __len__(self) -> int: ...
-
-    def key(self, i: int) -> str: ...
-
-    def image(self, i: int) -> Any: ...
 
 
 @dataclass
@@ -171,13 +161,11 @@ class Encoder:
         found = torch.zeros(len(source), self.model.embed_dim)
         readable = torch.zeros(len(source), dtype=torch.int32)
         problems: list[tuple[str, str]] = []
-        loader = self._loader(source, mine)
         with self._forward(), self._bar(f"images of {source.name}", len(mine)) as advance:
-            for pixels, indices, bad in _batches(loader, self.batch_size):
+            for pixels, indices, bad in _batches(self._prepared(source, mine), self.batch_size):
                 problems += [(source.key(i), reason) for i, reason in bad]
                 if len(indices):
-                    images = normalise(pixels.to(self.device, non_blocking=True), self.model.image)
-                    found[indices] = _unit(self._run(self.model.module.encode_image, images), source.name)
+                    found[indices] = self.encode_images(pixels, source.name).cpu()
                     readable[indices] = 1
                 advance(len(indices) + len(bad))
         if self.world > 1:
@@ -201,8 +189,7 @@ class Encoder:
             with self._forward(), self._bar(what, len(mine)) as advance:
                 for start in range(0, len(mine), self.batch_size):
                     batch = mine[start : start + self.batch_size]
-                    tokens = tokenizer(batch).to(self.device)
-                    embedded.append(_unit(self._run(self.model.module.encode_text, tokens), what))
+                    embedded.append(self.encode_tokens(tokenizer(batch), what).cpu())
                     advance(len(batch))
             if mine:
                 rows[self.rank :: self.world] = torch.cat(embedded)
@@ -218,23 +205,41 @@ class Encoder:
         """How many of these texts (embedded before) the model's context length cuts."""
         return sum(text in self._cut for text in texts)
 
-    def _loader(self, source: Pictures, indices: Sequence[int]) -> torch.utils.data.DataLoader:
-        settings: dict[str, Any] = {}
-        if self.workers:
-            settings = {
-                "multiprocessing_context": "fork" if sys.platform == "linux" else "spawn",
-                "worker_init_fn": _start_worker,
-                "prefetch_factor": 4,
-            }
-        chunks = [indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)]
-        return torch.utils.data.DataLoader(
-            _Prepared(source, self.model.image, chunks),
-            batch_size=None,
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),
-            **settings,
-        )
+    def encode_images(self, images: Tensor, what: str = "", *, unit: bool = True) -> Tensor:
+        """Rows (n, D) float32, on the device, of pixels uint8 (n, H, W, 3) or of prepared images float (n, 3, H, W).
+
+        what: what the images are, for the InputError when the model gives NaN or infinity; without it nothing is
+        checked, so that nobody waits for the device. unit: at length 1, or as long as the model makes them.
+        """
+        images = images.to(self.device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = normalise(images, self.model.image)
+        return self._encoded(self.model.module.encode_image, images, self.batch_size, what, unit)
+
+    def encode_tokens(self, tokens: Tensor, what: str = "", *, at_once: int | None = None) -> Tensor:
+        """Unit rows (n, D) float32, on the device, of tokens (n, L); `what` as in `encode_images`."""
+        tokens = tokens.to(self.device, non_blocking=True)
+        return self._encoded(self.model.module.encode_text, tokens, at_once or self.batch_size, what, True)
+
+    def _encoded(self, tower: Any, batch: Tensor, at_once: int, what: str, unit: bool) -> Tensor:
+        parts = batch.split(at_once) if len(batch) > at_once else (batch,)
+        with torch.no_grad():
+            rows = [self._run(tower, part) for part in parts]
+            features = (rows[0] if len(rows) == 1 else torch.cat(rows)).float()
+            if what and not torch.isfinite(features).all():
+                raise InputError(
+                    f"the model's embeddings of {what} are not finite (NaN or infinity): its weights are damaged,"
+                    " or the number format is too narrow for it (try float32)"
+                )
+            return torch.nn.functional.normalize(features, dim=-1) if unit else features
+
+    def _prepared(self, source: Pictures, indices: Sequence[int]) -> Iterator[tuple[Tensor, list[int], list[Any]]]:
+        """(pixels (n, H, W, 3) uint8, their indices, (index, reason) of unreadable ones), a chunk at a time."""
+        tasks = [[Item(i) for i in indices[start : start + _CHUNK]] for start in range(0, len(indices), _CHUNK)]
+        for chunk in prepared(Preparation(source, [self.model.image]), tasks, self.workers, ahead=4):
+            bad = [(item.index, why) for item, why in zip(chunk.items, chunk.problems) if why is not None]
+            good = [row for row, why in enumerate(chunk.problems) if why is None]
+            yield chunk.pixels[0][good] if bad else chunk.pixels[0], [chunk.items[row].index for row in good], bad
 
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
@@ -288,36 +293,12 @@ class Encoder:
         return [(key, reason) for row in rows for key, reason in json.loads(row)]
 
 
-class _Prepared(torch.utils.data.Dataset):
-    """Item t: the pixels of chunk t (n, size, size, 3) uint8, their indices, and (index, reason) of unreadable ones."""
-
-    def __init__(self, source: Pictures, spec: ImageSpec, chunks: Sequence[Sequence[int]]) -> None:
-        self.source, self.spec, self.chunks = source, spec, chunks
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, t: int) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
-        pixels: list[np.ndarray] = []
-        indices: list[int] = []
-        bad: list[tuple[int, str]] = []
-        for i in self.chunks[t]:
-            try:
-                pixels.append(render_pixels(self.source.image(i), EVALUATION_VIEW, self.spec))
-                indices.append(i)
-            except BadSample as error:
-                bad.append((i, error.reason))
-        size = self.spec.size
-        stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), dtype=np.uint8)
-        return torch.from_numpy(stacked), indices, bad
-
-
-def _batches(loader: Any, batch_size: int) -> Iterator[tuple[Tensor, list[int], list[tuple[int, str]]]]:
+def _batches(chunks: Any, batch_size: int) -> Iterator[tuple[Tensor, list[int], list[tuple[int, str]]]]:
     """Chunks put together to batches of `batch_size` readable images (the last is smaller)."""
     pixels: list[Tensor] = []
     indices: list[int] = []
     bad: list[tuple[int, str]] = []
-    for chunk, chunk_indices, chunk_bad in loader:
+    for chunk, chunk_indices, chunk_bad in chunks:
         pixels.append(chunk)
         indices += chunk_indices
         bad += chunk_bad
@@ -329,17 +310,6 @@ def _batches(loader: Any, batch_size: int) -> Iterator[tuple[Tensor, list[int], 
         yield torch.cat(pixels), indices, bad
 
 
-def _unit(features: Tensor, what: str) -> Tensor:
-    """Rows at length 1, float32, on the CPU; InputError when the model gave NaN or infinity."""
-    features = features.float()
-    if not torch.isfinite(features).all():
-        raise InputError(
-            f"the model's embeddings of {what} are not finite (NaN or infinity): its weights are damaged,"
-            " or the number format is too narrow for it (try float32)"
-        )
-    return torch.nn.functional.normalize(features, dim=1).cpu()
-
-
 def _most_captions(rule: str) -> int | None:
     """How many captions of each image a rule keeps: None for "all", 1 for "first", 5 for "first 5"."""
     if rule == "all":
@@ -348,12 +318,6 @@ def _most_captions(rule: str) -> int | None:
     if word == "first" and (not number or (number.isdecimal() and int(number) > 0)):
         return int(number or 1)
     raise InputError(f"captions must be 'all', 'first' or 'first 5', got '{rule}'")
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
-        signal.signal(number, signal.SIG_IGN)  # the parent decides when to stop
 
 
 class _Rate(ProgressColumn):

@@ -1,22 +1,34 @@
-"""What the workers of a fill do: read an image, draw or repeat its views, render them for each teacher, tokenise."""
+"""What the workers of the encoder and of a fill do: read an image, draw or repeat its views, render them, tokenise."""
 
 from __future__ import annotations
 
-import os
-import signal
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clipdistill.cache.samples import sample_digest
-from clipdistill.cache.stored_views import draw_views
-from clipdistill.data.pairs import BadSample, PairSource
-from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, View, ViewPolicy, render_pixels
+from clipdistill.data.loader import truncated
+from clipdistill.data.problems import BadSample
+from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, View, ViewPolicy, render_pixels, sample_view
 from clipdistill.models import Tokenizer
+
+DIGEST_BYTES = 16
+
+
+class Pictures(Protocol):
+    """What images are read from: a PairSource or a LabelledSource."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def key(self, i: int) -> str: ...
+
+    def image(self, i: int) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -25,10 +37,10 @@ class Item:
     texts: its stored captions (empty when they are not wanted); synthetic: its added captions (likewise)."""
 
     index: int
-    views: tuple[View, ...] | None
-    images: bool
-    texts: tuple[str, ...]
-    synthetic: tuple[str, ...]
+    views: tuple[View, ...] | None = None
+    images: bool = True
+    texts: tuple[str, ...] = ()
+    synthetic: tuple[str, ...] = ()
 
 
 @dataclass
@@ -48,29 +60,17 @@ class Prepared:
     truncated: int
 
 
-def geometry(spec: ImageSpec) -> tuple[Any, ...]:
-    """What of an image specification the pixels depend on; the normalisation comes later, on the device."""
-    return spec.size, spec.interpolation, spec.resize_mode
-
-
+@dataclass
 class Preparation(torch.utils.data.Dataset):
-    """Prepares lists of items; sent to worker processes once."""
+    """Prepares lists of items; sent to worker processes once. specs: one for each image geometry; views: how many are
+    drawn by `policy` beside the evaluation view."""
 
-    def __init__(
-        self,
-        source: PairSource,
-        specs: Sequence[ImageSpec],
-        tokenizers: Sequence[Tokenizer],
-        policy: ViewPolicy | None,
-        views: int,
-        view_seed: int,
-    ) -> None:
-        self.source = source
-        self.specs = list(specs)
-        self.tokenizers = list(tokenizers)
-        self.policy = policy
-        self.views = views
-        self.view_seed = view_seed
+    source: Pictures
+    specs: Sequence[ImageSpec]
+    tokenizers: Sequence[Tokenizer] = ()
+    policy: ViewPolicy | None = None
+    views: int = 0
+    view_seed: int = 0
 
     def __getitem__(self, items: list[Item]) -> Prepared:
         problems: list[str | None] = []
@@ -95,7 +95,7 @@ class Preparation(torch.utils.data.Dataset):
             pixels=[torch.from_numpy(p) for p in pixels],
             tokens=[t(texts) for t in self.tokenizers] if texts else [],
             synthetic=[t(synthetic) for t in self.tokenizers] if synthetic else [],
-            truncated=self._truncated(texts + synthetic),
+            truncated=truncated(self.tokenizers[0], texts + synthetic) if self.tokenizers else 0,
         )
 
     def _render(self, item: Item, pixels: list[np.ndarray], row: int) -> list[View]:
@@ -111,16 +111,18 @@ class Preparation(torch.utils.data.Dataset):
                 target[row + offset] = render_pixels(image, view, spec)
         return drawn
 
-    def _truncated(self, texts: list[str]) -> int:
-        if not texts or not self.tokenizers:
-            return 0
-        tokenizer = self.tokenizers[0]
-        return sum(length > tokenizer.context_length for length in tokenizer.lengths(texts))
+
+def sample_digest(key: str, captions: Sequence[str]) -> bytes:
+    """BLAKE2b (16 bytes) of the key and the captions, each preceded by its length in UTF-8 bytes (8, little-endian)."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for text in (key, *captions):
+        encoded = text.encode("utf-8")
+        digest.update(len(encoded).to_bytes(8, "little"))
+        digest.update(encoded)
+    return digest.digest()
 
 
-def init_worker(_: int) -> None:
-    """Workers leave signals to the parent and do not compete for its cores."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def draw_views(policy: ViewPolicy, count: int, seed: int, key: bytes, width: int, height: int) -> list[View]:
+    """The views 1..count of one image: a function of (policy, seed, digest of the sample, image size) alone."""
+    entropy = [seed, int.from_bytes(key[:8], "little")]
+    return [sample_view(policy, width, height, np.random.default_rng([*entropy, n])) for n in range(1, count + 1)]

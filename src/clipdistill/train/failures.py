@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from clipdistill.errors import ClipdistillError, Preempted, RankError, storage_error
+from clipdistill.errors import ClipdistillError, Preempted, RankError, storage_error, worker_lost
 from clipdistill.runtime.distributed import ProcessGroup, rank
 from clipdistill.runtime.signals import Interrupted
 
 _COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset)|timed out waiting|broken pipe|socket", re.IGNORECASE)
-_WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? .*", re.IGNORECASE)
 _MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _RESUME = "the newest checkpoint is whole: run the same command again to go on"
 
@@ -71,9 +70,4 @@ def explain(error: Exception, place: Place) -> Exception:
             f"rank {rank()}: lost the other ranks while {place}: {states or 'they do not answer'}; {_RESUME} "
             f"({words[:160]})"
         )
-    if worker := _WORKER.search(words):
-        return ClipdistillError(
-            f"{worker[0][:120].rstrip('. ')}: a data worker died while {place}, usually for lack of memory: "
-            f"use fewer train.workers; {_RESUME}"
-        )
-    return error
+    return worker_lost(error, f" while {place}", f"use fewer train.workers; {_RESUME}") or error
