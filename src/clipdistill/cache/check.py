@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from clipdistill.cache.fingerprint import require_same_teacher, require_versions, teacher_entry
 from clipdistill.cache.onnx_teacher import load_fill_teacher
@@ -18,9 +15,9 @@ from clipdistill.cache.rows import COSINE_FLOOR
 from clipdistill.cache.samples import find_difference
 from clipdistill.cache.store import Store
 from clipdistill.data.pairs import BadSample, PairSource
-from clipdistill.data.views import View, render
+from clipdistill.data.views import render
+from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
-from clipdistill.models import ClipModel
 
 _BF16_FLOOR = 0.998
 """A bf16 forward pass differs between processors by more than the number formats round."""
@@ -65,6 +62,7 @@ def _recompute(store: Store, source: PairSource, number: int, device: torch.devi
         )
     require_same_teacher(entry, teacher_entry(model, entry.name, entry.precision), where)
     model.module.requires_grad_(False).eval().to(device)
+    encoder = Encoder(model, device=device, dtype=entry.precision)
     worst, count = 1.0, 0
     for index, view, caption, synthetic in _probes(store, samples):
         try:
@@ -75,7 +73,8 @@ def _recompute(store: Store, source: PairSource, number: int, device: torch.devi
         if synthetic is not None:
             texts.append(store.synthetic(index)[synthetic])
             stored.append(store.read_synthetic(number, [index], [synthetic]))
-        found = _embed(model, image, store.view(index, view), texts, entry.precision, device)
+        image_row = encoder.encode_images(render(image, store.view(index, view), model.image)[None]).cpu()
+        found = [image_row, *encoder.encode_tokens(model.tokenizer(texts)).cpu().split(1)]
         for what, a, b in zip(("image", "caption", "added caption"), found, stored):
             cosine = float(torch.nn.functional.cosine_similarity(a, b).item())
             floor = COSINE_FLOOR[store.manifest.dtype] if entry.precision == "fp32" else _BF16_FLOOR
@@ -99,18 +98,6 @@ def _probes(store: Store, samples: int) -> Iterator[tuple[int, int, int, int | N
             caption = int(rng.integers(int(store.samples.captions[index])))
             added = len(store.synthetic(index)) if store.has_synthetic else 0
             yield index, order % (1 + store.view_count), caption, int(rng.integers(added)) if added else None
-
-
-def _embed(
-    model: ClipModel, image: Image.Image, view: View, texts: list[str], precision: str, device: torch.device
-) -> list[Tensor]:
-    """The image's embedding and each text's, (1, D) each."""
-    towers: Any = model.module
-    pixels = render(image, view, model.image)[None].to(device)
-    tokens = model.tokenizer(texts).to(device)
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        rows, text_rows = towers.encode_image(pixels), towers.encode_text(tokens)
-    return [rows.float().cpu(), *text_rows.float().cpu().split(1)]
 
 
 @contextmanager

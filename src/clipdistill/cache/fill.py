@@ -133,7 +133,7 @@ class _Filling:
     ) -> None:
         self.config, self.store, self.source, self.models = config, store, source, models
         self.device, self.progress = device, progress
-        self.encoders = [Encoder(m, batch_size=config.batch_size, device=device, dtype=precision) for m in models]
+        self.encoders = [Encoder(model, device=device, dtype=precision) for model in models]
         self.claims = Claims(store.folder / "locks")
         self.queue: deque[_Work] = deque()
         self.report = FillReport(store)
@@ -232,7 +232,9 @@ class _Filling:
         for part, teacher in work.parts:
             if part == "pairs":
                 pixels = batch.pixels[self.pixels_of[teacher]]
-                work.images.setdefault(teacher, []).append(self.encoders[teacher].encode_images(pixels))
+                work.images.setdefault(teacher, []).append(
+                    self.encoders[teacher].encode_images(pixels, at_once=self.config.batch_size)
+                )
                 work.texts.setdefault((part, teacher), []).append(self._encode_texts(teacher, batch.tokens))
             elif part == "synthetic":
                 work.texts.setdefault((part, teacher), []).append(self._encode_texts(teacher, batch.synthetic))

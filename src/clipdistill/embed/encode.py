@@ -205,26 +205,26 @@ class Encoder:
         """How many of these texts (embedded before) the model's context length cuts."""
         return sum(text in self._cut for text in texts)
 
-    def encode_images(self, images: Tensor, what: str = "", *, unit: bool = True) -> Tensor:
+    def encode_images(self, images: Tensor, what: str = "", *, at_once: int | None = None, unit: bool = True) -> Tensor:
         """Rows (n, D) float32, on the device, of pixels uint8 (n, H, W, 3) or of prepared images float (n, 3, H, W).
 
         what: what the images are, for the InputError when the model gives NaN or infinity; without it nothing is
-        checked, so that nobody waits for the device. unit: at length 1, or as long as the model makes them.
+        checked, so that nobody waits for the device. at_once: images a forward pass (None: all). unit: at length 1, or
+        as long as the model makes them.
         """
         images = images.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = normalise(images, self.model.image)
-        return self._encoded(self.model.module.encode_image, images, self.batch_size, what, unit)
+        return self._encoded(self.model.module.encode_image, images, what, at_once, unit)
 
     def encode_tokens(self, tokens: Tensor, what: str = "", *, at_once: int | None = None) -> Tensor:
-        """Unit rows (n, D) float32, on the device, of tokens (n, L); `what` as in `encode_images`."""
+        """Unit rows (n, D) float32, on the device, of tokens (n, L); `what` and `at_once` as in `encode_images`."""
         tokens = tokens.to(self.device, non_blocking=True)
-        return self._encoded(self.model.module.encode_text, tokens, at_once or self.batch_size, what, True)
+        return self._encoded(self.model.module.encode_text, tokens, what, at_once, True)
 
-    def _encoded(self, tower: Any, batch: Tensor, at_once: int, what: str, unit: bool) -> Tensor:
-        parts = batch.split(at_once) if len(batch) > at_once else (batch,)
+    def _encoded(self, tower: Any, batch: Tensor, what: str, at_once: int | None, unit: bool) -> Tensor:
         with torch.no_grad():
-            rows = [self._run(tower, part) for part in parts]
+            rows = [self._run(tower, part) for part in (batch.split(at_once) if at_once else (batch,))]
             features = (rows[0] if len(rows) == 1 else torch.cat(rows)).float()
             if what and not torch.isfinite(features).all():
                 raise InputError(

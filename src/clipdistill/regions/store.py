@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pydantic
@@ -25,6 +24,7 @@ from clipdistill.config import Config, as_dict, build
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.problems import BadSample
 from clipdistill.data.views import ImageSpec, View, normalise, render_pixels
+from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel, hash_tensors
 from clipdistill.regions.box_file import BoxFile
@@ -134,11 +134,12 @@ def fill_store(
         manifest = stored
     else:
         blocks.describe(as_dict(manifest))
-    module = clip.module.eval().to(device)
+    clip.module.eval().to(device)
+    encoder = Encoder(clip, device=device)
     for number, part in enumerate(manifest.parts()):
         if not blocks.path(_name(number)).exists():
             regions = [_regions(source, boxes, i, limits, whole_image) for i in part]
-            tensors = _tensors(regions, module, spec, torch.device(device), batch_size, clip.embed_dim)
+            tensors = _tensors(regions, encoder, spec, batch_size)
             blocks.write(_name(number), tensors, _metadata(manifest, part))
             progress(part.stop, len(source))
     return RegionStore(blocks.folder)
@@ -186,16 +187,13 @@ def _regions(source: PairSource, boxes: BoxFile, index: int, limits: BoxLimits, 
     return image, found
 
 
-def _tensors(
-    images: Sequence[_Regions], module: Any, spec: ImageSpec, device: torch.device, batch_size: int, width: int
-) -> dict[str, Tensor]:
+def _tensors(images: Sequence[_Regions], encoder: Encoder, spec: ImageSpec, batch_size: int) -> dict[str, Tensor]:
     """Crops of all images of a block through the tower, a batch at a time."""
     cut = [(image, box) for image, boxes in images if image is not None for box in boxes.pixel_boxes()]
-    rows = [torch.zeros(0, width)]
-    with torch.no_grad():
-        for start in range(0, len(cut), batch_size):
-            crops = [crop(image, box, spec) for image, box in cut[start : start + batch_size]]
-            rows.append(module.encode_image(torch.stack(crops).to(device)).float().cpu())
+    rows = [torch.zeros(0, encoder.model.embed_dim)]
+    for start in range(0, len(cut), batch_size):
+        crops = [crop(image, box, spec) for image, box in cut[start : start + batch_size]]
+        rows.append(encoder.encode_images(torch.stack(crops), "regions", unit=False).cpu())
     counts = [_UNREADABLE if image is None else len(boxes) or _ZERO_ROW for image, boxes in images]
     return {
         "embeddings": torch.cat(rows).half(),

@@ -10,10 +10,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from clipdistill.data.views import EVALUATION_VIEW, normalise, render_pixels
-from clipdistill.errors import InputError
+from clipdistill.data.views import EVALUATION_VIEW, render_pixels
+from clipdistill.embed.encode import Encoder
 from clipdistill.models import load_model
 from clipdistill.runtime.machine import pick_device
 
@@ -31,6 +30,8 @@ class SearchModel:
         self.model = load_model(name, device=self.device, teacher=True)
         self.fingerprint = self.model.fingerprint()
         self._lock = Lock()
+        self._encoder = Encoder(self.model, device=self.device)
+        self._what = f"this input with {name}"
 
     @property
     def description(self) -> dict[str, object]:
@@ -47,12 +48,13 @@ class SearchModel:
 
     def images(self, pixels: np.ndarray) -> np.ndarray:
         """Vectors (n, D) float32 of the views (n, size, size, 3)."""
-        prepared = normalise(torch.from_numpy(pixels).to(self.device), self.model.image)
-        return self._run(self.model.module.encode_image, prepared)
+        with self._lock:
+            return self._encoder.encode_images(torch.from_numpy(pixels), self._what).cpu().numpy()
 
     def text(self, text: str) -> np.ndarray:
         """The vector (D,) of a text."""
-        return self._run(self.model.module.encode_text, self.model.tokenizer([text]).to(self.device))[0]
+        with self._lock:
+            return self._encoder.encode_tokens(self.model.tokenizer([text]), self._what).cpu().numpy()[0]
 
     def image(self, picture: Image.Image) -> np.ndarray:
         """The vector (D,) of a picture."""
@@ -68,15 +70,6 @@ class SearchModel:
         for _ in range(2):
             self.text("a photograph")
             self.images(np.zeros((1, size, size, 3), dtype=np.uint8))
-
-    def _run(self, tower: Callable[[Tensor], Tensor], batch: Tensor) -> np.ndarray:
-        with self._lock, torch.inference_mode():
-            features = tower(batch).float()
-            if not torch.isfinite(features).all():
-                raise InputError(
-                    f"{self.name}: the embeddings are not finite (NaN or infinity): its weights are damaged"
-                )
-            return torch.nn.functional.normalize(features, dim=1).cpu().numpy()
 
 
 Result = TypeVar("Result")

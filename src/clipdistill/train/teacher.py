@@ -12,6 +12,7 @@ from clipdistill.cache.names import is_cached
 from clipdistill.cache.teacher import CachedTeacher, CacheUse, open_cached_teacher
 from clipdistill.data.loader import Batch
 from clipdistill.data.pairs import PairSource
+from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, Tokenizer, load_model
 from clipdistill.models.known import OWN_EMBEDDINGS
@@ -21,7 +22,6 @@ from clipdistill.regions.teacher import RegionTeacher, open_region_teacher
 from clipdistill.registry import describe
 from clipdistill.runtime.distributed import gather_lists, is_main
 from clipdistill.train.config import RunConfig
-from clipdistill.train.step import autocast
 
 
 class LiveTeacher:
@@ -47,9 +47,9 @@ class LiveTeacher:
                 )
         self.models = list(models)
         self.device = device
-        self.precision = precision
         for model in self.models:
             model.module.requires_grad_(False).eval().to(device)
+        self.encoders = [Encoder(model, device=device, dtype=precision) for model in self.models]
         own = [float(m.module.logit_scale.detach().float().exp()) for m in self.models]
         if isinstance(logit_scale, (int, float)):
             own = [float(logit_scale)] * len(own)
@@ -99,14 +99,12 @@ class LiveTeacher:
         """images (B, 3, H, W), tokens (B, L), on any device."""
         images = images.to(self.device, non_blocking=True)
         tokens = tokens.to(self.device, non_blocking=True)
-        image_blocks, text_blocks = [], []
-        for model in self.models:
-            with autocast(self.device, self.precision):
-                image = model.module.encode_image(images)
-                # without a text tower the pictures stand for their captions
-                text = model.module.encode_text(tokens) if hasattr(model.module, "encode_text") else image
-            image_blocks.append(torch.nn.functional.normalize(image.float(), dim=-1))
-            text_blocks.append(torch.nn.functional.normalize(text.float(), dim=-1))
+        image_blocks = [encoder.encode_images(images) for encoder in self.encoders]
+        text_blocks = [
+            # without a text tower the pictures stand for their captions
+            encoder.encode_tokens(tokens) if hasattr(encoder.model.module, "encode_text") else image
+            for encoder, image in zip(self.encoders, image_blocks)
+        ]
         single = len(self.models) == 1
         scale = torch.tensor(self.scales[0] if single else self.scales, device=self.device)
         return Embeddings(
