@@ -21,10 +21,10 @@ import torch
 
 from clipdistill.bench.cost import sample_inputs
 from clipdistill.bench.device import busy_warning, describe_device, describe_libraries
-from clipdistill.bench.exported import make_graphs
 from clipdistill.bench.timing import Task, measure, median_interval, ratio_interval
 from clipdistill.errors import MissingExtraError
 from clipdistill.export.accuracy import open_calibration, open_test
+from clipdistill.export.backends import make_graphs
 from clipdistill.export.graphs import Exported, export_graphs
 from clipdistill.models import ClipModel, load_model
 from clipdistill.models.exported import load_graph, read_exported

@@ -208,5 +208,13 @@ TEACHERS: Registry[Any] = Registry("teacher")
 CALLBACKS: Registry[Any] = Registry("callback")
 """Classes of callbacks of the training loop."""
 
-BACKENDS: Registry[Any] = Registry("back end")
+BACKENDS: Registry[Any] = Registry(
+    "back end",
+    {
+        "eager": "clipdistill.bench.backends:EAGER",
+        "compile": "clipdistill.bench.backends:COMPILED",
+        "onnx": "clipdistill.export.backends:ONNX",
+        "openvino": "clipdistill.export.backends:OPENVINO",
+    },
+)
 """What runs a model when it is measured."""

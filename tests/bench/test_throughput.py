@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
-from clipdistill.bench import backends, command
+from clipdistill.bench import command
 from clipdistill.bench.backends import Eager, Loaded, find_backend, find_dtype
 from clipdistill.bench.endtoend import Pipeline
 from clipdistill.bench.throughput import throughput
@@ -23,6 +22,7 @@ from clipdistill.data.problems import BadSample
 from clipdistill.data.views import EVALUATION_VIEW, render
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.registry import BACKENDS
 from tests.bench.synthetic import tiny
 
 FAST: dict[str, Any] = {"seconds": 0.01, "rounds": 5}
@@ -136,7 +136,7 @@ class Failing(Eager):
 
 
 def test_a_back_end_that_fails_on_one_model_measures_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(backends.BACKENDS, "failing", Failing())
+    monkeypatch.setitem(BACKENDS._values, "failing", Failing())
     models = {"good": tiny(8), "bad": tiny(8, "broken")}
     result = throughput(models, batch_sizes=(1, 2), backends=("failing",), device="cpu", **FAST)
     assert {r["model"] for r in result["measurements"]} == {"good"}
@@ -210,11 +210,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert result["settings"]["reference"] == "big[x]"
     assert [r["model"] for r in result["ratios"]] == ["small"] * 3
     assert "small" in capsys.readouterr().out
-    console = Console(file=io.StringIO(), width=200)
+    file = io.StringIO()
     result["failures"] = [{"model": "small", "backend": "onnx", "dtype": "int8", "reason": "[no] file"}]
     result["warnings"] = ["throttling: slower"]
-    command.show(result, console)
-    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    command.show(result, file)
+    printed = file.getvalue()
     assert "ratio to big[x]" in printed
     assert "not measured: small with onnx, int8: [no] file" in printed
     assert "warning: throttling: slower" in printed

@@ -1,7 +1,7 @@
-"""Back ends: how a model is made ready to run. Eager and torch.compile here, exported graphs in exported.py.
+"""Back ends: how a model is made ready to run. Eager and torch.compile here, exported graphs in export/backends.py.
 
 A back end turns a ClipModel into callables for its towers. The benchmark knows nothing else about it, so an exported
-model measured by another runtime only has to offer the same `load`.
+model measured by another runtime only has to offer the same `load`, and to be registered (registry.BACKENDS).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.registry import BACKENDS
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -85,29 +86,19 @@ class Compiled(Eager):
         return Loaded(towers, loaded.weight_bytes, close=loaded.close)
 
 
-BACKENDS: dict[str, Backend] = {}
-
-
-def register(backend: Backend) -> None:
-    """Make a back end known under its name."""
-    BACKENDS[backend.name] = backend
-
-
-register(Eager())
-register(Compiled())
+EAGER, COMPILED = Eager(), Compiled()
 
 
 def find_backend(name: str) -> Backend:
     """The back end called `name`, or an InputError with the nearest one."""
-    if name not in BACKENDS:
-        raise InputError(f"unknown back end '{name}'{nearest(name, BACKENDS)}")
-    return BACKENDS[name]
+    backend: Backend = BACKENDS.get(name)
+    return backend
 
 
 def find_dtype(name: str) -> str:
     """The full name of a number format ("bf16" is "bfloat16"), or an InputError with the nearest one."""
     full = _SHORT.get(name, name)
-    known = {*DTYPES, *(d for backend in BACKENDS.values() for d in backend.dtypes)}
+    known = {*DTYPES, *(dtype for backend in BACKENDS.names() for dtype in find_backend(backend).dtypes)}
     if full not in known:
         raise InputError(f"unknown number format '{name}'{nearest(name, known)}")
     return full

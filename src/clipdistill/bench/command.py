@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from rich.console import Console
-from rich.table import Table
-
-from clipdistill.bench.backends import BACKENDS
-from clipdistill.bench.throughput import TOWERS, throughput
 from clipdistill.data.open import open_pairs
-from clipdistill.errors import InputError
-from clipdistill.models import load_model
+from clipdistill.errors import InputError, nearest
+from clipdistill.registry import BACKENDS
+from clipdistill.runtime.console import TextTable, say
+from clipdistill.runtime.files import require_place, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--backend",
         default="eager",
-        help=f"one or several, separated by commas: {', '.join(BACKENDS)} (default: eager)",
+        help=f"one or several, separated by commas: {', '.join(BACKENDS.names())} (default: eager)",
     )
     add("--dtype", default="float32", help="float32, bf16, fp16; several separated by commas (default: float32)")
     add("--batch", default="1,32", help="batch sizes, separated by commas (default: 1,32)")
@@ -79,7 +74,7 @@ def run_bench(
     backends: Sequence[str] = ("eager",),
     dtypes: Sequence[str] = ("float32",),
     batch_sizes: Sequence[int] = (1, 32),
-    towers: Sequence[str] = TOWERS,
+    towers: Sequence[str] = ("image", "text"),
     seconds: float = 2.0,
     rounds: int = 10,
     threads: int | None = None,
@@ -87,15 +82,21 @@ def run_bench(
     data: str | None = None,
     split: str | None = None,
     out: Path | None = None,
-    console: Console | None = None,
+    file: TextIO | None = None,
 ) -> dict[str, Any]:
     """Load the named models, measure them against each other, print a table and write JSON to `out` if given.
 
     The last model is the one that ratios refer to. Raises InputError for a name that is nothing known.
     """
-    if out is not None and out.is_dir():
-        raise InputError(f"{out}: this is a folder; name the file to write, for example {out / 'bench.json'}")
+    if out is not None:
+        require_place(out, "measurements")
+    for name in backends:
+        if name not in BACKENDS:
+            raise InputError(f"unknown back end '{name}'{nearest(name, BACKENDS.names())}")
     source = open_pairs(data, split=split) if data is not None else None
+    from clipdistill.bench.throughput import throughput
+    from clipdistill.models.load import load_model
+
     loaded = {name: load_model(name, teacher=True) for name in dict.fromkeys(models)}
     result = throughput(
         loaded,
@@ -111,74 +112,50 @@ def run_bench(
         reference=models[-1],
     )
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
-        temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        temporary.replace(out)
-    show(result, console or Console())
+        write_json(out, result)
+    show(result, file)
     return result
 
 
-def show(result: dict[str, Any], console: Console) -> None:
+def show(result: dict[str, Any], file: TextIO | None = None) -> None:
     """The result as tables: sizes, then speed with intervals and ratios, then what to beware of."""
-    console.print(f"{result['device']['label']}", markup=False)
-    sizes = Table("model", "parameters", "FLOPs/image", "FLOPs/text", "on disk", title="size")
+    say(result["device"]["label"], file)
+    sizes = TextTable(["model", "parameters", "FLOPs/image", "FLOPs/text", "on disk"], title="size")
     for name, facts in result["models"].items():
-        flops = facts["flops"]
-        row = (
-            _short(facts["parameters"]["total"]),
-            _short(flops["image"]),
-            _short(flops["text"]),
-            _megabytes(facts["size_bytes"]),
-        )
-        sizes.add_row(_plain(name), *row)
-    console.print(sizes)
+        counts = facts["parameters"]["total"], facts["flops"]["image"], facts["flops"]["text"]
+        sizes.rows.append([name, *map(_short, counts), _megabytes(facts["size_bytes"])])
+    sizes.print(file)
     ratios = {_key(r): r for r in result["ratios"]}
     compared: list[dict[str, Any]] = result.get("setting_ratios", [])
     others = {_key(r): r for r in compared}
     first: dict[str, str] = compared[0]["against"] if compared else {}
-    reference = result["settings"]["reference"]
-    speed = Table(
-        "model",
-        "setting",
-        "tower",
-        "per second (95 %)",
-        f"ratio to {_plain(reference)}",
-        "median",
-        "p95",
-        "memory",
-        *([f"ratio to {first['backend']}, {first['dtype']}"] if first else []),
-        title="speed",
-    )
+    heads = ["model", "setting", "tower", "per second (95 %)", f"ratio to {result['settings']['reference']}"]
+    heads += ["median", "p95", "memory", *([f"ratio to {first['backend']}, {first['dtype']}"] if first else [])]
+    speed = TextTable(heads, title="speed", text=(0, 1, 2))
     for row in result["measurements"]:
         ratio = ratios.get(_key(row))
-        times = f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else ""
-        speed.add_row(
-            _plain(row["model"]),
+        cells = [
+            row["model"],
             f"{row['backend']}, {row['dtype']}, batch {row['batch']}",
             row["tower"],
             f"{row['value']:,.1f} ({row['low']:,.1f} to {row['high']:,.1f})",
-            times,
-            f"{row['median_ms']:.2f} ms" if "median_ms" in row else "",
-            f"{row['p95_ms']:.2f} ms" if "p95_ms" in row else "",
+            f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "",
+            *(f"{row[name]:.2f} ms" if name in row else "" for name in ("median_ms", "p95_ms")),
             _megabytes(row.get("peak_bytes")),
-            *([f"{others[_key(row)]['value']:.2f}" if _key(row) in others else ""] if first else []),
-        )
-    console.print(speed)
+        ]
+        if first:
+            cells.append(f"{others[_key(row)]['value']:.2f}" if _key(row) in others else "")
+        speed.rows.append(cells)
+    speed.print(file)
     for failure in result["failures"]:
         text = f"not measured: {failure['model']} with {failure['backend']}, {failure['dtype']}: {failure['reason']}"
-        console.print(text, style="red", markup=False)
+        say(text, file, colour="red")
     for warning in result["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+        say(f"warning: {warning}", file, colour="yellow")
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("model", "tower", "backend", "dtype", "batch"))
-
-
-def _plain(text: str) -> str:
-    """Text without meaning as console markup."""
-    return text.replace("[", r"\[")
 
 
 def _short(value: float) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from clipdistill.cache.rows import Dtype
+from clipdistill.cache.names import Dtype
 from clipdistill.config import Config
 from clipdistill.data.pairs import DataConfig
 from clipdistill.data.views import ViewPolicy

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from clipdistill.errors import InputError
 
 PREFIX = "cache:"
+Dtype = Literal["fp16", "bf16", "int8"]
+"""Number formats of stored embeddings (see rows.py)."""
 
 
 def is_cached(names: Sequence[str]) -> bool:

@@ -8,13 +8,11 @@ bf16 to 8.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor
 
-Dtype = Literal["fp16", "bf16", "int8"]
+from clipdistill.cache.names import Dtype
 
 TORCH_DTYPE = {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
 COSINE_FLOOR = {"fp16": 0.9999, "bf16": 0.9995, "int8": 0.999}

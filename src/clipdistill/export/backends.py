@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipdistill.bench.backends import Loaded, register
+from clipdistill.bench.backends import Loaded
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
 
@@ -23,7 +23,7 @@ _SAMPLES = 16
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
 
 
-class Exported:
+class ExportedBackend:
     """A runtime of exported graphs on the CPU. `visible`: torch does not see what the runtime allocates."""
 
     visible = False
@@ -103,5 +103,5 @@ def _on_tensors(runner: Any) -> Any:
     return call
 
 
-register(Exported("onnx", ("float32", "int8")))
-register(Exported("openvino", ("float32", "bfloat16", "int8")))
+ONNX = ExportedBackend("onnx", ("float32", "int8"))
+OPENVINO = ExportedBackend("openvino", ("float32", "bfloat16", "int8"))
