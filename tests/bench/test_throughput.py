@@ -200,7 +200,9 @@ def test_a_source_of_which_nothing_can_be_decoded() -> None:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command, "load_model", lambda name, teacher: tiny(8 if name == "small" else 32, name))
+    monkeypatch.setattr(
+        "clipdistill.models.load.load_model", lambda name, teacher: tiny(8 if name == "small" else 32, name)
+    )
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     out = tmp_path / "results" / "bench.json"
