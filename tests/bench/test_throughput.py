@@ -222,7 +222,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "warning: throttling: slower" in printed
     with pytest.raises(InputError, match="expected whole numbers separated by commas"):
         command.run(parser.parse_args(["small", "--batch", "1;2"]))
-    with pytest.raises(InputError, match="name the file to write"):
+    with pytest.raises(InputError, match="this is a folder"):
         command.run(parser.parse_args(["small", "--json", str(tmp_path)]))
 
 
