@@ -21,8 +21,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clipdistill.data.labelled import open_labelled
-from clipdistill.data.open import open_pairs
+from clipdistill.data.open import open_labelled, open_pairs
 from clipdistill.data.pairs import DataConfig
 from clipdistill.regions.config import RegionsConfig
 from clipdistill.regions.measure import METRICS, measure

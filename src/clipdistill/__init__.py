@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from clipdistill.version import __version__
 
 if TYPE_CHECKING:
+    from clipdistill.data.open import register_format
     from clipdistill.evaluate.evaluate import evaluate
     from clipdistill.evaluate.retrieval import retrieval
     from clipdistill.models import load_student, register_student
@@ -22,6 +23,7 @@ _WHERE = {
     "Run": "clipdistill.train.run",
     "distill": "clipdistill.train.run",
     "load_student": "clipdistill.models",
+    "register_format": "clipdistill.data.open",
     "register_student": "clipdistill.models.known",
     "register_term": "clipdistill.objective.term",
     "retrieval": "clipdistill.evaluate.retrieval",
@@ -36,6 +38,7 @@ __all__ = [
     "distill",
     "evaluate",
     "load_student",
+    "register_format",
     "register_student",
     "register_term",
     "retrieval",

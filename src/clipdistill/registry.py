@@ -196,8 +196,36 @@ TERMS: Registry[Any] = Registry(
 )
 """Terms of the objective (clipdistill.objective.term.Term)."""
 
-FORMATS: Registry[Any] = Registry("data format")
-"""Readers of image-caption pairs, asked in this order whether a name is theirs."""
+_HOME = "clipdistill.data.formats"
+FORMATS: Registry[Any] = Registry(
+    "data format",
+    {
+        "scenes": "clipdistill.scenes.pairs:FORMAT",
+        "object": "clipdistill.data.objects:FORMAT",
+        "hub": f"{_HOME}.hub:HUB",
+        "saved": f"{_HOME}.hub:SAVED",
+        "tars": f"{_HOME}.tars:FORMAT",
+        "parquet": f"{_HOME}.parquet:FORMAT",
+        "karpathy": f"{_HOME}.documents:KARPATHY",
+        "coco": f"{_HOME}.documents:COCO",
+        "table": f"{_HOME}.table:FORMAT",
+        "folder": f"{_HOME}.folder:FORMAT",
+    },
+)
+"""Readers of image-caption pairs (clipdistill.data.formats.Format), asked in this order whether a name is theirs."""
+
+LABELLED_FORMATS: Registry[Any] = Registry(
+    "format of classification sets",
+    {
+        "scenes": "clipdistill.scenes.zero_shot:FORMAT",
+        "torchvision": f"{_HOME}.labelled_libraries:TORCHVISION",
+        "hub": f"{_HOME}.labelled_libraries:HUB",
+        "class tars": f"{_HOME}.class_tars:FORMAT",
+        "class folders": f"{_HOME}.class_folders:FORMAT",
+        "arrays": f"{_HOME}.arrays:FORMAT",
+    },
+)
+"""Readers of images with a label each, asked in this order."""
 
 STUDENTS: Registry[Any] = Registry("student")
 """Functions that build a student."""

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from clipdistill.data.class_names import class_labels
-from clipdistill.data.labelled import BadSample, is_labelled_name, open_labelled
+from clipdistill.data.labelled import BadSample
+from clipdistill.data.open import is_labelled_name, open_labelled
 from clipdistill.errors import InputError
 from tests.conftest import shared_folder
 

@@ -150,7 +150,7 @@ def test_coco(tmp_path: Path) -> None:
 
 def test_coco_errors(tmp_path: Path) -> None:
     path = write_json(tmp_path / "captions.json", coco_content())
-    with pytest.raises(InputError, match="has no splits, so split='val' cannot be chosen"):
+    with pytest.raises(InputError, match="has no splits: leave split='val' out"):
         open_pairs(path, split="val")
     boxes = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]}
     with pytest.raises(InputError, match=r"its annotations have no 'caption' \(it holds boxes"):
@@ -182,7 +182,7 @@ def test_folder_of_images_with_text_files(tmp_path: Path) -> None:
         "undecodable characters removed": 1,
     }
     assert source.name == tmp_path.name
-    with pytest.raises(InputError, match="plain folder without splits"):
+    with pytest.raises(InputError, match="has no splits: leave split='train' out"):
         open_pairs(str(tmp_path), split="train")
 
 

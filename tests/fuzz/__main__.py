@@ -18,18 +18,11 @@ import clipdistill.data
 from tests.fuzz.engine import fuzz, replay, write_result
 from tests.fuzz.targets import targets
 
-FILES = (
-    "captions", "colours", "open", "files", "images", "labelled", "ledger", "pairs", "problems", "splits", "strings",
-    "views",
-    "formats/coco", "formats/folder", "formats/karpathy", "formats/labelled_files", "formats/parquet", "formats/rows",
-    "formats/table", "formats/tar_headers", "formats/tar_index", "formats/tars",
-)  # fmt: skip
-
 
 def read_files() -> list[Path]:
     """The modules whose coverage guides the fuzzer."""
     folder = Path(clipdistill.data.__file__).parent
-    return [folder / f"{name}.py" for name in FILES]
+    return sorted(folder.rglob("*.py"))
 
 
 def main() -> int:

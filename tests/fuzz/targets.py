@@ -20,9 +20,9 @@ from PIL import Image
 
 from clipdistill.data import captions as caption_rules
 from clipdistill.data.images import decode
-from clipdistill.data.labelled import LabelledSource, is_labelled_name, open_labelled, read_class_file
+from clipdistill.data.labelled import LabelledSource, read_class_file
 from clipdistill.data.ledger import BadSampleLedger
-from clipdistill.data.open import open_pairs
+from clipdistill.data.open import is_labelled_name, open_labelled, open_pairs
 from clipdistill.data.pairs import BadSample, DataConfig, PairSource
 from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, View, ViewPolicy, render_pixels, sample_view
 from tests.fuzz import seeds

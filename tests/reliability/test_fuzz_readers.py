@@ -20,9 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipdistill.data.captions import clean
-from clipdistill.data.labelled import is_labelled_name, open_labelled
 from clipdistill.data.loader import PairLoader
-from clipdistill.data.open import open_pairs
+from clipdistill.data.open import is_labelled_name, open_labelled, open_pairs
 from clipdistill.data.pairs import BadSample, Strings
 from clipdistill.data.problems import Problems, valid_text
 from clipdistill.errors import InputError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clipdistill.data.labelled import open_labelled
+from clipdistill.data.open import open_labelled
 from clipdistill.errors import InputError
 from clipdistill.scenes.captions import GROUND_PHRASES
 from clipdistill.scenes.pairs import scenes_vocabulary

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from clipdistill.cache.samples import SampleTable
 from clipdistill.cache.store import Store
 from clipdistill.cache.tars import export_shards, read_shard
-from clipdistill.data.labelled import open_labelled
-from clipdistill.data.open import open_pairs
+from clipdistill.data.open import open_labelled, open_pairs
 from clipdistill.data.pairs import BadSample
 from clipdistill.errors import InputError
 from clipdistill.runtime.links import refuse_links

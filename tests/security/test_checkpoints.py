@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clipdistill.data.labelled import open_labelled
+from clipdistill.data.open import open_labelled
 from clipdistill.errors import InputError
 from clipdistill.models import build_student, load_model, save_model
 from clipdistill.models.save import read_model

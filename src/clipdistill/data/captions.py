@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from clipdistill.data.problems import Problems
 
@@ -60,12 +60,12 @@ def is_missing(value: object) -> bool:
 
 
 def clean_all(values: Iterable[object], key: str, problems: Problems) -> list[str]:
-    """The usable captions among `values` (str or bytes), in order; everything else is counted under `key`."""
-    return list(_cleaned(values, key, problems))
+    """The usable captions among `values` (str or bytes), in order; everything else is counted under `key`.
 
-
-def _cleaned(values: Iterable[object], key: str, problems: Problems) -> Iterator[str]:
-    for value in values:
+    One text stands for a list of itself.
+    """
+    usable = []
+    for value in [values] if isinstance(values, str | bytes) else values:
         if not isinstance(value, str | bytes):
             problems.add(MISSING, key)
             continue
@@ -73,6 +73,7 @@ def _cleaned(values: Iterable[object], key: str, problems: Problems) -> Iterator
         for note in notes:
             problems.add(note, key)
         if caption:
-            yield caption
+            usable.append(caption)
         else:
             problems.add(EMPTY, key)
+    return usable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,11 @@ LARGEST_FILE = 1 << 29
 
 MISSING_FILE = "missing image file"
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
+_UNREAD = "heic heif hif jxl jp2 j2k jpx svg psd eps dng cr2 cr3 nef arw orf raf rw2 raw tga ico exr hdr"
+_UNREAD = "heic heif hif jxl jp2 j2k jpx svg psd eps dng cr2 cr3 nef arw orf raf rw2 raw tga ico exr hdr"
+UNREAD_SUFFIXES = frozenset(f".{kind}" for kind in _UNREAD.split())
+"""Photographs and drawings of formats that are not read: counted where a data set is opened, never passed over."""
+UNREAD = "image format that is not read"
 _PROBES = 50  # names tried in each candidate folder
 
 
@@ -31,6 +37,11 @@ def local_path(name: str) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:  # the home folder of a user that does not exist
         raise InputError(f"'{name}' is not the name of a file ({error})") from error
+
+
+def is_remote(name: str) -> bool:
+    """Whether a name means something on another machine."""
+    return re.match(r"(?:[a-z][a-z0-9+.-]*://|pipe:)", name, re.IGNORECASE) is not None
 
 
 def is_there(path: Path) -> bool:
@@ -62,6 +73,26 @@ def read_image_file(path: str | Path) -> bytes:
         raise BadSample(f"unreadable image file: {error.strerror or error}") from error
     finally:
         os.close(descriptor)
+
+
+def list_images(folder: Path) -> list[str]:
+    """Paths of the photographs below `folder`, relative to it, sorted; those of formats that are not read as well."""
+    found = []
+    for current, folders, files in os.walk(folder):
+        folders.sort()
+        found += [Path(current, file).relative_to(folder).as_posix() for file in files if _is_image(file)]
+    return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    ending = os.path.splitext(name)[1].lower()  # noqa: PTH122
+    return (ending in IMAGE_SUFFIXES or ending in UNREAD_SUFFIXES) and not name.startswith(".")
+
+
+def unread_ending(name: str) -> str | None:
+    """'.heic' for the name of an image of a format that is not read; None for any other name."""
+    ending = os.path.splitext(name)[1].lower()  # noqa: PTH122
+    return ending if ending in UNREAD_SUFFIXES else None
 
 
 class FilePairs(IndexedPairs):
@@ -206,18 +237,20 @@ def collect(
     Raises InputError when nothing is left.
     """
     present = Presence(root)
-    paths, captions = [], []
+    paths: list[str] = []
+    captions: list[list[str]] = []
     for path, texts in entries:
         if not texts:
             problems.add("image without caption", path, dropped=True)
+        elif unread_ending(path):
+            problems.add(f"{UNREAD}: {unread_ending(path)}", path, dropped=True)
         elif path not in present:
             problems.add(MISSING_FILE, path, dropped=True)
         else:
             paths.append(path)
             captions.append(texts)
     if not paths:
-        found = problems.summary()
-        raise InputError(f"{where}: no usable image-caption pair" + (f" ({found})" if found else ""))
+        raise nothing_usable(where, problems)
     return FilePairs(name, root, paths, captions, problems, max_pixels)
 
 
@@ -249,3 +282,15 @@ def choose_splits(
             hint = hint if "did you mean" in hint else ""
             raise InputError(f"{where} has no split '{name}'{hint}; it holds {known}")
     return chosen, f"/{asked}"
+
+
+def refuse_split(split: str | None, where: Path | str) -> None:
+    """Raise InputError for a split asked of data that have none."""
+    if split not in (None, "all"):
+        raise InputError(f"{where} has no splits: leave split='{split}' out")
+
+
+def nothing_usable(where: Path | str, problems: Problems, what: str = "no usable image-caption pair") -> InputError:
+    """The error for a set in which nothing is left, with what was found."""
+    found = problems.summary()
+    return InputError(f"{where}: {what}" + (f" ({found})" if found else ""))

@@ -17,7 +17,7 @@ import numpy as np
 
 from clipdistill.config import Config
 from clipdistill.data.files import read_json
-from clipdistill.data.formats.karpathy import is_karpathy
+from clipdistill.data.formats.documents import is_karpathy
 from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource, Subset
 from clipdistill.data.problems import BadSample, Problems

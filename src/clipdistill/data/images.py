@@ -8,9 +8,12 @@ Not detectable: bytes changed inside a JPEG's compressed data so that it still d
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import re
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -19,17 +22,11 @@ from clipdistill.data.problems import BadSample
 
 MAX_PIXELS = 64_000_000
 """Above Pillow's own limit (179 million) a larger `max_pixels` has no effect."""
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "PPM",
-    "MPO",
-    "AVIF",
-)  # not PIL's more than forty (EPS runs Ghostscript)
+MOST_SCANS = 100
+MOST_SCANNED_PIXELS = 1_000_000_000
+"""Scans times pixels of a JPEG, some seconds of decoding: 15 scans of the largest picture that is allowed."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF")
+"""Not all of Pillow's more than forty: EPS runs Ghostscript."""
 
 # damage is reported through BadSample, once per sample, not as thousands of warnings from Pillow's readers
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -57,7 +54,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None = Non
         raise BadSample("empty image file")
     # whatever the process has set: Pillow would otherwise fill the missing part of a truncated picture with grey
     ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
+    with _damage_told():
         picture = _open(data, max_pixels)
         full_size = picture.size
         drafted = None
@@ -71,19 +68,38 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, at_least: int | None = Non
             _, _, width, height = drafted[1]
             info["source_size"] = full_size[::-1] if orientation >= 5 else full_size
             info["source_box"] = _oriented_box(width, height, picture.size, orientation)
-        rgb = _to_rgb(picture)
-        if orientation in _ORIENTATIONS:
-            rgb = rgb.transpose(_ORIENTATIONS[orientation])
+        rgb = _upright(picture, orientation)
+    rgb.info.clear()  # profiles, comments and EXIF go no further
+    rgb.info.update(info)  # type: ignore[arg-type]
+    return rgb
+
+
+def as_rgb(picture: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A picture of a user's program as `decode` would give it; the picture itself is left alone. Raises BadSample."""
+    with _damage_told():
+        _check_size(*picture.size, max_pixels)
+        rgb = _upright(picture.copy(), _orientation(picture))
+    rgb.info.clear()
+    return rgb
+
+
+def _upright(picture: Image.Image, orientation: int) -> Image.Image:
+    rgb = _to_rgb(picture)
+    return rgb.transpose(_ORIENTATIONS[orientation]) if orientation in _ORIENTATIONS else rgb
+
+
+@contextlib.contextmanager
+def _damage_told() -> Iterator[None]:
+    """Within, whatever Pillow's readers raise on damaged input (almost any type) becomes a BadSample."""
+    try:
+        yield
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample(f"too many pixels: {_words(error)}") from error
-    except Exception as error:  # Pillow's readers raise almost any type on damaged input
+    except Exception as error:
         truncated = "truncat" in str(error).lower() or isinstance(error, EOFError)
         raise BadSample(f"{'truncated' if truncated else 'corrupt'} image: {_words(error)}") from error
-    rgb.info.clear()  # profiles, comments and EXIF go no further
-    rgb.info.update(info)  # type: ignore[arg-type]
-    return rgb
 
 
 def _oriented_box(
@@ -106,12 +122,52 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
             "it is a web page" if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")) else "unknown format"
         )
         raise BadSample(f"not an image: {kind}, {len(data)} bytes") from error
-    width, height = picture.size
+    _check_size(*picture.size, max_pixels)
+    _check_scans(picture, data)
+    return picture
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise BadSample(f"corrupt image: its size is {width} x {height}")
     if width * height > max_pixels:
         raise BadSample(f"too many pixels: {width} x {height}, at most {max_pixels} are allowed")
-    return picture
+
+
+def _check_scans(picture: Image.Image, data: bytes) -> None:
+    """Refuse a JPEG (also one inside a TIFF) of so many scans that it decodes for minutes.
+
+    Every scan passes over the whole picture, however few bytes it has; usual progressive files have about ten.
+    """
+    if picture.format not in ("JPEG", "MPO", "TIFF"):
+        return
+    budget = max(1, min(MOST_SCANS, MOST_SCANNED_PIXELS // (picture.width * picture.height)))
+    scans = data.count(b"\xff\xda")  # at most that many: previews and the bytes of other parts count as well
+    if scans <= budget:
+        return
+    if picture.format == "TIFF":
+        pieces = getattr(picture, "tag_v2", {}).get(273) or getattr(picture, "tag_v2", {}).get(324) or (0,)
+        scans = scans // len(pieces) if getattr(picture, "info", {}).get("compression") in ("jpeg", "tiff_jpeg") else 0
+    else:
+        scans = _scans(data)
+    if scans > budget:
+        raise BadSample(f"too many scans: {scans} in {picture.width} x {picture.height}, at most {budget} are decoded")
+
+
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # stuffed bytes and restart marks belong to a scan
+
+
+def _scans(data: bytes) -> int:
+    """The scans of the first picture of a JPEG file: its segments are passed over by their lengths."""
+    scans, position = 0, 2
+    while (found := _MARKER.search(data, position)) is not None:
+        marker, position = data[found.start() + 1], found.end()
+        if marker == 0xD9:
+            break
+        scans += marker == 0xDA
+        if marker not in (0x01, 0xD8):
+            position += max(2, int.from_bytes(data[position : position + 2], "big"))
+    return scans
 
 
 @functools.cache

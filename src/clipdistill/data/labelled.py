@@ -1,17 +1,17 @@
 """Images with one class label each, behind one interface, for zero-shot classification.
 
-`open_labelled` finds the reader. A set is named by a path (folder per class, .npz, .tar or a folder or brace pattern of
-tars), `imagenet-r@PATH` to say which known set lies there, `torchvision:CIFAR10@ROOT`, `hf:owner/name?split=test`, or
-`scenes:zeroshot`. Classes may be sparse: a sample of 500 images of 1,000 classes is scored against all 1,000 names.
+`open.open_labelled` finds the reader of a name. Classes may be sparse: a sample of 500 images of 1,000 classes is
+scored against all 1,000 names.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +24,36 @@ from clipdistill.data.files import read_json
 from clipdistill.data.images import MAX_PIXELS
 from clipdistill.data.pairs import Strings
 from clipdistill.data.problems import BadSample, Problems, valid_text
-from clipdistill.errors import InputError, nearest
+from clipdistill.errors import InputError
 
-__all__ = ["BadSample", "LabelledSource", "Naming", "is_labelled_name", "open_labelled", "read_class_file"]
+__all__ = ["BadSample", "LabelledConfig", "LabelledSource", "Naming", "OwnNames", "read_class_file"]
 
 Naming = Literal["readable", "stored"]
+OwnNames = list[str] | dict[str, str] | None
+
+
+def __getattr__(name: str) -> Any:
+    """The openers are found here too; they live in open.py, which is built on this file."""
+    if name in ("open_labelled", "is_labelled_name"):
+        return getattr(importlib.import_module("clipdistill.data.open"), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+@dataclass(frozen=True)
+class LabelledConfig:
+    """Which classification set to open and how: see open.open_labelled. known: the known set that was declared."""
+
+    path: str
+    known: str | None = None
+    classes: OwnNames = None
+    naming: Naming = "readable"
+    split: str | None = None
+    max_pixels: int = MAX_PIXELS
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What every LabelledSource is made with."""
+        return {"naming": self.naming, "known": self.known, "max_pixels": self.max_pixels}
 
 
 class LabelledSource(ABC):
@@ -128,76 +153,6 @@ class LabelledSource(ABC):
     def _check(self, i: int) -> None:
         if not 0 <= i < len(self.labels):
             raise IndexError(f"image {i} of {len(self.labels)}")
-
-
-_PREFIXES = ("torchvision:", "hf:", "scenes:zeroshot")
-
-
-def open_labelled(
-    path: str | Path,
-    *,
-    classes: str | Path | None = None,
-    names: Naming = "readable",
-    split: str | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> LabelledSource:
-    """Open a classification set by name (see the module's text).
-
-    Args:
-        path: name of the set.
-        classes: file with the class names: text, one a line in label order; or JSON: a list of names, a list of
-            {"index", "name"}, or a mapping of folder name (or number) to name. None: found in or beside the data.
-        names: "readable" turns stored labels into plain words ('apple_pie' -> 'apple pie', wnids -> ImageNet's curated
-            names); "stored" takes them as they are (the rule of CLIP-RD's released evaluation). Names from `classes`
-            are never changed.
-        split: for sets that have several.
-    Raises: InputError (nothing there, no class names, a label without a name, ...).
-    """
-    text = str(path)
-    own_names = None if classes is None else read_class_file(Path(classes))
-    if own_names is not None:
-        names = "stored"
-    if text.split("?")[0].split("/")[0] == "scenes:zeroshot":
-        from clipdistill.scenes.zero_shot import open_scenes_zeroshot
-
-        return open_scenes_zeroshot(text)
-    if text.startswith("torchvision:"):
-        from clipdistill.data.formats.labelled_libraries import open_torchvision
-
-        return open_torchvision(text.removeprefix("torchvision:"), own_names, names, split)
-    if text.startswith("hf:"):
-        from clipdistill.data.formats.labelled_libraries import open_hub_labelled
-
-        return open_hub_labelled(text.removeprefix("hf:"), own_names, names, split, max_pixels)
-    known, text = _declared(text)
-    from clipdistill.data.formats.labelled_files import open_files
-
-    return open_files(text, known, own_names, names, split, max_pixels)
-
-
-def _declared(text: str) -> tuple[str | None, str]:
-    """(known set, path) of 'imagenet-r@PATH'; (None, text) of anything else."""
-    match = re.match(r"([\w-]+)@(.+)$", text)
-    if match is None or Path(text).exists():
-        return None, text
-    if match[1] not in KNOWN_SETS:
-        raise InputError(f"'{text}': unknown classification set '{match[1]}'{nearest(match[1], KNOWN_SETS)}")
-    return match[1], match[2]
-
-
-def is_labelled_name(name: str) -> bool:
-    """Whether a data name means a classification set rather than image-caption pairs.
-
-    True for the prefixes of open_labelled, .npz files, archives with .cls members, and folders of folders of images
-    without caption files. `hf:` names are ambiguous: True only where a label column is named ('?label=fine_label').
-    """
-    if name.startswith("hf:"):
-        return "label=" in name
-    if name.startswith(_PREFIXES) or re.match(rf"(?:{'|'.join(KNOWN_SETS)})@", name):
-        return True
-    from clipdistill.data.formats.labelled_files import looks_labelled
-
-    return looks_labelled(name)
 
 
 def read_class_file(path: Path, *, wnids: bool = False) -> list[str] | dict[str, str]:

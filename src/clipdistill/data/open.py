@@ -1,18 +1,55 @@
-"""From the name of a data set to its reader: by what the files hold, never by a part of their path."""
+"""From the name of a data set to its reader: by what the files hold, never by a part of their path.
+
+Readers are entries of `registry.FORMATS` (pairs) and `registry.LABELLED_FORMATS` (classification sets), asked one after
+the other whether a name is theirs; those that were registered from outside are asked first.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from clipdistill.data.files import is_there, local_path
-from clipdistill.data.formats.tar_headers import looks_like_tar
+from clipdistill.data.class_names import KNOWN_SETS
+from clipdistill.data.files import is_remote, is_there, local_path
+from clipdistill.data.formats import Format, Place
+from clipdistill.data.images import MAX_PIXELS
+from clipdistill.data.labelled import LabelledConfig, LabelledSource, Naming, read_class_file
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.errors import InputError, nearest
+from clipdistill.registry import FORMATS, LABELLED_FORMATS, Registry
 
-_SCENES = re.compile(r"scenes(?:[:?].*)?$")
-_REMOTE = re.compile(r"(?:[a-z][a-z0-9+.-]*://|pipe:)", re.IGNORECASE)
 _WITH_SPLIT = re.compile(r"(?P<path>.+):(?P<split>\w[\w+]*)$")
+_OF_SOME = ("image_root", "image_column", "caption_column", "separator", "size", "seed")
+"""Settings of DataConfig that only some formats can apply."""
+
+
+def register_format(
+    name: str, matches: Callable[[str], bool], open: Callable[[Any], Any], *, labelled: bool = False
+) -> None:
+    """Add a data format: `clipdistill.register_format`.
+
+    Args:
+        name: of the format, for messages.
+        matches: whether a data set's name (what was given as `data`) is of this format; asked before the built-in ones.
+        open: from the DataConfig to the data: a PairSource, or any object that `as_pairs` takes. Its `split` is the
+            asked one, or what a run takes where none is named ('train', 'val', 'test').
+        labelled: the format is of classification sets; `open` returns a LabelledSource from a LabelledConfig.
+    Raises: InputError for a name that is taken.
+    """
+
+    def open_checked(place: Place, config: Any, default_split: str | None = None) -> Any:
+        if labelled:
+            source = open(config)
+            if not isinstance(source, LabelledSource):
+                raise InputError(f"its open returned {type(source).__name__}, not a LabelledSource")
+            return source
+        from clipdistill.data.objects import as_pairs
+
+        return as_pairs(open(config.model_copy(update={"split": config.split or default_split})), name)
+
+    (LABELLED_FORMATS if labelled else FORMATS).register(name, Format(matches, open_checked, None))
 
 
 def open_pairs(data: str | DataConfig, *, split: str | None = None, default_split: str | None = None) -> PairSource:
@@ -24,32 +61,87 @@ def open_pairs(data: str | DataConfig, *, split: str | None = None, default_spli
     config = DataConfig(path=data) if isinstance(data, str) else data
     if split is not None:
         config = config.model_copy(update={"split": split})
-    name = config.path
-    if not name.strip() or "\0" in name:
-        raise InputError(f"{name!r} is not the name of a data set")
-    if name.startswith("hf:"):
-        from clipdistill.data.formats.hub import open_hub
+    if not config.path.strip() or "\0" in config.path:
+        raise InputError(f"{config.path!r} is not the name of a data set")
+    for place, named in _readings(config):
+        for name, format in _matching(FORMATS, place):
+            _refuse_unused(name, format, named)
+            with FORMATS.blaming(name):
+                source: PairSource = format.open(place, named, default_split)
+                return source
+    raise InputError(_no_format(Place(config.path)))
 
-        return open_hub(name.removeprefix("hf:"), config, default_split)
-    path = local_path(name)
-    if is_there(path):
-        return _open_path(path, config, default_split)
-    if _SCENES.match(name):
-        return _open_scenes(config, default_split)
-    if _REMOTE.match(name):
-        raise InputError(f"'{name}' is not on this machine: only local files are read; download it first")
-    if "{" in name:
-        from clipdistill.data.formats.tars import expand_braces, open_tars
 
-        shards = [local_path(shard) for shard in expand_braces(name)]
-        return open_tars(shards, Path(name).name if Path(name).parent == Path() else name, config)
-    with_split = _WITH_SPLIT.match(name)
+def _readings(config: DataConfig) -> Iterator[tuple[Place, DataConfig]]:
+    """The name as it is; then, when nothing of that name is there, without a split behind a colon."""
+    place = Place(config.path)
+    yield place, config
+    with_split = None if place.there else _WITH_SPLIT.match(config.path)
     if with_split and is_there(local_path(with_split["path"])):
-        split = config.split or with_split["split"]
-        return open_pairs(
-            config.model_copy(update={"path": with_split["path"], "split": split}), default_split=default_split
+        changes = {"path": with_split["path"], "split": config.split or with_split["split"]}
+        yield Place(with_split["path"]), config.model_copy(update=changes)
+
+
+def _matching(registry: Registry[Any], place: Place) -> Iterator[tuple[str, Format]]:
+    """The formats that say that the name is theirs."""
+    for name in sorted(registry.names(), key=lambda name: registry.origin(name) is None):
+        format: Format = registry.get(name)
+        with registry.blaming(name):
+            matches = format.matches(place)
+        if matches:
+            yield name, format
+
+
+def _refuse_unused(name: str, format: Format, config: DataConfig) -> None:
+    """Raise InputError for a setting that the format would not apply."""
+    if format.settings is None:
+        return
+    for setting in _OF_SOME:
+        value = getattr(config, setting)
+        if setting not in format.settings and value != DataConfig.model_fields[setting].default:
+            raise InputError(
+                f"data.{setting}={value} is not applied to '{config.path}', which is read as {name}: leave it out"
+            )
+
+
+def _no_format(place: Place) -> str:
+    """What to say of a name that no format claims."""
+    path, name = place.path, str(place)
+    if not place.there:
+        if is_remote(name):
+            return f"'{name}' is not on this machine: only local files are read; download it first"
+        return f"data '{name}': no such file or folder{_near(path)}"
+    if place.is_folder:
+        return _no_folder(place)
+    if not path.is_file():
+        return f"data '{path}' is neither a file nor a folder"
+    if not place.head.strip():
+        return f"data '{path}' is empty"
+    if place.head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
+        return f"data '{path}' is compressed: unpack it first (samples are read in any order)"
+    if path.suffix.lower() == ".tar":
+        return f"data '{path}' is not a tar archive: its first header is damaged"
+    if place.document is not None or path.suffix.lower() == ".json":
+        content = place.document
+        held = f"a {type(content).__name__}"
+        if isinstance(content, dict):
+            held = f"the keys {', '.join(sorted(content)[:6])}"
+        return (
+            f"data '{path}' is JSON, but neither Karpathy's (images with sentences) nor COCO's captions (images and "
+            f"annotations): it holds {held if content else 'nothing'}"
         )
-    raise InputError(f"data '{name}': no such file or folder{_near(path)}")
+    return f"data '{path}' is in no known format (Karpathy or COCO JSON, CSV, TSV, Parquet, tar, or a folder of these)"
+
+
+def _no_folder(place: Place) -> str:
+    candidates = place.with_ending(".json", ".csv", ".tsv", ".parquet", ".pq")
+    if candidates:
+        return f"the folder '{place}' holds several things: name the file, for example '{candidates[0]}'"
+    if place.images:
+        return (
+            f"the folder '{place}' holds {len(place.images)} images, but no .txt file with captions beside any of them"
+        )
+    return f"the folder '{place}' holds neither tars, Parquet files nor images with .txt captions"
 
 
 def _near(path: Path) -> str:
@@ -61,97 +153,62 @@ def _near(path: Path) -> str:
     return hint if "did you mean" in hint else ""
 
 
-def _open_scenes(config: DataConfig, default_split: str | None) -> PairSource:
-    from clipdistill.scenes.pairs import open_scenes, parse_scenes_name
+def open_labelled(
+    path: str | Path,
+    *,
+    classes: str | Path | None = None,
+    names: Naming = "readable",
+    split: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> LabelledSource:
+    """Open a classification set by name.
 
-    name = parse_scenes_name(config.path)
-    assert name is not None
-    size = config.size if name.size is None else name.size
-    seed = config.seed if name.seed is None else name.seed
-    return open_scenes(config.split or name.split or default_split or "train", size, seed, name.pixels)
-
-
-def _open_path(path: Path, config: DataConfig, default_split: str | None) -> PairSource:
-    if path.is_dir():
-        return _open_folder(path, config, default_split)
-    if not path.is_file():
-        raise InputError(f"data '{path}' is neither a file nor a folder")
-    try:
-        with path.open("rb") as file:
-            head = file.read(4096)
-    except OSError as error:
-        raise InputError(f"data '{path}' cannot be read ({error.strerror})") from error
-    if not head.strip():
-        raise InputError(f"data '{path}' is empty")
-    if head.startswith(b"PAR1"):
-        from clipdistill.data.formats.parquet import open_parquet
-
-        return open_parquet([path], path, config, default_split)
-    if looks_like_tar(head):
-        from clipdistill.data.formats.tars import open_tars
-
-        return open_tars([path], path.stem, config)
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
-        raise InputError(f"data '{path}' is compressed: unpack it first (samples are read in any order)")
-    if path.suffix.lower() == ".tar":
-        raise InputError(f"data '{path}' is not a tar archive: its first header is damaged")
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")) or path.suffix.lower() == ".json":
-        return _open_json(path, config, default_split)
-    if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise InputError(
-            f"data '{path}' is in no known format (Karpathy or COCO JSON, CSV, TSV, Parquet, tar, or a folder of these)"
-        )
-    from clipdistill.data.formats.table import open_table
-
-    return open_table(path, config, default_split)
-
-
-def _open_json(path: Path, config: DataConfig, default_split: str | None) -> PairSource:
-    from clipdistill.data.files import read_json
-    from clipdistill.data.formats.coco import is_coco, open_coco
-    from clipdistill.data.formats.karpathy import is_karpathy, open_karpathy
-
-    content = read_json(path)
-    if is_karpathy(content):
-        return open_karpathy(path, content, config, default_split)
-    if is_coco(content):
-        return open_coco(path, content, config)
-    found = f"the keys {', '.join(sorted(content)[:6])}" if isinstance(content, dict) else f"a {type(content).__name__}"
+    Args:
+        path: a folder per class, .npz, .tar or a folder or brace pattern of tars; `imagenet-r@PATH` to say which known
+            set lies there; `torchvision:CIFAR10@ROOT`, `hf:owner/name?split=test`, or `scenes:zeroshot`.
+        classes: file with the class names: text, one a line in label order; or JSON: a list of names, a list of
+            {"index", "name"}, or a mapping of folder name (or number) to name. None: found in or beside the data.
+        names: "readable" turns stored labels into plain words ('apple_pie' -> 'apple pie', wnids -> ImageNet's curated
+            names); "stored" takes them as they are (the rule of CLIP-RD's released evaluation). Names from `classes`
+            are never changed.
+        split: for sets that have several.
+    Raises: InputError (nothing there, no class names, a label without a name, ...).
+    """
+    own = None if classes is None else read_class_file(Path(classes))
+    known, text = _declared(str(path))
+    place = Place(text)
+    config = LabelledConfig(text, known, own, names if own is None else "stored", split, max_pixels)
+    for name, format in _matching(LABELLED_FORMATS, place):
+        with LABELLED_FORMATS.blaming(name):
+            source: LabelledSource = format.open(place, config)
+            return source
+    if not place.there:
+        raise InputError(f"labelled data '{text}': no such file or folder")
     raise InputError(
-        f"data '{path}' is JSON, but neither Karpathy's (images with sentences) nor COCO's captions (images and "
-        f"annotations): it holds {found or 'nothing'}"
+        f"labelled data '{text}': expected a folder per class, a numpy .npz archive or a tar with .cls members"
     )
 
 
-def _open_folder(path: Path, config: DataConfig, default_split: str | None) -> PairSource:
-    """A folder of tars, of Parquet files, of images with captions, or a saved Hugging Face data set."""
-    files = sorted(entry for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
-    shards = [file for file in files if file.suffix.lower() == ".tar"]
-    if shards:
-        from clipdistill.data.formats.tars import open_tars
+def _declared(text: str) -> tuple[str | None, str]:
+    """(known set, path) of 'imagenet-r@PATH'; (None, text) of anything else."""
+    match = re.match(r"([\w-]+)@(.+)$", text)
+    if match is None or is_there(Path(text)):
+        return None, text
+    if match[1] not in KNOWN_SETS:
+        raise InputError(f"'{text}': unknown classification set '{match[1]}'{nearest(match[1], KNOWN_SETS)}")
+    return match[1], match[2]
 
-        return open_tars(shards, path.resolve().name, config)
-    tables = [file for file in files if file.suffix.lower() in (".parquet", ".pq")]
-    if tables:
-        from clipdistill.data.formats.parquet import open_parquet
 
-        return open_parquet(tables, path, config, default_split)
-    if any(file.name in ("dataset_dict.json", "state.json") for file in files):
-        from clipdistill.data.formats.hub import open_saved
+def is_labelled_name(name: str) -> bool:
+    """Whether a data name means a classification set rather than image-caption pairs.
 
-        return open_saved(path, config, default_split)
-    from clipdistill.data.formats.folder import list_images, open_folder
-
-    images = list_images(path)
-    if any((path / image).with_suffix(".txt").is_file() for image in images):
-        return open_folder(path, images, config)
-    candidates = [file.name for file in files if file.suffix.lower() in (".json", ".csv", ".tsv")]
-    if candidates:
-        raise InputError(
-            f"the folder '{path}' holds several things: name the file, for example '{path / candidates[0]}'"
-        )
-    if images:
-        raise InputError(
-            f"the folder '{path}' holds {len(images)} images, but no .txt file with captions beside any of them"
-        )
-    raise InputError(f"the folder '{path}' holds neither tars, Parquet files nor images with .txt captions")
+    True for the prefixes of open_labelled, .npz files, archives with .cls members, and folders of folders of images
+    without caption files. `hf:` names are ambiguous: True only where a label column is named ('?label=fine_label').
+    """
+    if re.match(rf"(?:{'|'.join(KNOWN_SETS)})@", name):
+        return True
+    place = Place(name)
+    try:
+        return any(format.surely is None or format.surely(place) for _, format in _matching(LABELLED_FORMATS, place))
+    except Exception:  # zipfile raises almost any type on damaged archives
+        return False

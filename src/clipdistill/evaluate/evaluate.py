@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from clipdistill.data.labelled import LabelledSource, is_labelled_name, open_labelled
-from clipdistill.data.open import open_pairs
+from clipdistill.data.labelled import LabelledSource
+from clipdistill.data.objects import as_pairs
+from clipdistill.data.open import is_labelled_name, open_labelled, open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.embed.encode import EncodedPairs, Encoder
 from clipdistill.errors import InputError
@@ -40,7 +41,7 @@ from clipdistill.statistics.scores import Queries, Score, Scores
 REPLICATES = 1000
 """Bootstrap replicates of the intervals in tables."""
 
-Data = str | Path | DataConfig | PairSource | LabelledSource
+Data = str | Path | DataConfig | PairSource | LabelledSource | Sequence[Any]
 
 
 def evaluate(
@@ -67,7 +68,7 @@ def evaluate(
     """Measure a model, and its teacher where given, on image-caption pairs (retrieval) and labelled sets (zero-shot).
 
     model, teacher: names (see load_model), loaded models, or any nn.Module with encode_image and encode_text.
-    data: one set or several; names or opened sources.
+    data: one set or several: names, opened sources, or any objects that data.objects.as_pairs takes.
     protocol: "standard" (all captions, any of an image's captions is a hit) or "first-caption" (the released CLIP-KD
     and CLIP-RD: one caption an image, one positive both ways); only retrieval is concerned.
     ks: K of R@K. templates, classes: prompt templates and class-name file of labelled sets (None: the set's own).
@@ -248,15 +249,19 @@ def _with_intervals(
 
 
 def _listed(data: Data | Sequence[Data]) -> list[Data]:
-    items = [data] if isinstance(data, str | Path | DataConfig | PairSource | LabelledSource) else list(data)
+    items: list[Any] = [data]
+    if isinstance(data, list | tuple) and not (data and isinstance(data[0], tuple | list | dict)):
+        items = list(data)  # but a list of (image, caption) is one set
     if not items:
         raise InputError("no data to evaluate on: name at least one set of pairs or labelled images")
     return items
 
 
 def _open(item: Data, split: str | None, classes: str | Path | None) -> PairSource | LabelledSource:
-    if isinstance(item, PairSource | LabelledSource):
+    if isinstance(item, LabelledSource):
         return item
+    if not isinstance(item, str | Path | DataConfig):
+        return as_pairs(item)
     if isinstance(item, str | Path) and is_labelled_name(str(item)):
         return open_labelled(item, classes=classes, split=split)
     config = item if isinstance(item, DataConfig) else DataConfig(path=str(item))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
 
 from PIL import Image
 
-from clipdistill.data.pairs import PairSource
+from clipdistill.data.formats import Format, Place
+from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import Problems
 from clipdistill.errors import InputError, nearest
 from clipdistill.scenes.captions import captions_of, scenes_vocabulary
@@ -141,3 +143,18 @@ def parse_scenes_name(text: str) -> ScenesName | None:
         except ValueError:
             raise InputError(f"'{text}': pixels, size and seed are whole numbers, got {key}='{value}'") from None
     return ScenesName(split or None, **settings)
+
+
+def _open(place: Place, config: DataConfig, default_split: str | None) -> ScenePairs:
+    name = parse_scenes_name(place)
+    assert name is not None
+    size = config.size if name.size is None else name.size
+    seed = config.seed if name.seed is None else name.seed
+    return open_scenes(config.split or name.split or default_split or "train", size, seed, name.pixels)
+
+
+FORMAT = Format(
+    lambda place: re.match(r"scenes(?:[:?].*)?$", place) is not None and not place.there,
+    _open,
+    frozenset({"size", "seed"}),
+)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from clipdistill.data.formats import Format
 from clipdistill.data.labelled import LabelledSource
 from clipdistill.errors import InputError, nearest
 from clipdistill.scenes.captions import GROUND_PHRASES, NUMBER_WORDS, PROMPTS, with_article
@@ -157,3 +158,9 @@ def open_scenes_zeroshot(name: str) -> SceneLabels:
     shown = len(TASKS[task].shown)
     size = shown * min(40, 960 // shown) if parsed.size is None else parsed.size
     return SceneLabels(task, *check_settings(size, parsed.seed, parsed.pixels))
+
+
+FORMAT = Format(
+    lambda place: place.split("?")[0].split("/")[0] == "scenes:zeroshot",
+    lambda place, config: open_scenes_zeroshot(place),
+)

@@ -135,7 +135,11 @@ class RunConfig(Config):
     @pydantic.field_validator("data", "validation", mode="before")
     @classmethod
     def _plain_name(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, (str, Path)) else value
+        if not isinstance(value, (str, Path, Mapping, DataConfig, type(None))):
+            from clipdistill.data.objects import hold as hold_data
+
+            return {"path": hold_data(value)}  # a list, a Dataset, ...: the configuration holds a name for it
+        return {"path": str(value)} if isinstance(value, (str, Path)) else value
 
     @pydantic.field_validator("student", "teacher", mode="before")
     @classmethod

@@ -12,9 +12,9 @@ import torch
 
 from clipdistill.config import Config, as_dict
 from clipdistill.data.held_out import HeldOutConfig, without_held_out
-from clipdistill.data.labelled import LabelledSource, open_labelled
+from clipdistill.data.labelled import LabelledSource
 from clipdistill.data.memory import KeptInMemory, KeptLabelled
-from clipdistill.data.open import open_pairs
+from clipdistill.data.open import open_labelled, open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.statistics.scores import Scores
 from clipdistill.train.config import RunConfig

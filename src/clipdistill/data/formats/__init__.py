@@ -1,1 +1,90 @@
-"""The forms that data sets come in, one file each."""
+"""The forms that data sets come in, one file each: an entry of `registry.FORMATS` or `registry.LABELLED_FORMATS`.
+
+This file holds what all of them share: the name that was given with a look at what lies there, and what an entry is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from clipdistill.data.files import is_there, list_images, local_path, read_json
+from clipdistill.errors import InputError
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
+"""Endings of images in archives, in the order of preference where a sample has several."""
+
+
+class Place(str):
+    """The name of a data set as it was given, with what a look at the disk shows; each look is taken once."""
+
+    @cached_property
+    def path(self) -> Path:
+        """The path that the name would mean."""
+        return local_path(self)
+
+    @cached_property
+    def there(self) -> bool:
+        return is_there(self.path)
+
+    @cached_property
+    def is_folder(self) -> bool:
+        return self.there and self.path.is_dir()
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files of a folder (not of those below), sorted, without hidden ones."""
+        if not self.is_folder:
+            return []
+        try:
+            entries = sorted(self.path.iterdir())
+        except OSError as error:
+            raise InputError(f"data '{self}' cannot be read ({error.strerror})") from error
+        return [entry for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+
+    def with_ending(self, *endings: str) -> list[Path]:
+        """The files of a folder that end in one of these."""
+        return [file for file in self.files if file.suffix.lower() in endings]
+
+    @cached_property
+    def images(self) -> list[str]:
+        """The photographs below a folder (see files.list_images)."""
+        return list_images(self.path) if self.is_folder else []
+
+    @cached_property
+    def head(self) -> bytes:
+        """The first 4096 bytes of a file; nothing for a folder, a pipe, or what is not there."""
+        if not self.there or not self.path.is_file():
+            return b""
+        try:
+            with self.path.open("rb") as file:
+                return file.read(4096)
+        except OSError as error:
+            raise InputError(f"data '{self}' cannot be read ({error.strerror})") from error
+
+    @cached_property
+    def document(self) -> Any:
+        """The content of a JSON file; None for another one. Raises InputError for JSON that is damaged."""
+        if not self.head.strip():
+            return None
+        is_json = self.head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
+        return read_json(self.path) if is_json or self.path.suffix.lower() == ".json" else None
+
+
+@dataclass(frozen=True)
+class Format:
+    """One form that data sets come in.
+
+    matches(place): whether the name, or what lies there, is of this form. open(place, config, default_split): its
+    PairSource; for labelled sets open(place, config): its LabelledSource. settings: the fields of DataConfig that it
+    uses beside those that all do (None: all of them); others are refused. surely(place), for labelled sets: whether a
+    quick look tells it from image-caption pairs (default: as `matches`).
+    """
+
+    matches: Callable[[Place], bool]
+    open: Callable[..., Any]
+    settings: frozenset[str] | None = frozenset()
+    surely: Callable[[Place], bool] | None = None

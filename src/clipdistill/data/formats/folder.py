@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from clipdistill.data.captions import MISSING, clean_all
-from clipdistill.data.files import IMAGE_SUFFIXES, collect, read_image_file
+from clipdistill.data.files import collect, read_image_file, refuse_split
+from clipdistill.data.formats import Format, Place
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import BadSample, Problems
-from clipdistill.errors import InputError
 
 
-def list_images(folder: Path) -> list[str]:
-    """Paths of the image files below `folder`, relative to it, sorted."""
-    found = []
-    for current, folders, files in os.walk(folder):
-        folders.sort()
-        found += [Path(current, file).relative_to(folder).as_posix() for file in files if _is_image(file)]
-    return sorted(found)
+def _has_captions(place: Place) -> bool:
+    return any((place.path / image).with_suffix(".txt").is_file() for image in place.images)
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")  # noqa: PTH122
-
-
-def open_folder(folder: Path, images: list[str], config: DataConfig) -> PairSource:
+def open_folder(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
     """Pairs in the order of their paths, which are the keys."""
-    if config.split not in (None, "all"):
-        raise InputError(f"{folder} is a plain folder without splits: leave split='{config.split}' out")
-    problems = Problems()
-    entries = []
-    for name in images:
-        text = folder / Path(name).with_suffix(".txt")
+    folder, problems, entries = place.path, Problems(), []
+    refuse_split(config.split, folder)
+    for name in place.images:
         try:
-            lines = read_image_file(text).decode("utf-8-sig", errors="surrogateescape").splitlines()
+            text = read_image_file(folder / Path(name).with_suffix(".txt"))
+            lines = text.decode("utf-8-sig", errors="surrogateescape").splitlines()
         except BadSample:
             problems.add(MISSING, name)
             lines = []
         # blank lines separate captions, they are not captions
         entries.append((name, clean_all([line for line in lines if line.strip()], name, problems)))
     return collect(folder.resolve().name, entries, folder, problems, config.max_pixels, folder)
+
+
+FORMAT = Format(_has_captions, open_folder)

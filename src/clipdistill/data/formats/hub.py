@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipdistill.data.captions import clean_all
-from clipdistill.data.files import choose_splits, read_image_file
-from clipdistill.data.formats.rows import CAPTION_NAMES, IMAGE_NAMES, Rows, guessed_column
+import numpy as np
+
+from clipdistill.data.files import choose_splits, read_image_file, refuse_split
+from clipdistill.data.formats import Format, Place
+from clipdistill.data.formats.rows import WITHOUT_IMAGE, Rows, find_columns
 from clipdistill.data.pairs import DataConfig, IndexedPairs, PairSource
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError, MissingExtraError
@@ -28,8 +30,9 @@ def _library(purpose: str) -> Any:
     return datasets
 
 
-def open_hub(name: str, config: DataConfig, default_split: str | None) -> PairSource:
+def open_hub(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
     """The pairs of a data set on the hub, or in its local cache. Raises InputError when it is in neither."""
+    name = place.removeprefix("hf:")
     datasets = _library(f"data 'hf:{name}'")
     identity, _, split = name.partition(":")
     if identity.count("/") != 1 or not all(identity.split("/")):
@@ -54,16 +57,16 @@ def open_hub(name: str, config: DataConfig, default_split: str | None) -> PairSo
     return _pairs(parts, f"{identity}{label}", config)
 
 
-def open_saved(folder: Path, config: DataConfig, default_split: str | None) -> PairSource:
+def open_saved(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
     """The pairs of a folder written by `save_to_disk`."""
+    folder = place.path
     datasets = _library(f"data '{folder}'")
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # any error type of arrow, json or the library itself
         raise InputError(f"'{folder}' is not a data set that the datasets library can load ({error})") from error
     if not isinstance(loaded, Mapping):
-        if config.split not in (None, "all"):
-            raise InputError(f"'{folder}' has no splits: leave split='{config.split}' out")
+        refuse_split(config.split, folder)
         return _pairs({"": loaded}, folder.resolve().name, config)
     counts = {name: len(part) for name, part in loaded.items()}
     chosen, label = choose_splits(config.split, default_split, counts, str(folder))
@@ -73,32 +76,31 @@ def open_saved(folder: Path, config: DataConfig, default_split: str | None) -> P
 
 def _pairs(parts: Mapping[str, Any], name: str, config: DataConfig) -> PairSource:
     datasets = _library(f"data '{name}'")
-    rows = Rows(Path(name), config)
+    rows = Rows(Path(name), config.model_copy(update={"split": None}))  # the split is chosen already
     tables: list[tuple[Any, str]] = []
-    places, keys, captions = [], [], []
     for split, part in parts.items():
-        columns = list(part.column_names)
-        image = guessed_column(config.image_column, "filepath", IMAGE_NAMES, columns, "image_column", name)
-        caption = guessed_column(config.caption_column, "title", CAPTION_NAMES, columns, "caption_column", name)
+        image, caption = find_columns(config, list(part.column_names), name)
         if isinstance(part.features[image], datasets.Image):
             part = part.cast_column(image, datasets.Image(decode=False))
         table = part.select_columns([image])
+        without = _null_rows(table, image)
         for row, value in enumerate(part[caption][:]):
             key = f"{split}/{row}" if split else str(row)
-            values = value if isinstance(value, list) else [value]
-            texts = clean_all(rows.present(values, key, f"row {key}"), key, rows.problems)
-            if not texts:
-                rows.problems.add("image without caption", key, dropped=True)
-                continue
-            places.append((len(tables), row))
-            keys.append(key)
-            captions.append(texts)
+            if row in without:
+                rows.problems.add(WITHOUT_IMAGE, key, dropped=True)
+            else:
+                rows.add_cell(key, value, None, f"row {key}", (len(tables), row))
         tables.append((table, image))
-    rows.refuse_missing()
-    if not keys:
-        found = rows.problems.summary()
-        raise InputError(f"{name}: no usable image-caption pair" + (f" ({found})" if found else ""))
-    return HubPairs(name, tables, places, keys, captions, rows, config)
+    _, keys, captions, places = rows.cells(None, has_splits=False)
+    return HubPairs(name, tables, places, keys, captions, rows)
+
+
+def _null_rows(table: Any, column: str) -> set[int]:
+    """The rows without an image, told by the table's own marks: no image is read."""
+    null = table.data.column(column).is_null().to_numpy()
+    chosen = getattr(table, "_indices", None)  # of a shuffled or filtered set
+    null = null if chosen is None else null[chosen.column(0).to_numpy()]
+    return set(np.flatnonzero(null).tolist())
 
 
 class HubPairs(IndexedPairs):
@@ -108,16 +110,16 @@ class HubPairs(IndexedPairs):
         self,
         name: str,
         tables: list[tuple[Any, str]],
-        places: list[tuple[int, int]],
+        places: list[tuple[int, ...]],
         keys: list[str],
         captions: list[list[str]],
         rows: Rows,
-        config: DataConfig,
     ) -> None:
-        super().__init__(name, keys, captions, rows.problems, config.max_pixels)
+        """places: number of the table and row of each image."""
+        super().__init__(name, keys, captions, rows.problems, rows.config.max_pixels)
         self._tables = tables
         self._places = places
-        self._root = Path(config.image_root) if config.image_root else Path()
+        self._root = Path(rows.config.image_root or "")
 
     def image_bytes(self, i: int) -> bytes:
         table, row = self._places[i]
@@ -130,3 +132,12 @@ class HubPairs(IndexedPairs):
         if isinstance(value, str):
             return read_image_file(self._root / value)
         raise BadSample("empty image file")
+
+
+def _is_saved(place: Place) -> bool:
+    return any(file.name in ("dataset_dict.json", "state.json") for file in place.files)
+
+
+_SETTINGS = frozenset({"image_root", "image_column", "caption_column"})
+HUB = Format(lambda place: place.startswith("hf:"), open_hub, _SETTINGS)
+SAVED = Format(_is_saved, open_saved, _SETTINGS)

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipdistill.data.formats.labelled_files import OwnNames
-from clipdistill.data.labelled import LabelledSource, Naming
+from clipdistill.data.files import read_image_file
+from clipdistill.data.formats import Format, Place
+from clipdistill.data.labelled import LabelledConfig, LabelledSource
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError, MissingExtraError, nearest
 
@@ -66,14 +67,14 @@ class TorchvisionLabels(LabelledSource):
         return buffer.getvalue()
 
 
-def open_torchvision(text: str, own_names: OwnNames, naming: Naming, split: str | None) -> TorchvisionLabels:
+def open_torchvision(place: Place, config: LabelledConfig) -> TorchvisionLabels:
     """'CIFAR10@ROOT' or 'CIFAR10:train@ROOT': a torchvision set that lies in the folder ROOT.
 
     CIFAR's files are Python pickles; torchvision compares their checksums with the originals' before it loads them.
     """
-    title, at, root = text.partition("@")
+    title, at, root = place.removeprefix("torchvision:").partition("@")
     name, _, named_split = title.partition(":")
-    split = split or named_split or None
+    own_names, split = config.classes, config.split or named_split or None
     if name not in _TORCHVISION:
         raise InputError(f"torchvision:{name} is not read here{nearest(name, _TORCHVISION)}")
     if not at or not root:
@@ -101,8 +102,7 @@ def open_torchvision(text: str, own_names: OwnNames, naming: Naming, split: str 
     order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     return TorchvisionLabels(
         *(dataset, order, f"{name}/{split}", [keys[i] for i in order], labels[order], [str(text) for text in names]),
-        naming="stored" if own_names else naming,
-        known=known,
+        **{**config.common, "known": known},
     )
 
 
@@ -127,18 +127,17 @@ class HubLabels(LabelledSource):
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
         if value.get("path"):
-            from clipdistill.data.files import read_image_file
-
             return read_image_file(value["path"])
         raise BadSample("missing image", self.key(i))
 
 
-def open_hub_labelled(text: str, own_names: OwnNames, naming: Naming, split: str | None, max_pixels: int) -> HubLabels:
+def open_hub_labelled(place: Place, config: LabelledConfig) -> HubLabels:
     """'owner/name?split=test&image=img&label=fine_label&config=...': a hub data set, or a saved one's folder.
 
     Columns are found by their types (one image, one class label) unless named. Needs the extra `hf`; fetching from the
     hub needs the network, which is said before.
     """
+    text = place.removeprefix("hf:")
     try:
         import datasets
     except ImportError as error:
@@ -150,20 +149,19 @@ def open_hub_labelled(text: str, own_names: OwnNames, naming: Naming, split: str
         raise InputError(
             f"hf:{text}: unknown setting '{unknown}'{nearest(unknown, ('split', 'image', 'label', 'config'))}"
         )
-    split = split or settings.get("split") or "test"
+    split = config.split or settings.get("split") or "test"
     rows = _load(datasets, name, settings.get("config"), split)
     image = _column(rows, settings.get("image"), datasets.Image, name, "image")
     label = _column(rows, settings.get("label"), datasets.ClassLabel, name, "label")
     feature = rows.features[label]
-    names = own_names or list(getattr(feature, "names", None) or [])
+    names = config.classes or list(getattr(feature, "names", None) or [])
     if isinstance(names, dict):
         raise InputError(f"hf:{name}: class names are a list in label order, not a mapping of folders")
     labels = np.asarray(rows[label][:], dtype=np.int64)
     rows = rows.cast_column(image, datasets.Image(decode=False))
     return HubLabels(
         *(rows, image, f"{name}/{split}", [f"{split}/{i:07d}" for i in range(len(labels))], labels, names),
-        naming="stored" if own_names else naming,
-        max_pixels=max_pixels,
+        **config.common,
     )
 
 
@@ -198,3 +196,7 @@ def _column(rows: Any, asked: str | None, kind: type, name: str, what: str) -> s
         listing = ", ".join(found or features)
         raise InputError(f"hf:{name}: which column holds the {what}? Name it with ?{what}=NAME (candidates: {listing})")
     return found[0]
+
+
+TORCHVISION = Format(lambda place: place.startswith("torchvision:"), open_torchvision)
+HUB = Format(lambda place: place.startswith("hf:"), open_hub_labelled, surely=lambda place: "label=" in place)

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipdistill.data.captions import clean_all
-from clipdistill.data.files import choose_splits
-from clipdistill.data.formats.rows import CAPTION_NAMES, IMAGE_NAMES, Rows, guessed_column
+from clipdistill.data.formats import Format, Place
+from clipdistill.data.formats.rows import WITHOUT_IMAGE, Rows, find_columns
 from clipdistill.data.pairs import DataConfig, IndexedPairs, PairSource
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
@@ -25,7 +24,18 @@ _KEPT_BYTES = 256 << 20  # of row groups, per process
 _BATCH = 65536  # rows of captions converted at a time
 
 
-def open_parquet(files: Sequence[Path], where: Path, config: DataConfig, default_split: str | None) -> PairSource:
+def tables_of(place: Place) -> list[Path]:
+    """The Parquet files that a name stands for; [] where it names none, or a folder of which they only tell something.
+
+    img2dataset's `files` output keeps a table of links NNNNN.parquet beside each folder NNNNN of photographs.
+    """
+    if place.head.startswith(b"PAR1"):
+        return [place.path]
+    found = place.with_ending(".parquet", ".pq")
+    return [] if any(file.with_suffix("").is_dir() for file in found) else found
+
+
+def open_parquet(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
     """The pairs of one or several Parquet files with the same columns, in their order.
 
     A caption column may hold strings or lists of strings. Columns with the usual names (image, caption, ...) are found
@@ -33,31 +43,46 @@ def open_parquet(files: Sequence[Path], where: Path, config: DataConfig, default
     """
     import pyarrow as pa
 
-    opened = [_open(file) for file in files]
-    tables, schema = [table for table, _ in opened], opened[0][1]
-    for file, (_, other) in zip(files, opened):
-        if other.names != schema.names:
-            raise InputError(f"'{file}' has other columns than '{files[0]}': {', '.join(other.names)}")
-    image = guessed_column(config.image_column, "filepath", IMAGE_NAMES, schema.names, "image_column", str(where))
-    caption = guessed_column(config.caption_column, "title", CAPTION_NAMES, schema.names, "caption_column", str(where))
-    split = "split" if "split" in schema.names else None
-    kind = schema.field(image).type
+    files, where = tables_of(place), place.path
+    tables = [_open(file) for file in files]
     try:
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            return _open_paths(files, tables, where, (image, caption, split), config, default_split)
-        if _holds_bytes(kind):
-            return _open_bytes(files, tables, where, (image, caption, split), config, default_split)
+        names, schema = tables[0].schema_arrow.names, tables[0].schema_arrow
+        for file, table in zip(files, tables):
+            if table.schema_arrow.names != names:
+                others = ", ".join(table.schema_arrow.names)
+                raise InputError(f"'{file}' has other columns than '{files[0]}': {others}")
+        image, caption = find_columns(config, names, where)
+        split = "split" if "split" in names else None
+        kind = schema.field(image).type
+        in_cells = _holds_bytes(kind)
+        if not in_cells and not _is_text(kind):
+            raise InputError(
+                f"'{where}': the column '{image}' holds {kind}, neither paths nor encoded images; set image_column"
+            )
+        rows = Rows(where, config)
+        for number, (file, table) in enumerate(zip(files, tables)):
+            beside = f" of {file.name}" if len(files) > 1 else ""
+            if in_cells:
+                lines = zip(_columns(table, (caption, split)), _places(table, image))
+                for line, ((texts, label), (group, row, null)) in enumerate(lines):
+                    if null:
+                        rows.problems.add(WITHOUT_IMAGE, f"{file.stem}/{line}", dropped=True)
+                    else:
+                        rows.add_cell(f"{file.stem}/{line}", texts, label, f"row {line}", (number, group, row))
+            else:
+                for line, (path, texts, label) in enumerate(_columns(table, (image, caption, split))):
+                    rows.add(path, texts, label, f"row {line}{beside}")
+        if not in_cells:
+            return rows.source(default_split, split is not None)
+        label, keys, captions, places = rows.cells(default_split, split is not None)
+        return ParquetPairs(f"{where.stem}{label}", files, image, keys, captions, places, rows)
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name that is not UTF-8
         raise InputError(f"'{where}': damaged Parquet file ({_first_line(error)})") from error
-    raise InputError(
-        f"'{where}': the column '{image}' holds {kind}, neither paths nor encoded images; set image_column"
-    )
 
 
-def _open(file: Path) -> tuple[Any, Any]:
-    """The file and its schema."""
+def _open(file: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -68,13 +93,20 @@ def _open(file: Path) -> tuple[Any, Any]:
     try:
         # mapped, and without pyarrow's read-ahead threads: both must survive the fork into workers
         table = pq.ParquetFile(file, memory_map=True, pre_buffer=False)
-        return table, table.schema_arrow
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name that is not UTF-8
+        _ = table.schema_arrow  # raises for damaged ones
+        return table
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"'{file}': not a readable Parquet file ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -83,14 +115,13 @@ def _holds_bytes(kind: Any) -> bool:
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return index >= 0 and _holds_bytes(kind.field(index).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
-def _columns(table: Any, names: Sequence[str | None]) -> Any:
+def _columns(table: Any, names: Sequence[str | None]) -> Iterator[tuple[Any, ...]]:
     """Rows of the named columns (None for a missing one) as tuples."""
     wanted = [name for name in names if name is not None]
     for batch in table.iter_batches(batch_size=_BATCH, columns=wanted, use_threads=False):
-        # lenient: a string that is no UTF-8 must not end the reading
         values = {name: _to_python(batch.column(wanted.index(name))) for name in wanted}
         yield from zip(*([None] * batch.num_rows if name is None else values[name] for name in names))
 
@@ -98,67 +129,43 @@ def _columns(table: Any, names: Sequence[str | None]) -> Any:
 def _to_python(column: Any) -> list[Any]:
     import pyarrow as pa
 
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    if _is_text(column.type):  # lenient: a string that is no UTF-8 must not end the reading
         raw = column.cast(pa.large_binary()).to_pylist()
         return [None if value is None else value.decode("utf-8", "surrogateescape") for value in raw]
-    return column.to_pylist()
+    values: list[Any] = column.to_pylist()
+    return values
 
 
-def _captions(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+def _places(table: Any, column: str) -> Iterator[tuple[int, int, bool]]:
+    """(row group, row in it, whether the image's cell is null) of every row.
+
+    The cells themselves are read only where the file's statistics do not say that none is null.
+    """
+    for group in range(table.num_row_groups):
+        about = table.metadata.row_group(group)
+        chunks = [about.column(number) for number in range(about.num_columns)]
+        counts = [
+            chunk.statistics.null_count if chunk.statistics is not None and chunk.statistics.has_null_count else None
+            for chunk in chunks
+            if chunk.path_in_schema in (column, f"{column}.bytes")
+        ]
+        if counts and not any(count is None or count for count in counts):
+            nulls = np.zeros(about.num_rows, dtype=bool)
+        else:
+            nulls = _read_cells(table, group, column).is_null().to_numpy(zero_copy_only=False)
+        for row in range(about.num_rows):
+            yield group, row, bool(nulls[row])
 
 
-def _open_paths(
-    files: Sequence[Path],
-    tables: Sequence[Any],
-    where: Path,
-    columns: tuple[str, str, str | None],
-    config: DataConfig,
-    default_split: str | None,
-) -> PairSource:
-    image, caption, split = columns
-    rows = Rows(where, config)
-    for file, table in zip(files, tables):
-        for number, (path, texts, label) in enumerate(_columns(table, (image, caption, split))):
-            rows.add(
-                path, _captions(texts), label, f"row {number} of {file.name}" if len(files) > 1 else f"row {number}"
-            )
-    return rows.source(default_split, has_splits=split is not None)
+def _read_cells(table: Any, group: int, column: str) -> Any:
+    """The encoded images of a row group, as a (chunked) array of bytes."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
 
-
-def _open_bytes(
-    files: Sequence[Path],
-    tables: Sequence[Any],
-    where: Path,
-    columns: tuple[str, str, str | None],
-    config: DataConfig,
-    default_split: str | None,
-) -> PairSource:
-    image, caption, split = columns
-    rows = Rows(where, config)
-    found: list[tuple[str, str, list[str], int, int, int]] = []
-    for number, (file, table) in enumerate(zip(files, tables)):
-        sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
-        places = ((group, row) for group, size in enumerate(sizes) for row in range(size))
-        for line, ((texts, label), (group, row)) in enumerate(zip(_columns(table, (caption, split)), places)):
-            key = f"{file.stem}/{line}"
-            values = rows.present(_captions(texts), key, f"row {line}")
-            captions = clean_all(values, key, rows.problems)
-            found.append((key, "" if label is None else str(label), captions, number, group, row))
-            rows.splits[found[-1][1]] += 1
-    rows.refuse_missing()
-    chosen, label = choose_splits(config.split, default_split, rows.splits if split is not None else {}, str(where))
-    kept = []
-    for entry in found:
-        if chosen is None or entry[1] in chosen:
-            if entry[2]:
-                kept.append(entry)
-            else:
-                rows.problems.add("image without caption", entry[0], dropped=True)
-    if not kept:
-        summary = rows.problems.summary()
-        raise InputError(f"{where}: no usable image-caption pair" + (f" ({summary})" if summary else ""))
-    return ParquetPairs(f"{where.stem}{label}", files, image, kept, rows, config.max_pixels)
+    cells = table.read_row_group(group, columns=[column], use_threads=False).column(0)
+    while pa.types.is_struct(cells.type):
+        cells = pc.struct_field(cells, "bytes")  # the path beside it may be no text
+    return cells
 
 
 class ParquetPairs(IndexedPairs):
@@ -169,14 +176,16 @@ class ParquetPairs(IndexedPairs):
         name: str,
         files: Sequence[Path],
         column: str,
-        kept: Sequence[tuple[str, str, list[str], int, int, int]],
+        keys: Sequence[str],
+        captions: Sequence[Sequence[str]],
+        places: Sequence[tuple[int, ...]],
         rows: Rows,
-        max_pixels: int,
     ) -> None:
-        super().__init__(name, (k[0] for k in kept), [k[2] for k in kept], rows.problems, max_pixels)
+        """places: file, row group and row of each image."""
+        super().__init__(name, keys, captions, rows.problems, rows.config.max_pixels)
         self._paths = [Path(file) for file in files]
         self._column = column
-        self._places = np.array([k[3:] for k in kept], dtype=np.int64)
+        self._places = np.array(places, dtype=np.int64)
         self._forget_files()
 
     def _forget_files(self) -> None:
@@ -199,14 +208,13 @@ class ParquetPairs(IndexedPairs):
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         file, group, row = (int(v) for v in self._places[i])
-        value = self._group(file, group)[row].as_py()
+        value: bytes | None = self._group(file, group)[row].as_py()
         if value is None:
             raise BadSample("empty image file")
         return value
 
     def _group(self, file: int, group: int) -> Any:
         import pyarrow as pa
-        import pyarrow.compute as pc
 
         if self._process != os.getpid():
             self._forget_files()
@@ -214,10 +222,8 @@ class ParquetPairs(IndexedPairs):
         if cells is None:
             try:
                 if file not in self._tables:
-                    self._tables[file] = _open(self._paths[file])[0]
-                cells = self._tables[file].read_row_group(group, columns=[self._column], use_threads=False).column(0)
-                while pa.types.is_struct(cells.type):
-                    cells = pc.struct_field(cells, "bytes")  # the path beside it may be no text
+                    self._tables[file] = _open(self._paths[file])
+                cells = _read_cells(self._tables[file], group, self._column)
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise BadSample(f"unreadable row group: {self._paths[file].name}: {_first_line(error)}") from error
             self._groups[file, group] = cells
@@ -225,3 +231,8 @@ class ParquetPairs(IndexedPairs):
                 self._groups.popitem(last=False)
         self._groups.move_to_end((file, group))
         return cells
+
+
+FORMAT = Format(
+    lambda place: bool(tables_of(place)), open_parquet, frozenset({"image_root", "image_column", "caption_column"})
+)

@@ -1,27 +1,45 @@
-"""CSV and TSV tables: one row a caption, with the image's path (by default open_clip's columns `filepath`, `title`)."""
+"""CSV and TSV tables: one row a caption, with the image's path (by default open_clip's columns `filepath`, `title`).
+
+A row that does not say clearly what its cells are is left out and listed with its line, never read as something else.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from clipdistill.data.files import IMAGE_SUFFIXES
+from clipdistill.data.formats import Format, Place
 from clipdistill.data.formats.rows import Rows, required_column
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.errors import InputError
 
 _SEPARATORS = ("\t", ",", ";", "|")
+_LONGEST_CELL = 131_072  # characters
+_MOST_CHARACTERS = 1 << 24  # in a cell that is read at all, to say how long it is
 
 
-def open_table(path: Path, config: DataConfig, default_split: str | None) -> PairSource:
+def is_table(place: Place) -> bool:
+    """Whether the name is a file that holds text (every other kind of file is known by its first bytes)."""
+    head = place.head
+    if not head.strip() or head.startswith((b"PAR1", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\3\4")):
+        return False
+    if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return False
+    return place.path.suffix.lower() not in (".tar", ".json") and place.document is None
+
+
+def open_table(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
     """The pairs of a table in the order in which images first appear. A column `split`, if there is one, names splits.
 
     Relative paths start from image_root, the table's folder or one below it, or the current folder. A blank caption
     (also 'nan', as pandas writes it) is an error unless missing_captions is 'skip'.
     """
-    encoding = _encoding(path)
+    path = place.path
+    encoding = "utf-16" if place.head.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
         with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
             first = file.readline(1 << 20)
@@ -31,27 +49,23 @@ def open_table(path: Path, config: DataConfig, default_split: str | None) -> Pai
         caption = header.index(required_column(config.caption_column, header, "caption_column", path))
         split = header.index("split") if "split" in header else None
         rows = Rows(path, config)
-        with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
-            for line, cells in _records(csv.reader(file, delimiter=separator), path, image):
-                if not cells:
-                    continue  # a blank line
-                rows.add(
-                    cells[image] if image < len(cells) else None,
-                    [cells[caption] if caption < len(cells) else None],
-                    cells[split] if split is not None and split < len(cells) else None,
-                    f"line {line}",
-                )
+        with path.open(encoding=encoding, errors="surrogateescape", newline="") as file, _long_cells():
+            for line, cells in _records(file, separator, path, image, rows):
+                fault = _fault(cells, len(header), separator)
+                if fault:
+                    rows.problems.add(fault, f"line {line}", dropped=True)
+                elif cells:  # else a blank line
+                    rows.add(
+                        cells[image] if image < len(cells) else None,
+                        [cells[caption] if caption < len(cells) else None],
+                        cells[split] if split is not None and split < len(cells) else None,
+                        f"line {line}",
+                    )
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeError as error:
         raise InputError(f"{path}: not readable as {encoding} text ({error})") from error
     return rows.source(default_split, has_splits=split is not None)
-
-
-def _encoding(path: Path) -> str:
-    with path.open("rb") as file:
-        start = file.read(2)
-    return "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
 
 
 def _separator(first: str, path: Path, config: DataConfig) -> str:
@@ -76,25 +90,73 @@ def _cells(line: str, separator: str, path: Path) -> list[str]:
         raise InputError(f"{path}: line 1 is not the header of a table ({error})") from error
 
 
-def _records(reader: Iterator[list[str]], path: Path, image: int) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of every row after the header. Raises InputError where a quotation mark swallows rows."""
-    line = 0
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    """Within, the library reads longer cells than it otherwise does, so that one of them costs its own row only."""
+    before = csv.field_size_limit(_MOST_CHARACTERS)
     try:
-        for number, cells in enumerate(reader):
-            begin, line = line + 1, reader.line_num  # type: ignore[attr-defined]
-            if number == 0:
-                continue
-            for cell in cells:
-                if "\n" in cell and _holds_rows(cell, reader.dialect.delimiter, image):  # type: ignore[attr-defined]
-                    raise InputError(
-                        f"{path}: a quotation mark on line {begin} is closed only on line {line} and swallows the rows "
-                        "between: double it or remove it"
-                    )
-            yield begin, cells
-    except csv.Error as error:
-        raise InputError(
-            f"{path}: not readable as a table after line {line} ({error}): look for a stray quotation mark"
-        ) from error
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _fault(cells: list[str], columns: int, separator: str) -> str | None:
+    """Why a row cannot be taken as it is; None for a good one."""
+    if any(cell.strip() for cell in cells[columns:]):
+        return f"more cells than columns: {len(cells)} for {columns}, quote a cell that holds {separator!r}"
+    for cell in cells:
+        if len(cell) > _LONGEST_CELL:
+            return f"over-long cell: {len(cell)} characters, at most {_LONGEST_CELL} are read"
+        start = cell.lstrip()
+        if start.startswith('"') and start != cell:
+            return "blank before a quotation mark: the cell would be read with its quotation marks"
+        if '\\"' in cell:
+            return "backslash before a quotation mark: double a quotation mark inside a cell"
+    return None
+
+
+def _records(
+    file: Iterator[str], separator: str, path: Path, image: int, rows: Rows
+) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of every row after the header; rows with quotation marks in the wrong place are counted.
+
+    Raises InputError where a quotation mark swallows rows.
+    """
+    reader = csv.reader(file, delimiter=separator, strict=True)
+    line, number = 0, 0
+    while True:
+        begin = line + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            line = max(reader.line_num, begin)
+            if "unexpected end of data" in str(error) and line > begin:
+                raise InputError(
+                    f"{path}: a quotation mark on line {begin} is never closed and swallows the rows up to "
+                    f"line {line}: double it or remove it"
+                ) from error
+            if "field larger" in str(error):
+                raise InputError(
+                    f"{path}: a cell that begins on line {begin} has more than {_MOST_CHARACTERS} characters: look for "
+                    "a stray quotation mark, or shorten it"
+                ) from error
+            for lost in range(begin, line + 1):
+                rows.problems.add(f"stray quotation mark: {error}", f"line {lost}", dropped=True)
+            number += 1
+            continue
+        line = reader.line_num
+        number += 1
+        if number == 1:
+            continue
+        for cell in cells:
+            if "\n" in cell and _holds_rows(cell, separator, image):
+                raise InputError(
+                    f"{path}: a quotation mark on line {begin} is closed only on line {line} and swallows the rows "
+                    "between: double it or remove it"
+                )
+        yield begin, cells
 
 
 def _holds_rows(cell: str, separator: str, image: int) -> bool:
@@ -104,3 +166,6 @@ def _holds_rows(cell: str, separator: str, image: int) -> bool:
         if 1 < len(cells) > image and os.path.splitext(cells[image].strip())[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
             return True
     return False
+
+
+FORMAT = Format(is_table, open_table, frozenset({"image_root", "image_column", "caption_column", "separator"}))

@@ -35,26 +35,32 @@ def looks_like_tar(head: bytes) -> bool:
 
 
 def members(file: BinaryIO, length: int) -> Iterator[Member]:
-    """The regular files of an archive of `length` bytes, in order.
+    """The regular files of an archive of `length` bytes, in order; archives written one behind the other are one.
 
-    Raises DamagedTar at the first header or member that is not whole, and when the end mark is missing (a cut between
-    two members): everything yielded before is complete.
+    Raises DamagedTar at the first header or member that is not whole, when the end mark is missing (a cut between two
+    members), and for anything but another archive behind the end mark: everything yielded before is complete.
     """
     position = 0
     long_name: str | None = None
     pax: dict[str, str] = {}
     pax_global: dict[str, str] = {}
+    ended = False
     while True:
-        if position + BLOCK > length:
-            raise DamagedTar("truncated archive: the end mark is missing")
         file.seek(position)
-        header = file.read(BLOCK)
+        header = file.read(BLOCK) if position + BLOCK <= length else b""
         if len(header) < BLOCK:
             raise DamagedTar("truncated archive: the end mark is missing")
         if not any(header):
-            return
+            behind = _behind_zeros(file, position, length)
+            if behind is None:
+                return
+            position, ended, long_name, pax, pax_global = behind, True, None, {}, {}
+            continue
         if not _checksum_right(header):
+            if ended:
+                raise DamagedTar(f"data behind the end of the archive: no header at byte {position}")
             raise DamagedTar("not an archive" if position == 0 else f"damaged archive: no header at byte {position}")
+        ended = False
         kind = header[156:157]
         settings = {**pax_global, **pax}
         size = _size(header, settings if kind not in (b"x", b"X", b"g", b"L", b"K") else {})
@@ -82,6 +88,20 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
                 yield Member(name, data, size)
             long_name, pax = None, {}
         position = data + (-(-size // BLOCK) * BLOCK if has_data else 0)
+
+
+def _behind_zeros(file: BinaryIO, position: int, length: int) -> int | None:
+    """Where the first block that is not all zeros begins, from `position` on; None when nothing follows."""
+    file.seek(position)
+    while position < length:
+        piece = file.read(min(1 << 20, length - position))
+        if not piece:
+            break
+        rest = piece.lstrip(b"\0")
+        if rest:
+            return position + (len(piece) - len(rest)) // BLOCK * BLOCK
+        position += len(piece)
+    return None
 
 
 def _after_sparse_map(file: BinaryIO, header: bytes, data: int) -> int:

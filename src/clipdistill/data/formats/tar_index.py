@@ -13,20 +13,23 @@ import hashlib
 import itertools
 import json
 import os
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from clipdistill.data.captions import EMPTY, MISSING, clean_all
+from clipdistill.data.captions import MISSING, clean_all
+from clipdistill.data.files import UNREAD, UNREAD_SUFFIXES
+from clipdistill.data.formats import PICTURES
 from clipdistill.data.formats.tar_headers import DamagedTar, Member, members
 from clipdistill.data.pairs import Strings
 from clipdistill.data.problems import Problems
+from clipdistill.runtime.files import new_file
 
-FORMAT = 3
-IMAGE_COMPONENTS = ("jpg", "jpeg", "png", "webp")
+FORMAT = 4
+TEXTS = ("txt", "json")
 _LARGEST_TEXT = 1 << 24  # bytes of a .txt or .json member that are read
 DUPLICATE = "duplicate member name"
 
@@ -43,61 +46,86 @@ class ShardIndex:
 
 
 @dataclass
-class _Sample:
+class Sample:
+    """The members of one name by their components; `others`: components that are not read."""
+
     stem: str
-    components: dict[str, Member]
+    components: dict[str, Member] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+
+    @property
+    def image(self) -> Member | None:
+        return next((self.components[kind] for kind in PICTURES if kind in self.components), None)
+
+    @property
+    def why_no_image(self) -> str:
+        """The reason to count it under when it has no image."""
+        unread = next((kind for kind in self.others if f".{kind}" in UNREAD_SUFFIXES), None)
+        return f"{UNREAD}: .{unread}" if unread else "sample without image"
 
 
-def index_shard(path: Path, label: str) -> ShardIndex:
+def index_shard(path: Path, label: str, column: str | None = None) -> ShardIndex:
     """Scan a shard, or take what an earlier run remembered. Damage is counted under `label`, what is whole is used.
 
+    column: where captions are instead of the usual places: a key of the .json, or 'txt'.
     Raises OSError when the file cannot be opened.
     """
     status = path.stat()
-    remembered = _cache_file(path)
-    key = json.dumps([FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns, label])
+    remembered = _cache_file(path, column)
+    key = json.dumps([FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns, label, column])
     index = _recall(remembered, key, status.st_size)
     if index is None:
         with path.open("rb") as file:
-            index = _scan(file, status.st_size, label)
+            index = _scan(file, status.st_size, label, column)
         _remember(remembered, key, index)
     return index
 
 
-def _scan(file: BinaryIO, length: int, label: str) -> ShardIndex:
-    index = ShardIndex()
-    groups: dict[str, list[_Sample]] = {}
-    samples: list[_Sample] = []
+def samples_of(file: BinaryIO, length: int, label: str, texts: Sequence[str], problems: Problems) -> list[Sample]:
+    """The samples of a shard in the order of their first members, with their images and the components `texts`."""
+    groups: dict[str, list[Sample]] = {}
+    samples: list[Sample] = []
     try:
         for member in members(file, length):
             folder, _, name = member.name.rpartition("/")
             stem, _, component = name.partition(".")
             component = component.lower()
-            if not stem or component not in (*IMAGE_COMPONENTS, "txt", "json"):
-                continue  # other components, and files beside the samples
+            if not stem or not component:
+                continue  # as WebDataset: files without an ending, and hidden ones, are no samples
             stem = f"{folder}/{stem}" if folder else stem
             stem = stem.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
             group = groups.setdefault(stem, [])
-            if group and component in group[-1].components:
-                index.problems.add(DUPLICATE, f"{label}/{member.name}")
-            if not group or component in group[-1].components:
-                group.append(_Sample(stem, {}))
+            known = component in PICTURES or component in texts
+            ending = component.rpartition(".")[2]
+            if not known and "." in component and (ending in PICTURES or ending in texts):
+                reason = f"dotted member name: a sample's name ends at its first dot, so this is no .{ending}"
+                problems.add(reason, f"{label}/{member.name}", dropped=ending in PICTURES)
+                continue
+            if known and group and component in group[-1].components:
+                problems.add(DUPLICATE, f"{label}/{member.name}")
+            if not group or (known and component in group[-1].components):
+                group.append(Sample(stem))
                 samples.append(group[-1])
-            group[-1].components[component] = member
+            if known:
+                group[-1].components[component] = member
+            else:
+                group[-1].others.append(component)
     except DamagedTar as error:
-        reason = str(error)
-        name, _, detail = reason.partition(": ")
-        index.problems.add(f"{name}: {detail}" if detail else name, label)
+        problems.add(str(error), label)
+    return samples
+
+
+def _scan(file: BinaryIO, length: int, label: str, column: str | None) -> ShardIndex:
+    index = ShardIndex()
     seen: dict[str, int] = {}
-    for sample in samples:
+    for sample in samples_of(file, length, label, TEXTS, index.problems):
         seen[sample.stem] = count = seen.get(sample.stem, 0) + 1
         stem = sample.stem if count == 1 else f"{sample.stem}#{count}"
-        key = f"{label}/{stem}"
-        image = next((sample.components[c] for c in IMAGE_COMPONENTS if c in sample.components), None)
+        key, image = f"{label}/{stem}", sample.image
         if image is None:
-            index.problems.add("sample without image", key, dropped=True)
+            index.problems.add(sample.why_no_image, key, dropped=True)
             continue
-        captions = _captions(file, sample.components, key, index.problems)
+        captions = _captions(file, sample.components, key, column, index.problems)
         if not captions:
             index.problems.add("image without caption", key, dropped=True)
             continue
@@ -108,8 +136,10 @@ def _scan(file: BinaryIO, length: int, label: str) -> ShardIndex:
     return index
 
 
-def _captions(file: BinaryIO, components: dict[str, Member], key: str, problems: Problems) -> list[str]:
-    """The 'captions' of the .json, else the .txt, else the 'caption' of the .json."""
+def _captions(
+    file: BinaryIO, components: dict[str, Member], key: str, column: str | None, problems: Problems
+) -> list[str]:
+    """The 'captions' of the .json, else the .txt, else the 'caption' of the .json; or what `column` names."""
     record: dict[str, Any] = {}
     if "json" in components:
         try:
@@ -117,18 +147,19 @@ def _captions(file: BinaryIO, components: dict[str, Member], key: str, problems:
             record = content if isinstance(content, dict) else {}
         except (ValueError, RecursionError):
             problems.add("unreadable json", key)
-    several = record.get("captions")
-    if isinstance(several, list) and several:
-        captions = clean_all(several, key, problems)
+    places = ("captions", "txt", "caption") if column is None else (column,)
+    found = False
+    for place in places:
+        if place == "txt":
+            values: Any = [_read(file, components["txt"])] if "txt" in components else []
+        else:
+            values = record.get(place) or []
+            values = values if isinstance(values, list) else [values]
+        found = found or bool(values)
+        captions = clean_all(values, key, problems)
         if captions:
             return captions
-    if "txt" in components:
-        captions = clean_all([_read(file, components["txt"])], key, problems)
-        if captions:
-            return captions
-    if "caption" in record:
-        return clean_all([record["caption"]], key, problems)
-    if not problems.rows or problems.rows[-1] != (key, EMPTY):
+    if not found:
         problems.add(MISSING, key)
     return []
 
@@ -146,9 +177,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipdistill"
 
 
-def _cache_file(path: Path) -> Path | None:
+def _cache_file(path: Path, column: str | None) -> Path | None:
     try:
-        name = hashlib.sha256(str(path.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        about = f"{path.resolve()}\0{column}" if column else str(path.resolve())
+        name = hashlib.sha256(about.encode("utf-8", "surrogateescape")).hexdigest()[:32]
         return cache_folder() / "tar-index" / f"{name}.npz"
     except (OSError, RuntimeError):  # no home folder
         return None
@@ -190,25 +222,13 @@ def _remember(file: Path | None, key: str, index: ShardIndex) -> None:
         return
     stems, captions = Strings.pack(index.stems), Strings.pack(c for group in index.captions for c in group)
     problems = {"counts": index.problems.counts, "rows": index.problems.rows, "dropped": index.problems.dropped}
-    temporary = None
-    try:
+    arrays: dict[str, Any] = {
+        **{"key": np.array(key), "stems": stems.buffer, "stem_offsets": stems.offsets},
+        **{"captions": captions.buffer, "caption_offsets": captions.offsets},
+        **{"starts": np.cumsum([0, *(len(c) for c in index.captions)]), "problems": np.array(json.dumps(problems))},
+        **{"offsets": np.array(index.offsets, dtype=np.int64), "sizes": np.array(index.sizes, dtype=np.int64)},
+    }
+    with contextlib.suppress(OSError, ValueError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as handle:
-            temporary = Path(handle.name)
-            np.savez(
-                handle,
-                key=np.array(key),
-                stems=stems.buffer,
-                stem_offsets=stems.offsets,
-                captions=captions.buffer,
-                caption_offsets=captions.offsets,
-                starts=np.cumsum([0, *(len(c) for c in index.captions)]),
-                offsets=np.array(index.offsets, dtype=np.int64),
-                sizes=np.array(index.sizes, dtype=np.int64),
-                problems=np.array(json.dumps(problems)),
-            )
-        temporary.replace(file)
-    except (OSError, ValueError):
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        with new_file(file) as temporary, temporary.open("wb") as handle:
+            np.savez(handle, **arrays)

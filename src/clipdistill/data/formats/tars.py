@@ -18,6 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from clipdistill.data.files import is_remote, local_path, nothing_usable
+from clipdistill.data.formats import Format, Place
+from clipdistill.data.formats.tar_headers import looks_like_tar
 from clipdistill.data.formats.tar_index import DUPLICATE, ShardIndex, index_shard
 from clipdistill.data.pairs import DataConfig, IndexedPairs
 from clipdistill.data.problems import BadSample, Problems, valid_text
@@ -161,10 +164,29 @@ def _joined(parts: Sequence[Sequence[int]]) -> np.ndarray:
     return np.fromiter(itertools.chain.from_iterable(parts), dtype=np.int64)
 
 
-def open_tars(shards: Sequence[Path], name: str, config: DataConfig) -> TarPairs:
+def shards_of(place: Place) -> list[Path]:
+    """The tars that a name stands for: one, those of a folder, or those of a brace pattern; [] if it names none."""
+    if place.is_folder:
+        return place.with_ending(".tar")
+    if place.there:
+        return [place.path] if looks_like_tar(place.head) else []
+    return [local_path(name) for name in expand_braces(place)] if "{" in place and not is_remote(place) else []
+
+
+def open_tars(place: Place, config: DataConfig, default_split: str | None) -> TarPairs:
     """The pairs of these shards in their order. InputError when a shard is missing or none holds a usable pair."""
+    shards = shards_of(place)
+    if place.is_folder:
+        name = place.path.resolve().name
+    elif place.there:
+        name = place.path.stem
+    else:
+        name = Path(place).name if Path(place).parent == Path() else str(place)
     if config.split not in (None, "all"):
         raise InputError(f"tars have no splits: leave split='{config.split}' out and name the shards of that split")
+    column = (
+        None if config.caption_column == DataConfig.model_fields["caption_column"].default else config.caption_column
+    )
     missing = [path for path in shards if not path.is_file()]
     if missing:
         raise InputError(f"{len(missing)} of {len(shards)} shards do not exist, the first is '{missing[0]}'")
@@ -173,7 +195,7 @@ def open_tars(shards: Sequence[Path], name: str, config: DataConfig) -> TarPairs
     indexes = []
     for path, label in zip(shards, labels):
         try:
-            index = index_shard(path, label)
+            index = index_shard(path, label, column)
         except OSError as error:
             index = ShardIndex()
             index.problems.add(f"unreadable shard: {error.strerror or error}", label)
@@ -188,10 +210,7 @@ def open_tars(shards: Sequence[Path], name: str, config: DataConfig) -> TarPairs
             first,
         )
     if not any(index.stems for index in indexes):
-        found = problems.summary()
-        raise InputError(
-            f"{name}: no usable image-caption pair in {len(shards)} shards" + (f" ({found})" if found else "")
-        )
+        raise nothing_usable(name, problems, f"no usable image-caption pair in {len(shards)} shards")
     return TarPairs(name, shards, labels, indexes, problems, config.max_pixels)
 
 
@@ -207,3 +226,6 @@ def _labels(shards: Sequence[Path]) -> list[str]:
         repeated = next(path for path, label in zip(shards, labels) if labels.count(label) > 1)
         raise InputError(f"the shard '{repeated}' is named more than once")
     return labels
+
+
+FORMAT = Format(lambda place: bool(shards_of(place)), open_tars, frozenset({"caption_column"}))
