@@ -7,9 +7,14 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from clipdistill.runtime.machine import cpu_count
 
 EXTRAS = {
     "hf": ("transformers", "datasets"),
@@ -18,10 +23,6 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
 }
-_PAIRS = {"2.6": "0.21", "2.7": "0.22", "2.8": "0.23", "2.9": "0.24", "2.10": "0.25", "2.11": "0.26"}
-"""torch and the torchvision built for it; newer pairs are judged by whether torchvision imports."""
-
-
 @dataclass(frozen=True)
 class Finding:
     """One line of the report: state is "ok", "note" or "problem"."""
@@ -32,27 +33,25 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where large files would go."""
+    """Where large files would go, and how thoroughly to look."""
     parser.add_argument("--folder", type=Path, default=Path(), help="folder whose free disk is checked")
+    parser.add_argument("--load", action="store_true", help="load torch and torchvision too (takes seconds)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings; 1 when something needed is missing or broken."""
-    findings = examine(arguments.folder)
+    findings = examine(arguments.folder, load=arguments.load)
     for finding in findings:
         mark = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}[finding.state]
         print(f"{mark} {finding.what}" + (f"\n        {finding.advice}" if finding.advice else ""))
     return int(any(f.state == "problem" for f in findings))
 
 
-def examine(folder: Path) -> list[Finding]:
-    """Everything doctor looks at."""
-    return [_python(), *_torch(), *_core(), _device(), _disk(folder), _memory(), *_extras(), _network()]
-
-
-def _python() -> Finding:
-    version = platform.python_version()
-    return Finding("ok", f"Python {version}")
+def examine(folder: Path, *, load: bool = False) -> list[Finding]:
+    """Everything doctor looks at: versions, files and the system; with `load` also whether torch works."""
+    python = Finding("ok", f"Python {platform.python_version()}")
+    loaded = [_loaded()] if load else []
+    return [python, *_torch(), *loaded, *_core(), _device(), _disk(folder), _memory(), *_extras(), _network()]
 
 
 def _version(package: str) -> str | None:
@@ -69,16 +68,24 @@ def _torch() -> list[Finding]:
         missing = "torch" if torch_version is None else "torchvision"
         return [Finding("problem", f"{missing} is not installed", "pip install torch torchvision")]
     pair = f"torch {torch_version} with torchvision {vision_version}"
-    expected = _PAIRS.get(".".join(torch_version.split(".")[:2]))
-    if expected is not None and not vision_version.startswith(expected + "."):
+    release = re.match(r"2\.(\d+)\.", torch_version)
+    expected = None if release is None else f"0.{int(release[1]) + 15}"  # 2.6 with 0.21, 2.7 with 0.22 and so on
+    if expected is not None and not vision_version.startswith(f"{expected}."):
         return [Finding("problem", f"{pair}: this torch needs torchvision {expected}", repair)]
-    try:
-        import torchvision
-
-        torchvision.ops.nms  # noqa: B018  the operator that is missing when the two builds do not match
-    except (ImportError, RuntimeError, AttributeError, OSError) as error:
-        return [Finding("problem", f"{pair}: torchvision does not load ({str(error).splitlines()[0]})", repair)]
+    builds = [version.partition("+")[2] for version in (torch_version, vision_version)]
+    if all(builds) and builds[0] != builds[1]:
+        return [Finding("problem", f"{pair}: built for different devices", repair)]
     return [Finding("ok", pair)]
+
+
+def _loaded() -> Finding:
+    """Whether the operators of both packages are there; they are missing where two builds do not match."""
+    code = "import torch, torchvision; torchvision.ops.nms; torch.cuda.is_available() and torch.zeros(1, device='cuda')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return Finding("ok", "torch and torchvision load")
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return Finding("problem", f"torch and torchvision do not load ({last:.200})", "reinstall both from one index")
 
 
 def _core() -> list[Finding]:
@@ -90,20 +97,34 @@ def _core() -> list[Finding]:
 
 
 def _device() -> Finding:
+    """The CUDA devices that the driver lists, else the processor; torch is not asked, which takes seconds to load."""
+    names = [] if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") else _cuda_devices()
+    if names and (_version("torch") or "").endswith("+cpu"):
+        return Finding("problem", f"device: {', '.join(names)}, which this torch cannot use", "pip install torch for CUDA")
+    if names:
+        return Finding("ok", f"device: {', '.join(names)}")
     try:
-        import torch
-    except ImportError as error:
-        return Finding("problem", f"torch does not load ({error})", "see above")
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        free = torch.cuda.mem_get_info(0)[0] / 1e9
-        return Finding("ok", f"device: {', '.join(names)}; {free:.0f} GB free on the first")
-    bf16 = "amx" if torch.cpu._is_amx_tile_supported() else "no AMX"
+        amx = "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        amx = False
     return Finding(
         "note",
-        f"device: CPU, {torch.get_num_threads()} threads ({bf16})",
+        f"device: CPU, {cpu_count()} processors ({'amx' if amx else 'no AMX'})",
         "no CUDA device is visible: small students train in minutes to hours; large ones need a GPU",
     )
+
+
+def _cuda_devices() -> list[str]:
+    found = [path.read_text(encoding="utf-8") for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    names = [match[1] for text in found if (match := re.search(r"^Model:\s*(.+?)\s*$", text, re.MULTILINE))]
+    if names or shutil.which("nvidia-smi") is None:
+        return names
+    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
 
 
 def _disk(folder: Path) -> Finding:
