@@ -23,6 +23,8 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
 }
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the report: state is "ok", "note" or "problem"."""
@@ -80,7 +82,7 @@ def _torch() -> list[Finding]:
 
 def _loaded() -> Finding:
     """Whether the operators of both packages are there; they are missing where two builds do not match."""
-    code = "import torch, torchvision; torchvision.ops.nms; torch.cuda.is_available() and torch.zeros(1, device='cuda')"
+    code = "import torch, torchvision; torchvision.ops.nms; torch.cuda.is_available() and torch.zeros(1).cuda()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return Finding("ok", "torch and torchvision load")
@@ -100,7 +102,9 @@ def _device() -> Finding:
     """The CUDA devices that the driver lists, else the processor; torch is not asked, which takes seconds to load."""
     names = [] if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") else _cuda_devices()
     if names and (_version("torch") or "").endswith("+cpu"):
-        return Finding("problem", f"device: {', '.join(names)}, which this torch cannot use", "pip install torch for CUDA")
+        return Finding(
+            "problem", f"device: {', '.join(names)}, which this torch cannot use", "pip install torch for CUDA"
+        )
     if names:
         return Finding("ok", f"device: {', '.join(names)}")
     try:

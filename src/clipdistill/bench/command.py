@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError, nearest
+from clipdistill.models.names import check_model_name
 from clipdistill.registry import BACKENDS
 from clipdistill.runtime.console import TextTable, say
 from clipdistill.runtime.files import require_place, write_json
@@ -93,6 +94,8 @@ def run_bench(
     for name in backends:
         if name not in BACKENDS:
             raise InputError(f"unknown back end '{name}'{nearest(name, BACKENDS.names())}")
+    for name in models:
+        check_model_name(name)
     source = open_pairs(data, split=split) if data is not None else None
     from clipdistill.bench.throughput import throughput
     from clipdistill.models.load import load_model

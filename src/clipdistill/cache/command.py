@@ -13,15 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from clipdistill.cache.config import CacheConfig
-from clipdistill.cache.fill import fill, read_ledger
-from clipdistill.cache.merge import merge
-from clipdistill.cache.sizes import readable
-from clipdistill.cache.store import Store
-from clipdistill.cache.tars import export_shards
-from clipdistill.cache.verify import verify
 from clipdistill.config import build, override
-from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError
+from clipdistill.models.names import check_model_name
 from clipdistill.recipes import load_recipe
 
 ACTIONS = ("verify", "info", "merge", "export")
@@ -90,8 +84,12 @@ def _fill(assignments: list[str], arguments: argparse.Namespace) -> int:
     data = {"path": arguments.data, "split": arguments.split, "image_root": arguments.image_root}
     values["data"] = {name: value for name, value in data.items() if value is not None}
     config = build(CacheConfig, override(values, assignments), "cache")
+    for name in config.teachers:
+        check_model_name(name)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     say: Callable[[str], None] = (lambda _: None) if arguments.quiet else console.print
+    from clipdistill.cache.fill import fill
+
     with _Meter(console, enabled=not arguments.quiet) as meter:
         report = fill(config, say=say, progress=meter.update)
     if report.samples:
@@ -143,6 +141,9 @@ def _folders(words: list[str], least: int, usage: str) -> list[Path]:
 
 
 def _verify(words: list[str], arguments: argparse.Namespace) -> int:
+    from clipdistill.cache.sizes import readable
+    from clipdistill.cache.verify import verify
+
     code = 0
     for folder in _folders(words, 1, "verify DIR"):
         report = verify(folder)
@@ -158,6 +159,10 @@ def _verify(words: list[str], arguments: argparse.Namespace) -> int:
 
 
 def _info(words: list[str], arguments: argparse.Namespace) -> int:
+    from clipdistill.cache.fill import read_ledger
+    from clipdistill.cache.sizes import readable
+    from clipdistill.cache.store import Store
+
     for folder in _folders(words, 1, "info DIR"):
         store = Store(folder)
         manifest, missing = store.manifest, len(store.missing_blocks())
@@ -188,6 +193,8 @@ def _info(words: list[str], arguments: argparse.Namespace) -> int:
 
 
 def _merge(words: list[str], arguments: argparse.Namespace) -> int:
+    from clipdistill.cache.merge import merge
+
     out, *folders = _folders(words, 3, "merge OUT DIR DIR ...")
     store = merge(out, folders)
     missing = len(store.missing_blocks())
@@ -202,6 +209,10 @@ def _export(words: list[str], arguments: argparse.Namespace) -> int:
     if arguments.data is None:
         raise InputError("cache export: name the data the cache was filled from with --data, whose tars set the names")
     from clipdistill.cache.check import require_data
+    from clipdistill.cache.sizes import readable
+    from clipdistill.cache.store import Store
+    from clipdistill.cache.tars import export_shards
+    from clipdistill.data.open import open_pairs
 
     values = {"path": arguments.data, "split": arguments.split}
     source = open_pairs(

@@ -10,7 +10,7 @@ import numpy as np
 import pydantic
 
 from clipdistill.cache.blocks import CACHE_REMEDY, MANIFEST, BlockFolder
-from clipdistill.cache.rows import Dtype
+from clipdistill.cache.names import Dtype
 from clipdistill.config import Config, as_dict, build
 from clipdistill.data.views import ImageSpec, ViewPolicy
 from clipdistill.errors import InputError

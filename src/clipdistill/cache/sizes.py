@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from clipdistill.cache.rows import Dtype, row_bytes
+from clipdistill.cache.names import Dtype
+from clipdistill.cache.rows import row_bytes
 from clipdistill.errors import ClipdistillError
 
 VIEW_BYTES = 4 * 4 + 1 + 2 * 9

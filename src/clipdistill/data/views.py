@@ -11,16 +11,18 @@ import functools
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image
 from pydantic import Field, model_validator
 
 from clipdistill.config import Config
 from clipdistill.data.colours import apply_operations, sample_operations
 from clipdistill.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -135,6 +137,8 @@ def _sample_box(policy: ViewPolicy, width: int, height: int, rng: np.random.Gene
 
 def render(image: Image.Image, view: View, spec: ImageSpec, *, exact: bool = True) -> torch.Tensor:
     """`image` (RGB) as the model sees it: float32 (3, size, size), normalised. See `render_pixels`."""
+    import torch  # here and below: describing a view must not wait for it
+
     return normalise(torch.from_numpy(render_pixels(image, view, spec, exact=exact)), spec)
 
 
@@ -165,6 +169,8 @@ def normalise(pixels: torch.Tensor, spec: ImageSpec, out: torch.Tensor | None = 
 
     `out` takes the result where it is given.
     """
+    import torch
+
     planes = pixels.movedim(-1, -3)
     if out is None:
         out = torch.empty(planes.shape, dtype=torch.float32, device=pixels.device)
@@ -175,6 +181,8 @@ def normalise(pixels: torch.Tensor, spec: ImageSpec, out: torch.Tensor | None = 
 
 @functools.lru_cache(maxsize=16)
 def _constants(mean: Triple, std: Triple, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    import torch
+
     def column(values: Triple) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
@@ -238,6 +246,8 @@ def _pillow_resize(image: Image.Image, size: tuple[int, int], interpolation: str
 
 def _torch_resize(image: Image.Image, size: tuple[int, int], interpolation: str, box: Box | None) -> np.ndarray:
     """The resized pixels (height, width, 3), read-only where they are the image's own."""
+    import torch
+
     pixels = _pixels_of(image)
     if box is not None:
         # whole pixels only: of a picture decoded at reduced size, a view may shift by half a pixel

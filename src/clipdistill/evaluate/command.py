@@ -6,15 +6,17 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError
-from clipdistill.evaluate.evaluate import evaluate
-from clipdistill.evaluate.geometry import geometry
+from clipdistill.models.names import check_model_name
 from clipdistill.statistics.protocol import RETRIEVAL_PROTOCOLS
-from clipdistill.statistics.scores import Scores
+
+if TYPE_CHECKING:
+    from clipdistill.embed.encode import EncodedPairs
+    from clipdistill.statistics.scores import Scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
+    for name in filter(None, (arguments.model, arguments.teacher)):
+        check_model_name(name)
     try:
         ks = tuple(int(k) for k in arguments.k.split(","))
     except ValueError as error:
@@ -108,6 +112,7 @@ def run_eval(
     geometry_path: where to write the geometry of the embeddings (one set of pairs). Under torchrun the ranks share the
     work and the first one writes.
     """
+    from clipdistill.evaluate.evaluate import evaluate
     from clipdistill.runtime.distributed import ProcessGroup, is_main, world_size
     from clipdistill.runtime.machine import pick_device
 
@@ -157,6 +162,8 @@ def geometry_file(name: str, model: str) -> Path:
 
 def write_geometry(embeddings: dict[tuple[str, str], EncodedPairs], path: Path) -> None:
     """Geometry of the student's embeddings as JSON, with the teacher's and their alignment where it was measured."""
+    from clipdistill.evaluate.geometry import geometry
+
     sets = list(dict.fromkeys(name for _, name in embeddings))
     if len(sets) != 1:
         listed = ", ".join(sets) or "none"

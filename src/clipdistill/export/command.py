@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from clipdistill.errors import InputError
-from clipdistill.export.gate import Tolerance
+from clipdistill.models.names import check_model_name
 
 TARGETS = ("onnx", "openvino", "open_clip", "hf")
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--tolerance",
         type=float,
-        default=Tolerance.difference,
+        default=1e-4,
         help="largest difference of an entry of unit-length embeddings (default: 1e-4)",
     )
     add("--opset", type=int, default=None, help="ONNX operator set (default: 20; from 23 attention is one operator)")
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export and say what was kept."""
+    check_model_name(arguments.model)
     run_export(
         arguments.model,
         arguments.to,
@@ -74,7 +75,7 @@ def run_export(
     calibration_size: int = 128,
     budget: float = 1.0,
     normalised: bool = False,
-    tolerance: float = Tolerance.difference,
+    tolerance: float = 1e-4,
     opset: int | None = None,
     push: str | None = None,
     private: bool = False,
@@ -82,6 +83,7 @@ def run_export(
 ) -> Path:
     """Export the model called `model` to the folder `out`; returns it. InputError for what cannot be exported."""
     from clipdistill.export.accuracy import open_calibration, open_test
+    from clipdistill.export.gate import Tolerance
     from clipdistill.export.towers import OPSET
     from clipdistill.models.load import load_model
 

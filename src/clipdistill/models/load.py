@@ -32,14 +32,14 @@ from clipdistill.models.clip_model import ClipModel, require_usable_scale
 from clipdistill.models.exported import MANIFEST, read_exported
 from clipdistill.models.inheritance.cut import inherit
 from clipdistill.models.inheritance.names import PREFIX, parse
-from clipdistill.models.known import HELD, SHIPPED, known_architectures, near, offering, shipped_models
+from clipdistill.models.known import HELD, SHIPPED, known_architectures, offering, shipped_models
+from clipdistill.models.names import check_model_name
 from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG
 from clipdistill.models.own import clip_model_of, held_model
 from clipdistill.models.resolution import with_image_size
 from clipdistill.models.save import DESCRIPTION, read_model
 from clipdistill.models.students import build_student, timm_student
 from clipdistill.models.tokenizers import Tokenizer
-from clipdistill.models.weights import WEIGHT_SUFFIXES
 
 logger = logging.getLogger("clipdistill")
 
@@ -76,6 +76,7 @@ def load_model(
 
 
 def _read(name: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
+    check_model_name(name)
     prefix, colon, rest = name.partition(":")
     if colon and prefix in _PREFIXES:
         return _PREFIXES[prefix](rest, tokenizer, seed)
@@ -87,28 +88,9 @@ def _read(name: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
     if name in known_architectures():
         return build_student(name, seed=seed, tokenizer=tokenizer)
     path = Path(name).expanduser()
-    if path.is_dir():
-        return read_folder(path, name)
-    if path.is_file():
-        return read_file(path)
-    architecture, slash, tag = name.partition("/")
-    if slash and tag and "/" not in tag and not _looks_like_path(name):
-        return open_clip_models.read_pretrained(architecture, tag)
-    if _looks_like_path(name):
-        raise InputError(f"{name}: no such file or folder")
-    raise InputError(
-        f"'{name}' is no model: not an architecture, a student or a path{near(name, known_architectures())}"
-    )
-
-
-def _looks_like_path(name: str) -> bool:
-    first = name.split("/")[0]
-    return (
-        name.startswith(("/", "./", "../", "~"))
-        or name.endswith(WEIGHT_SUFFIXES)
-        or name.count("/") > 1
-        or Path(first).is_dir()
-    )
+    if path.exists():
+        return read_folder(path, name) if path.is_dir() else read_file(path)
+    return open_clip_models.read_pretrained(*name.split("/"))
 
 
 def _from_hub(repository: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
@@ -116,8 +98,6 @@ def _from_hub(repository: str, tokenizer: Tokenizer | None, seed: int) -> ClipMo
     name = f"hf:{repository}"
     if Path(repository).is_dir():
         return read_folder(Path(repository), name)
-    if repository.count("/") != 1 or not all(repository.split("/")):
-        raise InputError(f"'{name}': expected  hf:owner/name  or  hf:  and the path of a folder")
     for files in _HUB_FORMS:
         folder = _cached_folder(repository, files)
         if folder is not None:
@@ -150,10 +130,7 @@ def _cached_folder(repository: str, files: tuple[tuple[str, ...], ...]) -> Path 
 
 
 def _from_local_dir(folder: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise InputError(f"local-dir:{folder}: no such folder")
-    return read_folder(path, f"local-dir:{folder}")
+    return read_folder(Path(folder).expanduser(), f"local-dir:{folder}")
 
 
 def _held(name: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:

@@ -18,7 +18,6 @@ from torch import nn
 from clipdistill.errors import InputError
 from clipdistill.models.save import require_equal_shapes
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 # wrappers of DDP, torch.compile and TinyCLIP, which split the model in three
 _PREFIXES = ("module.", "_orig_mod.", "_image_encoder.", "_text_encoder.", "_logit_scale.")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")

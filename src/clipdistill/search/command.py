@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -22,17 +22,19 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from clipdistill.data.files import read_image_file
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
+from clipdistill.models.names import check_model_name
 from clipdistill.runtime.links import is_inside, refuse_links
 from clipdistill.runtime.signals import StopSignal
-from clipdistill.search.collection import Answer, Collection, times_as_fast
-from clipdistill.search.encoder import SearchModel
 from clipdistill.search.find import FINDERS, recall
 from clipdistill.search.photographs import printable
 from clipdistill.search.store import HIDDEN, Store, open_store
-from clipdistill.search.update import Update, update
+
+if TYPE_CHECKING:
+    from clipdistill.search.collection import Answer, Collection
+    from clipdistill.search.encoder import SearchModel
+    from clipdistill.search.update import Update
 
 PORT = 8765
 _LISTED = 10
@@ -71,6 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--port must be between 0 and 65535, got {arguments.port}")
     if not arguments.folder.is_dir():
         raise InputError(f"{arguments.folder}: no such folder")
+    for name in filter(None, (arguments.model, arguments.teacher)):
+        check_model_name(name)
     picture = _read(arguments.image) if arguments.image is not None else None
     console = Console(stderr=arguments.json)
     collection = open_collection(arguments, console)
@@ -93,6 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def open_collection(arguments: argparse.Namespace, console: Console) -> Collection:
     """Load the models and index the folder with each; the student first."""
+    from clipdistill.search.collection import Collection
+    from clipdistill.search.encoder import SearchModel
+
     names = [("student", arguments.model)] + ([("teacher", arguments.teacher)] if arguments.teacher else [])
     index = arguments.index or arguments.folder / HIDDEN
     if arguments.index is None and index.is_symlink() and not is_inside(arguments.folder, index):
@@ -129,6 +136,8 @@ def open_collection(arguments: argparse.Namespace, console: Console) -> Collecti
 
 
 def _update(store: Store, model: SearchModel, arguments: argparse.Namespace, console: Console) -> Update:
+    from clipdistill.search.update import update
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
     shown = Console(stderr=True)
     with StopSignal() as signal, Progress(*columns, console=shown, transient=True, disable=arguments.quiet) as bar:
@@ -190,6 +199,8 @@ def print_answers(answers: Sequence[Answer], collection: Collection, kind: str, 
         if answer.cut:
             console.print(f"{answer.role}: the query is longer than the model reads; its end was not used")
     if several:
+        from clipdistill.search.collection import times_as_fast
+
         student, teacher = answers
         shared = sum(hit.shared for hit in student.hits)
         ratio = times_as_fast(student, teacher)
@@ -240,6 +251,8 @@ def as_json(arguments: argparse.Namespace, collection: Collection, answers: Sequ
 
 
 def _read(path: Path) -> bytes:
+    from clipdistill.data.files import read_image_file
+
     try:
         return read_image_file(path)
     except BadSample as error:
