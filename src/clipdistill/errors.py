@@ -86,6 +86,12 @@ def worker_lost(error: BaseException, doing: str = "", advice: str = "") -> Clip
     )
 
 
+def first_line(error: BaseException, most: int = 200) -> str:
+    """The first line of another library's error, or its kind when it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:most] if lines else type(error).__name__
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """' (did you mean 'x'?)' for the option nearest to `name`, or the list of options when none is near."""
     options = sorted(options)

@@ -244,3 +244,29 @@ def test_on_a_gpu() -> None:
     result = throughput(models, batch_sizes=(4,), dtype=("float32", "float16"), device="cuda", **FAST)
     assert result["device"]["kind"] == "cuda"
     assert all(r["activation_bytes"] > 0 for r in result["measurements"] if r["tower"] == "image")
+
+
+def test_ratios_measured_amid_noise_are_withheld_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe took 40 times as long in one round: no ratio in the JSON, a word in the table, none in a report."""
+    from clipdistill.bench import throughput as module
+    from clipdistill.report.trade import Device
+
+    real = module.measure
+
+    def disturbed(*arguments: Any, **settings: Any) -> Any:
+        session = real(*arguments, **settings)
+        session.probe[0] = 40 * min(session.probe[1:])
+        return session
+
+    monkeypatch.setattr(module, "measure", disturbed)
+    models = {"small": tiny(8), "teacher": tiny(64)}
+    result = throughput(models, batch_sizes=(2,), dtype=("float32", "bf16"), device="cpu", **FAST)
+    assert result["ratios"] == result["setting_ratios"] == []
+    assert {row["tower"] for row in result["withheld"]} == {"image", "text", "pair"}
+    assert all("longer in some rounds" in row["reason"] for row in result["withheld"])
+    assert all(row["noisy"] for row in result["measurements"])
+    shown = io.StringIO()
+    command.show(result, shown)
+    assert "withheld: noise" in shown.getvalue()
+    device = Device("x", "x", noisy={("eager", "float32", 2)})
+    assert device.ratio(None, None, "pair", ("eager", "float32", 2)) is None  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from clipdistill.config import as_dict
 from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, render
 from clipdistill.errors import InputError
 from clipdistill.export import graphs
-from clipdistill.export.folder import new_folder
+from clipdistill.export.folder import export_folder
 from clipdistill.export.gate import Parity, Tolerance, gate_inputs, require
 from clipdistill.export.transform import example
 from clipdistill.models import load_model, save_model
@@ -100,7 +100,7 @@ def test_unusable_exports_are_one_sentence(exported, tmp_path):
         load_model(exported)
     with pytest.raises(InputError, match="is an export already"):
         graphs.export_graphs(load_model(f"onnx:{exported}"), tmp_path / "again")
-    with pytest.raises(InputError, match="image size for good"):
+    with pytest.raises(InputError, match="is fixed"):
         load_model(f"onnx:{exported}", image_size=64)
     shutil.copytree(exported, tmp_path / "broken")
     (tmp_path / "broken" / "image.onnx").write_bytes(b"not a graph")
@@ -207,13 +207,13 @@ def test_normalised_output_and_attention_with_sizes_of_its_own(tiny, tmp_path):
 def test_only_an_export_is_replaced(tmp_path):
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "manifest.json").write_text("{}")
-    with pytest.raises(InputError, match="is no export"), new_folder(tmp_path / "store"):
+    with pytest.raises(InputError, match="is no export"), export_folder(tmp_path / "store"):
         pass
     (tmp_path / "store" / "image.onnx").write_text("")
-    with new_folder(tmp_path / "store") as folder:
+    with export_folder(tmp_path / "store") as folder:
         (folder / "new").write_text("")
     assert [path.name for path in (tmp_path / "store").iterdir()] == ["new"]
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "other"):
+    with pytest.raises(RuntimeError), export_folder(tmp_path / "other"):
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 

@@ -48,50 +48,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "batch", "plugin")}
+    for name in ("backend", "dtype", "towers"):
+        settings[name] = settings[name].split(",")
     try:
         batch_sizes = [int(part) for part in arguments.batch.split(",")]
     except ValueError as error:
         raise InputError(f"--batch {arguments.batch}: expected whole numbers separated by commas") from error
-    run_bench(
-        arguments.models,
-        backends=arguments.backend.split(","),
-        dtypes=arguments.dtype.split(","),
-        batch_sizes=batch_sizes,
-        towers=arguments.towers.split(","),
-        seconds=arguments.seconds,
-        rounds=arguments.rounds,
-        threads=arguments.threads,
-        device=arguments.device,
-        data=arguments.data,
-        split=arguments.split,
-        out=arguments.json,
-    )
+    run_bench(**settings, batch_sizes=batch_sizes, out=arguments.json)
     return 0
 
 
 def run_bench(
     models: Sequence[str],
     *,
-    backends: Sequence[str] = ("eager",),
-    dtypes: Sequence[str] = ("float32",),
-    batch_sizes: Sequence[int] = (1, 32),
-    towers: Sequence[str] = ("image", "text"),
-    seconds: float = 2.0,
-    rounds: int = 10,
-    threads: int | None = None,
-    device: str | None = None,
+    backend: Sequence[str] = ("eager",),
     data: str | None = None,
     split: str | None = None,
     out: Path | None = None,
     file: TextIO | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Load the named models, measure them against each other, print a table and write JSON to `out` if given.
 
-    The last model is the one that ratios refer to. Raises InputError for a name that is nothing known.
+    settings: those of `throughput`. The last model is the one that ratios refer to. Raises InputError for a name that
+    is nothing known and for a place that cannot be written, before anything is measured.
     """
     if out is not None:
         require_place(out, "measurements")
-    for name in backends:
+    for name in backend:
         if name not in BACKENDS:
             raise InputError(f"unknown back end '{name}'{nearest(name, BACKENDS.names())}")
     for name in models:
@@ -101,19 +86,7 @@ def run_bench(
     from clipdistill.models.load import load_model
 
     loaded = {name: load_model(name, teacher=True) for name in dict.fromkeys(models)}
-    result = throughput(
-        loaded,
-        device=device,
-        batch_sizes=batch_sizes,
-        towers=towers,
-        seconds=seconds,
-        dtype=dtypes,
-        backends=backends,
-        source=source,
-        threads=threads,
-        rounds=rounds,
-        reference=models[-1],
-    )
+    result = throughput(loaded, backends=backend, source=source, reference=models[-1], **settings)
     if out is not None:
         write_json(out, result)
     show(result, file)
@@ -129,6 +102,7 @@ def show(result: dict[str, Any], file: TextIO | None = None) -> None:
         sizes.rows.append([name, *map(_short, counts), _megabytes(facts["size_bytes"])])
     sizes.print(file)
     ratios = {_key(r): r for r in result["ratios"]}
+    withheld = {_key(row) for row in result.get("withheld", [])}
     compared: list[dict[str, Any]] = result.get("setting_ratios", [])
     others = {_key(r): r for r in compared}
     first: dict[str, str] = compared[0]["against"] if compared else {}
@@ -137,17 +111,18 @@ def show(result: dict[str, Any], file: TextIO | None = None) -> None:
     speed = TextTable(heads, title="speed", text=(0, 1, 2))
     for row in result["measurements"]:
         ratio = ratios.get(_key(row))
+        times = "withheld: noise" if _key(row) in withheld else ""
         cells = [
             row["model"],
             f"{row['backend']}, {row['dtype']}, batch {row['batch']}",
             row["tower"],
             f"{row['value']:,.1f} ({row['low']:,.1f} to {row['high']:,.1f})",
-            f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else "",
+            f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else times,
             *(f"{row[name]:.2f} ms" if name in row else "" for name in ("median_ms", "p95_ms")),
             _megabytes(row.get("peak_bytes")),
         ]
         if first:
-            cells.append(f"{others[_key(row)]['value']:.2f}" if _key(row) in others else "")
+            cells.append(f"{others[_key(row)]['value']:.2f}" if _key(row) in others else times)
         speed.rows.append(cells)
     speed.print(file)
     for failure in result["failures"]:

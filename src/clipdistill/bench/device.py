@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,14 +71,12 @@ def processor_name() -> str:
     return platform.processor() or platform.machine() or "unknown processor"
 
 
-def describe_libraries() -> dict[str, str]:
-    """Versions of Python and of the libraries that do the work."""
+def describe_libraries(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
+    """Versions of Python and of the libraries that do the work, where installed."""
     found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     found["torch"] = torch.__version__  # with its build: +cpu and +cu126 are different libraries
     return found
 

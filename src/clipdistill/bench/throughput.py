@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from clipdistill.bench import endtoend
-from clipdistill.bench.backends import DTYPES, Backend, Loaded, find_backend, find_dtype
+from clipdistill.bench.backends import DTYPES, Backend, Loaded, find_dtype
 from clipdistill.bench.cost import describe_model, peak_activation_bytes, sample_inputs
 from clipdistill.bench.device import busy_warning, describe_device, describe_libraries
-from clipdistill.bench.timing import Session, Task, measure, median_interval, pair_rates, ratio_interval
+from clipdistill.bench.timing import UNTRUSTED, Session, Task, measure, median_interval, pair_rates, ratio_interval
 from clipdistill.data.pairs import PairSource
-from clipdistill.errors import InputError, nearest
+from clipdistill.errors import InputError, first_line, nearest
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.registry import BACKENDS
 from clipdistill.runtime.machine import pick_device
 
 TOWERS = ("image", "text")
@@ -55,7 +56,7 @@ def throughput(
     reference = reference or ("teacher" if "teacher" in models else next(iter(models)))
     where = pick_device(device)
     formats = [find_dtype(name) for name in ([dtype] if isinstance(dtype, str) else dtype)]
-    chosen = [find_backend(name) for name in backends]
+    chosen = [BACKENDS.get(name) for name in backends]
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -81,6 +82,7 @@ def throughput(
             "measurements": [],
             "ratios": [],
             "setting_ratios": [],
+            "withheld": [],
             "failures": [],
             "warnings": [busy] if busy else [],
         }
@@ -184,17 +186,29 @@ class _Bench:
         for setting, ready in loaded.items():
             for key, values in self._record(session, setting, batch, ready, peaks, parts).items():
                 rates.setdefault(key, {})[setting] = values
-        self._compare_settings(rates, batch)
+        self._compare_settings(rates, batch, session.noise)
 
-    def _compare_settings(self, rates: Mapping[tuple[str, str], Mapping[_Setting, list[float]]], batch: int) -> None:
+    def _compare_settings(
+        self, rates: Mapping[tuple[str, str], Mapping[_Setting, list[float]]], batch: int, noise: float
+    ) -> None:
         """Each back end and number format of a model against the first one it was measured in."""
         for (name, tower), by_setting in rates.items():
             (first, base), *others = by_setting.items()
             for (backend, dtype), values in others:
-                value, low, high = ratio_interval(values, base)
                 row = {"model": name, "tower": tower, "backend": backend, "dtype": dtype, "batch": batch}
-                row |= {"against": {"backend": first[0], "dtype": first[1]}, "value": value, "low": low, "high": high}
-                self.result["setting_ratios"].append(row)
+                row |= {"against": {"backend": first[0], "dtype": first[1]}}
+                self._compare("setting_ratios", row, values, base, noise)
+
+    def _compare(
+        self, where: str, row: dict[str, Any], values: Sequence[float], base: Sequence[float], noise: float
+    ) -> None:
+        """Add a ratio to the result's list `where`, or to the withheld ones when the noise leaves it no meaning."""
+        if noise > UNTRUSTED:
+            reason = f"fixed arithmetic took up to {100 * noise:.0f} % longer in some rounds"
+            self.result["withheld"].append({**row, "reason": reason})
+            return
+        value, low, high = ratio_interval(values, base)
+        self.result[where].append({**row, "value": value, "low": low, "high": high})
 
     def _tower_tasks(
         self, name: str, loaded: Loaded, batch: int, dtype: str, visible: bool
@@ -234,6 +248,8 @@ class _Bench:
     ) -> dict[tuple[str, str], list[float]]:
         """One setting's rows of every tower, then the pair, then the ratios to the reference; returns the rates."""
         setting = {"backend": chosen[0], "dtype": chosen[1], "batch": batch}
+        if session.noise > UNTRUSTED:
+            setting["noisy"] = True
         rates: dict[tuple[str, str], list[float]] = {}
         for key, timing in session.timings.items():
             name, tower, *own = key.split("|")
@@ -265,22 +281,13 @@ class _Bench:
         for (name, tower), values in rates.items():
             other = rates.get((self.reference, tower))
             if name != self.reference and other is not None:
-                value, low, high = ratio_interval(values, other)
-                ratio = {"model": name, "reference": self.reference, "tower": tower, **setting}
-                self.result["ratios"].append({**ratio, "value": value, "low": low, "high": high})
+                row = {"model": name, "reference": self.reference, "tower": tower} | setting
+                self._compare("ratios", row, values, other, session.noise)
         return rates
 
     def _row(self, name: str, tower: str, setting: dict[str, Any], rates: list[float]) -> dict[str, Any]:
-        value, low, high = median_interval(rates)
-        return {
-            "model": name,
-            "tower": tower,
-            **setting,
-            "value": value,
-            "low": low,
-            "high": high,
-            "rounds": len(rates),
-        }
+        interval = dict(zip(("value", "low", "high"), median_interval(rates)))
+        return {"model": name, "tower": tower, **setting, **interval, "rounds": len(rates)}
 
     def _fail(self, model: str, backend: str, dtype: str, reason: str) -> None:
         self.result["failures"].append({"model": model, "backend": backend, "dtype": dtype, "reason": reason})
@@ -316,5 +323,4 @@ def _check(
 
 def _sentence(error: Exception) -> str:
     """The first line of an error, with its kind."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -19,6 +19,10 @@ from scipy import stats
 DRIFT = 0.05
 """A rate that changes by more than this share from the first to the last third of the rounds has drifted."""
 
+UNTRUSTED = 3.0
+"""When fixed arithmetic took this share longer in some round than in the fastest (so four times as long), the machine
+was so busy with other work that ratios of its rounds mean nothing: they are withheld."""
+
 MINIMUM_ROUNDS = 5
 """Fewer rounds show no trend: five in order happen by chance once in sixty times."""
 
@@ -76,6 +80,11 @@ class Session:
     reruns: int
     drifting: list[str]
     warnings: list[str]
+
+    @property
+    def noise(self) -> float:
+        """How much longer the fixed arithmetic took in the slowest round than in the fastest, as a share."""
+        return max(self.probe) / min(self.probe) - 1
 
 
 def measure(
@@ -220,16 +229,18 @@ def _warm_up(task: Task, limit: float, clock: Callable[[], float]) -> WarmUp:
 def _warnings(session: Session, warm: Mapping[str, WarmUp]) -> list[str]:
     found = []
     slower = -drift([1 / p for p in session.probe])
-    spread = max(session.probe) / min(session.probe) - 1
     if slower > DRIFT:
         found.append(
             f"throttling: the machine itself became {100 * slower:.0f} % slower during the measurement "
             "(fixed arithmetic, no model); let it cool or fix its clock, and measure again"
         )
-    elif spread > 0.5:
+    elif session.noise > 0.5:
+        advice = "ratios between models hold better than absolute figures"
+        if session.noise > UNTRUSTED:
+            advice = "ratios between models are withheld: measure again when the machine is idle"
         found.append(
-            f"noise: fixed arithmetic took up to {100 * spread:.0f} % longer in some rounds, so other work ran on this "
-            "machine; ratios between models hold better than absolute figures"
+            f"noise: fixed arithmetic took up to {100 * session.noise:.0f} % longer in some rounds, so other work ran "
+            f"on this machine; {advice}"
         )
     for name in session.drifting:
         change = 100 * drift(session.timings[name].rates())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,9 @@ def random_samples(model: ClipModel, count: int = _SAMPLES) -> dict[str, np.ndar
     return {"image": images, "text": model.tokenizer(captions).numpy()}
 
 
-def _on_tensors(runner: Any) -> Any:
+def _on_tensors(runner: Any) -> Callable[[Tensor], object]:
     """A function on arrays as one on CPU tensors; an array is no copy."""
-
-    def call(values: Tensor) -> object:
-        return runner(values.numpy())
-
-    return call
+    return lambda values: runner(values.numpy())
 
 
 ONNX = ExportedBackend("onnx", ("float32", "int8"))

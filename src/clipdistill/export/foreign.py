@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from clipdistill.errors import InputError
-from clipdistill.export.folder import new_folder, write_json
+from clipdistill.errors import InputError, first_line
+from clipdistill.export.folder import export_folder
 from clipdistill.export.gate import Tolerance, compare, require
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.tokenizer_json import tokenizer_json
@@ -27,6 +27,7 @@ from clipdistill.models.hugging_face import CONFIG, rename_back
 from clipdistill.models.load import load_model
 from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG, SAFE_WEIGHTS
 from clipdistill.models.tokenizers import ClipBpeTokenizer, HuggingFaceTokenizer, WordsTokenizer
+from clipdistill.runtime.files import write_json
 
 _TOLERANCE = Tolerance(difference=1e-5, cosine=0.999999)
 _VISION = {"image_size", "patch_size", "layers", "width", "head_width", "mlp_ratio", "norm_kwargs"}
@@ -40,7 +41,7 @@ def export_foreign(model: ClipModel, out: Path, to: str) -> None:
     if not hasattr(model.module, "visual"):
         raise InputError(f"'{model.name}' is an exported graph: name the model it was made from")
     write = {"open_clip": write_open_clip, "hf": write_hugging_face}[to]
-    with new_folder(out) as folder:
+    with export_folder(out) as folder:
         write(model, folder)
         _check_foreign(model, folder, to, out)
         back = load_model(folder, teacher=True)
@@ -72,7 +73,7 @@ def _check_foreign(model: ClipModel, folder: Path, to: str, out: Path) -> None:
         try:
             module, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
         except Exception as error:  # open_clip passes on whatever torch and timm raise
-            raise InputError(f"{out}: open_clip cannot load the model ({_first_line(error)})") from error
+            raise InputError(f"{out}: open_clip cannot load the model ({first_line(error)})") from error
         _require_equal(model, dataclasses.replace(model, module=module.eval()), f"{out}, loaded by open_clip")
         return
     try:
@@ -91,11 +92,6 @@ def _check_foreign(model: ClipModel, folder: Path, to: str, out: Path) -> None:
             return theirs.text_projection(theirs.text_model(input_ids=tokens).pooler_output)
 
     _require_equal(model, dataclasses.replace(model, module=Towers()), f"{out}, loaded by transformers")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def write_open_clip(model: ClipModel, folder: Path) -> None:

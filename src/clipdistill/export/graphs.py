@@ -5,16 +5,17 @@ from __future__ import annotations
 import shutil
 import tempfile
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from clipdistill.bench.cost import count_flops
+from clipdistill.bench.device import describe_libraries
 from clipdistill.config import as_dict
 from clipdistill.data.pairs import PairSource
 from clipdistill.embed.encode import EncodedPairs
-from clipdistill.errors import InputError, MissingExtraError
+from clipdistill.errors import InputError, MissingExtraError, first_line
 from clipdistill.export.accuracy import Accuracy, accuracy, calibration_arrays, embed
-from clipdistill.export.folder import MANIFEST, new_folder, write_json
+from clipdistill.export.folder import export_folder
 from clipdistill.export.gate import Parity, Tolerance, compare, require, summary
 from clipdistill.export.int8 import Choice, quantise_onnx, quantise_openvino, within_budget
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
@@ -23,8 +24,9 @@ from clipdistill.export.towers import INPUTS, OPSET, OUTPUTS, TOWERS, write_onnx
 from clipdistill.export.transform import FILE as TRANSFORM
 from clipdistill.export.transform import write_transform
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import load_graph, read_exported
-from clipdistill.runtime.files import sha256
+from clipdistill.models.exported import MANIFEST, load_graph, read_exported
+from clipdistill.runtime.files import sha256, write_json
+from clipdistill.version import __version__
 
 FORMAT = 1
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
@@ -68,7 +70,7 @@ def export_graphs(
         raise InputError("int8 needs pairs to calibrate on and to measure what is lost: name them with --data")
     tokenizer = tokenizer_json(model.tokenizer)
     notes: list[str] = []
-    with new_folder(out) as folder:
+    with export_folder(out) as folder:
         write_json(folder / TOKENIZER, tokenizer)
         write_transform(folder, model.image, runtime)
         write_graphs(model, folder, runtime, normalised=normalised, opset=opset)
@@ -108,7 +110,7 @@ def export_graphs(
                 for tower in TOWERS:
                     manifest["towers"][tower] |= _file_facts(folder, tower, runtime)
                     manifest["towers"][tower]["precision"] = "int8" if tower in quantised else "float32"
-                manifest["versions"] = _versions()
+                manifest["versions"] = {"clipdistill": __version__, **describe_libraries(_LIBRARIES)}
         manifest["notes"] = notes
         write_json(folder / MANIFEST, manifest)
     return result
@@ -166,8 +168,7 @@ def _quantise(
             except InputError:
                 raise
             except Exception as error:  # onnxruntime and nncf raise many kinds
-                lines = str(error).strip().splitlines() or [type(error).__name__]
-                raise InputError(f"the {tower} tower cannot be quantised: {lines[0][:300]}") from error
+                raise InputError(f"the {tower} tower cannot be quantised: {first_line(error)}") from error
             done[tower] = attempt
             return embed(read_exported(trial, "int8", runtime), test)
 
@@ -204,9 +205,6 @@ def _manifest(
     tolerance: Tolerance,
     parities: list[Parity],
 ) -> dict[str, Any]:
-    from clipdistill.bench.cost import count_flops
-    from clipdistill.version import __version__
-
     bias = getattr(model.module, "logit_bias", None)
     shapes = {
         "image": ["batch", 3, model.image.size, model.image.size],
@@ -242,15 +240,5 @@ def _manifest(
             for tower in TOWERS
         },
         "tolerance": {"difference": tolerance.difference, "cosine": tolerance.cosine},
-        "versions": {"clipdistill": __version__, **_versions()},
+        "versions": {"clipdistill": __version__, **describe_libraries(_LIBRARIES)},
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

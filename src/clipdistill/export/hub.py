@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
-from clipdistill.errors import InputError, MissingExtraError
-from clipdistill.export.folder import MANIFEST, write_json
+from clipdistill.errors import InputError, MissingExtraError, first_line
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
+from clipdistill.models.exported import MANIFEST
 from clipdistill.models.hub import offline, reachable
 from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG
+from clipdistill.runtime.files import read_json, write_json, write_text
 from clipdistill.statistics.scores import Scores
 
 CARD = "README.md"
@@ -37,15 +37,14 @@ def push_to_hub(folder: Path, repository: str, *, source: Path | None = None, pr
         from huggingface_hub import HfApi
     except ImportError as error:
         raise MissingExtraError("huggingface_hub", "hf", "an upload to the hub") from error
-    (folder / CARD).write_text(model_card(folder, repository, source), encoding="utf-8")
+    write_text(folder / CARD, model_card(folder, repository, source))
     _name_tokenizer(folder, repository)
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message="Upload by clipdistill")
     except Exception as error:  # huggingface_hub and the HTTP library under it raise many kinds
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"'{repository}': the hub did not take the upload ({lines[0][:200]})") from error
+        raise InputError(f"'{repository}': the hub did not take the upload ({first_line(error)})") from error
     return str(address)
 
 
@@ -154,7 +153,7 @@ def _cost(run: dict[str, Any], source: Path | None) -> str:
         lines.append(f"- training: {run['seconds'] / 3600:.2f} hours on {run.get('device', 'an unknown device')}")
     bench = _json(source / "bench.json") if source is not None else {}
     for row in bench.get("measurements", []):
-        if row.get("tower") in ("image", "text") and row.get("batch") == 1:
+        if row.get("tower") in ("image", "text") and row.get("batch") == 1 and not row.get("noisy"):
             lines.append(
                 f"- {_public(str(row['model']))}, {row['tower']} tower, {row['backend']}, {row['dtype']}, batch 1: "
                 f"{row['value']:.1f} per second"
@@ -170,12 +169,5 @@ def _public(text: str) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        if isinstance(error, NotADirectoryError):
-            return {}
-        raise InputError(f"{path}: not readable as JSON ({error})") from error
-    return values if isinstance(values, dict) else {}
+    """The JSON object in a file of the model's folder or run, {} where there is none."""
+    return read_json(path) if path.is_file() else {}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipdistill.errors import InputError, MissingExtraError
+from clipdistill.errors import InputError, MissingExtraError, first_line
 from clipdistill.models.clip_model import ClipModel
 
 TOWERS = ("image", "text")
@@ -165,8 +165,7 @@ def _reason(error: BaseException) -> str:
     """The first line of the innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return first_line(error, 300)
 
 
 @contextlib.contextmanager

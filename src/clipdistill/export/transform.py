@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.data.views import ImageSpec
+from clipdistill.runtime.files import write_json, write_text
 
 FILE, EXAMPLE = "transform.json", "example.py"
 
@@ -93,7 +94,5 @@ for caption, fit in zip(captions, fits[0]):
 
 def write_transform(folder: Path, image: ImageSpec, runtime: str = "onnx") -> None:
     """Write transform.json and example.py."""
-    from clipdistill.export.folder import write_json
-
     write_json(folder / FILE, transform_json(image))
-    (folder / EXAMPLE).write_text(example(image, runtime), encoding="utf-8")
+    write_text(folder / EXAMPLE, example(image, runtime))

@@ -53,12 +53,16 @@ class Device:
     commands: list[str] = field(default_factory=list)
     libraries: dict[str, str] = field(default_factory=dict)
     ratios: dict[tuple[str, str, str, tuple[str, str, int]], Estimate] = field(default_factory=dict)
+    noisy: set[tuple[str, str, int]] = field(default_factory=set)
+    """Settings measured while the machine was so busy that the benchmark withheld their ratios."""
 
     def ratio(self, entry: Entry, reference: Entry, tower: str, setting: tuple[str, str, int]) -> Estimate | None:
         """How many times as fast `entry` is as `reference`: from common rounds where measured, else from the rates.
 
         Without common rounds the interval is the widest that the two rates' intervals allow.
         """
+        if setting in self.noisy:
+            return None
         stored = self.ratios.get((entry.label, reference.label, tower, setting))
         if stored is not None:
             return stored
@@ -173,6 +177,8 @@ def _read_bench(
             speed = speeds[(shown, *setting)] = Speed(shown, entry, *setting)
             device.speeds.append(speed)
         speed.rates[tower] = rate
+        if row.get("noisy"):
+            device.noisy.add(setting)
         if row.get("median_ms") is not None and row.get("p95_ms") is not None:
             speed.latency[tower] = (float(row["median_ms"]), float(row["p95_ms"]))
         if row.get("peak_bytes"):
