@@ -70,7 +70,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     write_scenes(other, "webdataset", "val", 3, workers=1)
     with pytest.raises(InputError, match="other scenes"):
         write_scenes(other, "webdataset", "val", 4, workers=1)
-    with pytest.raises(InputError, match="cannot write"):
+    with pytest.raises(InputError, match="cannot be written"):
         write_scenes(tmp_path / "notes.txt" / "x", size=3)
 
 

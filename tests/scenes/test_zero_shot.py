@@ -7,7 +7,7 @@ import pytest
 
 from clipdistill.data.open import open_labelled
 from clipdistill.errors import InputError
-from clipdistill.scenes.captions import GROUND_PHRASES
+from clipdistill.scenes.captions import WORDS
 from clipdistill.scenes.pairs import scenes_vocabulary
 from clipdistill.scenes.world import held_out_colours, held_out_texture
 from clipdistill.scenes.zero_shot import TASKS, SceneLabels, open_scenes_zeroshot
@@ -20,7 +20,7 @@ def test_labels_are_the_truth_about_unseen_pairs(task: str) -> None:
         scene, name = source.scene(i), source.class_names[source.label(i)]
         thing = scene.things[0]
         if task == "backgrounds":
-            assert name in GROUND_PHRASES[scene.background]
+            assert name in WORDS["ground"][scene.background]
             continue
         if task == "counts":
             assert name == {2: "two shapes", 3: "three shapes", 4: "four shapes"}[len(scene.things)]

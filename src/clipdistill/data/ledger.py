@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from clipdistill.data.problems import Problems, reason_class
-from clipdistill.errors import BudgetError
+from clipdistill.errors import BudgetError, InputError
 
 ALLOWANCE = 10
 """Bad samples that any budget above 0 tolerates, so that one bad file in the first batch does not end a run."""
+_log = logging.getLogger(__name__)
 
 
 class BadSampleLedger:
     """Appends bad samples to `path` (JSON lines: key, reason, shard) and stops above the budget.
 
     budget: the fraction of samples seen that may be bad; `max(ALLOWANCE, budget * seen)` are tolerated, none when the
-    budget is 0. A sample is written once however often it is met; every meeting counts. Reopening continues the file.
+    budget is 0. A sample is written once however often it is met; every meeting counts. Reopening continues the file;
+    `damaged` is the number of its lines that cannot be read (they stay as they are). Raises InputError when the file
+    cannot be opened.
     """
 
     def __init__(
@@ -32,7 +37,9 @@ class BadSampleLedger:
         self.bad = 0
         self.by_reason: Counter[str] = Counter()
         self._shard_of = shard_of
-        self._written = _read_written(path)
+        self._written, self.damaged = _read_written(path)
+        if self.damaged:
+            _log.warning("%s: %d damaged lines are left as they are", path, self.damaged)
 
     @property
     def tolerated(self) -> int:
@@ -46,19 +53,17 @@ class BadSampleLedger:
     def record(self, problems: Iterable[tuple[str, str]], seen: int) -> None:
         """Add the bad samples (key, reason) among `seen` samples. Raises BudgetError above the budget."""
         problems = list(problems)
-        self.seen += seen
-        self.bad += len(problems)
-        self.by_reason.update(reason_class(reason) for _, reason in problems)
-        self._write(problems)
-        if self.exceeded:
-            raise BudgetError(self.message())
+        self._add(problems, seen, len(problems), Counter(reason_class(reason) for _, reason in problems))
 
     def record_opening(self, problems: Problems, total: int) -> None:
         """List what opening the data found; of `total` samples, `problems.dropped` were left out and count as bad."""
-        self.seen += total
-        self.bad += problems.dropped
-        self.by_reason.update(problems.counts)
-        self._write(problems.rows)
+        self._add(problems.rows, total, problems.dropped, problems.counts)
+
+    def _add(self, rows: Iterable[tuple[str, str]], seen: int, bad: int, reasons: Counter[str]) -> None:
+        self.seen += seen
+        self.bad += bad
+        self.by_reason.update(reasons)
+        self._write(rows)
         if self.exceeded:
             raise BudgetError(self.message())
 
@@ -74,12 +79,14 @@ class BadSampleLedger:
         """The counters, ready for JSON, for a checkpoint."""
         return {"seen": self.seen, "bad": self.bad, "by_reason": dict(self.by_reason)}
 
-    def restore(self, state: dict[str, object]) -> None:
-        """Continue from `state()`."""
-        self.seen, self.bad = int(str(state["seen"])), int(str(state["bad"]))
-        reasons = state["by_reason"]
-        assert isinstance(reasons, dict)
-        self.by_reason = Counter({str(k): int(v) for k, v in reasons.items()})
+    def restore(self, state: Any) -> None:
+        """Continue from `state()`. Raises InputError for what is no such state."""
+        try:
+            counts = int(state["seen"]), int(state["bad"])
+            reasons = Counter({str(k): int(v) for k, v in state["by_reason"].items()})
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+            raise InputError(f"the count of bad samples kept for {self.path} is damaged: {state!r:.100}") from error
+        (self.seen, self.bad), self.by_reason = counts, reasons
 
     def _write(self, problems: Iterable[tuple[str, str]]) -> None:
         lines = []
@@ -87,10 +94,8 @@ class BadSampleLedger:
             if (key, reason) in self._written:
                 continue
             self._written.add((key, reason))
-            row: dict[str, str] = {"key": key, "reason": reason}
             shard = self._shard_of(key) if self._shard_of else None
-            if shard:
-                row["shard"] = shard
+            row = {"key": key, "reason": reason, **({"shard": shard} if shard else {})}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         if lines:
             # one write in append mode: lines of several ranks do not mix, and a kill cuts at most the last line
@@ -98,19 +103,23 @@ class BadSampleLedger:
                 file.write("".join(lines))
 
 
-def _read_written(path: Path) -> set[tuple[str, str]]:
-    """What a file of an interrupted run lists; its unfinished last line is closed so that the next one stands alone."""
+def _read_written(path: Path) -> tuple[set[tuple[str, str]], int]:
+    """What a file of an interrupted run lists, and its damaged lines; an unfinished last line is closed."""
     written: set[tuple[str, str]] = set()
-    if not path.exists():
-        return written
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for line in text.split("\n"):  # not splitlines: captions and names may hold other line separators
+    damaged = 0
+    try:
+        content = path.read_bytes() if path.exists() else b""
+        if content and not content.endswith(b"\n"):
+            with path.open("ab") as file:
+                file.write(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: the list of bad samples cannot be opened ({error.strerror or error})") from error
+    for line in content.split(b"\n"):
+        if not line:
+            continue
         try:
             row = json.loads(line)
             written.add((row["key"], row["reason"]))
         except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-    if text and not text.endswith("\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
-    return written
+            damaged += 1
+    return written, damaged

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipdistill.data.images import decode
-from clipdistill.data.pairs import PairSource
+from clipdistill.data.pairs import PairSource, one_or_several
 from clipdistill.data.problems import BadSample
 from clipdistill.data.sampler import StepSampler, sample_generator
 from clipdistill.data.views import (
@@ -305,7 +305,7 @@ class _Preparation(torch.utils.data.Dataset):
         for index in mine.tolist():
             key = self.source.key(index)
             rng = sample_generator(self.sampler.seed, epoch, index)
-            captions = self.source.captions(index)
+            captions = one_or_several(self.source.captions(index))
             drawn = int(rng.integers(len(captions)))  # drawn even if unused: the view must not depend on the mode
             chosen = drawn if self.caption == "random" else 0
             try:

@@ -127,9 +127,14 @@ class PairSource(ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 over all keys and captions in order: two sources with the same value hold the same pairs."""
-        captions = [self.captions(i) for i in range(len(self))]
+        captions = [one_or_several(self.captions(i)) for i in range(len(self))]
         keys = Strings.pack(self.key(i) for i in range(len(self)))
         return fingerprint(keys, Strings.pack(c for group in captions for c in group), [len(c) for c in captions])
+
+
+def one_or_several(captions: str | Sequence[str]) -> tuple[str, ...]:
+    """Captions as a tuple; one text is a tuple of itself (a sequence of its letters would be captions, too)."""
+    return (captions,) if isinstance(captions, str) else tuple(captions)
 
 
 def fingerprint(keys: Strings, captions: Strings, captions_per_key: Sequence[int] | np.ndarray) -> str:
@@ -147,6 +152,7 @@ class IndexedPairs(PairSource):
     def __init__(
         self, name: str, keys: Iterable[str], captions: Sequence[Sequence[str]], problems: Problems, max_pixels: int
     ) -> None:
+        captions = [one_or_several(group) for group in captions]
         self.name = valid_text(name)
         self.problems = problems
         self.max_pixels = max_pixels
@@ -173,7 +179,39 @@ class IndexedPairs(PairSource):
         return self._fingerprint
 
 
-class Subset(PairSource):
+class DerivedPairs(PairSource):
+    """Another source seen differently; what is not overridden is that source's own."""
+
+    def __init__(self, source: PairSource, name: str, problems: Problems) -> None:
+        self.source = source
+        self.name = name
+        self.problems = problems
+        self.max_pixels = source.max_pixels
+
+    def _at(self, i: int) -> int:
+        """The number of sample i in the source."""
+        return i
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def key(self, i: int) -> str:
+        return self.source.key(self._at(i))
+
+    def captions(self, i: int) -> tuple[str, ...]:
+        return self.source.captions(self._at(i))
+
+    def image_bytes(self, i: int) -> bytes:
+        return self.source.image_bytes(self._at(i))
+
+    def image(self, i: int, at_least: int | None = None) -> Image.Image:
+        return self.source.image(self._at(i), at_least)
+
+    def shard_of(self, key: str) -> str | None:
+        return self.source.shard_of(key)
+
+
+class Subset(DerivedPairs):
     """`count` samples of `source`, evenly spread over it (every n-th, not the first), or the samples `indices`."""
 
     def __init__(self, source: PairSource, count: int | None = None, *, indices: Sequence[int] | None = None) -> None:
@@ -189,26 +227,11 @@ class Subset(PairSource):
             chosen = np.asarray(indices, dtype=np.int64)
             if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(source):
                 raise InputError(f"the subset's indices leave the {len(source)} samples of {source.name}")
-        self.source = source
+        super().__init__(source, f"{source.name}[{len(chosen)} of {len(source)}]", Problems())
         self.indices = chosen
-        self.name = f"{source.name}[{len(chosen)} of {len(source)}]"
-        self.problems = Problems()
-        self.max_pixels = source.max_pixels
+
+    def _at(self, i: int) -> int:
+        return int(self.indices[i])
 
     def __len__(self) -> int:
         return len(self.indices)
-
-    def key(self, i: int) -> str:
-        return self.source.key(int(self.indices[i]))
-
-    def captions(self, i: int) -> tuple[str, ...]:
-        return self.source.captions(int(self.indices[i]))
-
-    def image_bytes(self, i: int) -> bytes:
-        return self.source.image_bytes(int(self.indices[i]))
-
-    def image(self, i: int, at_least: int | None = None) -> Image.Image:
-        return self.source.image(int(self.indices[i]), at_least)
-
-    def shard_of(self, key: str) -> str | None:
-        return self.source.shard_of(key)

@@ -72,7 +72,7 @@ def templates(name: str) -> tuple[str, ...]:
 def check_templates(lines: Iterable[str], where: str) -> tuple[str, ...]:
     """The lines as templates; InputError when one has not exactly one '{}' (CLIP_benchmark: '{c}'), or none is left."""
     result = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate([lines] if isinstance(lines, str) else lines, start=1):
         text = str(line).strip().replace("{c}", "{}")
         if not text or text.startswith("#"):
             continue

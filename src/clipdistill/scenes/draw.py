@@ -16,24 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from clipdistill.scenes.backgrounds import paint_background
-from clipdistill.scenes.world import COLOURS, HOSTS, Colour, Dice, Scene, Thing
+from clipdistill.scenes.world import COLOURS, HOSTS, SECOND_COLOURS, SHAPES, TABLES, Colour, Dice, Scene, Thing
 
 OVERSAMPLING = 4
-_SECOND: dict[str, Colour] = {
-    "red": (255, 176, 164),
-    "orange": (158, 70, 0),
-    "yellow": (180, 126, 0),
-    "green": (176, 236, 158),
-    "turquoise": (8, 104, 116),
-    "blue": (166, 190, 255),
-    "purple": (226, 178, 246),
-    "pink": (196, 48, 122),
-    "brown": (222, 182, 136),
-    "white": (146, 160, 192),
-    "gray": (62, 62, 66),
-    "black": (128, 128, 132),
-}
-"""The second colour of a textured thing: a darker or lighter one of the same hue, on under half of its area."""
 
 
 def _regular(corners: int, turn: float, inner: float | None = None) -> list[tuple[float, float]]:
@@ -70,30 +55,17 @@ def _crescent() -> list[tuple[float, float]]:
     return [(0.9 * (x + 0.3), 0.9 * y) for x, y in points]
 
 
+_CURVES: dict[str, list[tuple[float, float]]] = {
+    "circle": _regular(36, 0.0),
+    "star": _regular(5, -math.pi / 2, 0.46),
+    "heart": _heart(),
+    "ring": _regular(36, 0.0),
+    "crescent": _crescent(),
+    "hexagon": _regular(6, 0.0),
+    "semicircle": [(0.95 * math.cos(math.pi * k / 24), 0.45 - 0.95 * math.sin(math.pi * k / 24)) for k in range(25)],
+}
 OUTLINES: dict[str, NDArray[np.float64]] = {
-    name: np.array(points)
-    for name, points in {
-        "circle": _regular(36, 0.0),
-        "square": [(-0.76, -0.76), (0.76, -0.76), (0.76, 0.76), (-0.76, 0.76)],
-        "triangle": [(0.0, -0.98), (0.9, 0.58), (-0.9, 0.58)],
-        "diamond": [(0.0, -1.0), (0.62, 0.0), (0.0, 1.0), (-0.62, 0.0)],
-        "star": _regular(5, -math.pi / 2, 0.46),
-        "heart": _heart(),
-        "cross": [
-            *[(-0.3, -0.94), (0.3, -0.94), (0.3, -0.3), (0.94, -0.3), (0.94, 0.3), (0.3, 0.3)],
-            *[(0.3, 0.94), (-0.3, 0.94), (-0.3, 0.3), (-0.94, 0.3), (-0.94, -0.3), (-0.3, -0.3)],
-        ],
-        "ring": _regular(36, 0.0),
-        "crescent": _crescent(),
-        "arrow": [
-            *[(-0.97, -0.24), (0.1, -0.24), (0.1, -0.68), (1.0, 0.0)],
-            *[(0.1, 0.68), (0.1, 0.24), (-0.97, 0.24)],
-        ],
-        "hexagon": _regular(6, 0.0),
-        "semicircle": [
-            (0.95 * math.cos(math.pi * k / 24), 0.45 - 0.95 * math.sin(math.pi * k / 24)) for k in range(25)
-        ],
-    }.items()
+    name: np.array(_CURVES[name] if name in _CURVES else TABLES["outlines"][name]) for name in SHAPES
 }
 """Corners of every shape at angle 0 for radius 1; all lie within REACH of the centre."""
 REACH = 1.1
@@ -156,7 +128,7 @@ def _draw_thing(canvas: Canvas, thing: Thing) -> None:
         canvas.image.paste(base, (left, top), body)
     else:
         surface = Image.new("RGB", (patch.side, patch.side), base)
-        surface.paste(_SECOND[thing.colour], (0, 0), _TEXTURES[thing.texture](patch, canvas.dice))
+        surface.paste(SECOND_COLOURS[thing.colour], (0, 0), _TEXTURES[thing.texture](patch, canvas.dice))
         canvas.image.paste(surface, (left, top), body)
 
 

@@ -13,11 +13,13 @@ Lengths are fractions of the picture's side; x runs right and y runs down.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from importlib import resources
+from typing import Any, TypeVar
 
 Colour = tuple[int, int, int]
 Looks = tuple[str, str, str]
@@ -28,73 +30,28 @@ WORLD_VERSION = 1
 """Part of every seed and fingerprint: a change of what a (seed, split, index) shows must raise it."""
 
 SPLITS = ("train", "val", "test")
-SHAPES = (
-    "circle",
-    "square",
-    "triangle",
-    "diamond",
-    "star",
-    "heart",
-    "cross",
-    "ring",
-    "crescent",
-    "arrow",
-    "hexagon",
-    "semicircle",
-)
-COLOURS: dict[str, Colour] = {
-    "red": (212, 38, 38),
-    "orange": (246, 138, 24),
-    "yellow": (250, 216, 36),
-    "green": (42, 156, 58),
-    "turquoise": (44, 204, 204),
-    "blue": (40, 82, 214),
-    "purple": (132, 52, 176),
-    "pink": (250, 142, 194),
-    "brown": (122, 74, 36),
-    "white": (247, 247, 247),
-    "gray": (136, 136, 138),
-    "black": (24, 24, 26),
-}
-TEXTURES = ("plain", "striped", "dotted", "checked", "banded", "shaded")
-SIZES: dict[str, tuple[float, float]] = {"small": (0.095, 0.115), "medium": (0.15, 0.175), "large": (0.225, 0.265)}
+TABLES: dict[str, Any] = json.loads(resources.files("clipdistill.scenes").joinpath("world.json").read_text("utf-8"))
+
+
+def _palette(name: str) -> dict[str, Colour]:
+    return {key: (rgb[0], rgb[1], rgb[2]) for key, rgb in TABLES[name].items()}
+
+
+SHAPES: tuple[str, ...] = tuple(TABLES["shapes"])
+COLOURS = _palette("colours")
+SECOND_COLOURS = _palette("second_colours")
+"""The second colour of a textured thing: a darker or lighter one of the same hue, on under half of its area."""
+TEXTURES: tuple[str, ...] = tuple(TABLES["textures"])
+SIZES: dict[str, tuple[float, float]] = {name: (low, high) for name, (low, high) in TABLES["sizes"].items()}
 """Radius of the disc around a shape; the gaps between the classes keep "small" and "large" beyond dispute."""
-
 BACKGROUNDS: dict[str, tuple[Colour, ...]] = {
-    # one flat colour
-    "white": ((250, 250, 250),),
-    "black": ((18, 18, 20),),
-    "gray": ((150, 150, 152),),
-    "pale yellow": ((252, 244, 190),),
-    "pale blue": ((190, 214, 246),),
-    "pale pink": ((250, 214, 224),),
-    "pale green": ((200, 236, 196),),
-    "dark blue": ((20, 28, 92),),
-    "dark green": ((14, 66, 34),),
-    "dark red": ((96, 14, 22),),
-    # from one colour to another
-    "blue to white": ((58, 104, 222), (236, 242, 252)),
-    "purple to orange": ((112, 52, 150), (246, 150, 60)),
-    "green to yellow": ((52, 150, 76), (246, 228, 96)),
-    "black to gray": ((22, 22, 26), (158, 158, 162)),
-    # surfaces and outdoors
-    "brick wall": ((164, 74, 54), (206, 190, 176)),
-    "wooden board": ((176, 122, 70), (136, 88, 46)),
-    "sand": ((226, 200, 146),),
-    "grass": ((84, 150, 54), (52, 116, 40)),
-    "water": ((44, 112, 176), (110, 170, 214)),
-    "night sky": ((14, 16, 44),),
-    "cloudy sky": ((112, 168, 232), (236, 240, 248)),
-    "tiled floor": ((222, 222, 214), (176, 184, 186)),
-    "graph paper": ((248, 248, 244),),
-    "meadow": ((132, 186, 238), (84, 150, 54)),
-    "beach": ((128, 188, 236), (226, 200, 146), (40, 112, 180)),
+    name: tuple((rgb[0], rgb[1], rgb[2]) for rgb in colours) for name, colours in TABLES["backgrounds"].items()
 }
-"""Every background with the colours that a shape on it must stand out from."""
-
-CORES = {"circle": 0.99, "square": 0.66, "hexagon": 0.82, "heart": 0.45, "diamond": 0.52, "semicircle": 0.45}
+"""Every background with the colours that a shape on it must stand out from: flat ones, from one colour to another
+("a to b"), surfaces and outdoors."""
+CORES: dict[str, float] = TABLES["cores"]
 """Shapes full enough to overlap another recognisably, with the radius of a disc about the centre that lies inside."""
-HOSTS = {"circle": 0.85, "square": 0.62, "hexagon": 0.75, "ring": 0.56}
+HOSTS: dict[str, float] = TABLES["hosts"]
 """Shapes that may hold a small one, with the radius of the room inside them (for the ring: its hole)."""
 
 

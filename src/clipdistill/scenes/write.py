@@ -6,6 +6,7 @@ temporary name first, and a shard that is already there from the same command is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -18,6 +19,7 @@ from typing import Any, Literal, get_args
 from rich.progress import Progress
 
 from clipdistill.errors import InputError, nearest
+from clipdistill.runtime.files import make_folder, new_file, read_json, write_bytes, write_json
 from clipdistill.runtime.machine import cpu_count
 from clipdistill.scenes.pairs import ScenePairs, open_scenes
 
@@ -75,11 +77,7 @@ def write_scenes(
     if not 1 <= shard_size <= 10_000:
         raise InputError(f"shard_size must be between 1 and 10,000, got {shard_size}")
     source = open_scenes(split, size, seed, pixels)
-    out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to '{out}': {error.strerror or error}") from error
+    out = make_folder(out, "scenes")
     _claim(out, source, format, shard_size)
     shards = [range(start, min(start + shard_size, len(source))) for start in range(0, len(source), shard_size)]
     write = _write_tar if format == "webdataset" else _write_images
@@ -92,7 +90,7 @@ def write_scenes(
     if format == "webdataset":
         return out
     document = {"dataset": source.name, "images": [entry for shard in entries for entry in shard]}
-    _finish(out / "dataset.json", json.dumps(document).encode())
+    write_bytes(out / "dataset.json", json.dumps(document).encode())
     return out / "dataset.json"
 
 
@@ -122,22 +120,13 @@ def _claim(out: Path, source: ScenePairs, format: str, shard_size: int) -> None:
     }
     mark = out / "scenes.info"
     if mark.is_file():
-        try:
-            if json.loads(mark.read_bytes()) == about:
+        with contextlib.suppress(InputError):  # a damaged mark says that the folder holds something else
+            if read_json(mark) == about:
                 return
-        except ValueError:
-            pass  # a damaged mark says that the folder holds something else
         raise InputError(f"'{out}' already holds other scenes ({mark.name} says which): name another folder")
     if any(out.iterdir()):
         raise InputError(f"'{out}' is not empty: name another folder")
-    _finish(mark, json.dumps(about, indent=1).encode())
-
-
-def _finish(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    write_json(mark, about)
 
 
 def _write_tar(out: Path, source: ScenePairs, number: int, samples: range) -> list[dict[str, Any]]:
@@ -145,8 +134,10 @@ def _write_tar(out: Path, source: ScenePairs, number: int, samples: range) -> li
     stats = out / f"{number:05d}_stats.json"
     if stats.is_file():
         return []
-    temporary = out / f"{number:05d}.tar.tmp"
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with (
+        new_file(out / f"{number:05d}.tar") as temporary,
+        tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive,
+    ):
         for place, i in enumerate(samples):
             key = f"{number:05d}{place:04d}"
             image, captions = source.image_bytes(i), source.captions(i)
@@ -160,8 +151,7 @@ def _write_tar(out: Path, source: ScenePairs, number: int, samples: range) -> li
                 member = tarfile.TarInfo(f"{key}.{kind}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-    temporary.replace(out / f"{number:05d}.tar")
-    _finish(stats, json.dumps({"count": len(samples), "successes": len(samples)}).encode())
+    write_bytes(stats, json.dumps({"count": len(samples), "successes": len(samples)}).encode())
     return []
 
 
@@ -174,21 +164,15 @@ def _write_images(out: Path, source: ScenePairs, number: int, samples: range) ->
         name = f"{source.key(i)}.png"
         path = out / "images" / folder / name
         if not path.is_file():
-            _finish(path, source.image_bytes(i))
+            write_bytes(path, source.image_bytes(i))
         captions = source.captions(i)
         identifiers = [i * len(captions) + k for k in range(len(captions))]
         sentences = [
             {"tokens": text.replace(",", "").split(), "raw": text, "imgid": i, "sentid": identifier}
             for text, identifier in zip(captions, identifiers)
         ]
-        entry = {
-            "filename": name,
-            "filepath": f"images/{folder}",
-            "imgid": i,
-            "split": source.split,
-            "sentids": identifiers,
-        }
-        entries.append({**entry, "sentences": sentences, "scene": _ground_truth(source, i)})
+        entry = {"filename": name, "filepath": f"images/{folder}", "imgid": i, "split": source.split}
+        entries.append({**entry, "sentids": identifiers, "sentences": sentences, "scene": _ground_truth(source, i)})
     return entries
 
 

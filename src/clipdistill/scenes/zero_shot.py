@@ -16,7 +16,7 @@ from PIL import Image
 from clipdistill.data.formats import Format
 from clipdistill.data.labelled import LabelledSource
 from clipdistill.errors import InputError, nearest
-from clipdistill.scenes.captions import GROUND_PHRASES, NUMBER_WORDS, PROMPTS, with_article
+from clipdistill.scenes.captions import TEMPLATES, WORDS, with_article
 from clipdistill.scenes.draw import draw_scene
 from clipdistill.scenes.pairs import check_settings, parse_scenes_name
 from clipdistill.scenes.world import (
@@ -50,7 +50,9 @@ class Task:
 
 
 def _task(names: tuple[str, ...], templates: str, what: str, shown: tuple[int, ...] | None = None) -> Task:
-    return Task(names, PROMPTS[templates], tuple(range(len(names))) if shown is None else shown, what)
+    return Task(
+        names, tuple(TEMPLATES["prompt"][templates]), tuple(range(len(names))) if shown is None else shown, what
+    )
 
 
 TASKS: dict[str, Task] = {
@@ -77,9 +79,9 @@ TASKS: dict[str, Task] = {
     "textures": _task(
         tuple(f"a {texture} shape" for texture in TEXTURES), "thing", "the texture of a thing that never had it"
     ),
-    "backgrounds": _task(tuple(phrases[0] for phrases in GROUND_PHRASES.values()), "ground", "the background"),
+    "backgrounds": _task(tuple(phrases[0] for phrases in WORDS["ground"].values()), "ground", "the background"),
     "counts": _task(
-        tuple(f"{NUMBER_WORDS[n][0]} shapes" for n in (2, 3, 4)), "count", "how many things: two, three or four"
+        tuple(f"{WORDS['number'][str(n)][0]} shapes" for n in (2, 3, 4)), "count", "how many things: two, three or four"
     ),
 }
 
