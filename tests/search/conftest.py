@@ -13,7 +13,7 @@ from clipdistill.models import build_student, load_model, save_model
 from clipdistill.scenes.pairs import open_scenes
 from clipdistill.search.collection import Collection
 from clipdistill.search.encoder import SearchModel
-from clipdistill.search.store import open_store
+from clipdistill.search.store import open_index
 from clipdistill.search.update import update
 
 HOSTILE = '<img src=x onerror="alert(1)">&"\'.png'
@@ -84,7 +84,7 @@ def collection(photographs: Path, student: Path, tmp_path_factory: pytest.TempPa
     sides = []
     for role, name in (("student", str(student)), ("teacher", "scenes-teacher")):
         model = SearchModel(name, role, "cpu")
-        store = open_store(index, dict(model.description))
+        store = open_index(index, dict(model.description))
         update(store, photographs, model)
         sides.append((model, store))
     return Collection(photographs, sides)

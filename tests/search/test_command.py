@@ -15,8 +15,11 @@ from PIL import Image
 
 from clipdistill.cli import main
 from clipdistill.data.images import decode
+from clipdistill.errors import InputError
 from clipdistill.search.collection import Answer, Collection, times_as_fast
+from clipdistill.search.command import print_answers
 from clipdistill.search.encoder import SearchModel
+from clipdistill.search.page import Question, render
 
 
 def test_text_and_image_queries(
@@ -74,6 +77,70 @@ def test_unusable_questions_are_refused(
     assert main(["search", str(tmp_path / "no"), "--model", "scenes-teacher"]) == 2
 
 
+def test_photographs_in_formats_not_decoded_are_counted_and_shown_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (80, 60), "red").save(tmp_path / "a.png")
+    for number in range(12):
+        (tmp_path / f"IMG_{number:02d}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "b.dng").write_bytes(b"II*\0")
+    (tmp_path / "c.jpg").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("no photograph")
+    base = ["search", str(tmp_path), "--model", "scenes-teacher", "--query", "red"]
+    for more in ([], ["--no-update"]):
+        assert main([*base, *more]) == 0
+        shown = capsys.readouterr().out
+        assert shown.index("photographs searched in") < shown.index(
+            "14 files cannot be read and are left out (1 empty image file, 13 format not decoded):\n"
+            "  IMG_00.HEIC: format not decoded: HEIC, make a JPEG, PNG or WebP of it\n"
+        )
+        assert shown.endswith("  (and 4 more)\n")
+    assert main([*base, "--json"]) == 0
+    left_out = {one["file"]: one["reason"] for one in json.loads(capsys.readouterr().out)["left_out"]}
+    assert len(left_out) == 14
+    assert left_out["b.dng"].startswith("format not decoded: DNG")
+    (tmp_path / "a.png").unlink()
+    assert main(base) == 2
+    assert "IMG_00.HEIC: format not decoded" in capsys.readouterr().err
+
+
+def test_a_query_of_words_that_no_model_knows_is_not_answered(collection: Collection) -> None:
+    for query in ("qwzx vfgh", "!?", "\N{SNOWMAN}"):
+        with pytest.raises(InputError, match="no word that the model knows"):
+            collection.ask_text(query)
+    assert collection.ask_text("a red qwzx", 3)[0].hits
+
+
+def test_the_answer_of_the_one_model_that_knows_no_word_is_withheld(
+    collection: Collection, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(collection.sides[0].model, "knows", lambda text: False)
+    student, teacher = collection.ask_text("a red circle", 3)
+    assert student.hits == ()
+    assert "withheld" in student.note
+    assert len(teacher.hits) == 3
+    print_answers([student, teacher], collection, "exact")
+    assert "student: this model knows none of the words" in capsys.readouterr().out
+    assert "this model knows none of the words" in render(collection, Question(text="x"), [student, teacher])
+
+
+@pytest.mark.parametrize("kind", ["a file", "a dead link", "a name too long", "below a file"])
+def test_an_index_that_cannot_be_made_is_one_sentence(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    place = tmp_path / ("x" * 300 if kind == "a name too long" else "place")
+    if kind in ("a file", "below a file"):
+        place.write_text("")
+    if kind == "below a file":
+        place = place / "index"
+    if kind == "a dead link":
+        place.symlink_to(tmp_path / "nowhere" / "at" / "all")
+    assert main(["search", str(photographs), "--model", "scenes-teacher", "--index", str(place), "--query", "x"]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    assert str(place)[:40] in shown.replace("\n", "")
+
+
 def test_an_empty_folder_is_said_to_be_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["search", str(tmp_path), "--model", "scenes-teacher", "--query", "x"]) == 2
     assert "holds no photograph that can be read" in capsys.readouterr().err
@@ -91,7 +158,7 @@ def test_both_models_answer_and_share(collection: Collection) -> None:
 
 def test_who_is_faster_is_only_said_when_the_rounds_agree() -> None:
     def answer(*rounds: float) -> Answer:
-        return Answer("m", "student", 1.0, 1.0, (), False, rounds)
+        return Answer("m", "student", 1.0, 1.0, (), "", rounds)
 
     assert times_as_fast(answer(1, 1, 2, 1, 1), answer(4, 4, 8, 5, 0.5)) == pytest.approx(4)
     assert times_as_fast(answer(4, 4, 4, 4, 4), answer(1, 1, 1, 1, 1)) == pytest.approx(0.25)
@@ -119,7 +186,7 @@ def test_the_vectors_are_those_of_the_evaluation(collection: Collection, photogr
             return picture
 
     wanted = Encoder(side.model.model, progress=False).images(One())[0][0].numpy()
-    stored = side.store.vector(side.store.entries["scene-00.png"].row)
+    stored = side.index.vector(side.index.entries["scene-00.png"].row)
     np.testing.assert_allclose(stored, wanted, atol=1e-5)
 
 

@@ -10,12 +10,12 @@ import pytest
 from clipdistill.errors import InputError
 from clipdistill.search import find
 from clipdistill.search.find import ExactFinder, make_finder, recall
-from clipdistill.search.store import Store, open_store
+from clipdistill.search.store import SearchIndex, open_index
 
 
-def filled(folder: Path, count: int = 300, dimension: int = 16, drop: int = 0) -> Store:
+def filled(folder: Path, count: int = 300, dimension: int = 16, drop: int = 0) -> SearchIndex:
     """A store of random unit vectors in three parts, `drop` of them dropped."""
-    store = open_store(folder, {"name": "m", "fingerprint": "ab" * 32, "embed_dim": dimension})
+    store = open_index(folder, {"name": "m", "fingerprint": "ab" * 32, "embed_dim": dimension})
     vectors = np.random.default_rng(0).normal(size=(count, dimension)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors[7] = vectors[200] = vectors[3]  # equal scores
@@ -32,7 +32,7 @@ def filled(folder: Path, count: int = 300, dimension: int = 16, drop: int = 0) -
 def test_exact_search_is_a_full_sort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drop: int, block: int) -> None:
     monkeypatch.setattr(find, "_BLOCK", block)
     store = filled(tmp_path, drop=drop)
-    everything = np.concatenate(store.blocks())
+    everything = np.concatenate(store.vectors())
     living = np.array(sorted(entry.row for entry in store.entries.values()))
     for top in (1, 10, 400):
         for query in everything[[3, 50]]:

@@ -14,20 +14,20 @@ import pytest
 
 from clipdistill.errors import InputError, Preempted
 from clipdistill.search.photographs import printable, scan
-from clipdistill.search.store import Store, locked, open_store
+from clipdistill.search.store import SearchIndex, locked, open_index
 from clipdistill.search.update import update
 from tests.search.conftest import StandIn, draw
 
 
-def fresh(index: Path) -> Store:
-    return open_store(index, dict(StandIn.description))
+def fresh(index: Path) -> SearchIndex:
+    return open_index(index, dict(StandIn.description))
 
 
-def vector_of(store: Store, path: str) -> np.ndarray:
+def vector_of(store: SearchIndex, path: str) -> np.ndarray:
     return store.vector(store.entries[path].row)
 
 
-def check(store: Store, folder: Path) -> None:
+def check(store: SearchIndex, folder: Path) -> None:
     """Every vector in the store is that of the file's present content."""
     whole = fresh(folder / ".check")
     update(whole, folder, StandIn())
@@ -139,7 +139,7 @@ def test_a_crash_costs_what_was_not_saved(tmp_path: Path) -> None:
     check(fresh(tmp_path / ".i"), tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["index.json", "part-00000001.npy", "part-00000001.json"])
+@pytest.mark.parametrize("damage", ["index.json", "part-00000001.safetensors"])
 def test_a_damaged_index_is_made_again(tmp_path: Path, damage: str) -> None:
     draw(tmp_path, 5)
     update(fresh(tmp_path / ".i"), tmp_path, StandIn())
@@ -159,7 +159,7 @@ def test_parts_are_put_together(tmp_path: Path) -> None:
     for path in paths:
         path.with_suffix(".off").rename(path)
         update(fresh(tmp_path / ".i"), tmp_path, StandIn())
-    assert len(list((tmp_path / ".i").glob("*/part-*.npy"))) < 17
+    assert len(list((tmp_path / ".i").glob("*/part-*.safetensors"))) < 17
     check(fresh(tmp_path / ".i"), tmp_path)
     for path in paths[:18]:
         path.unlink()
@@ -177,11 +177,30 @@ def test_one_update_at_a_time_and_one_model_an_index(tmp_path: Path) -> None:
     update(store, tmp_path, StandIn())
     other = {**StandIn.description, "fingerprint": StandIn.fingerprint[:-1] + "0"}
     with pytest.raises(InputError, match="another model"):
-        open_store(tmp_path / ".i", other)
+        open_index(tmp_path / ".i", other)
     file = store.folder / "index.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(InputError, match="format 2"):
+    file.write_text(file.read_text().replace('"format": 2', '"format": 3').replace('"checksum"', '"other"'))
+    with pytest.raises(InputError, match="format 3"):
         fresh(tmp_path / ".i")
+
+
+def test_what_another_process_saved_in_the_meantime_is_kept(tmp_path: Path) -> None:
+    paths = draw(tmp_path, 12)
+    for path in paths:
+        path.rename(path.with_suffix(".off"))
+    early = fresh(tmp_path / ".i")
+    for path in paths:  # so many parts that they are put together, twice
+        path.with_suffix(".off").rename(path)
+        update(fresh(tmp_path / ".i"), tmp_path, StandIn())
+    late = fresh(tmp_path / ".i")
+    for path in paths[:9]:
+        path.unlink()
+    update(fresh(tmp_path / ".i"), tmp_path, StandIn())
+    for stale in (early, late):
+        update(stale, tmp_path, model := StandIn())
+        assert model.encoded == 0
+        assert fresh(tmp_path / ".i").notices == []
+        check(fresh(tmp_path / ".i"), tmp_path)
 
 
 def test_an_index_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
@@ -199,7 +218,7 @@ def test_a_killed_command_continues(tmp_path: Path, student: Path) -> None:
     command = [sys.executable, "-c", code, "search", str(tmp_path / "p"), "--model", str(student), "--batch-size", "4"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 200
-    while not list(tmp_path.glob("p/.clip*/*/part-00000003.npy")):
+    while not list(tmp_path.glob("p/.clip*/*/part-00000003.safetensors")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)

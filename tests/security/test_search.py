@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
+from clipdistill.cache.blocks import Block, write_block
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
-from clipdistill.search import command
+from clipdistill.search import HIDDEN, command
 from clipdistill.search.collection import Collection
 from clipdistill.search.photographs import scan
 from clipdistill.search.server import SearchServer
-from clipdistill.search.store import HIDDEN, open_store
+from clipdistill.search.store import open_index
 from clipdistill.search.update import update
 from tests.browser import Browser, needs_chromium
 from tests.data.helpers import encoded
@@ -57,6 +58,9 @@ class Model(Colours):
     def cut(self, words: str) -> bool:
         return False
 
+    def knows(self, words: str) -> bool:
+        return True
+
     def warm_up(self) -> None:
         return
 
@@ -83,7 +87,7 @@ def folder(fence: Fence) -> Path:
 
 def opened(folder: Path, index: Path) -> Collection:
     model = Model()
-    store = open_store(index, dict(model.description))
+    store = open_index(index, dict(model.description))
     update(store, folder, model)  # type: ignore[arg-type]
     return Collection(folder, [(model, store)])  # type: ignore[list-item]
 
@@ -179,17 +183,21 @@ def test_links_out_of_the_folder_are_not_indexed_and_not_served(
 def test_an_index_names_files_of_its_folder_only(folder: Path, fence: Fence, path: object) -> None:
     index = fence.inside / "index"
     opened(folder, index)
-    (columns,) = index.rglob("part-*.json")
-    content = json.loads(columns.read_text())
-    content["paths"][0] = path
-    columns.write_text(json.dumps(content))
-    store = open_store(index, dict(Model.description))
+    (part,) = index.rglob("part-*.safetensors")
+    block = Block(part)
+    listed = json.loads(block.arrays["files"].tobytes())
+    listed[0][0] = path
+    tensors = {"vectors": torch.from_numpy(block.arrays["vectors"].copy())}
+    files = torch.frombuffer(bytearray(json.dumps(listed).encode()), dtype=torch.uint8)
+    write_block(part, {**tensors, "files": files}, {"model": Model.fingerprint})
+    store = open_index(index, dict(Model.description))
     assert not store.entries
     assert any("damaged" in notice for notice in store.notices)
     document = json.loads(next(index.rglob("index.json")).read_text())
     document["parts"] = ["../../outside/part-00000001", "/part-0", "part-0/../../../outside/part-1"]
+    del document["checksum"]
     next(index.rglob("index.json")).write_text(json.dumps(document))
-    assert not open_store(index, dict(Model.description)).entries
+    assert not open_index(index, dict(Model.description)).entries
 
 
 @pytest.mark.parametrize("place", [HIDDEN, f"{HIDDEN}/index", f"{HIDDEN}/{Model.fingerprint[:16]}"])
@@ -198,13 +206,13 @@ def test_an_index_is_not_written_through_a_link(
 ) -> None:
     (folder / place).parent.mkdir(exist_ok=True)
     (folder / place).symlink_to(fence.outside / "folder")
-    monkeypatch.setattr(command, "SearchModel", lambda *_: Model())
+    monkeypatch.setattr("clipdistill.search.encoder.SearchModel", lambda *_: Model())
     arguments = argparse.Namespace(
         model="x", teacher=None, index=None, folder=folder, device="cpu", no_update=False, quiet=True,
         index_kind="exact", batch_size=8, workers=0,
     )  # fmt: skip
     with pytest.raises(InputError, match="is a link that leads out"):
-        command.open_collection(arguments, Console())
+        command.open_collection(arguments, sys.stdout)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ class Encoder:
         found = torch.zeros(len(source), self.model.embed_dim)
         readable = torch.zeros(len(source), dtype=torch.int32)
         problems: list[tuple[str, str]] = []
-        with self._forward(), self._bar(f"images of {source.name}", len(mine)) as advance:
+        with self._forward(), progress_bar(self.progress, f"images of {source.name}", len(mine)) as advance:
             for pixels, indices, bad in _batches(self._prepared(source, mine), self.batch_size):
                 problems += [(source.key(i), reason) for i, reason in bad]
                 if len(indices):
@@ -186,7 +186,7 @@ class Encoder:
             mine = new[self.rank :: self.world]
             rows = torch.zeros(len(new), self.model.embed_dim)
             embedded: list[Tensor] = []
-            with self._forward(), self._bar(what, len(mine)) as advance:
+            with self._forward(), progress_bar(self.progress, what, len(mine)) as advance:
                 for start in range(0, len(mine), self.batch_size):
                     batch = mine[start : start + self.batch_size]
                     embedded.append(self.encode_tokens(tokenizer(batch), what).cpu())
@@ -263,16 +263,6 @@ class Encoder:
         with torch.autocast(self.device.type, dtype=number_format):
             return function(batch)
 
-    @contextlib.contextmanager
-    def _bar(self, what: str, total: int) -> Iterator[Any]:
-        if not self.progress:
-            yield lambda count: None
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda count: bar.advance(task, count)
-
     def _summed(self, values: Tensor) -> Tensor:
         """The sum over ranks; each row is non-zero on one rank only, so the sum is exact."""
         cuda = torch.distributed.get_backend() == "nccl"
@@ -318,6 +308,18 @@ def _most_captions(rule: str) -> int | None:
     if word == "first" and (not number or (number.isdecimal() and int(number) > 0)):
         return int(number or 1)
     raise InputError(f"captions must be 'all', 'first' or 'first 5', got '{rule}'")
+
+
+@contextlib.contextmanager
+def progress_bar(shown: bool, what: str, total: int | None = None) -> Iterator[Any]:
+    """A bar on the terminal's error stream; gives a function of the items done since its last call (and the total)."""
+    if not shown:
+        yield lambda count, total=None: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count, total=None: bar.update(task, advance=count, total=total)
 
 
 class _Rate(ProgressColumn):

@@ -203,7 +203,7 @@ def parse_json(content: bytes, where: str, hint: str = "") -> Any:
     if not content.strip(b"\0 \t\r\n"):
         raise InputError(f"{where}: {'empty' if not content.strip() else 'holds only NUL bytes'}{_after(hint)}")
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig", "surrogatepass"))
     except json.JSONDecodeError as error:
         raise InputError(f"{where} (line {error.lineno}): not readable as JSON: {error.msg}{_after(hint)}") from error
     except UnicodeDecodeError as error:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from clipdistill.data.files import read_image_file
 from clipdistill.data.images import decode
@@ -18,7 +17,8 @@ from clipdistill.errors import InputError
 from clipdistill.runtime.links import is_inside
 from clipdistill.search.encoder import SearchModel, timed
 from clipdistill.search.find import Finder, make_finder
-from clipdistill.search.store import Store
+from clipdistill.search.photographs import printable
+from clipdistill.search.store import SearchIndex
 
 _ROUNDS = (5, 15)
 _SECONDS = 0.2
@@ -40,14 +40,14 @@ class Hit:
 class Answer:
     """What one model found, best first. encode_ms: preparing and encoding the query; search_ms: finding
     the nearest; both are medians of a few calls, in which the models take turns.
-    cut: whether the model read only the beginning of the text. rounds_ms: both times together, call by call."""
+    note: what keeps the answer from meaning all that was asked. rounds_ms: both times together, call by call."""
 
     model: str
     role: str
     encode_ms: float
     search_ms: float
     hits: tuple[Hit, ...]
-    cut: bool = False
+    note: str = ""
     rounds_ms: tuple[float, ...] = ()
 
     @property
@@ -71,29 +71,39 @@ class Side:
     """A model with its index."""
 
     model: SearchModel
-    store: Store
+    index: SearchIndex
     finder: Finder
 
 
 class Collection:
     """The photographs of `folder` that are in the index of at least one model; `sides` has the student first.
 
-    `paths[number]` is a photograph; the numbers hold as long as this object.
+    `paths[number]` is a photograph; the numbers hold as long as this object. left_out: path -> reason of the files that
+    are in no index, and of those that could not be listed (`unlisted`).
     """
 
-    def __init__(self, folder: Path, models: Sequence[tuple[SearchModel, Store]], kind: str = "exact") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        models: Sequence[tuple[SearchModel, SearchIndex]],
+        kind: str = "exact",
+        unlisted: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
+        self.left_out = {path: bad[2] for _, index in models for path, bad in sorted(index.bad.items())}
+        self.left_out |= unlisted or {}
         self.sides: list[Side] = []
-        for model, store in models:
-            if not store.entries:
-                raise InputError(f"{folder}: holds no photograph that can be read")
-            self.sides.append(Side(model, store, make_finder(kind, store)))
+        for model, index in models:
+            if not index.entries:
+                few = "; ".join(f"{printable(path)}: {why}" for path, why in list(self.left_out.items())[:3])
+                raise InputError(f"{folder}: holds no photograph that can be read{f' ({few})' if few else ''}")
+            self.sides.append(Side(model, index, make_finder(kind, index)))
             model.warm_up()
-        self.paths = sorted({path for side in self.sides for path in side.store.entries})
+        self.paths = sorted({path for side in self.sides for path in side.index.entries})
         self._numbers = {path: number for number, path in enumerate(self.paths)}
-        self._by_row = [{e.row: e.path for e in side.store.entries.values()} for side in self.sides]
+        self._by_row = [{e.row: e.path for e in side.index.entries.values()} for side in self.sides]
         for side in self.sides:  # the first pass over memory-mapped vectors reads them from the disk
-            side.finder.search(np.zeros(side.store.dimension, dtype=np.float32), 1)
+            side.finder.search(np.zeros(side.index.dimension, dtype=np.float32), 1)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -101,15 +111,28 @@ class Collection:
     def sha256(self, number: int) -> str:
         """The content of a photograph when it was indexed."""
         path = self.paths[number]
-        return next(side.store.entries[path].sha256 for side in self.sides if path in side.store.entries)
+        return next(side.index.entries[path].sha256 for side in self.sides if path in side.index.entries)
 
     def ask_text(self, text: str, top: int = 10) -> list[Answer]:
-        """Each model's nearest photographs to a text."""
+        """Each model's nearest photographs to a text; none from a model that knows none of its words.
+
+        Raises InputError when no model does.
+        """
         text = " ".join(text.split())
         if not text:
             raise InputError("the query is empty")
-        cut = [side.model.cut(text) for side in self.sides]
-        return self._ask([functools.partial(side.model.text, text) for side in self.sides], top, cut)
+        known = [side.model.knows(text) for side in self.sides]
+        if not any(known):
+            raise InputError("the query holds no word that the model knows, so nothing can be found: try other words")
+        answers = self._ask([functools.partial(side.model.text, text) for side in self.sides], top)
+        for place, side in enumerate(self.sides):
+            if not known[place]:
+                note = "this model knows none of the words of the query, so its answer is withheld"
+                answers[place] = replace(answers[place], note=note, hits=())
+            elif side.model.cut(text):
+                note = "the query is longer than this model reads; its end was not used"
+                answers[place] = replace(answers[place], note=note)
+        return answers
 
     def ask_image(self, data: bytes, top: int = 10) -> list[Answer]:
         """Each model's nearest photographs to an encoded image. Raises InputError when it cannot be decoded."""
@@ -117,7 +140,7 @@ class Collection:
             picture = decode(data, at_least=max(side.model.at_least() for side in self.sides))
         except BadSample as error:
             raise InputError(f"the query image cannot be read: {error.reason}") from error
-        return self._ask_picture(picture, top)
+        return self._ask([functools.partial(side.model.image, picture) for side in self.sides], top)
 
     def ask_like(self, number: int, top: int = 10) -> list[Answer]:
         """Each model's nearest photographs to one of the collection. Raises BadSample when its file is gone."""
@@ -130,10 +153,7 @@ class Collection:
             raise BadSample("unreadable image file: a link leads out of the folder")
         return read_image_file(path)
 
-    def _ask_picture(self, picture: Image.Image, top: int) -> list[Answer]:
-        return self._ask([functools.partial(side.model.image, picture) for side in self.sides], top)
-
-    def _ask(self, encoders: Sequence[Callable[[], np.ndarray]], top: int, cut: Sequence[bool] = ()) -> list[Answer]:
+    def _ask(self, encoders: Sequence[Callable[[], np.ndarray]], top: int) -> list[Answer]:
         if top < 1:
             raise InputError(f"top must be at least 1, got {top}")
         found: list[tuple[list[float], list[float], list[int], list[float]]] = [([], [], [], []) for _ in self.sides]
@@ -145,7 +165,7 @@ class Collection:
             for side, encode, (encode_ms, search_ms, rows, scores) in zip(self.sides, encoders, found, strict=True):
                 query, milliseconds = timed(encode)
                 encode_ms.append(milliseconds)
-                search = functools.partial(side.finder.search, query, min(top, len(side.store.entries)))
+                search = functools.partial(side.finder.search, query, min(top, len(side.index.entries)))
                 nearest, milliseconds = timed(search)
                 search_ms.append(milliseconds)
                 rows[:], scores[:] = nearest[0].tolist(), nearest[1].tolist()
@@ -160,5 +180,5 @@ class Collection:
             model = side.model
             times = float(np.median(encode_ms)), float(np.median(search_ms))
             rounds = tuple(a + b for a, b in zip(encode_ms, search_ms, strict=True))
-            answers.append(Answer(model.name, model.role, *times, hits, bool(cut) and cut[s], rounds))
+            answers.append(Answer(model.name, model.role, *times, hits, "", rounds))
         return answers

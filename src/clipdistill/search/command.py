@@ -7,33 +7,22 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
-from rich.text import Text
-
-from clipdistill.data.problems import BadSample
+from clipdistill.data.files import read_image_file
+from clipdistill.data.problems import BadSample, Problems
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
+from clipdistill.runtime.console import TextTable, say
 from clipdistill.runtime.links import is_inside, refuse_links
 from clipdistill.runtime.signals import StopSignal
-from clipdistill.search.find import FINDERS, recall
+from clipdistill.search import HIDDEN, KINDS
 from clipdistill.search.photographs import printable
-from clipdistill.search.store import HIDDEN, Store, open_store
 
 if TYPE_CHECKING:
     from clipdistill.search.collection import Answer, Collection
     from clipdistill.search.encoder import SearchModel
+    from clipdistill.search.store import SearchIndex
     from clipdistill.search.update import Update
 
 PORT = 8765
@@ -53,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=PORT, help=f"of the page; 0 takes a free one (default: {PORT})")
     add("--host", default="127.0.0.1", help="address the page listens on (default: this machine only)")
     add("--index", type=Path, help=f"where the index is kept (default: {HIDDEN} inside the folder)")
-    add("--index-kind", choices=tuple(FINDERS), default="exact", help="exact, or approximate with an optional package")
+    add("--index-kind", choices=KINDS, default="exact", help="exact, or approximate with an optional package")
     add("--no-update", action="store_true", help="search the index as it is, without looking at the folder")
     add("--rehash", action="store_true", help="compare the content of every file, also where size and time are equal")
     add("--batch-size", type=int, default=64, help="photographs a forward pass (default: 64)")
@@ -64,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Bring the index up to date, answer, serve."""
+    """Bring the index up to date, answer, say what was left out, serve."""
     if arguments.query is not None and arguments.image is not None:
         raise InputError("--query and --image are two questions: give one of them")
     if arguments.top < 1 or arguments.batch_size < 1 or arguments.workers < 1:
@@ -75,9 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"{arguments.folder}: no such folder")
     for name in filter(None, (arguments.model, arguments.teacher)):
         check_model_name(name)
-    picture = _read(arguments.image) if arguments.image is not None else None
-    console = Console(stderr=arguments.json)
-    collection = open_collection(arguments, console)
+    picture = None
+    if arguments.image is not None:
+        try:
+            picture = read_image_file(arguments.image)
+        except BadSample as error:
+            raise InputError(f"{arguments.image}: {error.reason}") from error
+    out = sys.stderr if arguments.json else sys.stdout
+    collection = open_collection(arguments, out)
     if arguments.query is not None or picture is not None:
         if picture is not None:
             answers = collection.ask_image(picture, arguments.top)
@@ -87,147 +81,128 @@ def run(arguments: argparse.Namespace) -> int:
             json.dump(as_json(arguments, collection, answers), sys.stdout, indent=1)
             print()
         else:
-            print_answers(answers, collection, arguments.index_kind, console)
+            print_answers(answers, collection, arguments.index_kind)
+    if not arguments.quiet:
+        print_left_out(collection.left_out, out)
     if arguments.page:
         from clipdistill.search.server import serve
 
-        serve(collection, arguments.host, arguments.port, arguments.top, console)
+        serve(collection, arguments.host, arguments.port, arguments.top, out)
     return 0
 
 
-def open_collection(arguments: argparse.Namespace, console: Console) -> Collection:
+def open_collection(arguments: argparse.Namespace, out: TextIO) -> Collection:
     """Load the models and index the folder with each; the student first."""
     from clipdistill.search.collection import Collection
     from clipdistill.search.encoder import SearchModel
+    from clipdistill.search.find import recall
+    from clipdistill.search.store import open_index
 
     names = [("student", arguments.model)] + ([("teacher", arguments.teacher)] if arguments.teacher else [])
-    index = arguments.index or arguments.folder / HIDDEN
-    if arguments.index is None and index.is_symlink() and not is_inside(arguments.folder, index):
-        raise InputError(f"{index}: is a link that leads out of the folder: remove it, or name the index with --index")
-    refuse_links(index, "index")
-    sides: list[tuple[SearchModel, Store]] = []
-    listed: list[tuple[str, str]] = []
+    place = arguments.index or arguments.folder / HIDDEN
+    if arguments.index is None and place.is_symlink() and not is_inside(arguments.folder, place):
+        raise InputError(f"{place}: is a link that leads out of the folder: remove it, or name the index with --index")
+    refuse_links(place, "index")
+    sides: list[tuple[SearchModel, SearchIndex]] = []
+    unlisted: dict[str, str] = {}
     for role, name in names:
         model = SearchModel(name, role, arguments.device)
-        store = open_store(index, dict(model.description))
-        for notice in store.notices:
-            console.print(f"note: {notice}", markup=False, soft_wrap=True)
+        index = open_index(place, dict(model.description))
+        for notice in index.notices:
+            say(f"note: {notice}", out)
         if not arguments.no_update:
-            done = _update(store, model, arguments, console)
+            done = _update(index, model, arguments)
+            unlisted |= dict(done.unlisted)
             if not arguments.quiet:
-                print_update(done, model, console)
-                if done.bad + done.unlisted != listed:  # the second model usually meets the same files
-                    listed = done.bad + done.unlisted
-                    print_bad(done, console)
-        elif not store.entries:
+                say(summary(done, model), out)
+        elif not index.entries:
             raise InputError(
-                f"{index}: no index of the {role} {name} in there: leave --no-update out once, which makes it"
+                f"{place}: no index of the {role} {name} in there: leave --no-update out once, which makes it"
             )
-        sides.append((model, store))
-    collection = Collection(arguments.folder, sides, arguments.index_kind)
+        sides.append((model, index))
+    collection = Collection(arguments.folder, sides, arguments.index_kind, unlisted)
     if arguments.index_kind != "exact" and not arguments.quiet:
         for side in collection.sides:
-            share = recall(side.finder, side.store)
-            console.print(
+            share = recall(side.finder, side.index)
+            say(
                 f"{side.model.role}: {arguments.index_kind} returns {share:.1%} of the exact ten nearest "
-                "(up to 100 photographs of the index as queries)"
+                "(up to 100 photographs of the index as queries)",
+                out,
             )
     return collection
 
 
-def _update(store: Store, model: SearchModel, arguments: argparse.Namespace, console: Console) -> Update:
+def _update(index: SearchIndex, model: SearchModel, arguments: argparse.Namespace) -> Update:
+    from clipdistill.embed.encode import progress_bar
     from clipdistill.search.update import update
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    shown = Console(stderr=True)
-    with StopSignal() as signal, Progress(*columns, console=shown, transient=True, disable=arguments.quiet) as bar:
-        task = bar.add_task(f"{model.role}: photographs", total=None)
+    with StopSignal() as signal, progress_bar(not arguments.quiet, f"{model.role}: photographs") as advance:
         return update(
-            store,
+            index,
             arguments.folder,
             model,
             batch_size=arguments.batch_size,
             workers=arguments.workers,
             rehash=arguments.rehash,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=advance,
             stop=lambda: signal.received is not None,
         )
 
 
-def print_update(done: Update, model: SearchModel, console: Console) -> None:
+def summary(done: Update, model: SearchModel) -> str:
     """One line on what the index holds and what was done."""
     parts = [f"{done.encoded:,} encoded ({done.rate:,.0f}/s on {model.device})"] if done.encoded else []
     parts += [f"{done.recognised:,} recognised by content"] if done.recognised else []
     parts += [f"{done.removed:,} removed"] if done.removed else []
     parts = parts or ["nothing new"]
-    line = f"{model.role} {model.name}: {done.photographs:,} photographs in the index; {', '.join(parts)}"
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return f"{model.role} {model.name}: {done.photographs:,} photographs in the index; {', '.join(parts)}"
 
 
-def print_bad(done: Update, console: Console) -> None:
-    """The files that could not be read (the first of many), and the folders that could not be listed."""
-    if done.bad:
-        many = len(done.bad) > 1
-        line = f"{len(done.bad):,} file{'s' if many else ''} cannot be read and {'are' if many else 'is'} left out:"
-        console.print(line, highlight=False)
-    for path, reason in [*done.bad[:_LISTED], *done.unlisted]:
-        console.print(f"  {printable(path)}: {reason}", markup=False, highlight=False, soft_wrap=True)
-    if len(done.bad) > _LISTED:
-        console.print(f"  (and {len(done.bad) - _LISTED:,} more files)", highlight=False)
+def print_left_out(left_out: dict[str, str], out: TextIO) -> None:
+    """How many photographs are not in the index and why, and the first of them."""
+    if not left_out:
+        return
+    found = Problems()
+    for path, reason in left_out.items():
+        found.add(reason, path)
+    many = len(left_out) > 1
+    why = f" ({found.summary()})" if len(found.counts) > 1 or len(left_out) > _LISTED else ""
+    say(f"{len(left_out):,} file{'s' if many else ''} cannot be read and {'are' if many else 'is'} left out{why}:", out)
+    for path, reason in list(left_out.items())[:_LISTED]:
+        say(f"  {printable(path)}: {reason}", out)
+    if len(left_out) > _LISTED:
+        say(f"  (and {len(left_out) - _LISTED:,} more)", out)
 
 
-def print_answers(answers: Sequence[Answer], collection: Collection, kind: str, console: Console) -> None:
+def print_answers(answers: Sequence[Answer], collection: Collection, kind: str) -> None:
     """The hits as a table, one column group a model, and what each answer cost."""
-    several = len(answers) > 1
-    longest = [max(len(printable(hit.path)) for hit in answer.hits) for answer in answers]
-    width = sum(longest) + 24 * len(answers)
-    if not console.is_terminal:  # a pipe or a file has no width
-        console = Console(file=console.file, width=max(width, console.width))
-    if width <= console.width:
-        console.print(_table(answers))
-    else:
-        for answer in answers:
-            console.print(_table([answer], answer.role if several else None))
-    for answer, side in zip(answers, collection.sides, strict=True):
-        console.print(
-            f"{answer.role} {answer.model}: query encoded in {answer.encode_ms:.1f} ms, "
-            f"{len(side.store.entries):,} photographs searched in {answer.search_ms:.2f} ms ({kind})",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        if answer.cut:
-            console.print(f"{answer.role}: the query is longer than the model reads; its end was not used")
-    if several:
-        from clipdistill.search.collection import times_as_fast
+    from clipdistill.search.collection import times_as_fast
 
+    several = len(answers) > 1
+    heads = [f"{answer.role} {what}" if several else what for answer in answers for what in ("score", "file")]
+    table = TextTable(["rank", *heads], text=range(2, 2 * len(answers) + 1, 2))
+    for rank in range(max(len(answer.hits) for answer in answers)):
+        row = [str(rank + 1)]
+        for answer in answers:
+            for hit in answer.hits[rank : rank + 1] or (None,):
+                row += [f"{hit.score:.3f}", printable(hit.path) + " *" * hit.shared] if hit else ["", ""]
+        table.rows.append(row)
+    table.print()
+    for answer, side in zip(answers, collection.sides, strict=True):
+        say(
+            f"{answer.role} {answer.model}: query encoded in {answer.encode_ms:.1f} ms, "
+            f"{len(side.index.entries):,} photographs searched in {answer.search_ms:.2f} ms ({kind})"
+        )
+        if answer.note:
+            say(f"{answer.role}: {answer.note}")
+    if several:
         student, teacher = answers
         shared = sum(hit.shared for hit in student.hits)
         ratio = times_as_fast(student, teacher)
         told = "who is faster cannot be told on this machine just now"
         if ratio is not None:
             told = f"the student answers {ratio:.1f} times as fast as the teacher"
-        console.print(
-            f"{told}; * {shared} of {len(student.hits)} photographs are found by both", highlight=False, soft_wrap=True
-        )
-
-
-def _table(answers: Sequence[Answer], title: str | None = None) -> Table:
-    """Rank, score and file of each answer's hits; a star marks what both models found."""
-    several = len(answers) > 1
-    table = Table(show_edge=False, pad_edge=False, title=title, title_justify="left")
-    table.add_column("rank", justify="right")
-    for answer in answers:
-        table.add_column(f"{answer.role} score" if several else "score", justify="right")
-        table.add_column(f"{answer.role} file" if several else "file", overflow="fold")
-    for rank in range(max(len(answer.hits) for answer in answers)):
-        cells = [Text(str(rank + 1))]
-        for answer in answers:
-            hit = answer.hits[rank] if rank < len(answer.hits) else None
-            cells.append(Text(f"{hit.score:.3f}" if hit else ""))
-            cells.append(Text(f"{printable(hit.path)}{' *' if hit.shared else ''}" if hit else ""))
-        table.add_row(*cells)
-    return table
+        say(f"{told}; * {shared} of {len(student.hits)} photographs are found by both")
 
 
 def as_json(arguments: argparse.Namespace, collection: Collection, answers: Sequence[Answer]) -> dict[str, Any]:
@@ -237,30 +212,16 @@ def as_json(arguments: argparse.Namespace, collection: Collection, answers: Sequ
         "query": arguments.query,
         "image": str(arguments.image) if arguments.image else None,
         "photographs": len(collection),
+        "left_out": [{"file": path, "reason": reason} for path, reason in collection.left_out.items()],
         "answers": [
             {
                 "role": answer.role,
                 "model": answer.model,
                 "encode_ms": round(answer.encode_ms, 4),
                 "search_ms": round(answer.search_ms, 4),
+                "note": answer.note,
                 "hits": [{"rank": r + 1, "score": h.score, "file": h.path} for r, h in enumerate(answer.hits)],
             }
             for answer in answers
         ],
     }
-
-
-def _read(path: Path) -> bytes:
-    from clipdistill.data.files import read_image_file
-
-    try:
-        return read_image_file(path)
-    except BadSample as error:
-        raise InputError(f"{path}: {error.reason}") from error
-
-
-class Rate(ProgressColumn):
-    """Photographs a second, in the progress bar."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f}/s" if task.speed else "")

@@ -64,6 +64,11 @@ class SearchModel:
         """Whether the model reads only the beginning of this text."""
         return self.model.tokenizer.lengths([text])[0] > self.model.context_length
 
+    def knows(self, text: str) -> bool:
+        """Whether anything of this text is more to the model than an unknown word."""
+        tokenizer = self.model.tokenizer
+        return bool({*tokenizer.encode(text)} - {*tokenizer.encode(""), getattr(tokenizer, "UNKNOWN", None)})
+
     def warm_up(self) -> None:
         """Run both towers, so that the first query is not charged for what the first call sets up."""
         size = self.model.image.size

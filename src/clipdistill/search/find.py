@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clipdistill.errors import InputError, MissingExtraError, nearest
-from clipdistill.search.store import Store
+from clipdistill.runtime.files import new_file
+from clipdistill.search import KINDS
+from clipdistill.search.store import SearchIndex
 
 _BLOCK = 1 << 16
 """Rows multiplied at a time: 128 MiB of vectors of 512 numbers."""
 
 
 class Finder(ABC):
-    """Finds rows of a store by inner product of unit vectors (the cosine)."""
+    """Finds rows of an index by inner product of unit vectors (the cosine)."""
 
     kind: str
 
@@ -31,10 +32,10 @@ class ExactFinder(Finder):
 
     kind = "exact"
 
-    def __init__(self, store: Store) -> None:
-        self._blocks = store.blocks()
-        self._living = np.zeros(store.rows, dtype=bool)
-        self._living[[entry.row for entry in store.entries.values()]] = True
+    def __init__(self, stored: SearchIndex) -> None:
+        self._blocks = stored.vectors()
+        self._living = np.zeros(stored.rows, dtype=bool)
+        self._living[[entry.row for entry in stored.entries.values()]] = True
         self._whole = bool(self._living.all())
 
     def search(self, query: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
@@ -67,115 +68,119 @@ def _best(rows: np.ndarray, scores: np.ndarray, top: int) -> tuple[np.ndarray, n
     return rows[order], scores[order]
 
 
-class FaissFinder(Finder):
-    """faiss's graph index (HNSW, 32 neighbours), kept in a file beside the vectors."""
+class GraphFinder(Finder):
+    """A graph index of another library, kept in a file beside the vectors and made again when they change."""
+
+    def __init__(self, stored: SearchIndex) -> None:
+        self._load_library()
+        path = stored.folder / f"{self.kind}-{stored.generation()}.bin"
+        if path.is_file():
+            try:
+                self._graph = self._read(str(path), stored.dimension)
+                return
+            except Exception:  # a damaged file, whatever the library raises for it: build again
+                path.unlink(missing_ok=True)
+        self._graph = self._build(*stored.living())
+        try:
+            with new_file(path) as temporary:
+                self._write(str(temporary))
+            for old in set(stored.folder.glob(f"{self.kind}-*.bin")) - {path}:
+                old.unlink(missing_ok=True)
+        except (OSError, RuntimeError):
+            stored.notices.append(f"{path} cannot be written: the {self.kind} index is built again at every start")
+
+    @abstractmethod
+    def _load_library(self) -> None: ...
+
+    @abstractmethod
+    def _build(self, rows: np.ndarray, vectors: np.ndarray) -> Any: ...
+
+    @abstractmethod
+    def _read(self, path: str, dimension: int) -> Any: ...
+
+    @abstractmethod
+    def _write(self, path: str) -> None: ...
+
+
+class FaissFinder(GraphFinder):
+    """faiss's graph index (HNSW, 32 neighbours)."""
 
     kind = "faiss"
 
-    def __init__(self, store: Store) -> None:
+    def _load_library(self) -> None:
         try:
             import faiss
         except ImportError as error:
             raise MissingExtraError("faiss-cpu", "search", "--index-kind faiss") from error
-
-        def build(rows: np.ndarray, vectors: np.ndarray) -> Any:
-            graph: Any = faiss.IndexHNSWFlat(store.dimension, 32, faiss.METRIC_INNER_PRODUCT)
-            graph.hnsw.efConstruction = 200
-            index = faiss.IndexIDMap(graph)
-            index.add_with_ids(vectors, rows)
-            return index
-
-        self._index = _kept(
-            store, "faiss", build, lambda i, p: faiss.write_index(i, str(p)), lambda p: faiss.read_index(str(p))
-        )
         self._faiss: Any = faiss
+
+    def _build(self, rows: np.ndarray, vectors: np.ndarray) -> Any:
+        graph = self._faiss.IndexHNSWFlat(vectors.shape[1], 32, self._faiss.METRIC_INNER_PRODUCT)
+        graph.hnsw.efConstruction = 200
+        index = self._faiss.IndexIDMap(graph)
+        index.add_with_ids(vectors, rows)
+        return index
+
+    def _read(self, path: str, dimension: int) -> Any:
+        return self._faiss.read_index(path)
+
+    def _write(self, path: str) -> None:
+        self._faiss.write_index(self._graph, path)
 
     def search(self, query: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
         settings = self._faiss.SearchParametersHNSW(efSearch=max(128, 2 * top))
-        scores, rows = self._index.search(query[None], top, params=settings)
+        scores, rows = self._graph.search(query[None], top, params=settings)
         found = rows[0] >= 0
         return rows[0][found], scores[0][found]
 
 
-class UsearchFinder(Finder):
-    """usearch's graph index, kept in a file beside the vectors."""
+class UsearchFinder(GraphFinder):
+    """usearch's graph index."""
 
     kind = "usearch"
 
-    def __init__(self, store: Store) -> None:
+    def _load_library(self) -> None:
         try:
             from usearch.index import Index
         except ImportError as error:
             raise MissingExtraError("usearch", "search", "--index-kind usearch") from error
+        self._empty = functools.partial(Index, metric="ip", dtype="f32", expansion_add=200, expansion_search=128)
 
-        def empty() -> Any:
-            return Index(ndim=store.dimension, metric="ip", dtype="f32", expansion_add=200, expansion_search=128)
+    def _build(self, rows: np.ndarray, vectors: np.ndarray) -> Any:
+        index = self._empty(ndim=vectors.shape[1])
+        index.add(rows, vectors)
+        return index
 
-        def build(rows: np.ndarray, vectors: np.ndarray) -> Any:
-            index = empty()
-            index.add(rows, vectors)
-            return index
+    def _read(self, path: str, dimension: int) -> Any:
+        index = self._empty(ndim=dimension)
+        index.load(path)
+        return index
 
-        def read(path: Path) -> Any:
-            index = empty()
-            index.load(str(path))
-            return index
-
-        self._index = _kept(store, "usearch", build, lambda i, p: i.save(str(p)), read)
+    def _write(self, path: str) -> None:
+        self._graph.save(path)
 
     def search(self, query: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-        found = self._index.search(query, top)
+        found = self._graph.search(query, top)
         return np.asarray(found.keys, dtype=np.int64), 1 - np.asarray(found.distances, dtype=np.float32)
 
 
-FINDERS: dict[str, type[Finder]] = {"exact": ExactFinder, "faiss": FaissFinder, "usearch": UsearchFinder}
+FINDERS: dict[str, type[Finder]] = dict(zip(KINDS, (ExactFinder, FaissFinder, UsearchFinder), strict=True))
 
 
-def make_finder(kind: str, store: Store) -> Finder:
-    """A finder over the present rows of a store. Raises InputError for an unknown kind or a missing package."""
+def make_finder(kind: str, stored: SearchIndex) -> Finder:
+    """A finder over the present rows of an index. Raises InputError for an unknown kind or a missing package."""
     if kind not in FINDERS:
         raise InputError(f"unknown kind of index '{kind}'{nearest(kind, FINDERS)}")
-    return FINDERS[kind](store)  # type: ignore[call-arg]
+    return FINDERS[kind](stored)  # type: ignore[call-arg]
 
 
-def recall(finder: Finder, store: Store, top: int = 10, queries: int = 100) -> float:
+def recall(finder: Finder, stored: SearchIndex, top: int = 10, queries: int = 100) -> float:
     """Share of the exact nearest `top` that `finder` returns; queries are photographs spread over the index."""
-    exact = ExactFinder(store)
-    rows = sorted(entry.row for entry in store.entries.values())
-    chosen = rows[:: max(1, len(rows) // queries)][:queries]
+    exact = ExactFinder(stored)
+    rows = sorted(entry.row for entry in stored.entries.values())
     hits = total = 0
-    for row in chosen:
-        wanted = set(exact.search(store.vector(row), top)[0].tolist())
-        hits += len(wanted & set(finder.search(store.vector(row), top)[0].tolist()))
+    for row in rows[:: max(1, len(rows) // queries)][:queries]:
+        wanted = set(exact.search(stored.vector(row), top)[0].tolist())
+        hits += len(wanted & set(finder.search(stored.vector(row), top)[0].tolist()))
         total += len(wanted)
     return hits / total if total else 1.0
-
-
-def _kept(
-    store: Store,
-    kind: str,
-    build: Callable[[np.ndarray, np.ndarray], Any],
-    write: Callable[[Any, Path], None],
-    read: Callable[[Path], Any],
-) -> Any:
-    """The approximate index of the store's present rows: read from its file, else built and written."""
-    path = store.folder / f"{kind}-{store.generation()}.bin"
-    if path.is_file():
-        try:
-            return read(path)
-        except Exception:  # a damaged file, whatever the library raises for it: build again
-            path.unlink(missing_ok=True)
-    rows = np.array(sorted(entry.row for entry in store.entries.values()), dtype=np.int64)
-    vectors = np.empty((len(rows), store.dimension), dtype=np.float32)
-    for place, row in enumerate(rows):
-        vectors[place] = store.vector(int(row))
-    index = build(rows, vectors)
-    try:
-        temporary = path.with_name(f"{path.name}.tmp")
-        write(index, temporary)
-        for old in store.folder.glob(f"{kind}-*.bin"):
-            old.unlink(missing_ok=True)
-        temporary.replace(path)
-    except (OSError, RuntimeError):
-        store.notices.append(f"{path} cannot be written: the {kind} index is built again at every start")
-    return index

@@ -51,12 +51,12 @@ def render(collection: Collection, question: Question, answers: Sequence[Answer]
 
 def _side(collection: Collection, number: int, answer: Answer | None, slowest: float) -> dict[str, Any]:
     side = collection.sides[number]
-    cost = side.store.cost
+    cost = side.index.cost
     facts: dict[str, Any] = {
         "role": side.model.role,
         "name": printable(side.model.name),
         "parameters": _compact(side.model.model.parameter_counts()["total"]),
-        "indexed": f"{len(side.store.entries):,}",
+        "indexed": f"{len(side.index.entries):,}",
         "rate": f"{cost.rate:,.0f}" if cost.rate >= 10 else f"{cost.rate:.2g}" if cost.rate else "",
         "device": cost.device,
     }
@@ -66,7 +66,7 @@ def _side(collection: Collection, number: int, answer: Answer | None, slowest: f
             "encode": milliseconds(answer.encode_ms),
             "search": milliseconds(answer.search_ms),
             "share": round(100 * answer.total_ms / slowest) if slowest else 100,
-            "cut": answer.cut,
+            "note": answer.note,
             "hits": [
                 {
                     "rank": rank + 1,

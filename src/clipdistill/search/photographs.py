@@ -6,9 +6,16 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipdistill.data.files import IMAGE_SUFFIXES
+from clipdistill.data.files import IMAGE_SUFFIXES, read_image_file
+from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
 from clipdistill.runtime.links import is_inside
+
+NOT_DECODED = frozenset({
+    ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jxr", ".dng", ".raw", ".cr2", ".cr3", ".crw", ".nef", ".nrw",
+    ".arw", ".srf", ".sr2", ".orf", ".raf", ".rw2", ".pef", ".srw", ".3fr", ".erf", ".iiq", ".kdc", ".mrw", ".x3f",
+})  # fmt: skip
+"""Suffixes of photographs in formats that are not decoded here: they are listed, not passed over."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,8 @@ class Photograph:
 def scan(folder: Path) -> tuple[list[Photograph], list[tuple[str, str]]]:
     """(image files below `folder` sorted by path, (sub-folder, reason) of what could not be listed).
 
-    Told apart by suffix. Hidden files and folders (a leading dot) are left out, links to folders are not followed,
-    links to files only where they lead to a file in `folder`.
+    Told apart by suffix; those in formats that are not decoded are among them. Hidden files and folders (a leading dot)
+    are left out, links to folders are not followed, links to files only where they lead to a file in `folder`.
     Raises InputError when `folder` is not a folder.
     """
     if not folder.is_dir():
@@ -42,7 +49,7 @@ def scan(folder: Path) -> tuple[list[Photograph], list[tuple[str, str]]]:
                     path = f"{below}/{entry.name}" if below else entry.name
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(path)
-                    elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
+                    elif _suffix(entry.name) in IMAGE_SUFFIXES | NOT_DECODED:
                         if entry.is_symlink() and not is_inside(folder, Path(entry.path)):
                             problems.append((path, "is a link that leads out of the folder"))
                         else:
@@ -59,6 +66,18 @@ def _add(entry: os.DirEntry[str], path: str, found: list[Photograph]) -> None:
             found.append(Photograph(path, status.st_size, status.st_mtime_ns))
     except OSError:
         return  # gone between listing and looking, or a link that leads nowhere
+
+
+def read_photograph(path: Path) -> bytes:
+    """The bytes of a photograph. Raises BadSample for a file that cannot be read, and for formats not decoded here."""
+    suffix = _suffix(path.name)
+    if suffix in NOT_DECODED:
+        raise BadSample(f"format not decoded: {suffix[1:].upper()}, make a JPEG, PNG or WebP of it")
+    return read_image_file(path)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a Path costs more than the rest of a scan
 
 
 def printable(path: str) -> str:

@@ -28,15 +28,15 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from threading import BoundedSemaphore, Lock
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image
-from rich.console import Console
 
 from clipdistill.data.images import decode
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
+from clipdistill.runtime.console import say
 from clipdistill.runtime.signals import StopSignal
 from clipdistill.search.collection import Collection
 from clipdistill.search.page import POLICY, Question, render
@@ -220,14 +220,13 @@ def shrunk(data: bytes, side: int) -> bytes:
     return out.getvalue()
 
 
-def serve(collection: Collection, host: str, port: int, top: int, console: Console) -> None:
+def serve(collection: Collection, host: str, port: int, top: int, out: TextIO) -> None:
     """Serve the page until SIGINT or SIGTERM."""
     server = SearchServer(collection, host, port, top)
     server.timeout = 0.25
-    console.print(f"search page: {server.url}   (Ctrl-C ends it)", markup=False, soft_wrap=True)
+    say(f"search page: {server.url}   (Ctrl-C ends it)", out)
     if not server.local:
-        console.print("note: it listens beyond this machine; whoever has the address can see these photographs")
-    sys.stdout.flush()
+        say("note: it listens beyond this machine; whoever has the address can see these photographs", out)
     with server, StopSignal() as signal:
         while signal.received is None:
             server.handle_request()

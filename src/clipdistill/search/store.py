@@ -1,37 +1,41 @@
-"""The index on disk: vectors in .npy files, everything else in JSON, one folder for each model.
+"""The index on disk: a folder of the cache's blocks for each model, and what changes in it.
 
     INDEX/<first 16 digits of the model's fingerprint>/
-        index.json           model, list of parts, rows that are no longer valid, unreadable files, cost of encoding
-        part-00000001.npy    (n, D) float32 vectors of length 1
-        part-00000001.json   path, size, time of change and SHA-256 of the n files
+        index.json                  model, list of parts, rows that are no longer valid, unreadable files, cost
+        part-00000001.safetensors   vectors: (n, D) float32 of length 1; files: path, size, time of change and SHA-256
+                                    of the n files, as JSON
 
 A part is written first and index.json, which names it, is then replaced in one step: whatever kills the process, the
-index is as it was at the last save, and files it does not name are left-overs that the next update removes.
+index is as it was at the last save, and parts it does not name are left-overs that the next update removes. Indexes of
+version 0.1 (format 1: part-00000001.npy and .json) are read; the first update writes them in the present form.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from clipdistill.cache.blocks import Block, BlockFolder
 from clipdistill.errors import InputError
+from clipdistill.runtime.files import cannot_write, make_folder, read_json, remove_leftovers
 
-FORMAT = 1
-HIDDEN = ".clipdistill-search"
-"""Name of the index inside the folder of photographs."""
+FORMAT = 2
 _MOST_PARTS = 16
-_COLUMNS = ("paths", "sizes", "modified", "hashes")
+_REMEDY = "what it held is encoded again by the next update"
+
+Row = tuple[str, int, int, str]
+"""Path, bytes, st_mtime in nanoseconds and SHA-256 (hex) of a file."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexedFile:
     """One indexed file: path, bytes, st_mtime in nanoseconds, SHA-256 of its content (hex), row of its vector."""
 
     path: str
@@ -57,30 +61,36 @@ class Cost:
 
 @dataclass
 class _Part:
-    name: str
+    """Rows `first` and on; `name` is None for a part of format 1, which is never named again."""
+
+    name: str | None
     vectors: np.ndarray
-    columns: dict[str, list[Any]]
+    files: list[Row]
     first: int
 
 
 @dataclass
-class Store:
+class SearchIndex:
     """The index of one model. Rows are numbered over all parts; a row that was dropped keeps its number until `save`
     puts parts together.
 
     folder: where its files lie; model: {"name", "fingerprint", "embed_dim"}; entries: by path;
-    bad: path -> (size, modified, reason) of files that are no readable image.
+    bad: path -> (size, modified, reason) of files that are no readable image; notices: damage that was found.
     """
 
     folder: Path
     model: dict[str, Any]
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, IndexedFile] = field(default_factory=dict)
     bad: dict[str, tuple[int, int, str]] = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     notices: list[str] = field(default_factory=list)
     _parts: list[_Part] = field(default_factory=list)
     _dropped: set[int] = field(default_factory=set)
     _next: int = 1
+
+    def __post_init__(self) -> None:
+        self.blocks = BlockFolder(self.folder, what="search index", remedy=_REMEDY, manifest="index.json")
+        self._seen = self._stamp()
 
     @property
     def dimension(self) -> int:
@@ -92,7 +102,7 @@ class Store:
         """Number of rows, dropped ones included."""
         return sum(len(part.vectors) for part in self._parts)
 
-    def blocks(self) -> list[np.ndarray]:
+    def vectors(self) -> list[np.ndarray]:
         """The vectors of all rows, part by part (memory-mapped; do not write to them)."""
         return [part.vectors for part in self._parts]
 
@@ -101,28 +111,39 @@ class Store:
         part = next(p for p in reversed(self._parts) if p.first <= row)
         return np.asarray(part.vectors[row - part.first])
 
+    def living(self) -> tuple[np.ndarray, np.ndarray]:
+        """(rows (n,), vectors (n, D)) of all files in the index, rising."""
+        rows = np.array(sorted(entry.row for entry in self.entries.values()), dtype=np.int64)
+        vectors = np.empty((len(rows), self.dimension), dtype=np.float32)
+        for place, row in enumerate(rows.tolist()):
+            vectors[place] = self.vector(row)
+        return rows, vectors
+
+    @property
+    def old(self) -> bool:
+        """Whether parts of format 1 are among its parts: it is written anew before anything is added."""
+        return any(part.name is None for part in self._parts)
+
     def generation(self) -> str:
         """Changes whenever rows are added or dropped."""
         return f"{self._next}-{len(self._dropped)}-{len(self.entries)}"
 
-    def add(self, files: Sequence[tuple[str, int, int, str]], vectors: np.ndarray) -> None:
-        """Append rows ((path, size, modified, sha256), vectors (n, D)) as a part on disk; older rows are dropped.
+    def add(self, files: Sequence[Row], vectors: np.ndarray) -> None:
+        """Append rows (files, their vectors (n, D)) as a part on disk; older rows of the same files are dropped.
 
         Takes effect for readers with the next `save`. Raises InputError when the disk does not take it.
         """
         if not files:
             return
-        columns = dict(zip(_COLUMNS, (list(column) for column in zip(*files, strict=True)), strict=True))
         name = f"part-{self._next:08d}"
         self._next += 1
+        listed = np.frombuffer(json.dumps(files).encode(), dtype=np.uint8)  # ASCII: names that are no UTF-8 survive
+        tensors = {
+            "vectors": torch.from_numpy(np.array(vectors, dtype=np.float32)), "files": torch.from_numpy(listed.copy())
+        }  # fmt: skip
         with self._writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / f"{name}.npy").open("wb") as file:
-                np.save(file, np.ascontiguousarray(vectors, dtype=np.float32), allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            _write_json(self.folder / f"{name}.json", columns)
-        self._attach(_Part(name, np.load(self.folder / f"{name}.npy", mmap_mode="r"), columns, self.rows))
+            self.blocks.write(name, tensors, self._metadata())
+        self._attach(name, self.blocks.read(name).arrays["vectors"], list(files))
 
     def drop(self, path: str) -> None:
         """Forget a file; nothing happens when it is unknown."""
@@ -136,165 +157,168 @@ class Store:
 
         compact: many or half-empty parts are first put together, which gives the rows new numbers.
         """
-        if compact and (len(self._parts) > _MOST_PARTS or 4 * len(self._dropped) > self.rows):
-            self._compact()
+        if compact and (self.old or len(self._parts) > _MOST_PARTS or 4 * len(self._dropped) > self.rows):
+            rows, vectors = self.living()
+            order = {entry.row: entry for entry in self.entries.values()}
+            files = [(e.path, e.size, e.modified, e.sha256) for e in (order[row] for row in rows.tolist())]
+            self._parts, self._dropped, self.entries = [], set(), {}
+            self.add(files, vectors)
+        dropped = {
+            str(part.name): [n for n in range(len(part.files)) if part.first + n in self._dropped]
+            for part in self._parts
+        }
         document = {
             "format": FORMAT,
             "model": self.model,
             "photographs": len(self.entries),
-            "parts": [part.name for part in self._parts],
-            "dropped": {part.name: rows for part in self._parts if (rows := self._dropped_of(part))},
+            "parts": list(dropped),
+            "dropped": {name: rows for name, rows in dropped.items() if rows},
             "bad": [[path, *facts] for path, facts in sorted(self.bad.items())],
             "cost": {"files": self.cost.files, "seconds": round(self.cost.seconds, 3), "device": self.cost.device},
             "next": self._next,
         }
         with self._writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write_json(self.folder / "index.json", document)
+            self.blocks.describe(document, sealed=True)
+        self._seen = self._stamp()
 
-    def _dropped_of(self, part: _Part) -> list[int]:
-        """The dropped rows of a part, counted from its first row."""
-        return [row - part.first for row in sorted(self._dropped) if 0 <= row - part.first < len(part.vectors)]
+    def refresh(self) -> None:
+        """Take in what another process has saved since this was opened. For the one that holds the index's lock."""
+        if self._stamp() != self._seen:
+            self.__dict__.update(open_index(self.folder.parent, self.model).__dict__)
+        if self.old:
+            self.save(compact=True)
+        self.remove_leftovers()
+
+    def _stamp(self) -> tuple[int, ...]:
+        try:
+            status = self.blocks.manifest.stat()
+        except OSError:
+            return ()
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
     def remove_leftovers(self) -> None:
         """Delete files of parts that the saved index does not name (of a killed process, or before compaction)."""
         known = {part.name for part in self._parts}
         for path in self.folder.glob("part-*"):
-            if path.name.partition(".")[0] not in known:
+            if path.suffix != ".safetensors" or path.stem not in known:
                 path.unlink(missing_ok=True)
+        remove_leftovers(self.folder)
 
-    def _attach(self, part: _Part) -> None:
+    def _metadata(self) -> dict[str, str]:
+        return {"model": str(self.model["fingerprint"])}
+
+    def _attach(self, name: str | None, vectors: np.ndarray, files: list[Row]) -> None:
+        part = _Part(name, vectors, files, self.rows)
         self._parts.append(part)
-        for i, (path, size, modified, sha256) in enumerate(zip(*(part.columns[c] for c in _COLUMNS), strict=True)):
-            row = part.first + i
+        for row, (path, size, modified, sha256) in enumerate(files, part.first):
             if row in self._dropped:
                 continue
             before = self.entries.get(path)
             if before is not None:
                 self._dropped.add(before.row)
             self.bad.pop(path, None)
-            self.entries[path] = Entry(path, size, modified, sha256, row)
+            self.entries[path] = IndexedFile(path, size, modified, sha256, row)
 
-    def _compact(self) -> None:
-        """All living rows in one part, in the order of their paths."""
-        living = sorted(self.entries.values(), key=lambda entry: entry.path)
-        vectors = np.empty((len(living), self.dimension), dtype=np.float32)
-        for place, entry in enumerate(living):
-            vectors[place] = self.vector(entry.row)
-        self._parts, self._dropped, self.entries = [], set(), {}
-        self.add([(e.path, e.size, e.modified, e.sha256) for e in living], vectors)
+    def _fill(self, document: dict[str, Any]) -> None:
+        """Take in what index.json says; damaged parts are left out with a notice."""
+        if document["format"] not in (1, FORMAT) or document["model"]["fingerprint"] != self.model["fingerprint"]:
+            raise ValueError(f"format {document['format']!r}, model {document['model']!r:.100}")
+        cost = document["cost"]
+        self.cost = Cost(int(cost["files"]), float(cost["seconds"]), str(cost["device"]))
+        self._next = int(document["next"])
+        self.bad = {_below(path): (int(size), int(time), str(why)) for path, size, time, why in document["bad"]}
+        for name in document["parts"]:
+            if not _number(name):
+                raise ValueError(f"{name!r} is no part")
+            rows = [int(row) for row in document["dropped"].get(name, [])]
+            try:
+                vectors, files = (self._read if document["format"] == FORMAT else self._read_old)(name)
+            except InputError as error:
+                self._note(error)
+                continue
+            self._dropped |= {self.rows + row for row in rows if 0 <= row < len(files)}
+            self._attach(name if document["format"] == FORMAT else None, vectors, files)
+
+    def _read(self, name: str) -> tuple[np.ndarray, list[Row]]:
+        block = self.blocks.read(name, self._metadata(), check=Block.verify)
+        vectors, listed = block.arrays.get("vectors"), block.arrays.get("files")
+        if vectors is None or listed is None:
+            raise InputError(f"{block.path}: damaged block (it holds {', '.join(block.arrays)}): {_REMEDY}")
+        return self._checked(block.path, vectors, listed.tobytes())
+
+    def _read_old(self, name: str) -> tuple[np.ndarray, list[Row]]:
+        path = self.folder / f"{name}.npy"
+        columns = read_json(path.with_suffix(".json"), _REMEDY)
+        try:
+            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+            lists = [columns[column] for column in ("paths", "sizes", "modified", "hashes")]
+            files = json.dumps(list(zip(*lists, strict=True))).encode()
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: missing: {_REMEDY}") from error
+        except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:200]}): {_REMEDY}") from error
+        return self._checked(path, vectors, files)
+
+    def _checked(self, path: Path, vectors: np.ndarray, listed: bytes) -> tuple[np.ndarray, list[Row]]:
+        """A part's vectors and files, which must fit together and lie below the folder."""
+        try:
+            files = [(_below(p), int(size), int(time), str(sha256)) for p, size, time, sha256 in json.loads(listed)]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{path}: damaged (its list of files: {error}): {_REMEDY}") from error
+        if vectors.shape != (len(files), self.dimension) or vectors.dtype != np.float32:
+            raise InputError(
+                f"{path}: damaged (vectors of shape {vectors.shape} for {len(files)} files, {self.dimension} wide): "
+                f"{_REMEDY}"
+            )
+        return vectors, files
+
+    def _note(self, error: InputError) -> None:
+        """Remember damage; what cannot be read at the moment is no damage and stops the command."""
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise error
+        self.notices.append(str(error))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise InputError(
-                f"{self.folder}: the index cannot be written ({error.strerror or error}): "
-                "make room, or name another place with --index"
-            ) from error
+            raise cannot_write(self.folder, "search index (--index)", error) from error
 
 
-def store_folder(index: Path, fingerprint: str) -> Path:
-    """Where the store of a model lies in an index."""
+def index_folder(index: Path, fingerprint: str) -> Path:
+    """Where the index of a model lies in the folder of indexes."""
     return index / fingerprint[:16]
 
 
-def open_store(index: Path, model: dict[str, Any]) -> Store:
-    """The store of `model` ({"name", "fingerprint", "embed_dim"}) in the folder `index`; empty when there is none.
+def open_index(index: Path, model: dict[str, Any]) -> SearchIndex:
+    """The index of `model` ({"name", "fingerprint", "embed_dim"}) in the folder `index`; empty when there is none.
 
     A damaged part is left out with a notice: its files count as new and are encoded again. Raises InputError for an
     index of a newer format or of another model with the same sixteen digits.
     """
-    folder = store_folder(index, str(model["fingerprint"]))
-    store = Store(folder, dict(model))
-    document = _read_json(folder / "index.json", store.notices)
-    if document is None:
-        store._next = 1 + max((_number(path.name) for path in folder.glob("part-*.npy")), default=0)
-        return store
-    if document.get("format") != FORMAT:
-        raise InputError(
-            f"{folder}: an index of format {document.get('format')}, this version reads {FORMAT}: delete it"
-        )
-    stored = document.get("model")
-    if not isinstance(stored, dict) or stored.get("fingerprint") != model["fingerprint"]:
+    folder = index_folder(index, str(model["fingerprint"]))
+    found = SearchIndex(folder, dict(model))
+    fresh = SearchIndex(folder, dict(model), notices=found.notices)
+    fresh._next = 1 + max((_number(path.stem) for path in folder.glob("part-*")), default=0)
+    if not found.blocks.manifest.exists():
+        return fresh
+    try:
+        document = found.blocks.description()
+    except InputError as error:
+        found._note(error)
+        return fresh
+    number, stored = document.get("format"), document.get("model")
+    if type(number) is int and number > FORMAT:
+        raise InputError(f"{folder}: an index of format {number}, this version reads {FORMAT}: delete it")
+    if isinstance(stored, dict) and stored.get("fingerprint", model["fingerprint"]) != model["fingerprint"]:
         raise InputError(f"{folder}: the index of another model: delete it, or name another place with --index")
     try:
-        _fill(store, document)
-    except (KeyError, TypeError, ValueError) as error:
-        store.notices.append(f"{folder}/index.json is damaged ({error}): everything is encoded again")
-        store = Store(folder, dict(model), notices=store.notices)
-        store._next = 1 + max((_number(path.name) for path in folder.glob("part-*.npy")), default=0)
-    return store
-
-
-def _fill(store: Store, document: dict[str, Any]) -> None:
-    dropped = document["dropped"]
-    cost = document["cost"]
-    store.cost = Cost(int(cost["files"]), float(cost["seconds"]), str(cost["device"]))
-    store._next = int(document["next"])
-    for name in document["parts"]:
-        found = _read_part(store, str(name))
-        if found is None:
-            store.notices.append(f"{store.folder / str(name)} is damaged: its photographs are encoded again")
-            continue
-        store._dropped |= {store.rows + int(row) for row in dropped.get(name, [])}
-        store._attach(_Part(str(name), *found, store.rows))
-    store.bad = {str(path): (int(size), int(time), str(why)) for path, size, time, why in document["bad"]}
-
-
-def _read_part(store: Store, name: str) -> tuple[np.ndarray, dict[str, list[Any]]] | None:
-    """(vectors, columns) of a part, None when it is damaged."""
-    if "/" in name or not name.startswith("part-"):
-        return None
-    columns = _read_json(store.folder / f"{name}.json", [])
-    try:
-        vectors = np.load(store.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    if columns is None or vectors.ndim != 2 or vectors.shape[1] != store.dimension or vectors.dtype != np.float32:
-        return None
-    lists = [columns.get(c) for c in _COLUMNS]
-    if not all(isinstance(c, list) and len(c) == len(vectors) for c in lists):
-        return None
-    return (vectors, columns) if all(map(_stays_below, columns["paths"])) else None
-
-
-def _stays_below(path: Any) -> bool:
-    """Whether a stored path can only mean a file below the folder: an index may come with a folder from elsewhere."""
-    return isinstance(path, str) and path != "" and "\0" not in path and not path.startswith("/") and (
-        ".." not in path.split("/")
-    )  # fmt: skip
-
-
-def _number(name: str) -> int:
-    digits = name.removeprefix("part-").partition(".")[0]
-    return int(digits) if digits.isdecimal() else 0
-
-
-def _read_json(path: Path, notices: list[str]) -> dict[str, Any] | None:
-    """The object in a file; None when there is none, or (with a notice) when it is not JSON."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        notices.append(f"{path} is damaged: everything is encoded again")
-        return None
+        found._fill(document)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        found.notices.append(f"{found.blocks.manifest}: damaged ({error!r}): {_REMEDY}")
+        return fresh
     return found
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="ascii") as file:
-        json.dump(value, file)  # ASCII: names that are no UTF-8 survive as escaped surrogates
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 @contextlib.contextmanager
@@ -305,20 +329,25 @@ def locked(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows: two updates at once are the user's to avoid
         yield
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR, 0o644)
-    except OSError as error:
-        raise InputError(
-            f"{folder}: the index cannot be written ({error.strerror or error}): name another place with --index"
-        ) from error
-    try:
+    make_folder(folder, "search index (--index)")
+    with (folder / "lock").open("a") as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise InputError(
                 f"{folder}: another process is updating this index; wait for it, or search with --no-update"
             ) from error
         yield
-    finally:
-        os.close(descriptor)
+
+
+def _below(path: Any) -> str:
+    """A stored path, which can only mean a file below the folder: an index may come with a folder from elsewhere."""
+    if not isinstance(path, str) or not path or "\0" in path or path.startswith("/") or ".." in path.split("/"):
+        raise ValueError(f"{path!r} is not the name of a file below the folder")
+    return path
+
+
+def _number(name: Any) -> int:
+    """The number of a part, 0 for what is no name of one."""
+    digits = name.removeprefix("part-") if isinstance(name, str) and name.startswith("part-") else ""
+    return int(digits) if digits.isascii() and digits.isdecimal() and len(digits) < 12 else 0

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from clipdistill.data.files import read_image_file
 from clipdistill.data.images import decode
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import Preempted
 from clipdistill.search.encoder import SearchModel
-from clipdistill.search.photographs import Photograph, scan
-from clipdistill.search.store import Store, locked
+from clipdistill.search.photographs import Photograph, read_photograph, scan
+from clipdistill.search.store import SearchIndex, locked
 
 SAVE_SECONDS = 15.0
 _SAVE_ROWS = 8192
@@ -60,7 +59,7 @@ class _Prepared:
 
 
 def update(
-    store: Store,
+    index: SearchIndex,
     folder: Path,
     model: SearchModel,
     *,
@@ -71,62 +70,63 @@ def update(
     stop: Callable[[], bool] = lambda: False,
     save_seconds: float = SAVE_SECONDS,
 ) -> Update:
-    """Bring `store` up to date with the photographs in `folder`.
+    """Bring `index` up to date with the photographs in `folder`.
 
     workers: threads that read and decode; rehash: look at the content of every file, also of those whose size and time
-    are unchanged; progress: called with (files done, files to do); stop: asked after each batch. Raises Preempted when
-    `stop` said so (all that was done is saved), InputError when another process updates the same store.
+    are unchanged; progress: called with (files done since the last call, files to do); stop: asked after each batch.
+    Raises Preempted when `stop` said so (all that was done is saved), InputError while another process updates it.
     """
-    with locked(store.folder):
-        store.remove_leftovers()
+    with locked(index.folder):
+        index.refresh()
         found, unlisted = scan(folder)
-        wanted = [p for p in found if rehash or not _unchanged(store, p)]
+        wanted = [p for p in found if rehash or not _unchanged(index, p)]
         done = Update(unchanged=len(found) - len(wanted), unlisted=unlisted)
-        work = _Work(store, model, done, batch_size)
-        count, saved = 0, time.monotonic()
-        for prepared in _prepared(folder, model, wanted, store, workers, 2 * batch_size):
+        work = _Work(index, model, done, batch_size)
+        count, shown, saved = 0, 0, time.monotonic()
+        for prepared in _prepared(folder, model, wanted, index, workers, 2 * batch_size):
             work.take(prepared)
             count += 1
             if count % batch_size and count < len(wanted):
                 continue
             if progress is not None:
-                progress(count, len(wanted))
+                progress(count - shown, len(wanted))
+                shown = count
             stopped = stop()
             if stopped or time.monotonic() - saved > save_seconds or len(work.ready) >= _SAVE_ROWS:
                 work.save()
                 saved = time.monotonic()
             if stopped:
                 raise Preempted(
-                    f"stopped on request: {len(store.entries):,} photographs are in the index; "
+                    f"stopped on request: {len(index.entries):,} photographs are in the index; "
                     "the same command continues"
                 )
         work.save()
         # last, so that a file that was moved is recognised by its old row
         present = {photograph.path for photograph in found}
-        for path in [path for path in (*store.entries, *store.bad) if path not in present]:
-            done.removed += path in store.entries
-            store.drop(path)
-        store.save(compact=True)
-        store.remove_leftovers()
-        done.photographs = len(store.entries)
-        done.bad = [(path, reason) for path, (_, _, reason) in sorted(store.bad.items())]
+        for path in [path for path in (*index.entries, *index.bad) if path not in present]:
+            done.removed += path in index.entries
+            index.drop(path)
+        index.save(compact=True)
+        index.remove_leftovers()
+        done.photographs = len(index.entries)
+        done.bad = [(path, reason) for path, (_, _, reason) in sorted(index.bad.items())]
         return done
 
 
-def _unchanged(store: Store, photograph: Photograph) -> bool:
+def _unchanged(index: SearchIndex, photograph: Photograph) -> bool:
     facts = (photograph.size, photograph.modified)
-    entry = store.entries.get(photograph.path)
+    entry = index.entries.get(photograph.path)
     if entry is not None:
         return facts == (entry.size, entry.modified)
-    bad = store.bad.get(photograph.path)
+    bad = index.bad.get(photograph.path)
     return bad is not None and facts == bad[:2]
 
 
 class _Work:
-    """Prepared files on their way into the store: pixels wait for a full batch, vectors for the next save."""
+    """Prepared files on their way into the index: pixels wait for a full batch, vectors for the next save."""
 
-    def __init__(self, store: Store, model: SearchModel, done: Update, batch_size: int) -> None:
-        self.store, self.model, self.done, self.batch_size = store, model, done, batch_size
+    def __init__(self, index: SearchIndex, model: SearchModel, done: Update, batch_size: int) -> None:
+        self.index, self.model, self.done, self.batch_size = index, model, done, batch_size
         self.waiting: list[_Prepared] = []
         self.ready: list[tuple[_Prepared, np.ndarray]] = []
         self._counted = 0
@@ -140,11 +140,11 @@ class _Work:
             if len(self.waiting) == self.batch_size:
                 self._encode()
         elif prepared.row is not None:
-            self.ready.append((prepared, self.store.vector(prepared.row)))
+            self.ready.append((prepared, self.index.vector(prepared.row)))
             self.done.recognised += 1
         else:
-            self.store.drop(photograph.path)
-            self.store.bad[photograph.path] = (photograph.size, photograph.modified, prepared.reason)
+            self.index.drop(photograph.path)
+            self.index.bad[photograph.path] = (photograph.size, photograph.modified, prepared.reason)
 
     def save(self) -> None:
         """Everything taken so far is in the index on disk."""
@@ -152,15 +152,15 @@ class _Work:
         now = time.monotonic()
         if self.done.encoded > self._counted:
             self.done.seconds += now - self._since
-            self.store.cost.files += self.done.encoded - self._counted
-            self.store.cost.seconds += now - self._since
-            self.store.cost.device = str(self.model.device)
+            self.index.cost.files += self.done.encoded - self._counted
+            self.index.cost.seconds += now - self._since
+            self.index.cost.device = str(self.model.device)
         self._counted, self._since = self.done.encoded, now
         if self.ready:
             files = [(p.photograph.path, p.photograph.size, p.photograph.modified, p.sha256) for p, _ in self.ready]
-            self.store.add(files, np.stack([vector for _, vector in self.ready]))
+            self.index.add(files, np.stack([vector for _, vector in self.ready]))
             self.ready.clear()
-        self.store.save()
+        self.index.save()
 
     def _encode(self) -> None:
         if self.waiting:
@@ -171,14 +171,14 @@ class _Work:
 
 
 def _prepared(
-    folder: Path, model: SearchModel, wanted: Sequence[Photograph], store: Store, workers: int, ahead: int
+    folder: Path, model: SearchModel, wanted: Sequence[Photograph], index: SearchIndex, workers: int, ahead: int
 ) -> Iterator[_Prepared]:
     """Files read, hashed and decoded by threads (Pillow and hashlib work outside the interpreter lock), in order."""
-    known = {entry.sha256: entry.row for entry in store.entries.values()} if wanted else {}
+    known = {entry.sha256: entry.row for entry in index.entries.values()} if wanted else {}
 
     def prepare(photograph: Photograph) -> _Prepared:
         try:
-            data = read_image_file(folder / photograph.path)
+            data = read_photograph(folder / photograph.path)
             sha256 = hashlib.sha256(data).hexdigest()
             if sha256 in known:
                 return _Prepared(photograph, sha256, row=known[sha256])
