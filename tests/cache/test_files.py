@@ -1,8 +1,11 @@
 """Files that others give: plain embeddings, added captions, exported towers; and the command line."""
 
+import contextlib
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -55,11 +58,88 @@ def test_plain_embeddings_are_matched_by_key(tmp_path):
         ({"image": np.full((6, 8), np.nan)}, "image row 0 is zero or not finite"),
         ({"text": np.zeros((6, 8))}, "text row 0 is zero or not finite"),
         ({"captions": np.array([1, 1, 1, 1, 1, 2])}, "do not fit together"),
+        ({"captions": np.array([1, 1, 1, 1, 3, -1])}, "do not fit together"),
+        ({"captions": np.ones(6)}, "'captions' must be a whole number a key"),
+        ({"captions": np.ones((6, 1), dtype=int)}, "'captions' must be a whole number a key"),
+        ({"keys": np.array([], dtype=str), "image": np.ones((0, 8)), "text": np.ones((0, 8))}, "holds no embeddings"),
+        ({"image": np.ones((6, 0)), "text": np.ones((6, 0))}, "holds no embeddings"),
+        ({"keys": np.array(["a", "b", "", "d", "e", "f"])}, "the key of row 2 is empty"),
+        ({"keys": np.array([b"a", b"b", b"\xff", b"d", b"e", b"f"])}, "not readable"),
+        ({"keys": np.array([["a", "b"]] * 6)}, "'keys' must be a one-dimensional array of text"),
+        ({"image": np.ones((6, 8), dtype=complex)}, "must be floating point"),
+        ({"image": np.ones(6)}, "two tables of the same width"),
+        ({"image": np.full((6, 8), 1e300)}, "image row 0 is zero or not finite"),
+        ({"text": np.full((6, 8), np.inf)}, "text row 0 is zero or not finite"),
+        ({"logit_scale": -3.0}, "'logit_scale' must be a positive number"),
+        ({"logit_scale": 0}, "'logit_scale' must be a positive number"),
+        ({"logit_scale": np.nan}, "'logit_scale' must be a positive number"),
+        ({"logit_scale": np.inf}, "'logit_scale' must be a positive number"),
+        ({"logit_scale": np.array([100.0])}, "'logit_scale' must be one number"),
+        ({"logit_scale": np.array("100")}, "'logit_scale' must be one number"),
+        ({"logit_scale": np.array(True)}, "'logit_scale' must be one number"),
+        ({"logit_scales": 20.0}, r"unknown array 'logit_scales' \(did you mean 'logit_scale'"),
+        ({"text": None, "texts": np.ones((6, 8))}, "the array 'text' is missing"),
     ],
 )
 def test_unusable_plain_embeddings_are_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         PlainEmbeddings(_npz(tmp_path / "a.npz", **changes))
+
+
+VECTORS = [[float(i == j) for j in range(8)] for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "metadata", "message"),
+    [
+        ({}, {"logit_scale": "-1"}, "'logit_scale' must be a positive number"),
+        ({}, {"logit_scale": "nan"}, "'logit_scale' must be a positive number"),
+        ({}, {"logit_scale": "[100]"}, "'logit_scale' must be a positive number"),
+        ({"key": [], "image": pa.array([], pa.list_(pa.float32())), "text": pa.array([], pa.list_(pa.float32()))},
+         {}, "holds no embeddings"),
+        ({"key": ["a", None, "c", "d", "e", "f"]}, {}, "1 keys are missing"),
+        ({"key": ["a", "a", "c", "d", "e", "f"]}, {}, r"some keys come more than once \('a' 2 times\)"),
+        ({"image": [*VECTORS[:5], [1.0]]}, {}, "'image' are not all of the same length"),
+        ({"image": [*VECTORS[:5], None]}, {}, "'image' are not all of the same length"),
+        ({"image": [*VECTORS[:5], [None] * 8]}, {}, "image row 5 is zero or not finite"),
+        ({"text": [[v] for v in VECTORS[:5]] + [[]]}, {}, "do not fit together"),
+        ({"text": [*VECTORS[:5], None]}, {}, "'text' are not all of the same length"),
+        ({"image": [[1, 2]] * 6}, {}, "must hold lists of floating-point numbers"),
+        ({"image": ["x"] * 6}, {}, "must hold lists of floating-point numbers"),
+        ({"text": None, "txt": VECTORS}, {}, "the column 'text' is missing"),
+    ],
+)  # fmt: skip
+def test_unusable_plain_parquet_is_refused(tmp_path, columns, metadata, message):
+    values = {"key": list("abcdef"), "image": VECTORS, "text": VECTORS, **columns}
+    table = pa.table({name: column for name, column in values.items() if column is not None})
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=message):
+        PlainEmbeddings(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_a_damaged_plain_file_is_one_sentence(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".npz":
+        _npz(path)
+    else:
+        pq.write_table(pa.table({"key": list("abcdef"), "image": VECTORS, "text": VECTORS}), path)
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    damaged = [content[: int(len(content) * share)] for share in (0, 0.01, 0.3, 0.9, 0.999)]
+    for place in rng.integers(len(content), size=150):
+        damaged.append(content[:place] + bytes([content[place] ^ (1 << rng.integers(8))]) + content[place + 1 :])
+    damaged += [b"\0" * len(content), b"PAR1", b"PK\x03\x04", b"[]"]
+    for data in damaged:
+        path.write_bytes(data)
+        with contextlib.suppress(InputError):
+            PlainEmbeddings(path)
+
+
+def test_the_fingerprint_of_a_plain_file_is_that_of_its_content(tmp_path):
+    first = PlainEmbeddings(_npz(tmp_path / "a.npz")).fingerprint()
+    assert PlainEmbeddings(_npz(tmp_path / "b.npz")).fingerprint() == first
+    assert PlainEmbeddings(_npz(tmp_path / "b.npz", logit_scale=99.0)).fingerprint() != first
+    assert PlainEmbeddings(_npz(tmp_path / "b.npz", image=np.ones((6, 8)))).fingerprint() != first
 
 
 def test_plain_embeddings_must_cover_the_data_and_its_captions(tmp_path):
@@ -90,9 +170,6 @@ def test_added_captions_in_every_form(tmp_path, form):
         lines = [{"key": "a", "caption": "one"}, {"key": "b", "caption": "three"}, {"key": "a", "caption": "two words"}]
         path.write_text("\n".join(map(json.dumps, lines)))
     else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         pq.write_table(pa.table({"key": ["a", "b"], "captions": [["one", "two words"], ["three"]]}), path)
     assert read_synthetic(path) == {"a": ("one", "two words"), "b": ("three",)}
 

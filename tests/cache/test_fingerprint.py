@@ -1,11 +1,13 @@
 """A cache that does not belong to its data, teacher or machine stops a run, and the message names the field."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
 import torch
 
+from clipdistill.cache import check
 from clipdistill.cache.fill import fill
 from clipdistill.cache.fingerprint import version_differences
 from clipdistill.cache.store import Store
@@ -251,3 +253,59 @@ def test_a_cache_of_a_random_order_of_rows_is_read_by_key(tmp_path, teacher):
 
 def test_tiny_models_differ_by_seed():
     assert tiny_model(0).fingerprint() != tiny_model(1).fingerprint()
+
+
+def test_the_fingerprint_of_a_cache_is_that_of_what_it_serves(tmp_path, teacher, second_teacher):
+    def fingerprint(name, choice="", size=16):
+        return open_cached_teacher(
+            f"cache:{tmp_path / name}{choice}", scenes(size), torch.device("cpu"), CacheUse(samples=0)
+        ).fingerprint()
+
+    first = filled(tmp_path / "a", teacher, 16)
+    filled(tmp_path / "b", teacher, 16, block=4)
+    assert fingerprint("a") == fingerprint("b")
+    filled(tmp_path / "c", second_teacher, 16)
+    filled(tmp_path / "d", teacher, 16, dtype="int8")
+    filled(tmp_path / "e", teacher, 17)
+    filled(tmp_path / "f", [teacher, second_teacher], 16)
+    found = {fingerprint(name) for name in "acd"} | {fingerprint("e", size=17), fingerprint("f")}
+    found |= {fingerprint("f", "?teacher=0"), fingerprint("f", "?teacher=1")}
+    assert len(found) == 7
+    assert first.fingerprint() == Store(tmp_path / "b").fingerprint()
+
+
+def test_a_changed_bit_of_a_block_is_found_at_the_start_of_training(tmp_path, teacher):
+    filled(tmp_path / "c", teacher, 16)
+    path = tmp_path / "c" / "teacher-0" / "000001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"000001\.safetensors: damaged block"):
+        _open(tmp_path / "c")
+
+
+def test_a_large_cache_says_that_its_checksums_were_not_compared(tmp_path, teacher, monkeypatch):
+    filled(tmp_path / "c", teacher, 16)
+    monkeypatch.setattr(check, "CHECKED_BYTES", 100)
+    assert any("were not compared with their checksums" in note for note in _open(tmp_path / "c").notes)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "samples", "tokenizer.json", "000000.safetensors"])
+def test_any_damage_of_a_cache_is_one_sentence(tmp_path, teacher, name):
+    filled(tmp_path / "c", teacher, 16)
+    (path,) = (p for p in (tmp_path / "c").rglob("*") if p.name.startswith(name))
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    damaged = [content[: int(len(content) * share)] for share in (0, 0.01, 0.3, 0.9, 0.999)]
+    damaged += [b"\0" * len(content), b"[]", b"7", b"{}", b"null", b"\xff\xfe", b"[" * 5000, content + b"x"]
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(InputError):
+            _open(tmp_path / "c", samples=0)
+    for place in rng.integers(len(content), size=60):
+        path.write_bytes(content[:place] + bytes([content[place] ^ (1 << rng.integers(8))]) + content[place + 1 :])
+        if name == "manifest.json":  # names and places may be believed
+            with contextlib.suppress(InputError):
+                _open(tmp_path / "c", samples=0)
+        else:
+            with pytest.raises(InputError):
+                _open(tmp_path / "c", samples=0)

@@ -1,5 +1,10 @@
 """Shares of one data set and stores of several, put together."""
 
+import multiprocessing
+import os
+import signal
+import sys
+
 import pytest
 import torch
 
@@ -72,3 +77,37 @@ def test_stores_that_differ_are_refused(tmp_path, teacher, second_teacher):
     overlapping = filled(tmp_path / "e", teacher, 20)
     with pytest.raises(InputError, match="keys must differ"):
         merge(tmp_path / "out2", [first.folder, overlapping.folder])
+
+
+@pytest.mark.parametrize("same_data", [True, False])
+def test_a_killed_merge_is_repeated_into_the_same_folder(tmp_path, teacher, same_data):
+    if same_data:
+        for share in range(2):
+            fill(cache_config(tmp_path / f"{share}", teacher, 16, part=f"{share}/2"))
+    else:
+        for number in range(2):
+            _part(tmp_path / f"{number}", teacher, range(11 * number, 11 * number + 11))
+    folders = [tmp_path / "0", tmp_path / "1"]
+    process = multiprocessing.get_context("fork").Process(target=_killed_merge, args=(tmp_path / "out", folders))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    merge(tmp_path / "out", folders)
+    assert verify(tmp_path / "out").good
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "out"]
+    with pytest.raises(InputError, match="exists and is no merged cache"):
+        merge(tmp_path / "out", folders)
+
+
+def _killed_merge(out, folders):
+    torch.set_num_threads(1)
+    places = []
+
+    def killed(path, *_):
+        places.append(path)
+        if len(places) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(lambda event, args: killed(args) if event == "open" and "safetensors" in str(args[0]) else None)
+    merge(out, folders)

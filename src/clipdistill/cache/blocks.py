@@ -92,16 +92,18 @@ class BlockFolder:
         self._open.pop(name, None)
         write_block(self.path(name), tensors, metadata)
 
+    def open(self, name: str, metadata: Mapping[str, str] | None = None) -> Block:
+        """A block. Raises InputError when it is missing or damaged, or its metadata are not those given."""
+        block = Block(self.path(name), self.remedy)
+        block.require(metadata or {}, self.what)
+        return block
+
     def read(
         self, name: str, metadata: Mapping[str, str] | None = None, check: Callable[[Block], None] = lambda _: None
     ) -> Block:
-        """A block, opened once. Raises InputError when it is missing or damaged or its metadata are not those given.
-
-        check: called with the block when it is opened.
-        """
+        """`open`, once for each name. check: called with the block when it is opened."""
         if name not in self._open:
-            block = Block(self.path(name), self.remedy)
-            block.require(metadata or {}, self.what)
+            block = self.open(name, metadata)
             check(block)
             self._open[name] = block
         return self._open[name]

@@ -13,6 +13,7 @@ from clipdistill.cache.fingerprint import require_same_teacher, require_versions
 from clipdistill.cache.onnx_teacher import load_fill_teacher
 from clipdistill.cache.rows import COSINE_FLOOR
 from clipdistill.cache.samples import find_difference
+from clipdistill.cache.sizes import readable
 from clipdistill.cache.store import Store
 from clipdistill.data.pairs import BadSample, PairSource
 from clipdistill.data.views import render
@@ -21,6 +22,8 @@ from clipdistill.errors import InputError
 
 _BF16_FLOOR = 0.998
 """A bf16 forward pass differs between processors by more than the number formats round."""
+CHECKED_BYTES = 4_000_000_000
+"""Blocks up to this size together are read and compared with their checksums at every start (a few seconds)."""
 _SEED = 0
 
 
@@ -45,9 +48,18 @@ def check_store(
     Returns sentences on what was found; raises InputError when the store is wrong.
     """
     where = f"cache {store.folder}"
-    store.require_fields()
+    size = store.require_fields()
     require_versions(store.manifest, where, allow_versions, "train.cache_allow_versions=true")
-    return [_recompute(store, source, number, device, samples) for number in range(len(store.dims))] if samples else []
+    notes = []
+    if size <= CHECKED_BYTES:
+        store.verify_blocks()
+    else:
+        notes.append(
+            f"cache: {readable(size)} were not compared with their checksums; `clipdistill cache verify` does it"
+        )
+    if samples:
+        notes += [_recompute(store, source, number, device, samples) for number in range(len(store.dims))]
+    return notes
 
 
 def _recompute(store: Store, source: PairSource, number: int, device: torch.device, samples: int) -> str:

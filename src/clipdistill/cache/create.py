@@ -28,7 +28,7 @@ from clipdistill.data.pairs import PairSource
 from clipdistill.embed.prepare import sample_digest
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
-from clipdistill.runtime.files import write_text
+from clipdistill.runtime.files import make_folder, write_text
 from clipdistill.runtime.links import refuse_links
 from clipdistill.runtime.locks import Claims
 
@@ -43,14 +43,13 @@ def open_for_filling(config: CacheConfig, source: PairSource, teachers: Sequence
     field in which an existing store differs from the request.
     """
     folder = config.out
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; give a folder for the cache")
     if folder.is_dir() and not (folder / MANIFEST).exists() and any(p.name != "locks" for p in folder.iterdir()):
         leftovers = [p for p in folder.iterdir() if not p.name.startswith((".", "samples-", "teacher-", "locks"))]
         if leftovers:
             raise InputError(f"{folder}: holds other files ('{leftovers[0].name}') and no cache; give a new folder")
     if folder.is_dir():
         refuse_links(folder, "cache")
+    make_folder(folder, "cache")
     entries = [teacher_entry(m, name, precision) for m, name in zip(teachers, config.teachers, strict=True)]
     claims = Claims(folder / "locks")
     began = time.monotonic()

@@ -7,7 +7,6 @@ never cross the edge of a block.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import deque
@@ -35,6 +34,7 @@ from clipdistill.embed.encode import Encoder
 from clipdistill.embed.prepare import Item, Preparation, Prepared
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
+from clipdistill.runs.folder import read_lines
 from clipdistill.runtime.locks import Claims
 from clipdistill.runtime.machine import cpu_count, pick_device
 
@@ -312,7 +312,6 @@ class _Filling:
         )
 
 
-def read_ledger(store: Store) -> list[dict[str, str]]:
-    """The samples whose image could not be read while filling."""
-    path = store.folder / "bad_samples.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line] if path.exists() else []
+def read_ledger(store: Store) -> list[dict[str, Any]]:
+    """The samples whose image could not be read while filling; damaged lines are left out."""
+    return [row for row in read_lines(store.folder / "bad_samples.jsonl").values if {"key", "reason"} <= {*row}]

@@ -14,6 +14,7 @@ from clipdistill.cache.names import Dtype
 from clipdistill.config import Config, as_dict, build
 from clipdistill.data.views import ImageSpec, ViewPolicy
 from clipdistill.errors import InputError
+from clipdistill.runtime.files import digest_of
 
 FORMAT = 1
 KIND = "clipdistill cache"
@@ -78,6 +79,15 @@ class Manifest(Config):
     @property
     def layout(self) -> Layout:
         return Layout(self.block, self.segments)
+
+    def fingerprint(self) -> str:
+        """sha256 over everything that the stored numbers depend on; names and places do not count."""
+        values = as_dict(self)
+        for name in ("kind", "format", "block", "segments", "samples"):
+            del values[name]
+        values["data"] = self.data.fingerprint
+        values["teachers"] = [{**teacher, "name": None, "parameters": None} for teacher in values["teachers"]]
+        return digest_of(values)
 
     def pair_bytes(self) -> float:
         """Bytes of embeddings and views per image, averaged."""

@@ -20,7 +20,7 @@ from clipdistill.cache.stored_views import pack_views
 from clipdistill.cache.synthetic import synthetic_fingerprint
 from clipdistill.config import as_dict
 from clipdistill.errors import InputError
-from clipdistill.runtime.files import new_file
+from clipdistill.runtime.files import new_folder
 
 _OWN = ("segments", "samples", "data", "synthetic", "block")
 
@@ -34,8 +34,6 @@ def merge(out: Path, folders: Sequence[Path]) -> Store:
     """
     if len(folders) < 2:
         raise InputError("merge: name the folder to write and at least two caches to read")
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out}: exists and is not empty; give a new folder for the merged cache")
     stores = [Store(folder) for folder in folders]
     first = stores[0]
     for store in stores[1:]:
@@ -43,12 +41,10 @@ def merge(out: Path, folders: Sequence[Path]) -> Store:
         changed = next(differences(*pair), None)
         if changed is not None or (first.manifest.synthetic is None) != (store.manifest.synthetic is None):
             raise InputError(f"merge: {first.folder} and {store.folder} differ in {changed or 'synthetic captions'}")
-    out.mkdir(parents=True, exist_ok=True)
-    check_space(out, sum(int(s.manifest.pair_bytes() * len(s)) for s in stores))
-    if all(s.manifest.data.fingerprint == first.manifest.data.fingerprint for s in stores[1:]):
-        _join_shares(out, stores)
-    else:
-        _append(out, stores)
+    same = all(s.manifest.data.fingerprint == first.manifest.data.fingerprint for s in stores[1:])
+    with new_folder(out, lambda _: False, "merged cache") as folder:  # a kill leaves nothing under the name
+        check_space(folder, sum(int(s.manifest.pair_bytes() * len(s)) for s in stores))
+        (_join_shares if same else _append)(folder, stores)
     return Store(out)
 
 
@@ -61,8 +57,7 @@ def _settings(manifest: Manifest) -> dict[str, Any]:
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(target) as temporary:
-        shutil.copyfile(source, temporary)
+    shutil.copyfile(source, target)
 
 
 def _copy_tokenizers(out: Path, store: Store) -> None:

@@ -12,17 +12,16 @@ docs/cache.md describes each file so that others can write them.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
 
-from clipdistill.cache.blocks import Block
+from clipdistill.cache.blocks import Block, require_whole_table
 from clipdistill.cache.manifest import FORMAT, Manifest, blocks_of, read_manifest
 from clipdistill.cache.rows import groups, unpack
 from clipdistill.cache.samples import SampleTable
@@ -49,10 +48,14 @@ def digest_of(values: Any) -> str:
 class Store:
     """A store, read through memory maps. Picklable: another process opens the files anew."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, whole_table: bool = True) -> None:
+        """whole_table: compare the table of samples with the digest in its name before anything trusts it."""
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder)
-        self.samples = SampleTable(self.folder / self.manifest.samples)
+        table = self.folder / self.manifest.samples
+        if whole_table and table.exists():
+            require_whole_table(table)
+        self.samples = SampleTable(table)
         if len(self.samples) != self.manifest.data.samples:
             raise InputError(
                 f"{self.samples.path}: {len(self.samples)} samples, the manifest says {self.manifest.data.samples}"
@@ -60,6 +63,7 @@ class Store:
         self.layout = self.manifest.layout
         self._blocks: dict[tuple[Part, int, int], Block] = {}
         self._files = blocks_of(self.folder)
+        _allow_open_files(len(self.layout) * len(self.parts()))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.folder,)
@@ -79,6 +83,10 @@ class Store:
     @property
     def has_synthetic(self) -> bool:
         return self.manifest.synthetic is not None
+
+    def fingerprint(self) -> str:
+        """See Manifest.fingerprint."""
+        return self.manifest.fingerprint()
 
     def synthetic(self, index: int) -> tuple[str, ...]:
         """The added captions of a sample."""
@@ -133,11 +141,18 @@ class Store:
                 f"{missing[0]}): run the same `clipdistill cache` command again to fill them"
             )
 
-    def require_fields(self) -> None:
-        """Read the header of every block and compare it with the manifest; raises InputError that names the field."""
-        for part, teacher in self.parts():
-            for block in range(len(self.layout)):
-                self._open(part, teacher, block)
+    def blocks(self) -> Iterator[tuple[Part, int, int]]:
+        """(part, teacher, number) of every block."""
+        return ((*part, block) for part in self.parts() for block in range(len(self.layout)))
+
+    def require_fields(self) -> int:
+        """Compare every block's header with the manifest; returns the bytes of all. InputError names the field."""
+        return sum(self._open(*place).path.stat().st_size for place in self.blocks())
+
+    def verify_blocks(self) -> None:
+        """Read every byte of every block; raises InputError for one that is not what was written."""
+        for place in self.blocks():
+            self._open(*place).verify()
 
     # --- what a block must say ---------------------------------------------------------------------------------------
 
@@ -177,9 +192,9 @@ class Store:
         return fields
 
     def _open(self, part: Part, teacher: int, number: int) -> Block:
-        expected = self.block_metadata(part, teacher, number)
-        check = functools.partial(self._check_shapes, part=part, teacher=teacher, number=number)
-        return self._files.read(self._name(part, teacher, number), expected, check)
+        block = self._files.open(self._name(part, teacher, number), self.block_metadata(part, teacher, number))
+        self._check_shapes(block, part, teacher, number)
+        return block
 
     def _check_shapes(self, block: Block, part: Part, teacher: int, number: int) -> None:
         start, stop = self.layout.bounds(number)
@@ -281,3 +296,16 @@ class Store:
                 f"number {caption} was asked for"
             )
         return int(first + caption)
+
+
+def _allow_open_files(count: int) -> None:
+    """Every mapped block holds a descriptor: raise this process's limit where a store has more blocks than that."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + 1000
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))

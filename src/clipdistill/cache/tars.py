@@ -15,6 +15,7 @@ import io
 import json
 import mmap
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from clipdistill.data.formats.tar_headers import DamagedTar, members
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.views import View
 from clipdistill.errors import InputError
-from clipdistill.runtime.files import new_file
+from clipdistill.runtime.files import make_folder, new_file, read_json
 
 SHARD_KIND = "clipdistill cache shards"
 _RECENT = 512  # decoded samples kept: a batch asks for each several times
@@ -56,10 +57,9 @@ class ShardSample:
 def is_shard_folder(folder: Path) -> bool:
     """Whether a folder holds tars of embeddings."""
     try:
-        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / MANIFEST).get("kind") == SHARD_KIND
+    except InputError:
         return False
-    return isinstance(values, dict) and values.get("kind") == SHARD_KIND
 
 
 def shard_label(source: PairSource, key: str) -> str:
@@ -79,7 +79,7 @@ def export_shards(store: Store, source: PairSource, out: Path) -> list[Path]:
     groups: dict[str, list[int]] = {}
     for index in range(len(source)):
         groups.setdefault(shard_label(source, source.key(index)), []).append(index)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "tars of embeddings")
     written = []
     for label, indices in groups.items():
         path = out / f"{label}.tar"
@@ -87,8 +87,10 @@ def export_shards(store: Store, source: PairSource, out: Path) -> list[Path]:
         with new_file(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for index in indices:
                 stem = source.key(index)[len(label) + 1 :]
-                _add(tar, stem + _TENSORS, safetensors.torch.save(_tensors(store, index)))
-                _add(tar, stem + _DESCRIPTION, json.dumps(_describe(store, index), ensure_ascii=False).encode())
+                tensors, described = safetensors.torch.save(_tensors(store, index)), _describe(store, index)
+                described["crc32"] = _checksum(tensors, described)
+                _add(tar, stem + _TENSORS, tensors)
+                _add(tar, stem + _DESCRIPTION, json.dumps(described, ensure_ascii=False).encode())
         written.append(path)
     write_manifest(out, store.manifest.model_copy(update={"kind": SHARD_KIND}))
     return written
@@ -98,6 +100,11 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
+
+
+def _checksum(tensors: bytes, described: dict[str, Any]) -> str:
+    """CRC-32 of both members of a sample, the description without this field."""
+    return f"{zlib.crc32(json.dumps(described, sort_keys=True).encode(), zlib.crc32(tensors)):08x}"
 
 
 def _tensors(store: Store, index: int) -> dict[str, Tensor]:
@@ -135,6 +142,9 @@ def _decode(name: str, tensors: bytes, description: bytes, teachers: int, where:
     try:
         values = safetensors.torch.load(tensors)
         described = json.loads(description)
+        checksum = described.pop("crc32", None)  # missing in tars of earlier versions
+        if checksum is not None and checksum != _checksum(tensors, described):
+            raise ValueError("its checksum does not match its content")
 
         def rows(what: str) -> tuple[Tensor, ...]:
             found = []
@@ -240,6 +250,10 @@ class ShardEmbeddings:
     @property
     def has_synthetic(self) -> bool:
         return self.manifest.synthetic is not None
+
+    def fingerprint(self) -> str:
+        """See Manifest.fingerprint."""
+        return self.manifest.fingerprint()
 
     def sample(self, index: int) -> ShardSample:
         """Everything stored for one sample."""

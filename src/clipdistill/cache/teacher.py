@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Literal
 
 import torch
 
+from clipdistill.cache.blocks import CACHE_REMEDY
 from clipdistill.cache.check import check_store, require_data
+from clipdistill.cache.fingerprint import text_digest
 from clipdistill.cache.manifest import MANIFEST, TeacherEntry
 from clipdistill.cache.names import PREFIX
 from clipdistill.cache.plain import SUFFIXES, PlainEmbeddings
@@ -23,6 +24,7 @@ from clipdistill.errors import InputError, nearest
 from clipdistill.models import Tokenizer
 from clipdistill.models.tokenizers import tokenizer_from_dict
 from clipdistill.objective import Embeddings
+from clipdistill.runtime.files import digest_of, read_json
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class CachedTeacher:
     @property
     def blocks(self) -> tuple[int, ...]:
         return tuple(self.embeddings.dims[number] for number in self.stored.teachers)
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of what this teacher serves; cheap. A run that goes on compares it."""
+        return digest_of({"embeddings": self.embeddings.fingerprint(), "teachers": list(self.stored.teachers)})
 
     def __call__(self, batch: Batch) -> Embeddings:
         """The stored rows that the loader read for this batch: (B, sum of D_k) each."""
@@ -106,8 +112,10 @@ def open_cached_teacher(
     store.require_complete()
     notes = check_store(store, source, device, use.samples, use.allow_versions) if check else []
     tokenizer = path / "teacher-0" / "tokenizer.json"
-    values = json.loads(tokenizer.read_text(encoding="utf-8")) if tokenizer.exists() else None
+    values = read_json(tokenizer, CACHE_REMEDY) if tokenizer.exists() else None
     manifest = store.manifest
+    if values is not None and text_digest(tokenizer.read_text(encoding="utf-8")) != manifest.teachers[0].tokenizer:
+        raise InputError(f"{tokenizer}: tokenizer: not the one of the manifest: {CACHE_REMEDY}")
     return _assemble(store, manifest.teachers, choice, use, device, path, manifest.captions, values, notes)
 
 
