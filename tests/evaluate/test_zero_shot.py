@@ -8,9 +8,10 @@ import torch
 
 from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
+from clipdistill.evaluate.evaluate import evaluate
 from clipdistill.evaluate.zero_shot import choose_templates, class_weights, classify, zero_shot
 from clipdistill.models.clip_model import ClipModel
-from tests.evaluate.conftest import COLOURS, ColourClasses, colour_model
+from tests.evaluate.conftest import COLOURS, ColourClasses, ColourPairs, colour_model
 
 
 def test_class_weights_average_normalised_prompts(model: ClipModel) -> None:
@@ -95,3 +96,34 @@ def test_settings_of_an_encoder_and_of_a_model_give_the_same() -> None:
     shared = zero_shot(Encoder(model, progress=False), data, ["a {}"])
     assert direct.predictions.tolist() == shared.predictions.tolist()
     assert direct.template_name == "given (1)"
+
+
+class OtherNames(ColourClasses):
+    """The same pictures under other class names."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.class_names = tuple(names)
+
+
+def test_classes_that_the_tokenizer_cannot_tell_apart_are_marked(model: ClipModel) -> None:
+    data = OtherNames(["red", "green", "blue", "mauve", "ochre"])
+    assert zero_shot(model, data, "plain").indistinct == [("ochre", "mauve")]
+    scores = evaluate(model, data, progress=False, intervals=False)
+    marked = "1 of 5 classes are to the tokenizer of the student the same as another"
+    assert any(marked in note and "'ochre' and 'mauve'" in note for note in scores.notes)
+    assert not any("the same as another" in note for note in evaluate(model, ColourClasses(), progress=False).notes)
+
+
+def test_classes_of_unknown_words_alone_are_not_scored(model: ClipModel) -> None:
+    with pytest.raises(InputError, match="all 5 classes are the same to the tokenizer of colours"):
+        zero_shot(model, OtherNames(["mauve", "ochre", "teal", "puce", "taupe"]), "plain")
+
+
+def test_captions_of_unknown_words_alone_are_noted(model: ClipModel) -> None:
+    class Strange(ColourPairs):
+        def captions(self, i: int) -> tuple[str, ...]:
+            return ("xyzzy", "a red square") if i == 0 else super().captions(i)
+
+    notes = evaluate(model, Strange(), progress=False, intervals=False).notes
+    assert any("1 captions hold no word that the tokenizer of the student knows" in note for note in notes)

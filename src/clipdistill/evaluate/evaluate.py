@@ -25,6 +25,7 @@ from clipdistill.evaluate.zero_shot import zero_shot
 from clipdistill.models.clip_model import ClipModel, require_usable_scale
 from clipdistill.models.load import load_model
 from clipdistill.models.own import clip_model_of
+from clipdistill.models.tokenizers import unknown_texts
 from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.bootstrap import bootstrap
 from clipdistill.statistics.protocol import (
@@ -177,6 +178,11 @@ def _retrieval_scores(
             f"{source.name}: {encoded.truncated} of {len(encoded.captions)} captions are longer than the"
             f" {encoder.model.context_length} tokens of the {model} and were cut"
         )
+    if unknown := unknown_texts(encoder.model.tokenizer, encoded.captions):
+        scores.notes.append(
+            f"{source.name}: {len(unknown)} captions hold no word that the tokenizer of the {model} knows, so nothing "
+            f"can be found by them (first: {unknown[0]!r:.80})"
+        )
     if deviation:
         scores.notes.append(f"{dataset}/{split}: {deviation}; not comparable with published numbers")
     return scores
@@ -218,6 +224,12 @@ def _zero_shot_scores(
         scores.notes.append(
             f"{source.name}: {len(found.problems)} of {len(source)} images could not be read and were left out"
             f" (first: {key}, {reason})"
+        )
+    if found.indistinct:
+        name, other = found.indistinct[0]
+        scores.notes.append(
+            f"{source.name}: {len(found.indistinct)} of {len(found.class_names)} classes are to the tokenizer of the "
+            f"{model} the same as another, so their images cannot be told apart (first: '{name}' and '{other}')"
         )
     if protocol.deviation:
         scores.notes.append(f"{source.name}: {protocol.deviation}; not comparable with published numbers")
