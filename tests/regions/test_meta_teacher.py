@@ -21,8 +21,8 @@ from clipdistill.regions.measure import matrix_scores, measure
 from clipdistill.regions.meta_teacher import MetaTeacher, read_meta_teacher, region_teacher_folder
 from clipdistill.regions.retention import before_after, table
 from clipdistill.regions.teacher import RegionTeacher
+from clipdistill.runs.folder import read_rows as read_lines
 from clipdistill.train.config import RunConfig, resolve
-from clipdistill.train.logs import read_lines
 from clipdistill.train.run import distill
 from clipdistill.train.setup import build
 from clipdistill.train.stages import distill_stages, resolve_stages

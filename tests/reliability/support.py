@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from clipdistill.runs.folder import read_rows as read_lines
 from clipdistill.train.checkpoint import newest_checkpoint
-from clipdistill.train.logs import read_lines
 from tests.conftest import REPOSITORY
 
 STEPS = 6

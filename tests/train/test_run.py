@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_student
+from clipdistill.runs.folder import read_rows as read_lines
 from clipdistill.train import loop
 from clipdistill.train.config import resolve
-from clipdistill.train.logs import read_lines
 from clipdistill.train.run import distill
 
 

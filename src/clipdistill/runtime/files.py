@@ -162,7 +162,7 @@ def remove_leftovers(folder: Path | str, name: str | None = None, *, older_than:
     since the last change, for places where others may be writing.
     """
     folder = Path(folder)
-    now = _now(folder)
+    now = disk_time(folder)
     for path in folder.glob(f".*{WRITING}*"):
         if name is not None and not path.name.startswith(temporary_prefix(folder / name)):
             continue
@@ -255,8 +255,8 @@ def _umask() -> int:
     return mask
 
 
-def _now(folder: Path) -> float:
-    """The time by the disk's own clock, which need not be this machine's."""
+def disk_time(folder: Path) -> float:
+    """The time by the clock of the disk that `folder` is on, which need not be this machine's."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as probe:
             return os.fstat(probe.fileno()).st_mtime
