@@ -141,16 +141,17 @@ def test_links_inside_a_folder_and_to_it_are_fine(fence: Fence, cache: Path, goo
 
 def test_a_run_folder_with_links_is_not_continued(fence: Fence) -> None:
     from clipdistill.train.config import resolve
-    from clipdistill.train.run import _open_folder
+    from clipdistill.train.opening import opened
 
     run = fence.inside / "run"
     config = resolve("clip", {"out": str(run)}, size="debug")
-    _open_folder(config, run, False)
-    _open_folder(config, run, False)
+    for _ in range(2):
+        with opened(config, allow_changes=False):
+            pass
     for name, target in (("log.jsonl", "notes.jsonl"), ("checkpoints", "folder"), (".recipe.yaml.tmp", "secret.txt")):
         (run / name).symlink_to(fence.outside / target)
         with pytest.raises(InputError, match=f"'{name}' is a link that leads outside the folder"):
-            _open_folder(config, run, False)
+            opened(config, allow_changes=False).__enter__()
         (run / name).unlink()
 
 
