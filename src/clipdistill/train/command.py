@@ -66,11 +66,11 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = {
         name: getattr(arguments, name)
         for name in ("teacher", "student", "student_weights", "name", "device", "tensorboard", "wandb", "mlflow")
-        if getattr(arguments, name) is not None
+        if getattr(arguments, name, None) is not None  # other commands have some of these options
     }
     if arguments.out is not None:
         settings["out"] = str(Path(arguments.out))
-    if arguments.callback:
+    if getattr(arguments, "callback", None):
         settings["callbacks"] = arguments.callback
     plugins = getattr(arguments, "plugins", [])
     if plugins:

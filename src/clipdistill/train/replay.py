@@ -132,7 +132,7 @@ def _records(folder: Path, step: int) -> list[dict[str, Any]]:
     """What each rank wrote about the step, in the order of the ranks."""
     found = []
     for path in (folder / CAPTURED).glob(f"step-{step:08d}-rank-*.json"):
-        record = read_json(path)
+        record = read_json(path, "not the record of a captured step")
         try:
             found.append((int(record["rank"]), record))
             _ = [*record["keys"], *record["captions"]]
