@@ -225,6 +225,11 @@ def _check(config: RunConfig) -> None:
             f"recipe {config.recipe}: its terms ({', '.join(config.objective.active_terms)}) need a teacher; "
             "name one, for example  --teacher ViT-B-16/laion400m_e32"
         )
+    if train.batch_size < config.objective.least_rows:
+        raise InputError(
+            f"train.batch_size={train.batch_size}: terms of the mix ({', '.join(config.objective.active_terms)}) "
+            f"compare the pairs of a batch with each other, which takes at least {config.objective.least_rows}"
+        )
     cached = is_cached(config.teachers)
     if len(config.teachers) > 1 and not config.objective.accepts_ensemble:
         raise InputError(
