@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,18 @@ def test_a_folder_comes_back_to_the_bit_and_refuses_damage(folder: Path, tmp_pat
         read_meta_teacher(tmp_path / "copy")
     with pytest.raises(InputError, match="needs boxes of every image"):
         load_model(folder / "free")
+
+
+@pytest.mark.parametrize("name", ["meta_teacher.json", "meta_teacher.safetensors", "clip/model.json"])
+@pytest.mark.parametrize(
+    "content", [b"", bytes(64), b"[]", b"null", b'{"format": 1}', b"\xff\xfe", b'{"format": 1, "settings": 3}']
+)
+def test_a_damaged_teacher_is_one_sentence(folder: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    shutil.copytree(folder / "free" / "student", tmp_path / "copy")
+    (tmp_path / "copy" / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_meta_teacher(tmp_path / "copy")
+    assert "\n" not in str(caught.value)
 
 
 def test_as_the_teacher_of_a_run(folder: Path, tmp_path: Path) -> None:
