@@ -22,6 +22,11 @@ from clipdistill.data.problems import BadSample
 
 MAX_PIXELS = 64_000_000
 """Above Pillow's own limit (179 million) a larger `max_pixels` has no effect."""
+MOST_PIECES = 50_000
+"""Segments, chunks or blocks of a file; photographs have some dozens."""
+MOST_PROFILES = 4
+MOST_PLAIN_PIXELS = 4_000_000
+"""Of pictures whose pixels are written as text, which are read slowly."""
 MOST_SCANS = 100
 MOST_SCANNED_PIXELS = 1_000_000_000
 """Scans times pixels of a JPEG, some seconds of decoding: 15 scans of the largest picture that is allowed."""
@@ -114,6 +119,7 @@ def _oriented_box(
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     """The picture with only its header read, of at most `max_pixels` pixels."""
+    _check_pieces(data)
     try:
         picture = Image.open(io.BytesIO(data), formats=_formats())
     except UnidentifiedImageError as error:
@@ -123,6 +129,8 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         )
         raise BadSample(f"not an image: {kind}, {len(data)} bytes") from error
     _check_size(*picture.size, max_pixels)
+    if picture.format == "PPM" and data[:2] in (b"P1", b"P2", b"P3"):
+        _check_size(*picture.size, MOST_PLAIN_PIXELS)
     _check_scans(picture, data)
     return picture
 
@@ -132,6 +140,33 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise BadSample(f"corrupt image: its size is {width} x {height}")
     if width * height > max_pixels:
         raise BadSample(f"too many pixels: {width} x {height}, at most {max_pixels} are allowed")
+
+
+def _check_pieces(data: bytes) -> None:
+    """Refuse a file in so many pieces, or with so many compressed profiles, that reading its header takes long."""
+    pieces = profiles = 0
+    if data.startswith(b"\xff\xd8"):
+        position = 2
+        while pieces <= MOST_PIECES and data[position : position + 1] == b"\xff" and position + 1 < len(data):
+            marker, pieces = data[position + 1], pieces + 1
+            if marker in (0xDA, 0xD9):
+                break
+            if marker in (0x00, 0xFF):
+                position += 1
+            else:
+                position += (
+                    2 if 0xD0 <= marker <= 0xD8 else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+                )
+    elif data.startswith(b"\x89PNG"):
+        position = 8
+        while pieces <= MOST_PIECES and position + 8 <= len(data):
+            pieces += 1
+            profiles += data[position + 4 : position + 8] == b"iCCP"
+            position += 12 + int.from_bytes(data[position : position + 4], "big")
+    elif data.startswith(b"GIF8"):
+        pieces = data.count(b"\x21\xfe") + data.count(b"\x21\xff") + data.count(b"\x21\xf9")
+    if pieces > MOST_PIECES or profiles > MOST_PROFILES:
+        raise BadSample(f"too many pieces: {pieces} in {len(data)} bytes, {profiles} of them colour profiles")
 
 
 def _check_scans(picture: Image.Image, data: bytes) -> None:
