@@ -87,7 +87,7 @@ class Batch:
     """One step's samples of one rank. B is smaller than the rank's share when samples were bad (`problems` lists them).
 
     indices, caption_indices: int64 (B,): which sample of the source, which of its captions; images: float32
-    (B, 3, size, size); tokens: int64 (B, context length); truncated_*: captions whose tokens were cut.
+    (B, 3, size, size); tokens: int64 (B, L), L at most the context length; truncated_*: captions whose tokens were cut.
     The teacher's tensors are the student's own objects where both models want the same, None without a teacher.
     stored: what a stored teacher gave for these rows; synthetic_tokens: one of its added captions for the student.
     """
@@ -149,6 +149,9 @@ class PairLoader:
         self.device = torch.device(device)
         self.start_method = start_method
         self._specs = (student.image, None if teacher is None else teacher.image)
+        # what knows its text tower leaves out the places that change no embedding (ClipModel.shorten)
+        self._shorten = getattr(student, "shorten", lambda *tokens: tokens)
+        self._shorten_teacher = getattr(teacher, "shorten", lambda *tokens: tokens)
         self._preparation = _Preparation(
             source, self.sampler, student, teacher, view or ViewPolicy(), caption, exact, stored
         )
@@ -182,7 +185,9 @@ class PairLoader:
     def _assemble(self, step: int, chunks: list[dict[str, Any]]) -> Batch:
         student_spec, teacher_spec = self._specs
         student_images = self._images([c["student_pixels"] for c in chunks], student_spec)
-        student_tokens = self._tokens([c["student_tokens"] for c in chunks])
+        whole = torch.cat([c["student_tokens"] for c in chunks])
+        added = [torch.cat([c["synthetic_tokens"] for c in chunks])] if "synthetic_tokens" in chunks[0] else []
+        student_tokens, *synthetic_tokens = map(self._on_device, self._shorten(whole, *added))
         teacher_images = teacher_tokens = None
         if teacher_spec is not None:
             if teacher_spec == student_spec:
@@ -192,11 +197,10 @@ class PairLoader:
                 teacher_images = self._images(
                     [c["student_pixels" if shared else "teacher_pixels"] for c in chunks], teacher_spec
                 )
-            teacher_tokens = (
-                student_tokens
-                if self._preparation.share_tokens
-                else self._tokens([c["teacher_tokens"] for c in chunks])
-            )
+            shared = self._preparation.share_tokens
+            (cut,) = self._shorten_teacher(whole if shared else torch.cat([c["teacher_tokens"] for c in chunks]))
+            same = shared and cut.shape == student_tokens.shape
+            teacher_tokens = student_tokens if same else self._on_device(cut)
         cut_student = sum(c["truncated_student"] for c in chunks)
         return Batch(
             indices=torch.cat([c["indices"] for c in chunks]),
@@ -216,9 +220,7 @@ class PairLoader:
             step=step,
             epoch=self.sampler.epoch(step),
             stored=_joined([c["stored"] for c in chunks], self.device) if "stored" in chunks[0] else None,
-            synthetic_tokens=self._tokens([c["synthetic_tokens"] for c in chunks])
-            if "synthetic_tokens" in chunks[0]
-            else None,
+            synthetic_tokens=synthetic_tokens[0] if synthetic_tokens else None,
         )
 
     def _images(self, parts: list[Tensor], spec: ImageSpec) -> Tensor:
@@ -237,8 +239,8 @@ class PairLoader:
                 row += len(part)
         return images
 
-    def _tokens(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts).to(self.device, non_blocking=True)
+    def _on_device(self, tokens: Tensor) -> Tensor:
+        return tokens.to(self.device, non_blocking=True)
 
 
 class _Preparation(torch.utils.data.Dataset):

@@ -30,6 +30,7 @@ from clipdistill.data.views import normalise
 from clipdistill.embed.prepare import Item, Pictures, Preparation
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.text_length import by_length
 
 DTYPES = {
     "float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -181,6 +182,7 @@ class Encoder:
         """Unit-length embeddings (M, D) of `texts`; each distinct text is embedded once in the encoder's life."""
         new = [text for text in dict.fromkeys(texts) if text not in self._rows]
         if new:
+            new.sort(key=len)  # captions of like length in one batch: what is padded is not computed
             tokenizer = self.model.tokenizer
             self._cut |= {text for text in new if truncated(tokenizer, [text])}
             mine = new[self.rank :: self.world]
@@ -219,8 +221,18 @@ class Encoder:
 
     def encode_tokens(self, tokens: Tensor, what: str = "", *, at_once: int | None = None) -> Tensor:
         """Unit rows (n, D) float32, on the device, of tokens (n, L); `what` and `at_once` as in `encode_images`."""
-        tokens = tokens.to(self.device, non_blocking=True)
-        return self._encoded(self.model.module.encode_text, tokens, what, at_once, True)
+        encode = self.model.module.encode_text
+        if tokens.device.type != "cpu" or not len(tokens):  # on another device: who put it there has cut it
+            return self._encoded(encode, tokens.to(self.device), what, at_once, True)
+        groups = by_length(tokens) if self.model.reads_only_text else [torch.arange(len(tokens))]
+        parts = []
+        for group in groups:
+            (part,) = self.model.shorten(tokens[group] if len(groups) > 1 else tokens)
+            parts.append(self._encoded(encode, part.to(self.device, non_blocking=True), what, at_once, True))
+        if len(parts) == 1:
+            return parts[0]
+        rows = torch.cat(parts)
+        return rows[torch.cat(groups).argsort().to(rows.device)]
 
     def _encoded(self, tower: Any, batch: Tensor, what: str, at_once: int | None, unit: bool) -> Tensor:
         with torch.no_grad():

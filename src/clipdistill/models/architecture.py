@@ -20,6 +20,7 @@ from torch import nn
 from clipdistill.errors import InputError, nearest
 from clipdistill.models import sized
 from clipdistill.models.hub import fetch
+from clipdistill.models.text_length import any_length
 
 _TOP_KEYS = {
     "embed_dim",
@@ -147,6 +148,9 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
                 torch.manual_seed(seed)
             module = build(**arguments)
             _match_trunk_size(module)
+            text: Any = text_tower(module)
+            if text is not module:
+                text.__class__ = any_length(type(text))
             sized.size_blocks(module, block_sizes)
             return _channels_last(module)
     except InputError:
@@ -182,7 +186,7 @@ def _module_class(custom_text: bool, multimodal: bool) -> Any:
     from open_clip import CLIP, CoCa, CustomTextCLIP
 
     if not multimodal:
-        return CustomTextCLIP if custom_text else CLIP
+        return CustomTextCLIP if custom_text else any_length(CLIP)
 
     class RawCoCa(CoCa):
         """CoCa whose encoders give raw embeddings unless asked otherwise, like those of the other classes."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipdistill.config import as_dict
 from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError
 from clipdistill.models.architecture import text_tower
+from clipdistill.models.text_length import needed_lengths, reads_only_text
 from clipdistill.models.tokenizers import Tokenizer
 
 _CHUNK = 1 << 24  # elements hashed at a time, so that a model on a GPU is never copied whole
@@ -40,6 +41,21 @@ class ClipModel:
     architecture: dict[str, Any]
     counts: dict[str, int] | None = None
     """Parameter counts of a model whose module does not tell (an export, a module from outside)."""
+    _only_text: bool | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def reads_only_text(self) -> bool:
+        """Whether padding changes no embedding (models/text_length.py); the text tower is asked once."""
+        if self._only_text is None:
+            self._only_text = reads_only_text(self.module, self.tokenizer)
+        return self._only_text
+
+    def shorten(self, *tokens: Tensor) -> tuple[Tensor, ...]:
+        """Tokens (B, L), each batch cut to the longest caption of all, where the padding changes no embedding."""
+        if not self.reads_only_text or not sum(map(len, tokens)):
+            return tokens
+        length = int(needed_lengths(torch.cat(tokens)).max())
+        return tuple(part[:, :length] for part in tokens)
 
     def fingerprint(self) -> str:
         """sha256 (hex) over weights, architecture, image specification and tokenizer; the same on every device.
