@@ -150,7 +150,8 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
             _match_trunk_size(module)
             text: Any = text_tower(module)
             if text is not module:
-                text.__class__ = any_length(type(text))
+                kind: Any = type(text)
+                text.__class__ = any_length(kind)
             sized.size_blocks(module, block_sizes)
             return _channels_last(module)
     except InputError:

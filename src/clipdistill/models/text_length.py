@@ -79,7 +79,7 @@ def reads_only_text(module: Any, tokenizer: Any) -> bool:
 
 
 @functools.cache
-def any_length(kind: type) -> type:
+def any_length(kind: Any) -> Any:
     """`kind`, an open_clip model or text tower, as a class that takes tokens (B, L) of any L up to its context.
 
     At the whole context it computes what `kind` does, to the bit.
@@ -89,7 +89,7 @@ def any_length(kind: type) -> type:
 
     if issubclass(kind, TextTransformer):
 
-        class AnyLengthText(kind):  # type: ignore[misc, valid-type]
+        class AnyLengthText(kind):  # type: ignore[misc]
             def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
                 x, mask = super()._embeds(text)
                 if mask is not None and mask.ndim == 2:
@@ -100,7 +100,7 @@ def any_length(kind: type) -> type:
     if not issubclass(kind, CLIP):
         return kind
 
-    class AnyLengthClip(kind):  # type: ignore[misc, valid-type]
+    class AnyLengthClip(kind):  # type: ignore[misc]
         def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
             length, number_format = text.shape[1], self.transformer.get_cast_dtype()
             x = self.token_embedding(text).to(number_format) + self.positional_embedding[:length].to(number_format)
