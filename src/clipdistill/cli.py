@@ -98,9 +98,7 @@ def _dispatch(arguments: list[str]) -> int:
     )
     module.add_arguments(command)
     command.add_argument("--plugin", metavar="FILE.py", help="run a file first: it registers terms, formats, students")
-    parsed = command.parse_intermixed_args(rest)
-    parsed.plugins = plugins
-    return int(module.run(parsed) or 0)
+    return int(module.run(command.parse_intermixed_args(rest)) or 0)
 
 
 def _without_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:
