@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from clipdistill.models.exported import MANIFEST
+from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.runtime.files import new_folder
 
 _MARKS = (

@@ -23,9 +23,11 @@ from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.tokenizer_json import tokenizer_json
 from clipdistill.models import sized
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.hugging_face import CONFIG, rename_back
+from clipdistill.models.hugging_face import rename_back
+from clipdistill.models.known import HUGGING_FACE_CONFIG as CONFIG
+from clipdistill.models.known import OPEN_CLIP_CONFIG
 from clipdistill.models.load import load_model
-from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG, SAFE_WEIGHTS
+from clipdistill.models.open_clip_models import SAFE_WEIGHTS
 from clipdistill.models.tokenizers import ClipBpeTokenizer, HuggingFaceTokenizer, WordsTokenizer
 from clipdistill.runtime.files import write_json
 

@@ -24,7 +24,8 @@ from clipdistill.export.towers import INPUTS, OPSET, OUTPUTS, TOWERS, write_onnx
 from clipdistill.export.transform import FILE as TRANSFORM
 from clipdistill.export.transform import write_transform
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import MANIFEST, load_graph, read_exported
+from clipdistill.models.exported import load_graph, read_exported
+from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.runtime.files import sha256, write_json
 from clipdistill.version import __version__
 

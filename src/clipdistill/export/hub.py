@@ -8,9 +8,9 @@ from typing import Any
 
 from clipdistill.errors import InputError, MissingExtraError, first_line
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
-from clipdistill.models.exported import MANIFEST
 from clipdistill.models.hub import offline, reachable
-from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG
+from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
+from clipdistill.models.known import OPEN_CLIP_CONFIG
 from clipdistill.runtime.files import read_json, write_json, write_text
 from clipdistill.statistics.scores import Scores
 

@@ -19,7 +19,6 @@ from torch import nn
 
 from clipdistill.errors import InputError, nearest
 from clipdistill.models import sized
-from clipdistill.models.hub import fetch
 from clipdistill.models.text_length import any_length
 
 _TOP_KEYS = {
@@ -140,6 +139,8 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
     custom_text = arguments.pop("custom_text", False) or arguments["text_cfg"].get("hf_model_name") is not None
     text_model = arguments["text_cfg"].get("hf_model_name")
     if text_model is not None:  # said beforehand, because building the tower would fetch it silently
+        from clipdistill.models.hub import fetch
+
         fetch(text_model, ("config.json",), f"the configuration of the text tower {text_model}")
     build = _module_class(custom_text, "multimodal_cfg" in arguments)
     try:

@@ -23,11 +23,12 @@ from clipdistill.config import build
 from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError, MissingExtraError
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.models.tokenizers import HuggingFaceTokenizer, tokenizer_from_dict
 from clipdistill.runtime.files import read_json, sha256
 
 RUNTIMES = ("onnx", "openvino")
-MANIFEST, DESCRIPTION = "manifest.json", "model.json"
+DESCRIPTION = "model.json"
 TOWERS = ("image", "text")
 _SUFFIXES = {"onnx": (".onnx",), "openvino": (".xml", ".onnx")}
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}

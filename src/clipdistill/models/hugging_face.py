@@ -16,11 +16,12 @@ from clipdistill.errors import InputError, MissingExtraError
 from clipdistill.models.architecture import build_module, check_architecture, image_size
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.hub import cached, require_network
+from clipdistill.models.known import HUGGING_FACE_CONFIG as CONFIG
 from clipdistill.models.tokenizers import CLIP_CONTEXT_LENGTH, ClipBpeTokenizer, HuggingFaceTokenizer, Tokenizer
 from clipdistill.models.weights import fit, read_state_dict
 from clipdistill.runtime.files import read_json
 
-CONFIG, INDEX = "config.json", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = ("model.safetensors", INDEX, "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.txt")

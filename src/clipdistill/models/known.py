@@ -28,6 +28,8 @@ SHIPPED = Path(__file__).parent / "shipped"
 """Trained model folders that come with the package, by name."""
 HELD = "module:"
 """How the name of a module that the program itself holds begins."""
+OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG, EXPORT_MANIFEST = "open_clip_config.json", "config.json", "manifest.json"
+"""The file by which a folder of each form is recognised."""
 OWN_EMBEDDINGS = "teacher_embeddings"
 """The method of a teacher that makes its embeddings of a batch itself."""
 _held: dict[str, Any] = {}

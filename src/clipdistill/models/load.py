@@ -27,19 +27,24 @@ from torch import nn
 
 from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, render
 from clipdistill.errors import InputError
-from clipdistill.models import hub, hugging_face, open_clip_models
 from clipdistill.models.clip_model import ClipModel, require_usable_scale
-from clipdistill.models.exported import MANIFEST, read_exported
-from clipdistill.models.inheritance.cut import inherit
 from clipdistill.models.inheritance.names import PREFIX, parse
-from clipdistill.models.known import HELD, SHIPPED, known_architectures, offering, shipped_models
+from clipdistill.models.known import (
+    EXPORT_MANIFEST,
+    HELD,
+    HUGGING_FACE_CONFIG,
+    OPEN_CLIP_CONFIG,
+    SHIPPED,
+    known_architectures,
+    offering,
+    shipped_models,
+)
 from clipdistill.models.names import check_model_name
-from clipdistill.models.open_clip_models import OPEN_CLIP_CONFIG
-from clipdistill.models.own import clip_model_of, held_model
-from clipdistill.models.resolution import with_image_size
+from clipdistill.models.own import clip_model_of, held_model, teacher_of_kind
 from clipdistill.models.save import DESCRIPTION, read_model
 from clipdistill.models.students import build_student, timm_student
 from clipdistill.models.tokenizers import Tokenizer
+from clipdistill.registry import TEACHERS
 
 logger = logging.getLogger("clipdistill")
 
@@ -67,6 +72,8 @@ def load_model(
     else:
         model = clip_model_of(name) if isinstance(name, nn.Module) else _read(str(name), tokenizer, seed)
     if image_size is not None:
+        from clipdistill.models.resolution import with_image_size
+
         model = with_image_size(model, image_size)
     model.module.to(device)
     if teacher:
@@ -80,90 +87,81 @@ def _read(name: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
     prefix, colon, rest = name.partition(":")
     if colon and prefix in _PREFIXES:
         return _PREFIXES[prefix](rest, tokenizer, seed)
-    architecture, at, file = name.partition("@")
-    if at:
-        return open_clip_models.read_checkpoint(Path(file).expanduser(), architecture)
+    if colon and prefix in TEACHERS:
+        return teacher_of_kind(prefix, rest)
     if name in shipped_models():
         return read_model(SHIPPED / name)
     if name in known_architectures():
         return build_student(name, seed=seed, tokenizer=tokenizer)
     path = Path(name).expanduser()
-    if path.exists():
+    if path.exists() and "@" not in name:
         return read_folder(path, name) if path.is_dir() else read_file(path)
-    return open_clip_models.read_pretrained(*name.split("/"))
+    from clipdistill.models.open_clip_models import read_checkpoint, read_pretrained
+
+    architecture, at, file = name.partition("@")
+    return read_checkpoint(Path(file).expanduser(), architecture) if at else read_pretrained(*name.split("/"))
 
 
 def _from_hub(repository: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
     """`hf:owner/name`: a model folder, an open_clip model or a CLIP of transformers, told apart by their files."""
+    from clipdistill.models import hub
+    from clipdistill.models.hugging_face import PREPROCESSOR_FILES, TOKENIZER_FILES
+
     name = f"hf:{repository}"
     if Path(repository).is_dir():
         return read_folder(Path(repository), name)
     for files in _HUB_FORMS:
-        folder = _cached_folder(repository, files)
-        if folder is not None:
-            return read_folder(folder, name)
+        # the cached snapshot that holds one file of each group
+        local = [next((path for file in choices if (path := hub.cached(repository, file))), None) for choices in files]
+        if all(local) and local[0] is not None:
+            return read_folder(local[0].parent, name)
     listed = set(hub.list_files(repository, f"the model {name}"))
     for files in _HUB_FORMS:
         wanted = [next((file for file in choices if file in listed), None) for choices in files]
         if all(wanted):
-            extra = listed & {*hugging_face.TOKENIZER_FILES, *hugging_face.PREPROCESSOR_FILES}
+            extra = listed & {*TOKENIZER_FILES, *PREPROCESSOR_FILES}
             paths = [hub.fetch(repository, (file,), f"{file} of {name}") for file in [*wanted, *sorted(extra)] if file]
             return read_folder(paths[0].parent, name)
     raise InputError(
         f"'{name}': the repository holds no CLIP model "
-        f"(no {DESCRIPTION}, {OPEN_CLIP_CONFIG} or {hugging_face.CONFIG} with weights)"
+        f"(no {DESCRIPTION}, {OPEN_CLIP_CONFIG} or {HUGGING_FACE_CONFIG} with weights)"
     )
 
 
 # for each form of model: groups of files, one of each group is needed
 _HUB_FORMS = (
     ((DESCRIPTION,), ("model.safetensors",)),
-    ((OPEN_CLIP_CONFIG,), (open_clip_models.SAFE_WEIGHTS, open_clip_models.PICKLED_WEIGHTS)),
-    ((hugging_face.CONFIG,), ("model.safetensors", "pytorch_model.bin")),
+    ((OPEN_CLIP_CONFIG,), ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")),
+    ((HUGGING_FACE_CONFIG,), ("model.safetensors", "pytorch_model.bin")),
 )
 
 
-def _cached_folder(repository: str, files: tuple[tuple[str, ...], ...]) -> Path | None:
-    """The cached snapshot that holds one file of each group, or None."""
-    found = [next((path for file in choices if (path := hub.cached(repository, file))), None) for choices in files]
-    return found[0].parent if all(found) and found[0] is not None else None
+def _exported(runtime: str) -> Callable[[str, Tokenizer | None, int], ClipModel]:
+    def read(folder: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
+        from clipdistill.models.exported import read_exported
 
+        return read_exported(Path(folder).expanduser(), f"{runtime}:{folder}", runtime)
 
-def _from_local_dir(folder: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
-    return read_folder(Path(folder).expanduser(), f"local-dir:{folder}")
-
-
-def _held(name: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
-    return held_model(HELD + name)
-
-
-def _from_timm(network: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
-    return timm_student(network, seed=seed, tokenizer=tokenizer)
-
-
-def _from_onnx(folder: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
-    return read_exported(Path(folder).expanduser(), f"onnx:{folder}", "onnx")
-
-
-def _from_openvino(folder: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
-    return read_exported(Path(folder).expanduser(), f"openvino:{folder}", "openvino")
+    return read
 
 
 def _inherited(sizes: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
     wanted = parse(PREFIX + sizes)
     if wanted.source is None:
         raise InputError(f"'{PREFIX}{sizes}': say which model to inherit from, for example  {PREFIX}{sizes},from=MODEL")
+    from clipdistill.models.inheritance.cut import inherit
+
     return inherit(load_model(wanted.source, tokenizer=tokenizer, seed=seed), wanted, seed=seed)
 
 
 _PREFIXES: dict[str, Callable[[str, Tokenizer | None, int], ClipModel]] = {
     "hf": _from_hub,
-    "timm": _from_timm,
-    "onnx": _from_onnx,
-    "openvino": _from_openvino,
+    "local-dir": lambda folder, tokenizer, seed: read_folder(Path(folder).expanduser(), f"local-dir:{folder}"),
+    "timm": lambda network, tokenizer, seed: timm_student(network, seed=seed, tokenizer=tokenizer),
+    "onnx": _exported("onnx"),
+    "openvino": _exported("openvino"),
     "inherit": _inherited,
-    "local-dir": _from_local_dir,
-    HELD[:-1]: _held,
+    HELD[:-1]: lambda name, tokenizer, seed: held_model(HELD + name),
 }
 
 
@@ -181,15 +179,19 @@ def read_folder(folder: Path, name: str) -> ClipModel:
     if (folder / "checkpoints").is_dir():
         return _newest_checkpoint(folder)
     if (folder / OPEN_CLIP_CONFIG).exists():
-        return open_clip_models.read_open_clip_folder(folder, name)
-    if (folder / hugging_face.CONFIG).exists():
-        return hugging_face.read_hugging_face(folder, name)
+        from clipdistill.models.open_clip_models import read_open_clip_folder
+
+        return read_open_clip_folder(folder, name)
+    if (folder / HUGGING_FACE_CONFIG).exists():
+        from clipdistill.models.hugging_face import read_hugging_face
+
+        return read_hugging_face(folder, name)
     runtime = "onnx" if (folder / "image.onnx").exists() else "openvino"
-    if (folder / MANIFEST).exists() and (runtime == "onnx" or (folder / "image.xml").exists()):
+    if (folder / EXPORT_MANIFEST).exists() and (runtime == "onnx" or (folder / "image.xml").exists()):
         raise InputError(f"{folder}: an exported model is named with its runtime:  {runtime}:{name}")
     raise InputError(
         f"{folder}: holds no model: expected {DESCRIPTION} (a model folder), student/ (a run or checkpoint), "
-        f"{OPEN_CLIP_CONFIG} or {hugging_face.CONFIG}"
+        f"{OPEN_CLIP_CONFIG} or {HUGGING_FACE_CONFIG}"
     )
 
 
@@ -206,7 +208,9 @@ def read_file(path: Path) -> ClipModel:
     """The model in a checkpoint file; a file of a model folder stands for its folder."""
     if (path.parent / DESCRIPTION).exists() and path.name in ("model.safetensors", DESCRIPTION):
         return read_model(path.parent)
-    return open_clip_models.read_checkpoint(path)
+    from clipdistill.models.open_clip_models import read_checkpoint
+
+    return read_checkpoint(path)
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,19 @@ from clipdistill.models.architecture import build_module, check_architecture, im
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.hub import fetch, require_network
 from clipdistill.models.hugging_face import tokenizer_for
-from clipdistill.models.known import architecture_values, known_architectures, needs_vocabulary, require_pretrained
+from clipdistill.models.known import (
+    OPEN_CLIP_CONFIG,
+    architecture_values,
+    known_architectures,
+    needs_vocabulary,
+    require_pretrained,
+)
 from clipdistill.models.students import named_architecture
 from clipdistill.models.tokenizers import Tokenizer
 from clipdistill.models.weights import fit, read_state_dict
 from clipdistill.registry import STUDENTS
 from clipdistill.runtime.files import read_json
 
-OPEN_CLIP_CONFIG = "open_clip_config.json"
 SAFE_WEIGHTS, PICKLED_WEIGHTS = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 
 

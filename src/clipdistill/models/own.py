@@ -30,7 +30,7 @@ from clipdistill.models.tokenizers import (
     OwnTokenizer,
     Tokenizer,
 )
-from clipdistill.registry import STUDENTS, describe
+from clipdistill.registry import STUDENTS, TEACHERS, describe
 
 logger = logging.getLogger("clipdistill")
 _SIZES = (224, 64, 32, 96, 112, 128, 160, 192, 240, 256, 288, 299, 320, 336, 378, 384, 448, 512)
@@ -60,6 +60,13 @@ def build_registered(
 def takes_tokenizer(name: str) -> bool:
     """Whether the registered student `name` is built around a given tokenizer."""
     return name in STUDENTS and "tokenizer" in inspect.signature(STUDENTS.get(name)).parameters
+
+
+def teacher_of_kind(kind: str, name: str) -> ClipModel:
+    """What the teacher kind `kind` of a plug-in (registry.TEACHERS) opens under `name`: a module or a ClipModel."""
+    with TEACHERS.blaming(kind):
+        opened = TEACHERS.get(kind)(name)
+        return opened if isinstance(opened, ClipModel) else clip_model_of(opened, f"{kind}:{name}")
 
 
 def held_model(name: str) -> ClipModel:

@@ -17,8 +17,6 @@ from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.architecture import build_module, check_architecture, check_timm_name, image_size
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.hub import fetch
-from clipdistill.models.hugging_face import tokenizer_for
 from clipdistill.models.known import HELD, architecture_values, needs_vocabulary, students
 from clipdistill.models.own import build_registered, held_model, require_saveable
 from clipdistill.models.save import require_equal_shapes
@@ -114,6 +112,8 @@ def _chosen_tokenizer(
     if tokenizer is not None:
         return _given_tokenizer(tokenizer, context_length)
     if not needs_vocabulary(name):
+        from clipdistill.models.hugging_face import tokenizer_for
+
         return tokenizer_for(architecture, name)
     if captions is None:
         raise InputError(
@@ -138,6 +138,8 @@ def timm_student(name: str, *, seed: int, tokenizer: Tokenizer | None = None) ->
     reach.
     """
     import timm
+
+    from clipdistill.models.hub import fetch
 
     check_timm_name(name, f"'timm:{name}'")
     base, _, tag = name.partition(".")
