@@ -22,8 +22,8 @@ from clipdistill.data.pairs import DataConfig
 from clipdistill.models import build_student, build_words_tokenizer, load_model, save_model
 from clipdistill.models.inheritance.cut import inherit
 from clipdistill.models.inheritance.masks import reference_counts
+from clipdistill.runs.folder import read_rows as read_lines
 from clipdistill.train.config import resolve
-from clipdistill.train.logs import read_lines
 from clipdistill.train.run import Run, distill
 
 SIZES = "layers=3,width=128,text_layers=2,text_width=128,depth=even"

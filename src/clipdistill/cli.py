@@ -98,7 +98,9 @@ def _dispatch(arguments: list[str]) -> int:
     )
     module.add_arguments(command)
     command.add_argument("--plugin", metavar="FILE.py", help="run a file first: it registers terms, formats, students")
-    return int(module.run(command.parse_intermixed_args(rest)) or 0)
+    parsed = command.parse_intermixed_args(rest)
+    parsed.plugins = plugins
+    return int(module.run(parsed) or 0)
 
 
 def _without_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:

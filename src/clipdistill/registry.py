@@ -139,6 +139,11 @@ def load_plugin(path: str | Path) -> Any:
     return module
 
 
+def is_loaded(path: str | Path) -> bool:
+    """Whether this plug-in file has run in this process."""
+    return os.path.realpath(Path(path).expanduser()) in _loaded
+
+
 def load_entry_points() -> None:
     """Load the plug-ins of installed packages, once in a process. Raises InputError that names the package."""
     if "entry points" in _loaded:
@@ -233,8 +238,24 @@ STUDENTS: Registry[Any] = Registry("student")
 TEACHERS: Registry[Any] = Registry("teacher")
 """Functions that open a teacher of a kind of its own, by the word before the colon of its name."""
 
-CALLBACKS: Registry[Any] = Registry("callback")
+CALLBACKS: Registry[Any] = Registry(
+    "callback",
+    {
+        "tensorboard": "clipdistill.train.trackers:TensorBoard",
+        "wandb": "clipdistill.train.trackers:WeightsAndBiases",
+        "mlflow": "clipdistill.train.trackers:MLflow",
+    },
+)
 """Classes of callbacks of the training loop."""
+
+TASKS: Registry[Any] = Registry(
+    "training task",
+    {
+        "distillation": "clipdistill.train.distil:Distillation",
+        "region teacher": "clipdistill.train.region_teacher:RegionTeaching",
+    },
+)
+"""What the training loop can train (clipdistill.train.task.Task)."""
 
 BACKENDS: Registry[Any] = Registry(
     "back end",

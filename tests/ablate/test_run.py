@@ -11,8 +11,9 @@ from clipdistill.ablate import run as ablate_run
 from clipdistill.ablate.grid import build_grid
 from clipdistill.ablate.run import failures, run_grid
 from clipdistill.errors import ClipdistillError, Preempted
-from clipdistill.train import loop, sources
+from clipdistill.train import sources
 from clipdistill.train.config import resolve
+from clipdistill.train.distil import Distillation
 from clipdistill.train.run import distill
 from tests.ablate.synthetic import plan_of
 
@@ -109,15 +110,15 @@ def test_a_failure_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsy
 def test_an_interrupted_run_goes_on_where_it_stopped(trained, tmp_path, monkeypatch):
     settings = {"train": {"checkpoint_every": 2, "steps": 3}}
     grid = build_grid(plan_of({"kd": VARIANTS["kd"]}, seeds=[1], settings=settings), tmp_path)
-    original, steps = loop._step, []
+    original, steps = Distillation.gradients, []
 
-    def stopping(setup, step, batch):
+    def stopping(task, step, batch):
         steps.append(step)
         if len(steps) == 3:
             raise Preempted("asked to stop")
-        return original(setup, step, batch)
+        return original(task, step, batch)
 
-    monkeypatch.setattr(loop, "_step", stopping)
+    monkeypatch.setattr(Distillation, "gradients", stopping)
     with pytest.raises(Preempted):
         run_grid(grid, tmp_path, quiet=True)
     assert grid[0].state() == "interrupted"

@@ -158,6 +158,8 @@ def test_a_back_end_that_fails_on_one_model_measures_the_others(monkeypatch: pyt
         ({"batch_sizes": (0,)}, "batch sizes must be whole numbers above 0"),
         ({"seconds": 0.0}, "seconds must be above 0"),
         ({"rounds": 2}, "at least 3 rounds"),
+        ({"seconds": float("nan")}, "seconds must be above 0"),
+        ({"threads": 0}, "threads must be at least 1"),
         ({"reference": "b"}, "unknown reference model 'b'"),
     ],
 )

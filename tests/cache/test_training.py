@@ -16,9 +16,9 @@ from clipdistill.data.views import render
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_model
 from clipdistill.objective import Embeddings
+from clipdistill.runs.folder import read_rows as read_lines
 from clipdistill.train import loop
 from clipdistill.train.config import resolve
-from clipdistill.train.logs import read_lines
 from clipdistill.train.run import distill
 from tests.cache.support import filled, saved_teacher, scenes
 from tests.cache.test_fill import VIEWS

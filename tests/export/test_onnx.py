@@ -218,12 +218,50 @@ def test_only_an_export_is_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
+def test_places_that_cannot_be_written_are_told_before_the_model_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("clipdistill.models.load.load_model", lambda *given, **settings: pytest.fail("was loaded"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "absent")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    for place in ("file", "file/below", "link", "other", "x" * 256):
+        assert main(["export", "scenes-teacher", "--to", "onnx", "--out", str(tmp_path / place)]) == 2
+        shown = capsys.readouterr().err
+        assert str(tmp_path / place.split("/")[0]) in shown
+        assert len(shown.strip().splitlines()) == 1
+
+
+def test_a_killed_export_leaves_only_what_the_next_one_takes_away(tiny, tmp_path):
+    """Killed while it measures and quantises: everything temporary lies in one folder beside the place."""
+    save_model(tiny, tmp_path / "model")
+    code = (
+        "import os, signal; from clipdistill.cli import main; from clipdistill.export import graphs\n"
+        "def kill(*given, **settings): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "graphs.{place} = kill\n"
+        f"main(['export', {str(tmp_path / 'model')!r}, '--to', 'onnx', '--out', {str(tmp_path / 'out')!r}])"
+    )
+    for place in ("compare", "write_graphs"):
+        ended = subprocess.run([sys.executable, "-c", code.format(place=place)], check=False)
+        assert ended.returncode == -9
+        left = [path.name for path in tmp_path.iterdir() if path.name != "model"]
+        assert len(left) == 1
+        assert left[0].startswith(".out.writing-")
+    assert main(["export", str(tmp_path / "model"), "--to", "onnx", "--out", str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
 def test_settings_that_contradict(tmp_path, capsys):
     out = str(tmp_path / "out")
     for arguments, fragment in (
         (["--to", "hf", "--int8"], "--int8 goes with"),
         (["--to", "onnx", "--tolerance", "2"], "--tolerance must be"),
         (["--to", "onnx", "--int8"], "int8 needs pairs"),
+        (["--to", "onnx", "--budget", "nan"], "--budget is a number of points"),
+        (["--to", "onnx", "--tolerance", "nan"], "--tolerance must be"),
+        (["--to", "hf", "--data", "scenes"], "--data goes with"),
+        (["--to", "onnx", "--limit", "4"], "--limit means nothing without --data"),
+        (["--to", "onnx", "--push", "no name"], "is not the name of a repository"),
     ):
         assert main(["export", "scenes-teacher", "--out", out, *arguments]) == 2
         assert fragment in capsys.readouterr().err

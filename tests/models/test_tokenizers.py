@@ -19,8 +19,10 @@ from clipdistill.models.tokenizers import (
     Tokenizer,
     WordsTokenizer,
     build_words_tokenizer,
+    indistinct_texts,
     split_words,
     tokenizer_from_dict,
+    unknown_texts,
 )
 
 CAPTIONS = ["A dog's red-hot ball!", "the dog", "", "a cat, a dog and a café", "über 3 dogs 🐕"]
@@ -168,3 +170,21 @@ def test_any_text_gives_valid_rows(captions: list[str]) -> None:
         assert rows.shape == (len(captions), 10)
         assert 0 <= int(rows.min()) <= int(rows.max()) == tokenizer.vocab_size - 1
         assert all(length >= 2 for length in tokenizer.lengths(captions))
+
+
+def test_one_string_is_one_caption(tokenizer: Tokenizer) -> None:
+    assert torch.equal(tokenizer("a dog"), tokenizer(["a dog"]))
+    assert tokenizer("a dog").shape == (1, 8)
+    assert tokenizer.lengths("a dog") == tokenizer.lengths(["a dog"])
+    assert tokenizer([]).shape == (0, 8)
+
+
+def test_texts_without_a_known_word_and_texts_that_are_the_same_are_found(tokenizer: Tokenizer) -> None:
+    known = ["a dog", "runs dog"] if tokenizer.kind == "hf" else ["a dog", "the dog"]
+    assert unknown_texts(tokenizer, ["", *known]) == [""]
+    assert indistinct_texts(tokenizer, [*known, known[0]]) == []
+    if tokenizer.kind != "clip-bpe":
+        assert unknown_texts(tokenizer, ["zebra", "a zebra", "zebra unicorn"]) == ["zebra", "zebra unicorn"]
+        assert indistinct_texts(tokenizer, ["a zebra", "a unicorn", "a dog"]) == [("a unicorn", "a zebra")]
+    long = " ".join(["a dog"] * 9)
+    assert indistinct_texts(tokenizer, [long, f"{long} runs"]) == [(f"{long} runs", long)]

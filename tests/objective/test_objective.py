@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clipdistill.config import build
 from clipdistill.errors import InputError
 from clipdistill.objective import TERMS, Embeddings, Objective, ObjectiveConfig
+from clipdistill.train.config import resolve
 from tests.objective.mixes import EVERYTHING, gradients, leaves, make_input, make_objective, mix_names
 from tests.objective.plain import random_embeddings
 from tests.objective.released import SETS, SIZES, assert_released, clip
@@ -298,6 +299,31 @@ def test_from_recipe_with_changes() -> None:
 
 def test_clip_rd_recipe_is_the_released_mix() -> None:
     assert Objective.from_recipe("clip-rd", student_dim=4, teacher_dim=4).weights == CLIP_RD
+
+
+def test_rows_that_a_loss_needs() -> None:
+    """One row says nothing to a term that compares pairs; a distance of rows is content with one."""
+    assert ObjectiveConfig(weights={"fd": 1, "cosine": 2}).least_rows == 1
+    for name in TERMS.names():
+        assert ObjectiveConfig(weights={"fd": 1, name: 1}).least_rows == (1 if name in ("fd", "cosine") else 2)
+    settings = {"student": "scenes-student", "data": {"path": "scenes"}, "out": "x", "teacher": "scenes-teacher"}
+    with pytest.raises(InputError, match=r"train.batch_size=1: terms of the mix \(task, crd, .* at least 2"):
+        resolve("clip-rd", settings, assignments=["train.batch_size=1"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, 0.0])
+def test_scales_and_weights_that_are_no_usable_numbers(value: float) -> None:
+    with pytest.raises(InputError, match="scale is"):
+        Objective({"icl": 1}, 4, 4).set_scales(cross=value)
+    if value != 0:
+        with pytest.raises(InputError, match="the weight of 'icl' is"):
+            build(ObjectiveConfig, {"weights": {"task": 1, "icl": value}})
+    with pytest.raises(InputError, match="the weight of 'icl' is True"):
+        build(ObjectiveConfig, {"weights": {"task": 1, "icl": True}})
+    with pytest.raises(InputError, match="reinforced_lambda"):
+        Objective({"reinforced": 1}, 4, 4, reinforced_lambda=value if value != 0 else 2.0)
+    with pytest.raises(InputError, match=r"unknown scale 'crss' .did you mean 'cross'"):
+        Objective({"icl": 1}, 4, 4).set_scales(crss=2.0)
 
 
 def test_configuration() -> None:

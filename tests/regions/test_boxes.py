@@ -192,3 +192,40 @@ def test_other_images_are_refused(tmp_path: Path) -> None:
         boxes.get("b.jpg", 10, 10)
     with pytest.raises(InputError, match="no such file"):
         BoxFile(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_every_cut_and_every_flipped_bit_is_read_or_one_sentence(tmp_path: Path, suffix: str) -> None:
+    path = written(tmp_path, suffix)
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    contents = [whole[:n] for n in generator.integers(0, len(whole), 60).tolist()]
+    for place in generator.integers(0, len(whole), 150).tolist():
+        contents.append(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+    contents += [
+        bytes(200),
+        b"\xff\xfe" + whole,
+        b"[" * 100_000,
+        b"9" * 10_000,
+        b'{"a": {"boxes": [[1e999, 0, 1, 1]]}}',
+        b"null",
+    ]
+    fingerprint, refused = BoxFile(path).fingerprint(), 0
+    for content in contents:
+        path.write_bytes(content)
+        try:
+            boxes = BoxFile(path)
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)  # noqa: PT017
+        else:  # still boxes, and other ones for whoever compares
+            assert boxes.fingerprint() != fingerprint or content == whole
+    assert refused > 80
+
+
+def test_a_folder_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "part.parquet").mkdir()
+    with pytest.raises(InputError, match="cannot be read"):
+        BoxFile(tmp_path)
+    with pytest.raises(InputError, match="no such file"):
+        BoxFile(tmp_path / ("x" * 300))

@@ -221,3 +221,13 @@ def test_an_unreadable_image_has_no_row(tmp_path: Path, monkeypatch: pytest.Monk
     boxes = detect(source, Counting(), tmp_path / "boxes")
     assert len(boxes) == 3
     assert boxes.missing(source.key(i) for i in range(4)) == [source.key(1)]
+
+
+@pytest.mark.parametrize("content", [b"", bytes(40), b"[]", b"{", b"\xff", b'{"format": 3}', b'"x"'])
+def test_proposals_with_a_damaged_description_are_one_sentence(tmp_path: Path, content: bytes) -> None:
+    source = open_pairs("scenes:val?size=4")
+    detect(source, Counting(), tmp_path / "boxes")
+    (tmp_path / "boxes" / "proposals.json").write_bytes(content)
+    with pytest.raises(InputError, match="give a new folder, or remove this one") as caught:
+        detect(source, Counting(), tmp_path / "boxes")
+    assert "\n" not in str(caught.value)

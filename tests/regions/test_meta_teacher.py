@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from safetensors.torch import load_file
 from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import build_student, load_model
-from clipdistill.regions import training
 from clipdistill.regions.command import add_arguments, run
 from clipdistill.regions.config import MetaTeacherConfig
 from clipdistill.regions.measure import matrix_scores, measure
 from clipdistill.regions.meta_teacher import MetaTeacher, read_meta_teacher, region_teacher_folder
 from clipdistill.regions.retention import before_after, table
 from clipdistill.regions.teacher import RegionTeacher
+from clipdistill.runs.folder import read_rows as read_lines
 from clipdistill.train.config import RunConfig, resolve
-from clipdistill.train.logs import read_lines
+from clipdistill.train.opening import opened
+from clipdistill.train.region_teacher import RegionTeaching
+from clipdistill.train.replay import replay
 from clipdistill.train.run import distill
 from clipdistill.train.setup import build
 from clipdistill.train.stages import distill_stages, resolve_stages
@@ -94,7 +97,7 @@ def test_only_the_network_trains(folder: Path) -> None:
 def test_steps_are_those_of_a_plain_loop(folder: Path) -> None:
     """The first logged loss, from the formula of InfoNCE at temperature 0.05."""
     config = settings(folder / "caption", "dclip-teacher", f"regions.store={folder / 'store'}")
-    one = training._Run(config, CPU, True).task
+    one = RegionTeaching(config, CPU).parts
     indices, captions = one.batch(0)
     assert len(set(indices)) == 16
     assert all(caption in one.source.captions(index) for index, caption in zip(indices, captions, strict=True))
@@ -112,29 +115,72 @@ def test_steps_are_those_of_a_plain_loop(folder: Path) -> None:
 def test_an_interrupted_training_ends_in_the_same_bits(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = training._Run._step
+    original = RegionTeaching.after_step
+    steps: list[int] = []
 
-    def stopping(self: Any) -> None:
-        step(self)
-        if self.progress.step == 2:
+    def stopping(self: RegionTeaching, updated: bool) -> None:
+        original(self, updated)
+        steps.append(1)
+        if len(steps) == 3:
             raise Preempted("as if by a signal")
 
     options = (f"regions.store={folder / 'store'}", "train.checkpoint_every=1")
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "_step", stopping)
+        patch.setattr(RegionTeaching, "after_step", stopping)
         with pytest.raises(Preempted):
             distill(settings(tmp_path / "parts", "dclip-teacher", *options), quiet=True)
-    assert (tmp_path / "parts" / "checkpoint.safetensors").exists()
+    assert (tmp_path / "parts" / "checkpoints" / "step-00000002" / "network.safetensors").exists()
     distill(settings(tmp_path / "parts", "dclip-teacher", *options), quiet=True)
     one, two = (
         load_file(run / "student" / "meta_teacher.safetensors") for run in (folder / "caption", tmp_path / "parts")
     )
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not (tmp_path / "parts" / "checkpoint.safetensors").exists()
     losses = [
         [line["total"] for line in read_lines(run / "log.jsonl")] for run in (folder / "caption", tmp_path / "parts")
     ]
     assert losses[0] == losses[1]
+
+
+def test_the_curve_and_the_identity_of_a_region_teacher(folder: Path, tmp_path: Path) -> None:
+    shared = f"regions.store={folder / 'store'}"
+    out = tmp_path / "curve"
+    distill(settings(out, "dclip-teacher-caption-free", shared, "train.evaluate_every=2"), quiet=True)
+    points = read_lines(out / "eval.jsonl")
+    assert [point["step"] for point in points] == [2, 3]
+    assert all(0 <= point["scores"]["t2i_R@1"] <= 1 and point["images"] == 32 for point in points)
+    # evaluating changes nothing in what is learned
+    one, two = (load_file(run / "student" / "meta_teacher.safetensors") for run in (folder / "free", out))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    identity = json.loads((out / "identity.json").read_text())
+    assert set(identity["parts"]) == {"training data", "teacher", "regions", "starting student"}
+
+
+def test_a_training_that_an_older_version_stopped_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    config = settings(tmp_path / "run", "dclip-teacher")
+    with opened(config, allow_changes=False):
+        (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"old")
+    with pytest.raises(InputError, match="an older version stopped in the middle"):
+        distill(config, quiet=True)
+
+
+def test_a_poisoned_step_of_a_region_teacher_is_replayed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = RegionTeaching.gradients
+
+    def poisoned(self: RegionTeaching, step: int, batch: Any) -> Any:
+        output, norm = original(self, step, batch)
+        return output, float("nan") if step == 1 else norm
+
+    config = settings(tmp_path / "run", "dclip-teacher", f"regions.store={folder / 'store'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(RegionTeaching, "gradients", poisoned)
+        run = distill(config, quiet=True)
+    assert json.loads((run.folder / "run.json").read_text())["skipped_steps"] == 1
+    found = replay(run.folder)
+    assert found.step == 1
+    assert found.first is None
+    assert {"weights", "image embeddings", "term task", "gradients"} <= {f.what for f in found.findings}
 
 
 def test_a_folder_comes_back_to_the_bit_and_refuses_damage(folder: Path, tmp_path: Path) -> None:
@@ -154,6 +200,18 @@ def test_a_folder_comes_back_to_the_bit_and_refuses_damage(folder: Path, tmp_pat
         read_meta_teacher(tmp_path / "copy")
     with pytest.raises(InputError, match="needs boxes of every image"):
         load_model(folder / "free")
+
+
+@pytest.mark.parametrize("name", ["meta_teacher.json", "meta_teacher.safetensors", "clip/model.json"])
+@pytest.mark.parametrize(
+    "content", [b"", bytes(64), b"[]", b"null", b'{"format": 1}', b"\xff\xfe", b'{"format": 1, "settings": 3}']
+)
+def test_a_damaged_teacher_is_one_sentence(folder: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    shutil.copytree(folder / "free" / "student", tmp_path / "copy")
+    (tmp_path / "copy" / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_meta_teacher(tmp_path / "copy")
+    assert "\n" not in str(caught.value)
 
 
 def test_as_the_teacher_of_a_run(folder: Path, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import torch
 
 def nan_gradient(step: int, rank: int = 0) -> None:
     """One rank's gradients are NaN at one step (0-based)."""
-    from clipdistill.train import loop
+    from clipdistill.train import distil
 
-    original = loop.forward_backward
+    original = distil.forward_backward
 
     def poisoned(towers: Any, *arguments: Any, **settings: Any) -> Any:
         output = original(towers, *arguments, **settings)
@@ -22,50 +22,50 @@ def nan_gradient(step: int, rank: int = 0) -> None:
             next(p for p in towers.parameters() if p.grad is not None).grad.fill_(float("nan"))
         return output
 
-    loop.forward_backward = poisoned
+    distil.forward_backward = poisoned
 
 
 def stall(step: int, rank: int, seconds: float) -> None:
     """One rank does nothing for a while before a step."""
-    from clipdistill.train import loop
+    from clipdistill.train import distil
 
-    original = loop.forward_backward
+    original = distil.forward_backward
 
     def late(*arguments: Any, **settings: Any) -> Any:
         if settings["seed"][1:] == (step, rank):
             time.sleep(seconds)
         return original(*arguments, **settings)
 
-    loop.forward_backward = late
+    distil.forward_backward = late
 
 
 def die(step: int, rank: int) -> None:
     """One rank is killed at one step."""
     import signal
 
-    from clipdistill.train import loop
+    from clipdistill.train import distil
 
-    original = loop.forward_backward
+    original = distil.forward_backward
 
     def killed(*arguments: Any, **settings: Any) -> Any:
         if settings["seed"][1:] == (step, rank):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments, **settings)
 
-    loop.forward_backward = killed
+    distil.forward_backward = killed
 
 
 def slow_evaluation(seconds: float) -> None:
     """The points of the curve take long on rank 0, while the others wait."""
-    from clipdistill.train import loop
+    from clipdistill.train.distil import Distillation
 
-    original = loop.curve_scores
+    original = Distillation.evaluate
 
-    def slow(setup: Any) -> dict[str, float]:
+    def slow(task: Any) -> Any:
         time.sleep(seconds)
-        return original(setup)
+        return original(task)
 
-    loop.curve_scores = slow
+    Distillation.evaluate = slow  # type: ignore[method-assign]
 
 
 def small_files(bytes: int) -> None:
@@ -95,16 +95,16 @@ def full_disk(name: str, skip: int = 0) -> None:
 
 def no_memory(step: int) -> None:
     """The device has no memory left at one step."""
-    from clipdistill.train import loop
+    from clipdistill.train import distil
 
-    original = loop.forward_backward
+    original = distil.forward_backward
 
     def exhausted(*arguments: Any, **settings: Any) -> Any:
         if settings["seed"][1] == step:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return original(*arguments, **settings)
 
-    loop.forward_backward = exhausted
+    distil.forward_backward = exhausted
 
 
 def note_batches(path: str) -> None:
@@ -112,46 +112,46 @@ def note_batches(path: str) -> None:
     import json
 
     from clipdistill.runtime.distributed import rank
-    from clipdistill.train import loop
+    from clipdistill.train.distil import Distillation
 
-    original = loop._step
+    original = Distillation.gradients
 
-    def noted(setup: Any, step: int, batch: Any) -> Any:
+    def noted(task: Any, step: int, batch: Any) -> Any:
         with open(path, "a", encoding="utf-8") as file:  # noqa: PTH123
             file.write(json.dumps([step, rank(), batch.keys]) + "\n")
-        return original(setup, step, batch)
+        return original(task, step, batch)
 
-    loop._step = noted
+    Distillation.gradients = noted  # type: ignore[method-assign]
 
 
 def stop_at(step: int) -> None:
     """The process asks itself to stop in the middle of a step, always at the same place."""
     import signal
 
-    from clipdistill.train import loop
+    from clipdistill.train import distil
 
-    original = loop.forward_backward
+    original = distil.forward_backward
 
     def stopping(*arguments: Any, **settings: Any) -> Any:
         if settings["seed"][1] == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **settings)
 
-    loop.forward_backward = stopping
+    distil.forward_backward = stopping
 
 
 def nan_pixels(step: int) -> None:
     """The pictures of one step hold NaN."""
-    from clipdistill.train import loop
+    from clipdistill.train import distil
 
-    original = loop.forward_backward
+    original = distil.forward_backward
 
     def poisoned(towers: Any, objective: Any, images: Any, *arguments: Any, **settings: Any) -> Any:
         if settings["seed"][1] == step:
             images = torch.full_like(images, float("nan"))
         return original(towers, objective, images, *arguments, **settings)
 
-    loop.forward_backward = poisoned
+    distil.forward_backward = poisoned
 
 
 def no_network() -> None:

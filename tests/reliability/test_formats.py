@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdistill.cache.store import CacheStore
+from clipdistill.cache.store import Store
 from clipdistill.errors import InputError
 from clipdistill.train.checkpoint import newest_checkpoint
 from clipdistill.train.run import distill
@@ -36,13 +36,14 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_not_passed_over(
     launcher: Launcher, models: Path, stopped: Path, undisturbed: Path
 ) -> None:
     newest = stopped / "checkpoints" / "step-00000002" / "state.json"
-    edit(newest, format=2)
-    with pytest.raises(InputError, match="checkpoint format 2, this version reads 1; resume it with the version"):
+    before = newest.read_text()
+    edit(newest, format=3, sha256=...)
+    with pytest.raises(InputError, match="checkpoint format 3, this version reads 2; resume it with the version"):
         newest_checkpoint(stopped / "checkpoints")
     said = launcher.start(*training(models, stopped)).finish(2)
-    assert "checkpoint format 2" in said
+    assert "checkpoint format 3" in said
     assert newest.exists()  # whoever wrote it can still go on from it
-    edit(newest, format=1)
+    newest.write_text(before)
     launcher.start(*training(models, stopped)).finish()
     require_same_run(undisturbed, stopped)
 
@@ -51,7 +52,7 @@ def test_a_run_of_an_earlier_version_goes_on(
     launcher: Launcher, models: Path, stopped: Path, undisturbed: Path
 ) -> None:
     """Counters and settings that came later are absent there."""
-    edit(stopped / "checkpoints" / "step-00000002" / "state.json", evaluation_due=...)
+    edit(stopped / "checkpoints" / "step-00000002" / "state.json", evaluation_due=..., format=1, sha256=...)
     recipe = stopped / "recipe.yaml"
     kept = [line for line in recipe.read_text().splitlines() if "rank_timeout" not in line]
     recipe.write_text("\n".join(kept) + "\n")
@@ -70,7 +71,7 @@ def test_a_run_folder_of_a_later_version_is_refused(undisturbed: Path, tmp_path:
     config = build(RunConfig, {**read_yaml(out / "recipe.yaml"), "out": str(out)}, "here")
     assert distill(config, quiet=True).status == "finished"
     edit(out / "run.json", format=7)
-    with pytest.raises(InputError, match="format 7, this version reads 1; go on with the version that wrote it"):
+    with pytest.raises(InputError, match="format 7, this version reads 1: go on with the version that wrote it"):
         distill(config, quiet=True)
 
 
@@ -78,7 +79,7 @@ def test_a_cache_of_a_later_version_is_refused(models: Path, tmp_path: Path) -> 
     store = filled(tmp_path / "c", str(models / "teacher"), 8)
     edit(store.folder / "manifest.json", format=2)
     with pytest.raises(InputError, match="format 2, this version reads 1: use the version that wrote it"):
-        CacheStore(store.folder)
+        Store(store.folder)
 
 
 def test_the_oldest_versions_are_the_declared_ones() -> None:

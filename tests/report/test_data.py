@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clipdistill.errors import InputError
-from clipdistill.report.data import CURVE_POINTS, read_evaluations, read_log, read_run, read_runs, thin
+from clipdistill.report.data import CURVE_POINTS, read_run, read_runs, thin
 from tests.report.synthetic import scores_of, write_run, write_scores
 
 
@@ -37,15 +37,13 @@ def test_an_unfinished_run_has_only_run_json(tmp_path: Path) -> None:
     ("name", "content", "sentence"),
     [
         ("run.json", "{\n 'x'", r"run\.json \(line 2\): not readable as JSON"),
-        ("run.json", "[1]", "expected a JSON object, got list"),
-        ("run.json", '{"format": 7}', "format 7 is newer"),
+        ("run.json", "[1]", "expected a JSON object, found a list"),
+        ("run.json", "\0" * 30, "holds only NUL bytes"),
+        ("run.json", '{"format": 7}', "format 7, this version reads 1"),
+        ("run.json", '{"steps": "many"}', "'steps' must be a whole number"),
         ("scores.json", '{"format": 1}', "scores"),
         ("scores.json", '{"format": 1, "scores": [{"metric": "x"}]}', "score 0"),
         ("scores.npz", "not an archive", r"scores\.npz: damaged, or of another measurement"),
-        ("log.jsonl", '{"step": 1}\nbroken\n{"step": 2}\n', r"log\.jsonl \(line 2\): not readable as JSON"),
-        ("log.jsonl", '{"samples": 1}\n', r"log\.jsonl \(line 1\): the key 'step' is missing"),
-        ("eval.jsonl", '{"step": 1}\n', r"eval\.jsonl \(line 1\): expected the keys"),
-        ("bad_samples.jsonl", "3\n", "expected a JSON object, got int"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, name: str, content: str, sentence: str) -> None:
@@ -53,6 +51,30 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: str, sentenc
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=sentence):
         read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        (
+            "log.jsonl",
+            '{"step": 1}\nbroken\n{"step": 2}\n',
+            "log.jsonl: 1 line is not as clipdistill writes them (line 2",
+        ),
+        ("log.jsonl", '{"samples": 1}\n[]\n', "log.jsonl: 2 lines are not as clipdistill writes them (line 1"),
+        ("log.jsonl", b"\xff\xfe\n", "log.jsonl: 1 line is"),
+        ("eval.jsonl", '{"step": 1}\n', "eval.jsonl: 1 line is"),
+        ("bad_samples.jsonl", "3\n", "bad_samples.jsonl: 1 line is"),
+        ("student/model.json", "\0\0", "model.json: holds only NUL bytes"),
+        ("student/model.json", "[]", "found a list"),
+    ],
+)
+def test_what_the_report_can_do_without_is_told_and_left_out(tmp_path, name, content, note) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    [told] = read_run(folder).notes
+    assert note in told
 
 
 def test_not_a_run_folder(tmp_path: Path) -> None:
@@ -64,30 +86,34 @@ def test_not_a_run_folder(tmp_path: Path) -> None:
         read_runs([])
 
 
-def test_a_line_cut_by_a_crash_is_forgiven_only_at_the_end(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1, "samples": 8, "total": 2.0, "terms": {"task": 2.0}}\n{"step": 2, "sam')
-    losses, _ = read_log(path)
-    assert losses["total"].x == (8.0,)
+def run_with(tmp_path: Path, name: str, content: str):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / name).write_text(content)
+    return read_run(tmp_path)
+
+
+def test_a_line_cut_by_a_crash_is_forgiven_at_the_end(tmp_path: Path) -> None:
+    run = run_with(
+        tmp_path, "log.jsonl", '{"step": 1, "samples": 8, "total": 2.0, "terms": {"task": 2.0}}\n{"step": 2, "sam'
+    )
+    assert run.losses["total"].x == (8.0,)
+    assert run.notes == []
 
 
 def test_steps_written_twice_after_a_resume_count_once(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
     rows = [{"step": s, "samples": 8 * s, "total": v} for s, v in ((1, 5.0), (2, 4.0), (3, 9.0), (2, 4.5), (3, 3.0))]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    losses, _ = read_log(path)
-    assert losses["total"].x == (8.0, 16.0, 24.0)
-    assert losses["total"].y == (5.0, 4.5, 3.0)
+    total = run_with(tmp_path, "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows)).losses["total"]
+    assert total.x == (8.0, 16.0, 24.0)
+    assert total.y == (5.0, 4.5, 3.0)
 
 
 def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path: Path) -> None:
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 1, "total": 1.0}\n{"step": 2, "total": NaN}\n{"step": 3, "total": Infinity}\n')
-    losses, _ = read_log(path)
-    assert losses["total"].y == (1.0,)
-    assert losses["total"].not_finite == 2
-    (tmp_path / "eval.jsonl").write_text('{"step": 4, "samples": 4, "scores": {"top1": 0.5, "note": "x"}}\n')
-    assert set(read_evaluations(tmp_path / "eval.jsonl")) == {"top1"}
+    lines = '{"step": 1, "total": 1.0}\n{"step": 2, "total": NaN}\n{"step": 3, "total": Infinity}\n'
+    total = run_with(tmp_path, "log.jsonl", lines + '{"step": 4, "total": 1' + "0" * 400 + "}\n").losses["total"]
+    assert total.y == (1.0,)
+    assert total.not_finite == 2
+    run = run_with(tmp_path, "eval.jsonl", '{"step": 4, "samples": 4, "scores": {"top1": 0.5, "note": "x"}}\n')
+    assert set(run.evaluations) == {"top1"}
 
 
 def test_long_curves_are_thinned_and_keep_their_ends_and_mean() -> None:

@@ -168,9 +168,19 @@ def test_unknown_verdicts_of_claims_are_undecided(tmp_path: Path) -> None:
     page = Page(write_report([folder], tmp_path / "r.html").html.read_text())
     badges = [a["class"] for a in page.with_tag("span") if (a.get("class") or "").startswith("badge")]
     assert badges[-2:] == ["badge supported", "badge undecided"]
-    (folder / "claims.json").write_text("{}")
-    with pytest.raises(InputError, match="expected a list of objects under the key 'claims'"):
-        write_report([folder], tmp_path / "r.html")
+
+
+@pytest.mark.parametrize("name", ["bench.json", "gallery.json", "geometry.json", "claims.json"])
+@pytest.mark.parametrize("content", [b"", b"\0" * 50, b"[]", b'{"claims": 3, "student": []}', b'{"a', b"\xff"])
+def test_a_damaged_file_beside_a_run_is_told_and_the_report_is_made(
+    tmp_path: Path, name: str, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "rd")
+    (folder / name).write_bytes(content)
+    assert main(["report", str(folder), "--out", str(tmp_path / "r.html")]) == 0
+    [told] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ") and name in line]
+    assert "left out" in told
+    assert f"{folder / name}" in Page((tmp_path / "r.html").read_text()).text
 
 
 def test_where_it_cannot_be_written(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipdistill.cache.samples import SampleTable
-from clipdistill.cache.store import CacheStore
+from clipdistill.cache.store import Store
 from clipdistill.cache.tars import export_shards, read_shard
 from clipdistill.data.open import open_labelled, open_pairs
 from clipdistill.data.pairs import BadSample
@@ -52,7 +52,7 @@ def change(cache: Path, **values: object) -> None:
 def test_row_29_a_manifest_names_files_of_its_own_folder_only(cache: Path, name: str) -> None:
     change(cache, samples=name)
     with pytest.raises(InputError, match="is not the name of a file in this folder"):
-        CacheStore(cache)
+        Store(cache)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -63,7 +63,7 @@ def test_mangled_manifests_are_read_or_refused(cache: Path, good: tuple[Path, st
     content = mangle_json(content, rng) if rng.random() < 0.8 else mangle(content, rng, (b"[[", b"null", b"1e9"), ())
     (cache / "manifest.json").write_bytes(content)
     try:
-        store = CacheStore(cache)
+        store = Store(cache)
         store.require_fields()
         store.read(0, [0, SIZE - 1], [0, 0], [0, 0])
     except InputError as error:
@@ -81,7 +81,7 @@ def test_mangled_tables_and_blocks_are_read_or_refused(
     spoiled = cache / original.relative_to(good[0])
     spoiled.write_bytes(mangle(original.read_bytes(), rng, (b"data_offsets", b"shape", b"[-1]", b"F16"), ()))
     try:
-        store = CacheStore(cache)
+        store = Store(cache)
         for index in range(SIZE):
             store.samples.key(index)
             store.synthetic(index)
@@ -141,16 +141,17 @@ def test_links_inside_a_folder_and_to_it_are_fine(fence: Fence, cache: Path, goo
 
 def test_a_run_folder_with_links_is_not_continued(fence: Fence) -> None:
     from clipdistill.train.config import resolve
-    from clipdistill.train.run import _open_folder
+    from clipdistill.train.opening import opened
 
     run = fence.inside / "run"
     config = resolve("clip", {"out": str(run)}, size="debug")
-    _open_folder(config, run, False)
-    _open_folder(config, run, False)
+    for _ in range(2):
+        with opened(config, allow_changes=False):
+            pass
     for name, target in (("log.jsonl", "notes.jsonl"), ("checkpoints", "folder"), (".recipe.yaml.tmp", "secret.txt")):
         (run / name).symlink_to(fence.outside / target)
         with pytest.raises(InputError, match=f"'{name}' is a link that leads outside the folder"):
-            _open_folder(config, run, False)
+            opened(config, allow_changes=False).__enter__()
         (run / name).unlink()
 
 

@@ -14,11 +14,11 @@ from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_model
 from clipdistill.models.inheritance.parts import transformer_sizes
 from clipdistill.models.sized import is_sized
+from clipdistill.runs.folder import read_rows as read_lines
 from clipdistill.runs.folder import run_folders
 from clipdistill.runtime.distributed import any_rank
 from clipdistill.train import loop
 from clipdistill.train.config import RunConfig, resolve
-from clipdistill.train.logs import read_lines
 from clipdistill.train.run import distill
 from clipdistill.train.setup import build
 from clipdistill.train.stages import distill_stages, resolve_stages

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from clipdistill.runs.folder import read_rows as read_lines
 from clipdistill.runs.folder import run_folders
-from clipdistill.train.logs import read_lines
 from tests.conftest import REPOSITORY
 
 COMMAND = ["-m", "clipdistill.cli", "train", "--recipe", "tinyclip-auto-stages", "--size", "debug", "--quiet"]

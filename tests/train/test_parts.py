@@ -4,19 +4,23 @@ import itertools
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
+from clipdistill.runs.folder import read_rows
 from clipdistill.runtime.signals import StopSignal
-from clipdistill.train.config import TrainConfig
-from clipdistill.train.logs import JsonLines, flatten, read_lines, summary
-from clipdistill.train.optimiser import learning_rate_factor
+from clipdistill.train.callbacks import Log, RunView
+from clipdistill.train.config import TrainConfig, resolve
+from clipdistill.train.display import summary
+from clipdistill.train.loop import learning_rate_factor
 from clipdistill.train.step import step_seed
+from clipdistill.train.trackers import flatten
 
 
 def test_schedule_rises_linearly_then_falls_as_a_cosine():
     config = TrainConfig(warmup_steps=4, steps=12)
-    factors = [learning_rate_factor(s, 12, config) for s in range(12)]
+    factors = [learning_rate_factor(s, 12, 4, config) for s in range(12)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0
     assert factors[8] == pytest.approx(0.5)
@@ -26,12 +30,12 @@ def test_schedule_rises_linearly_then_falls_as_a_cosine():
 
 def test_schedule_ends_at_the_stated_floor_and_can_be_constant():
     config = TrainConfig(steps=100, learning_rate=1e-3, final_learning_rate=1e-4)
-    assert learning_rate_factor(100, 100, config) == pytest.approx(0.1)
-    assert learning_rate_factor(90, 100, TrainConfig(steps=100, schedule="constant")) == 1.0
+    assert learning_rate_factor(100, 100, 0, config) == pytest.approx(0.1)
+    assert learning_rate_factor(90, 100, 0, TrainConfig(steps=100, schedule="constant")) == 1.0
 
 
 def test_a_warmup_longer_than_the_run_still_reaches_the_peak():
-    assert learning_rate_factor(2, 3, TrainConfig(steps=3, warmup_steps=1000)) == 1.0
+    assert learning_rate_factor(2, 3, 1000, TrainConfig(steps=3)) == 1.0
 
 
 def test_step_seeds_differ_in_every_argument():
@@ -62,13 +66,17 @@ def test_a_second_signal_leaves_at_once():
 
 
 def test_log_lines_after_the_resumed_step_are_removed(tmp_path):
-    log = JsonLines(tmp_path, 0)
+    config = resolve("clip", {"out": str(tmp_path)}, size="debug")
+    start = RunView(config, tmp_path, 0, 6)
+    log = Log()
+    log.on_start(start)
     for step in (1, 2, 3):
-        log.record("train", {"step": step})
+        log.on_step(replace(start, step=step, line={"step": step}))
+    log.on_step(replace(start, step=4))  # no line is due
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"step": 4, "tot')  # a crash cut this line
-    JsonLines(tmp_path, 2)
-    assert [line["step"] for line in read_lines(tmp_path / "log.jsonl")] == [1, 2]
+    Log().on_start(replace(start, step=2))
+    assert [line["step"] for line in read_rows(tmp_path / "log.jsonl")] == [1, 2]
     assert all(json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from clipdistill.train.logs import read_lines
+from clipdistill.runs.folder import read_rows as read_lines
 from tests.conftest import REPOSITORY
 
 COMMAND = ["-m", "clipdistill.cli", "train", "--recipe", "clip-rd", "--size", "debug", "--quiet"]

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_student
-from clipdistill.train import loop
+from clipdistill.runs.folder import read_rows as read_lines
+from clipdistill.train import distil, loop
 from clipdistill.train.config import resolve
-from clipdistill.train.logs import read_lines
 from clipdistill.train.run import distill
 
 
@@ -119,7 +119,7 @@ def test_explain_prints_every_term_and_trains_nothing(tmp_path, capsys):
 
 @pytest.mark.parametrize("poison", ["loss", "all"])
 def test_non_finite_steps_are_skipped_recorded_and_limited(tmp_path, monkeypatch, poison):
-    original = loop.forward_backward
+    original = distil.forward_backward
     seen = []
 
     def poisoned(towers, *args, **kwargs):
@@ -129,7 +129,7 @@ def test_non_finite_steps_are_skipped_recorded_and_limited(tmp_path, monkeypatch
             next(iter(towers.parameters())).grad.fill_(float("nan"))
         return output
 
-    monkeypatch.setattr(loop, "forward_backward", poisoned)
+    monkeypatch.setattr(distil, "forward_backward", poisoned)
     if poison == "all":
         from clipdistill.errors import BudgetError
 

@@ -15,7 +15,8 @@ from clipdistill.errors import InputError
 from clipdistill.recipes import lay, load_recipe
 from clipdistill.runtime.machine import pick_device
 from clipdistill.train.config import RunConfig, resolve_values
-from clipdistill.train.run import changes, stored_settings, with_precision
+from clipdistill.train.opening import changes, stored_settings
+from clipdistill.train.run import with_precision
 
 State = Literal["finished", "interrupted", "new"]
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from clipdistill.ablate.grid import GridRun
-from clipdistill.train.logs import Display, console, summary
+from clipdistill.train.display import Display, console, summary
 from clipdistill.train.run import Run
 
 _SHOWN = ("t2i_R@1", "i2t_R@1", "top1")

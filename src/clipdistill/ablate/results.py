@@ -16,7 +16,7 @@ from clipdistill.errors import InputError, nearest
 from clipdistill.statistics.claims import judge
 from clipdistill.statistics.judge import Verdict, adjust, decide
 from clipdistill.statistics.records import Record, read_records
-from clipdistill.train.run import changes, stored_settings
+from clipdistill.train.opening import changes, stored_settings
 
 HEADLINE = ("t2i_R@1", "i2t_R@1", "top1", "mean_per_class")
 

@@ -52,7 +52,7 @@ def throughput(
     "teacher" if there is one, else the first).
     Raises InputError for an unknown name or a setting in which no model could be measured.
     """
-    _check(models, batch_sizes, towers, seconds, rounds, reference)
+    _check(models, batch_sizes, towers, seconds, rounds, reference, threads)
     reference = reference or ("teacher" if "teacher" in models else next(iter(models)))
     where = pick_device(device)
     formats = [find_dtype(name) for name in ([dtype] if isinstance(dtype, str) else dtype)]
@@ -300,6 +300,7 @@ def _check(
     seconds: float,
     rounds: int,
     reference: str | None,
+    threads: int | None,
 ) -> None:
     if not models:
         raise InputError("a benchmark needs at least one model")
@@ -312,6 +313,8 @@ def _check(
         raise InputError(f"batch sizes must be whole numbers above 0, got {list(batch_sizes)}")
     if not 0 < seconds < 3600:
         raise InputError(f"seconds must be above 0 and below 3600, got {seconds}")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, got {threads}")
     if rounds < 3:
         raise InputError(f"at least 3 rounds are needed to see a drift, got {rounds}")
     if reference is not None and reference not in models:

@@ -88,9 +88,12 @@ class BlockFolder:
         return {prefix + path.stem for path in found if not path.name.startswith(".")}
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a block whole; see `write_block`."""
+        """Write a block whole; see `write_block`. Raises InputError where nothing can be written."""
         self._open.pop(name, None)
-        write_block(self.path(name), tensors, metadata)
+        try:
+            write_block(self.path(name), tensors, metadata)
+        except OSError as error:
+            raise cannot_write(self.folder, self.what, error) from error
 
     def open(self, name: str, metadata: Mapping[str, str] | None = None) -> Block:
         """A block. Raises InputError when it is missing or damaged, or its metadata are not those given."""

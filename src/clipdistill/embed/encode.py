@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,8 +47,7 @@ class EncodedPairs:
 
     image: (N, D) of the images that could be read; text: (M, D); text_to_image: (M,) int64 row of `image`;
     keys: N sample keys; captions: M texts; caption_indices: (M,) which caption of its image;
-    problems: (key, reason) of the images left out; truncated: captions that were cut; unknown: captions without one
-    word that the model knows; seconds: time it took.
+    problems: (key, reason) of the images left out; truncated: captions that were cut; seconds: time it took.
     """
 
     image: Tensor
@@ -60,7 +58,6 @@ class EncodedPairs:
     caption_indices: Tensor
     problems: list[tuple[str, str]] = field(default_factory=list)
     truncated: int = 0
-    unknown: int = 0
     seconds: float = 0.0
 
 
@@ -130,7 +127,6 @@ class Encoder:
         self._rows: dict[str, int] = {}
         self._texts: list[Tensor] = []
         self._cut: set[str] = set()
-        self._unknown: set[str] = set()
 
     def pairs(self, source: PairSource, captions: str = "all") -> EncodedPairs:
         """Embed a pair source; see `encode_pairs`."""
@@ -154,8 +150,7 @@ class Encoder:
             captions=texts,
             caption_indices=torch.tensor(place, dtype=torch.int64),
             problems=problems,
-            truncated=self.truncated(texts),
-            unknown=sum(caption in self._unknown for caption in texts),
+            truncated=sum(caption in self._cut for caption in texts),
             seconds=time.perf_counter() - start,
         )
 
@@ -190,8 +185,6 @@ class Encoder:
             new.sort(key=len)  # captions of like length in one batch: what is padded is not computed
             tokenizer = self.model.tokenizer
             self._cut |= {text for text in new if truncated(tokenizer, [text])}
-            if self._unknown_id is not None:
-                self._unknown |= {text for text in new if not self.knows(text)}
             mine = new[self.rank :: self.world]
             rows = torch.zeros(len(new), self.model.embed_dim)
             embedded: list[Tensor] = []
@@ -209,18 +202,6 @@ class Encoder:
         if len(self._texts) > 1:
             self._texts = [torch.cat(self._texts)]
         return self._texts[0][[self._rows[text] for text in texts]] if texts else torch.zeros(0, self.model.embed_dim)
-
-    def knows(self, text: str) -> bool:
-        """Whether anything of this text is more to the model than an unknown word."""
-        return not {self._unknown_id, *self.model.tokenizer.encode("")}.issuperset(self.model.tokenizer.encode(text))
-
-    @cached_property
-    def _unknown_id(self) -> int | None:
-        """The id of words that are not in the vocabulary; None for vocabularies of byte pairs, which know all."""
-        model = getattr(self.model.tokenizer, "definition", {}).get("model", {})  # of a Hugging Face tokenizer
-        words = model.get("vocab")
-        named = words.get(model.get("unk_token")) if isinstance(words, dict) else None
-        return getattr(self.model.tokenizer, "UNKNOWN", named)
 
     def truncated(self, texts: Sequence[str]) -> int:
         """How many of these texts (embedded before) the model's context length cuts."""

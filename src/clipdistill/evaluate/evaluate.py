@@ -25,6 +25,7 @@ from clipdistill.evaluate.zero_shot import zero_shot
 from clipdistill.models.clip_model import ClipModel, require_usable_scale
 from clipdistill.models.load import load_model
 from clipdistill.models.own import clip_model_of
+from clipdistill.models.tokenizers import unknown_texts
 from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.bootstrap import bootstrap
 from clipdistill.statistics.protocol import (
@@ -109,8 +110,11 @@ def evaluate(
                 encoded = encoder.pairs(source, rule)
                 if embeddings is not None:
                     embeddings[name, source.name] = encoded
-                asked = (protocol, rule, ks, strict_counts)
-                own.add(_retrieval_scores(encoder, source, encoded, *asked, name, fingerprint, intervals))
+                own.add(
+                    _retrieval_scores(
+                        encoder, source, encoded, protocol, rule, name, fingerprint, ks, intervals, strict_counts
+                    )
+                )
             else:
                 if strict_counts and source.deviation():
                     raise InputError(f"{source.name}: {source.deviation()}")
@@ -127,11 +131,11 @@ def _retrieval_scores(
     encoded: EncodedPairs,
     protocol_name: str,
     rule: str,
-    ks: Sequence[int],
-    strict: bool,
     model: str,
     fingerprint: str,
+    ks: Sequence[int],
     intervals: bool,
+    strict: bool,
 ) -> Scores:
     dataset, split = known_name(source.name)
     deviation = check_known_pairs(source.name, len(encoded.keys), len(encoded.captions), rule, strict=strict)
@@ -163,38 +167,25 @@ def _retrieval_scores(
     clusters = {name: owner for name in queries if name.startswith("t2i")}
     scores = Scores(_with_intervals(found, queries, clusters, protocol, model, intervals))
     scores.queries[model, protocol.question()] = Queries(queries, clusters)
-    scores.notes += _left_out(source, encoded.problems)
-    nothing_known = encoded.unknown == len(encoded.captions)
-    if encoded.unknown:
+    if encoded.problems:
+        key, reason = encoded.problems[0]
         scores.notes.append(
-            f"{source.name}: {encoded.unknown} of {len(encoded.captions)} captions have no word that the {model} knows"
-            + ("; the scores are withheld" if nothing_known else "")
+            f"{source.name}: {len(encoded.problems)} of {len(source)} images could not be read and were left out"
+            f" (first: {key}, {reason})"
         )
     if encoded.truncated:
         scores.notes.append(
             f"{source.name}: {encoded.truncated} of {len(encoded.captions)} captions are longer than the"
             f" {encoder.model.context_length} tokens of the {model} and were cut"
         )
+    if unknown := unknown_texts(encoder.model.tokenizer, encoded.captions):
+        scores.notes.append(
+            f"{source.name}: {len(unknown)} captions hold no word that the tokenizer of the {model} knows, so nothing "
+            f"can be found by them (first: {unknown[0]!r:.80})"
+        )
     if deviation:
         scores.notes.append(f"{dataset}/{split}: {deviation}; not comparable with published numbers")
-    return _withheld(scores) if nothing_known else scores
-
-
-def _left_out(source: PairSource | LabelledSource, problems: list[tuple[str, str]]) -> list[str]:
-    if not problems:
-        return []
-    key, reason = problems[0]
-    return [
-        f"{source.name}: {len(problems)} of {len(source)} images could not be read and were left out"
-        f" (first: {key}, {reason})"
-    ]
-
-
-def _withheld(scores: Scores) -> Scores:
-    """Only the notes: an answer without meaning is not given."""
-    empty = Scores()
-    empty.notes = scores.notes
-    return empty
+    return scores
 
 
 def _zero_shot_scores(
@@ -228,17 +219,21 @@ def _zero_shot_scores(
     queries = {name: queries[name] for name in values}
     scores = Scores(_with_intervals(values, queries, {}, protocol, model, intervals))
     scores.queries[model, protocol.question()] = Queries(queries, {})
-    scores.notes += _left_out(source, found.problems)
-    if found.alike:
-        count, (one, other) = sum(map(len, found.alike)), found.alike[0][:2]
+    if found.problems:
+        key, reason = found.problems[0]
         scores.notes.append(
-            f"{source.name}: {count} of {len(found.class_names)} class names are the same tokens to the {model} as "
-            f"another ('{one}' and '{other}'), so it cannot tell these classes apart"
-            + ("; the scores are withheld" if found.meaningless else "")
+            f"{source.name}: {len(found.problems)} of {len(source)} images could not be read and were left out"
+            f" (first: {key}, {reason})"
+        )
+    if found.indistinct:
+        name, other = found.indistinct[0]
+        scores.notes.append(
+            f"{source.name}: {len(found.indistinct)} of {len(found.class_names)} classes are to the tokenizer of the "
+            f"{model} the same as another, so their images cannot be told apart (first: '{name}' and '{other}')"
         )
     if protocol.deviation:
         scores.notes.append(f"{source.name}: {protocol.deviation}; not comparable with published numbers")
-    return _withheld(scores) if found.meaningless else scores
+    return scores
 
 
 def _with_intervals(

@@ -8,7 +8,7 @@ collapsed model scores chance.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +23,7 @@ from clipdistill.evaluate.tiles import TIE_TOLERANCE
 
 if TYPE_CHECKING:
     from clipdistill.models.clip_model import ClipModel
+    from clipdistill.models.tokenizers import Tokenizer
 
 _CHUNK = 1024
 
@@ -34,8 +35,8 @@ class ZeroShotResult:
     top1, top5: (n,) probability that the right class is first, or among the first five (0 or 1 unless tied);
     labels: (n,) right classes; predictions: (n,) predicted classes; keys: n sample keys;
     class_names: of the classes that competed; template_name, template_list: the prompts; left_out: samples of classes
-    outside the restriction; problems: (key, reason) of unreadable images; alike: groups of class names that are the
-    same tokens to the model, which cannot tell them apart.
+    outside the restriction; problems: (key, reason) of unreadable images; indistinct: (class, an earlier one) whose
+    prompts are the same to the tokenizer, so that the model cannot tell them apart.
     """
 
     top1: np.ndarray
@@ -48,12 +49,7 @@ class ZeroShotResult:
     template_list: tuple[str, ...]
     left_out: int
     problems: list[tuple[str, str]]
-    alike: list[tuple[str, ...]] = field(default_factory=list)
-
-    @property
-    def meaningless(self) -> bool:
-        """Whether at least half of the classes are the same tokens as another: what is scored is not the model."""
-        return 2 * sum(map(len, self.alike)) >= len(self.class_names)
+    indistinct: list[tuple[str, str]]
 
     def mean_per_class(self) -> float:
         """Mean over the classes that occur of the accuracy within each."""
@@ -100,6 +96,12 @@ def zero_shot(
     name, lines = choose_templates(labelled.templates if prompts is None else prompts)
     chosen = _chosen_classes(labelled, classes)
     names = tuple(labelled.class_names[c] for c in chosen)
+    indistinct = indistinct_classes(encoder.model.tokenizer, names, lines)
+    if len(names) - len(indistinct) < 2:
+        raise InputError(
+            f"{labelled.name}: all {len(names)} classes are the same to the tokenizer of {encoder.model.name} (it "
+            "knows none of their words, or cuts them off), so there is nothing to classify by"
+        )
     weights = class_weights(encoder, names, lines)
     image, kept, problems = encoder.images(labelled)
     place = np.full(len(labelled.class_names), -1)
@@ -121,16 +123,20 @@ def zero_shot(
         template_list=lines,
         left_out=int((~inside).sum()),
         problems=problems,
-        alike=alike_classes(encoder, names, lines[0]),
+        indistinct=indistinct,
     )
 
 
-def alike_classes(encoder: Encoder, class_names: Sequence[str], template: str) -> list[tuple[str, ...]]:
-    """Groups of class names whose token ids in the template are the same: unknown words, or cut before they differ."""
-    groups: dict[tuple[int, ...], list[str]] = {}
+def indistinct_classes(tokenizer: Tokenizer, class_names: Sequence[str], lines: Sequence[str]) -> list[tuple[str, str]]:
+    """(class, an earlier one) whose ids are equal in every template; of equal names too."""
+    seen: dict[bytes, str] = {}
+    found = []
     for name in class_names:
-        groups.setdefault(tuple(encoder.model.tokenizer([fill(template, name)])[0].tolist()), []).append(name)
-    return [tuple(names) for names in groups.values() if len(names) > 1]
+        ids = tokenizer([fill(line, name) for line in lines]).numpy().tobytes()
+        if ids in seen:
+            found.append((name, seen[ids]))
+        seen.setdefault(ids, name)
+    return found
 
 
 def class_weights(encoder: Encoder, class_names: Sequence[str], lines: Sequence[str]) -> Tensor:

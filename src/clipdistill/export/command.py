@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from rich.console import Console
-
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
+from clipdistill.runtime.console import say
+from clipdistill.runtime.files import require_new_folder
 
 TARGETS = ("onnx", "openvino", "open_clip", "hf")
 
@@ -41,24 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export and say what was kept."""
-    check_model_name(arguments.model)
-    run_export(
-        arguments.model,
-        arguments.to,
-        arguments.out,
-        data=arguments.data,
-        split=arguments.split,
-        limit=arguments.limit,
-        int8=arguments.int8,
-        calibrate=arguments.calibrate,
-        calibration_size=arguments.calibration_size,
-        budget=arguments.budget,
-        normalised=arguments.normalised,
-        tolerance=arguments.tolerance,
-        opset=arguments.opset,
-        push=arguments.push,
-        private=arguments.private,
-    )
+    run_export(**{name: value for name, value in vars(arguments).items() if name != "plugin"})
     return 0
 
 
@@ -79,30 +62,50 @@ def run_export(
     opset: int | None = None,
     push: str | None = None,
     private: bool = False,
-    console: Console | None = None,
 ) -> Path:
-    """Export the model called `model` to the folder `out`; returns it. InputError for what cannot be exported."""
-    from clipdistill.export.accuracy import open_calibration, open_test
-    from clipdistill.export.gate import Tolerance
-    from clipdistill.export.towers import OPSET
-    from clipdistill.models.load import load_model
+    """Export the model called `model` to the folder `out`; returns it. InputError for what cannot be exported.
 
-    console = console or Console()
+    Settings and places are checked before anything is loaded.
+    """
+    check_model_name(model)
     if to not in TARGETS:
         raise InputError(f"unknown form '{to}': one of {', '.join(TARGETS)}")
-    if int8 and to not in ("onnx", "openvino"):
-        raise InputError(f"--int8 goes with --to onnx or --to openvino, not with --to {to}")
+    graphs = to in ("onnx", "openvino")
+    for option, given in {"int8": int8, "data": data, "normalised": normalised, "opset": opset}.items():
+        if given and not graphs:
+            raise InputError(f"--{option} goes with --to onnx or --to openvino, not with --to {to}")
+    for option, given, needed, other in (
+        ("split", split, data, "data"),
+        ("limit", limit, data, "data"),
+        ("calibrate", calibrate, int8, "int8"),
+        ("private", private, push, "push"),
+    ):
+        if given and not needed:
+            raise InputError(f"--{option} means nothing without --{other}")
     if not 0 < tolerance < 1:
         raise InputError(f"--tolerance must be above 0 and below 1, got {tolerance:g}")
     if calibration_size < 1 or (limit is not None and limit < 1):
         raise InputError("--calibration-size and --limit must be at least 1")
-    if to in ("onnx", "openvino"):
+    if not 0 <= budget <= 100:
+        raise InputError(f"--budget is a number of points of R@1 that may be lost, from 0 to 100, got {budget:g}")
+    from clipdistill.export import hub
+    from clipdistill.export.folder import is_export
+
+    require_new_folder(out, is_export, "export")
+    if push is not None:
+        hub.check_push(push)
+    from clipdistill.models.load import load_model
+
+    if graphs:
+        from clipdistill.export.accuracy import open_calibration, open_test
+        from clipdistill.export.gate import Tolerance
         from clipdistill.export.graphs import export_graphs
+        from clipdistill.export.towers import OPSET
 
         test = open_test(data, split, limit) if data is not None else None
-        calibration = None
-        if int8 and (calibrate or data):
-            calibration = open_calibration(str(calibrate or data), calibration_size)
+        calibration = (
+            open_calibration(str(calibrate or data), calibration_size) if int8 and (calibrate or data) else None
+        )
         exported = export_graphs(
             load_model(model, teacher=True),
             out,
@@ -117,27 +120,22 @@ def run_export(
         )
         for tower in ("image", "text"):
             own = [p for p in exported.parities if p.tower == tower]
-            console.print(
+            say(
                 f"{tower} tower: {len(own)} comparisons with the model, largest difference "
-                f"{max(p.difference for p in own):.1e}, least cosine {min(p.cosine for p in own):.7f}",
-                soft_wrap=True,
+                f"{max(p.difference for p in own):.1e}, least cosine {min(p.cosine for p in own):.7f}"
             )
         if exported.before is not None and exported.after is not None:
-            console.print(
+            say(
                 f"R@1 on {exported.before.data} (image to text / text to image): "
-                f"{exported.before.text()} before, {exported.after.text()} after",
-                markup=False,
-                soft_wrap=True,
+                f"{exported.before.text()} before, {exported.after.text()} after"
             )
         for line in (*(choice.text() for choice in exported.choices), *exported.notes):
-            console.print(line, markup=False, soft_wrap=True)
+            say(line)
     else:
         from clipdistill.export.foreign import export_foreign
 
         export_foreign(load_model(model, teacher=True), out, to)
-    console.print(f"written: {out}", markup=False, soft_wrap=True)
+    say(f"written: {out}")
     if push is not None:
-        from clipdistill.export.hub import push_to_hub
-
-        console.print(f"uploaded: {push_to_hub(out, push, source=Path(model), private=private)}", markup=False)
+        say(f"uploaded: {hub.push_to_hub(out, push, source=Path(model), private=private)}")
     return out

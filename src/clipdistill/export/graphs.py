@@ -128,7 +128,7 @@ def write_graphs(
     except ImportError as error:
         raise MissingExtraError("openvino", "openvino", "the export to OpenVINO") from error
     files = {}
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".onnx-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as temporary:
         for tower, path in write_onnx(model, Path(temporary), normalised=normalised, opset=opset).items():
             files[tower] = folder / f"{tower}.xml"
             try:
@@ -153,9 +153,9 @@ def _quantise(
     """Replace the graphs in `folder` by int8 ones where the budget allows; fills `result`."""
     samples = calibration_arrays(model, calibration)
     suffix = SUFFIX[runtime]
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".int8-") as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".int8-") as temporary:
         trial = Path(temporary)
-        for file in folder.iterdir():
+        for file in [path for path in folder.iterdir() if path.is_file()]:
             shutil.copy2(file, trial / file.name)
         done: dict[str, str] = {}
 

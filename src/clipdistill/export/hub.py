@@ -19,20 +19,25 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN = ("i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "top1", "top5", "mean_per_class")
 
 
+def check_push(repository: str) -> None:
+    """Raise InputError for a name that is none, and where the network is forbidden or the hub cannot be reached."""
+    if not _REPOSITORY.fullmatch(repository):
+        raise InputError(f"'{repository}' is not the name of a repository: expected  owner/name")
+    if offline():
+        raise InputError(f"the upload to {repository} needs the network, which HF_HUB_OFFLINE forbids here: unset it")
+    if not reachable():
+        raise InputError(f"the upload to {repository} needs the network, and the Hugging Face hub cannot be reached")
+
+
 def push_to_hub(folder: Path, repository: str, *, source: Path | None = None, private: bool = False) -> str:
     """Upload an export or model folder to `owner/name`, with a card made from the run `source`; returns its address.
 
-    Credentials are huggingface_hub's own (`hf auth login` or HF_TOKEN). Raises InputError for a name that is none,
-    where the network is forbidden, and for whatever the hub refuses.
+    Credentials are huggingface_hub's own (`hf auth login` or HF_TOKEN). Raises InputError as `check_push`, and for
+    whatever the hub refuses.
     """
-    if not _REPOSITORY.fullmatch(repository):
-        raise InputError(f"'{repository}' is not the name of a repository: expected  owner/name")
     if not folder.is_dir() or not any(folder.iterdir()):
         raise InputError(f"{folder}: no such folder, or an empty one: export the model first")
-    if offline():
-        raise InputError(f"the upload of {folder} needs the network, which HF_HUB_OFFLINE forbids here: unset it")
-    if not reachable():
-        raise InputError(f"the upload of {folder} needs the network, and the Hugging Face hub cannot be reached")
+    check_push(repository)
     try:
         from huggingface_hub import HfApi
     except ImportError as error:

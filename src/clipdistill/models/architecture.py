@@ -59,7 +59,7 @@ def check_architecture(values: Mapping[str, Any], where: str = "architecture") -
     from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
     if not isinstance(values, Mapping):
-        raise InputError(f"{where}: expected a mapping with embed_dim, vision_cfg and text_cfg, got {values!r}")
+        raise InputError(f"{where}: expected a mapping with embed_dim, vision_cfg and text_cfg, got {values!r:.200}")
     result: dict[str, Any] = copy.deepcopy(dict(values))
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in result:
@@ -67,7 +67,7 @@ def check_architecture(values: Mapping[str, Any], where: str = "architecture") -
     _check_keys(result, _TOP_KEYS, where)
     for key, known in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
         if not isinstance(result[key], dict):
-            raise InputError(f"{where}: '{key}' must be a mapping, got {result[key]!r}")
+            raise InputError(f"{where}: '{key}' must be a mapping, got {result[key]!r:.200}")
         _check_keys(result[key], {field.name for field in dataclasses.fields(known)}, f"{where}: {key}")
         _check_sizes(result[key], f"{where}: {key}")
     _check_sizes(result, where)
@@ -92,7 +92,7 @@ def _check_sizes(values: Mapping[str, Any], where: str) -> None:
         for number in value if isinstance(value, list | tuple) else [value]:
             fits = isinstance(number, int | float) and not isinstance(number, bool) and 0 < number <= limit
             if not fits or (key != "mlp_ratio" and not isinstance(number, int)):
-                raise InputError(f"{where}: '{key}' must be a number from 1 to {limit}, got {value!r}")
+                raise InputError(f"{where}: '{key}' must be a number from 1 to {limit}, got {value!r:.200}")
 
 
 def _check_tower_names(architecture: dict[str, Any], where: str) -> None:
@@ -112,7 +112,7 @@ def check_timm_name(name: Any, where: str) -> None:
 
     base = name.split(".")[0] if isinstance(name, str) else ""
     if not base or not timm.is_model(base):
-        raise InputError(f"{where}: timm has no architecture {name!r}{_nearest_timm(str(name))}")
+        raise InputError(f"{where}: timm has no architecture {name!r:.200}{_nearest_timm(str(name))}")
 
 
 def _nearest_timm(name: str) -> str:

@@ -106,7 +106,7 @@ def read_model(folder: Path) -> ClipModel:
     architecture = check_architecture(described, f"{where}: architecture")
     if values["activation"] != activation(architecture):
         raise InputError(
-            f"{where}: '{values['activation']}' contradicts the architecture ('{activation(architecture)}'): "
+            f"{where}: '{values['activation']!s:.50}' contradicts the architecture ('{activation(architecture)}'): "
             "the file was edited or damaged, and guessing would change every result"
         )
     tensors = _weights(folder, values, shapes(architecture), f"the architecture in {DESCRIPTION}")

@@ -69,6 +69,11 @@ class Tokenizer(ABC):
         """Ids each caption needs before any cut, start and end included; above `context_length` means it is cut."""
         return [len(self._ids(caption)) for caption in as_captions(captions)]
 
+    def knows(self, caption: str) -> bool:
+        """Whether any part of `caption` is in the vocabulary; a row of unknown words means nothing to the model."""
+        return bool({*self._ids(caption).tolist()} - {*self._ids("").tolist(), self._unknown})
+
+    _unknown: int | None = None
     _padding: int = 0
     _keeps_end: bool = True  # whether a cut row ends with the end token, as every CLIP expects
 
@@ -105,7 +110,7 @@ class ClipBpeTokenizer(Tokenizer):
 
     def __init__(self, context_length: int = CLIP_CONTEXT_LENGTH, clean: str = "lower") -> None:
         if clean not in _CLEANINGS:
-            raise InputError(f"unknown text cleaning '{clean}'{nearest(clean, _CLEANINGS)}")
+            raise InputError(f"unknown text cleaning '{clean!s:.50}'{nearest(clean, _CLEANINGS)}")
         self.context_length = _checked_length(context_length)
         self.clean = clean
         self._bpe = _simple_tokenizer(clean)
@@ -140,11 +145,12 @@ class WordsTokenizer(Tokenizer):
 
     kind = "words"
     START, UNKNOWN, FIRST_WORD = 1, 2, 3
+    _unknown = UNKNOWN
 
     def __init__(self, words: Sequence[str], context_length: int) -> None:
         if len(set(words)) != len(words):
             repeated = next(word for word, count in Counter(words).items() if count > 1)
-            raise InputError(f"the vocabulary lists the word {repeated!r} more than once")
+            raise InputError(f"the vocabulary lists the word {repeated!r:.100} more than once")
         if not words:
             raise InputError("the vocabulary is empty: build it from captions with build_words_tokenizer")
         self.words = tuple(words)
@@ -227,7 +233,7 @@ class HuggingFaceTokenizer(Tokenizer):
         except ImportError as error:
             raise MissingExtraError("tokenizers", "hf", "this model's tokenizer") from error
         if clean is not None and clean not in _CLEANINGS:
-            raise InputError(f"unknown text cleaning '{clean}'{nearest(clean, _CLEANINGS)}")
+            raise InputError(f"unknown text cleaning '{clean!s:.50}'{nearest(clean, _CLEANINGS)}")
         # cutting and padding are done by __call__, the same for every kind
         self.definition = {**definition, "truncation": None, "padding": None}
         try:
@@ -239,6 +245,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.context_length = _checked_length(context_length)
         self.clean, self.blank = clean, blank
         self._padding = padding
+        known = getattr(self._fast.model, "unk_token", None)
+        self._unknown = None if known is None else self._fast.token_to_id(known)
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
         empty = self._fast.encode("").ids
         self._keeps_end = bool(empty) and self._fast.encode("a").ids[-1] == empty[-1]
@@ -332,6 +340,22 @@ class OwnTokenizer(Tokenizer):
         return OwnTokenizer, (self._call, self._where)
 
 
+def unknown_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
+    """Those of `texts` of which the tokenizer knows no part: whatever is answered to them means nothing."""
+    return [text for text in dict.fromkeys(texts) if not tokenizer.knows(text)]
+
+
+def indistinct_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> list[tuple[str, str]]:
+    """(text, an earlier one) where both become the same row of ids, so that the model cannot tell them apart."""
+    seen: dict[bytes, str] = {}
+    found = []
+    for text in dict.fromkeys(texts):
+        first = seen.setdefault(tokenizer(text).numpy().tobytes(), text)
+        if first != text:
+            found.append((text, first))
+    return found
+
+
 def as_captions(captions: str | Sequence[str]) -> Sequence[str]:
     """A list of captions; a single string is one caption, and not one for each of its letters."""
     return [captions] if isinstance(captions, str) else captions
@@ -345,7 +369,7 @@ def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
     settings = {key: value for key, value in values.items() if key != "kind"}
     kind = values["kind"]
     if not isinstance(kind, str) or kind not in kinds:
-        raise InputError(f"unknown tokenizer kind {kind!r}{nearest(str(kind), kinds)}")
+        raise InputError(f"unknown tokenizer kind {kind!r:.200}{nearest(str(kind), kinds)}")
     words = settings.get("words", [])
     if kind == "words" and not (isinstance(words, list | tuple) and all(isinstance(word, str) for word in words)):
         raise InputError("the tokenizer's 'words' are not a list of words")
@@ -357,5 +381,5 @@ def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:
 
 def _checked_length(context_length: int) -> int:
     if not isinstance(context_length, int) or isinstance(context_length, bool) or not 3 <= context_length <= 8192:
-        raise InputError(f"context_length must be a whole number from 3 to 8192, got {context_length!r}")
+        raise InputError(f"context_length must be a whole number from 3 to 8192, got {context_length!r:.200}")
     return context_length

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from clipdistill.data.files import is_there
 from clipdistill.errors import InputError
 from clipdistill.regions.boxes import Boxes
 from clipdistill.runtime.files import new_file, parse_json
@@ -122,14 +123,14 @@ class BoxFile:
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in _PARQUET and not p.name.startswith("."))
-        if not found:
-            raise InputError(f"{path}: the folder holds no Parquet files of boxes")
-        return found
-    if not path.is_file():
+    if not is_there(path) or not (path.is_dir() or path.is_file()):
         raise InputError(f"boxes '{path}': no such file")
-    return [path]
+    if path.is_file():
+        return [path]
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in _PARQUET and not p.name.startswith("."))
+    if not found:
+        raise InputError(f"{path}: the folder holds no Parquet files of boxes")
+    return found
 
 
 def _read(path: Path) -> bytes:

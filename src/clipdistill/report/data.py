@@ -1,22 +1,32 @@
-"""Reading run folders: everything the report shows, as plain values; one clear sentence for a file that cannot be used.
+"""Reading run folders: everything the report shows, as plain values.
 
-Nothing here computes a statistic or writes a page. A run may be unfinished: a missing optional file is an empty
-answer, a broken one is an InputError that names file and line. Only the last line of a .jsonl file may be cut short
-(the run was killed while writing it).
+Nothing here computes a statistic or writes a page. A run may be unfinished: a missing file is an empty answer. run.json
+and scores.json must be whole, one sentence says what is wrong with them otherwise; what else is damaged is left out and
+told in `notes` (lines of a log) or in the notices of the report (files that other commands add).
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clipdistill.bench.device import architecture_fingerprint
 from clipdistill.errors import InputError
+from clipdistill.runs.folder import (
+    BAD_SAMPLES,
+    CURVE,
+    LOG,
+    RECIPE,
+    STUDENT,
+    RunFolder,
+    read_lines,
+)
+from clipdistill.runtime.files import read_json
 from clipdistill.statistics.records import Record, records_of
 from clipdistill.statistics.scores import Scores
 
@@ -35,7 +45,7 @@ METHOD_NAMES = {
 CURVE_POINTS = 240
 """A curve is thinned to at most this many points: more are not visible, and the file stays small."""
 
-
+VITALS = ("learning_rate", "grad_norm", "logit_scale", "samples_per_second", "data_wait")
 Question = tuple[tuple[str, Any], ...]
 """Every condition of a measurement except the model: what two numbers in one column have in common."""
 
@@ -50,7 +60,7 @@ class Curve:
 
 
 @dataclass(eq=False)
-class Run:
+class ReportedRun:
     """One run folder. `facts` is run.json as written; the fields are those the report needs.
 
     scores: what was measured of this run's weights and of its teacher; stale: what is of other weights.
@@ -88,66 +98,54 @@ class Run:
         return METHOD_NAMES.get(self.method, self.method)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> ReportedRun:
     """Everything the report needs from one run folder. Raises InputError when it is not one or a file is broken."""
-    folder = Path(folder)
-    if not folder.is_dir():
+    place = RunFolder(Path(folder))
+    if not place.path.is_dir():
         raise InputError(f"{folder}: no such run folder")
-    facts = read_json(folder / "run.json", "a run folder has a run.json; is this the folder `clipdistill train` wrote?")
-    version = facts.get("format", 1)
-    if version != 1:
-        raise InputError(
-            f"{folder / 'run.json'}: format {version!r} is newer than this version of clipdistill reads (1)"
-        )
-    losses, vitals = read_log(folder / "log.jsonl")
-    problems, examples = read_bad_samples(folder / "bad_samples.jsonl")
-    method = str(facts.get("method") or facts.get("recipe") or facts.get("name") or folder.name)
-    teacher = facts.get("teacher")
-    run = Run(
-        folder=folder,
-        name=str(facts.get("name") or folder.name),
-        method=method,
-        student=str(facts.get("student", "")),
+    facts = place.facts("a run folder has a run.json; is this the folder `clipdistill train` wrote?")
+    seconds, command, teacher = facts.get("seconds"), facts.get("command", ""), facts.get("teacher")
+    run = ReportedRun(
+        folder=place.path,
+        name=str(facts.get("name") or place.path.name),
+        method=str(facts.get("method") or facts.get("recipe") or facts.get("name") or place.path.name),
+        student=str(facts.get("student") or ""),
         teacher=str(teacher) if teacher else None,
-        data=str(facts.get("data", "")),
-        seed=facts["seed"] if isinstance(facts.get("seed"), int) else None,
-        device=str(facts.get("device", "")),
-        dtype=str(facts.get("dtype", "")),
-        status=str(facts.get("status", "")),
-        samples_seen=int(_number(facts.get("samples_seen")) or 0),
-        seconds=_number(facts.get("seconds")) or 0.0,
-        command=_command(facts.get("command", "")),
+        data=str(facts.get("data") or ""),
+        seed=facts.get("seed"),
+        device=str(facts.get("device") or ""),
+        dtype=str(facts.get("dtype") or ""),
+        status=str(facts.get("status") or ""),
+        samples_seen=int(facts.get("samples_seen") or 0),
+        seconds=number(seconds) or 0.0,
+        command=" ".join(map(str, command)) if isinstance(command, list) else str(command or ""),
         facts=facts,
-        losses=losses,
-        vitals=vitals,
-        evaluations=read_evaluations(folder / "eval.jsonl"),
-        bad_samples=problems,
-        bad_examples=examples,
-        recipe=_text(folder / "recipe.yaml"),
-        architecture=_architecture(folder / "student" / "model.json"),
+        recipe=_text(place / RECIPE),
     )
-    scores = Scores.of_run(folder)
+    _read_log(run)
+    _read_curve(run)
+    _read_bad_samples(run)
+    with optional(place / STUDENT / "model.json", run.notes) as path:
+        run.architecture = architecture_fingerprint(read_json(path).get("architecture")) if path.is_file() else ""
+    scores = Scores.of_run(place.path)
     if scores is not None:
-        found = records_of(scores, method, run.seed, facts)
+        found = records_of(scores, run.method, run.seed, facts)
         run.scores = [record for record in found if not record.stale]
         run.stale = [record for record in found if record.stale]
-        run.notes = list(scores.notes)
+        run.notes += scores.notes
         for kept in scores.retention():
             run.retention[kept.metric, kept.protocol.question()] = (kept.value, kept.low, kept.high)
     return run
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
     """The runs in the given folders, with names made unique by the parent folder where two are the same."""
     if not folders:
         raise InputError("no run folder was given: write  clipdistill report runs/a runs/b --out report.html")
-    runs = []
-    seen: set[Path] = set()
+    once: dict[Path, Path] = {}
     for folder in folders:
-        resolved = Path(folder).resolve()
-        if resolved not in seen:
-            seen.add(resolved)
-            runs.append(read_run(Path(folder)))
+        once.setdefault(Path(folder).resolve(), Path(folder))
+    runs = [read_run(folder) for folder in once.values()]
     counts = Counter(run.name for run in runs)
     for run in runs:
         if counts[run.name] > 1:
@@ -155,115 +153,92 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """The JSON object in a file. InputError with the line when it is not one; `hint` is added when it is missing."""
+@contextmanager
+def optional(path: Path, notices: list[str]) -> Iterator[Path]:
+    """Reading a file that the report can do without: what is wrong with it becomes a notice."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file{': ' + hint if hint else ''}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not readable as UTF-8 text") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} (line {error.lineno}): not readable as JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: not readable as JSON: nested too deeply") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+        yield path
+    except InputError as error:
+        notices.append(f"{error}; it is left out here.")
+    except (AttributeError, IndexError, KeyError, OSError, OverflowError, TypeError, ValueError) as error:
+        notices.append(f"{path}: not as clipdistill writes it ({type(error).__name__}: {error}); it is left out here.")
 
 
-def read_optional(runs: Sequence[Run], name: str) -> list[tuple[Path, Run | None, dict[str, Any]]]:
-    """The JSON files called `name` in the run folders and in the folders that hold them.
+def read_optional(
+    runs: Sequence[ReportedRun], name: str, notices: list[str]
+) -> Iterator[tuple[Path, ReportedRun | None, dict[str, Any]]]:
+    """The JSON files called `name` in the run folders and in the folders that hold them; damaged ones are notices.
 
     A file in a run folder belongs to that run; one beside the runs (demo, ablate) belongs to all of them (None).
     """
-    found: list[tuple[Path, Run | None, dict[str, Any]]] = []
-    for run in runs:
-        if (run.folder / name).is_file():
-            found.append((run.folder / name, run, read_json(run.folder / name)))
-    for parent in dict.fromkeys(run.folder.resolve().parent for run in runs):
-        if (parent / name).is_file():
-            found.append((parent / name, None, read_json(parent / name)))
-    return found
+    places: list[tuple[Path, ReportedRun | None]] = [(run.folder / name, run) for run in runs]
+    places += [(parent / name, None) for parent in dict.fromkeys(run.folder.resolve().parent for run in runs)]
+    for path, run in places:
+        if path.is_file():
+            values = None
+            with optional(path, notices):
+                values = read_json(path)
+            if values is not None:
+                yield path, run, values
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a .jsonl file, nothing when it is absent; a cut last line is left out."""
-    if not path.is_file():
-        return
-    pending: tuple[int, str] | None = None
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if pending is not None:
-                raise InputError(f"{path} (line {pending[0]}): not readable as JSON: {pending[1]}")
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                pending = (number, error.msg)  # forgiven only if nothing follows
-                continue
-            if not isinstance(value, dict):
-                raise InputError(f"{path} (line {number}): expected a JSON object, got {type(value).__name__}")
-            yield number, value
+def _lines(run: ReportedRun, name: str, *keys: tuple[str, type]) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file that have the keys, each of its type; a note on lines that are none."""
+    found = read_lines(run.folder / name)
+    whole = [row for _, row in found.rows if all(isinstance(row.get(key), kind) for key, kind in keys)]
+    broken = [
+        *found.damaged,
+        *(n for n, row in found.rows if not all(isinstance(row.get(k), kind) for k, kind in keys)),
+    ]
+    if broken:
+        lines = f"{len(broken)} lines are" if len(broken) > 1 else "1 line is"
+        run.notes.append(f"{name}: {lines} not as clipdistill writes them (line {min(broken)} first) and left out.")
+    return whole
 
 
-def read_log(path: Path) -> tuple[dict[str, Curve], dict[str, Curve]]:
-    """(loss terms with "total" first, other vital signs) of log.jsonl over samples seen.
+def _read_log(run: ReportedRun) -> None:
+    """Loss terms ("total" first) and other vital signs over samples seen.
 
     After a resume the same step can be written twice: the last one counts.
     """
-    rows: dict[int, dict[str, Any]] = {}
-    for number, row in read_lines(path):
-        step = row.get("step")
-        if not isinstance(step, int):
-            raise InputError(f"{path} (line {number}): the key 'step' is missing or not a whole number")
-        rows[step] = row
-    ordered = [rows[step] for step in sorted(rows)]
+    rows = {row["step"]: row for row in _lines(run, LOG, ("step", int))}
     losses: dict[str, list[tuple[float, float]]] = {}
     vitals: dict[str, list[tuple[float, float]]] = {}
-    for row in ordered:
-        x = _number(row.get("samples", row["step"]))
-        if x is None:
-            continue
-        terms = row.get("terms")
-        values = {"total": row.get("total"), **(terms if isinstance(terms, dict) else {})}
-        for name, value in values.items():
-            _append(losses, str(name), x, value)
-        for name in ("learning_rate", "grad_norm", "logit_scale", "samples_per_second", "data_wait"):
-            _append(vitals, name, x, row.get(name))
-    return {k: thin(v) for k, v in losses.items()}, {k: thin(v) for k, v in vitals.items()}
-
-
-def read_evaluations(path: Path) -> dict[str, Curve]:
-    """The periodic evaluation (metric -> curve over samples seen)."""
-    rows: dict[int, dict[str, Any]] = {}
-    for number, row in read_lines(path):
-        scores = row.get("scores")
-        if not isinstance(row.get("step"), int) or not isinstance(scores, dict):
-            raise InputError(f"{path} (line {number}): expected the keys 'step' and 'scores'")
-        rows[row["step"]] = row
-    curves: dict[str, list[tuple[float, float]]] = {}
     for step in sorted(rows):
-        x = _number(rows[step].get("samples", step))
-        for name, value in rows[step]["scores"].items():
+        row = rows[step]
+        x = number(row.get("samples", step))
+        if x is not None:
+            terms = row.get("terms")
+            for name, value in {"total": row.get("total"), **(terms if isinstance(terms, dict) else {})}.items():
+                _append(losses, str(name), x, value)
+            for name in VITALS:
+                _append(vitals, name, x, row.get(name))
+    run.losses = {name: thin(points) for name, points in losses.items()}
+    run.vitals = {name: thin(points) for name, points in vitals.items()}
+
+
+def _read_curve(run: ReportedRun) -> None:
+    """The periodic evaluation (metric -> curve over samples seen)."""
+    points = _lines(run, CURVE, ("step", int), ("scores", dict))
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for step, row in sorted({row["step"]: row for row in points}.items()):
+        x = number(row.get("samples", step))
+        for name, value in row["scores"].items():
             if x is not None:
                 _append(curves, str(name), x, value)
-    return {name: thin(points) for name, points in curves.items()}
+    run.evaluations = {name: thin(points) for name, points in curves.items()}
 
 
-def read_bad_samples(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """(reason -> distinct samples, the first few (key, reason)) of bad_samples.jsonl."""
+def _read_bad_samples(run: ReportedRun) -> None:
+    """Reason -> distinct samples, and the first few as (key, reason)."""
     keys: dict[str, set[str]] = {}
-    examples: list[tuple[str, str]] = []
-    for _, row in read_lines(path):
+    for row in _lines(run, BAD_SAMPLES):
         key, reason = str(row.get("key", "")), str(row.get("reason", "unknown"))
-        kind = reason.split(":", 1)[0].strip() or "unknown"
-        group = keys.setdefault(kind, set())
-        if key not in group and len(examples) < 20:
-            examples.append((key, reason))
+        group = keys.setdefault(reason.split(":", 1)[0].strip() or "unknown", set())
+        if key not in group and len(run.bad_examples) < 20:
+            run.bad_examples.append((key, reason))
         group.add(key)
-    return {kind: len(group) for kind, group in sorted(keys.items())}, examples
+    run.bad_samples = {kind: len(group) for kind, group in sorted(keys.items())}
 
 
 def thin(points: Sequence[tuple[float, float]]) -> Curve:
@@ -280,26 +255,17 @@ def thin(points: Sequence[tuple[float, float]]) -> Curve:
 
 def _append(curves: dict[str, list[tuple[float, float]]], name: str, x: float, value: Any) -> None:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        curves.setdefault(name, []).append((x, float(value)))
+        with suppress(OverflowError):  # an integer beyond any float
+            curves.setdefault(name, []).append((x, float(value)))
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
     """A finite number, or None."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            return float(value) if math.isfinite(value) else None
     return None
-
-
-def _command(value: Any) -> str:
-    return " ".join(str(part) for part in value) if isinstance(value, list) else str(value or "")
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _architecture(path: Path) -> str:
-    """A fingerprint of the student's architecture: runs that share it share their measured throughput."""
-    if not path.is_file():
-        return ""
-    return architecture_fingerprint(read_json(path).get("architecture"))

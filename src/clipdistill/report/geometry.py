@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from clipdistill.errors import InputError
-from clipdistill.report.data import Run, read_json
+from clipdistill.report.data import ReportedRun, number, read_optional
 from clipdistill.report.tables import Entry, ScoreTable
 
 MEASURES: dict[str, tuple[str, ...]] = {
@@ -33,7 +32,7 @@ ALIGNMENT: dict[str, tuple[str, ...]] = {
 
 
 @dataclass
-class Shape:
+class Geometry:
     """One entry's geometry: numbers by column title, histograms (edges, densities) of matched and unmatched pairs."""
 
     entry: Entry
@@ -41,27 +40,22 @@ class Shape:
     histograms: dict[str, tuple[list[float], list[float]]]
 
 
-def read_geometry(runs: Sequence[Run], table: ScoreTable) -> list[Shape]:
+def read_geometry(runs: Sequence[ReportedRun], table: ScoreTable, notices: list[str]) -> list[Geometry]:
     """The geometry of every entry whose run folder holds a geometry.json (of several seeds the first one's)."""
-    found: list[Shape] = []
-    for run in runs:
-        path = run.folder / "geometry.json"
-        if not path.is_file():
-            continue
-        stored = read_json(path)
+    found: dict[int, Geometry] = {}
+    for path, run, stored in read_optional(runs, "geometry.json", notices):
         if not isinstance(stored.get("student"), dict):
-            raise InputError(f"{path}: expected an object under the key 'student', as clipdistill.evaluate writes it")
+            notices.append(f"{path}: not as clipdistill writes it (no object under 'student'); it is left out here.")
+            continue
         for entry in table.entries:
-            if any(shape.entry is entry for shape in found) or all(other is not run for other in entry.runs):
-                continue
             facts = stored.get(entry.role)
-            if isinstance(facts, dict):
+            if id(entry) not in found and run in entry.runs and isinstance(facts, dict):
                 extra = stored.get("alignment") if entry.role == "student" else None
-                found.append(_shape(entry, facts, extra if isinstance(extra, dict) else {}))
-    return sorted(found, key=lambda shape: table.entries.index(shape.entry))
+                found[id(entry)] = _shape(entry, facts, extra if isinstance(extra, dict) else {})
+    return [found[id(entry)] for entry in table.entries if id(entry) in found]
 
 
-def _shape(entry: Entry, facts: dict[str, Any], alignment: dict[str, Any]) -> Shape:
+def _shape(entry: Entry, facts: dict[str, Any], alignment: dict[str, Any]) -> Geometry:
     values = {title: _at(facts, place) for title, place in MEASURES.items()}
     values |= {title: _at(alignment, place) for title, place in ALIGNMENT.items()}
     histograms = {}
@@ -72,20 +66,20 @@ def _shape(entry: Entry, facts: dict[str, Any], alignment: dict[str, Any]) -> Sh
             density = _density(histogram.get("edges"), histogram.get("counts"))
             if density is not None:
                 histograms[title] = density
-    return Shape(entry, {k: v for k, v in values.items() if v is not None}, histograms)
+    return Geometry(entry, {k: v for k, v in values.items() if v is not None}, histograms)
 
 
 def _at(facts: Any, place: Sequence[str]) -> float | None:
     for name in place:
         facts = facts.get(name) if isinstance(facts, dict) else None
-    return float(facts) if isinstance(facts, int | float) and not isinstance(facts, bool) else None
+    return number(facts)
 
 
 def _density(edges: Any, counts: Any) -> tuple[list[float], list[float]] | None:
     """(edges, densities) that integrate to one; None when the histogram is not well formed."""
     if not isinstance(edges, list) or not isinstance(counts, list) or len(edges) != len(counts) + 1:
         return None
-    if not all(isinstance(v, int | float) for v in [*edges, *counts]):
+    if any(number(v) is None for v in [*edges, *counts]):
         return None
     total = sum(counts)
     widths = [b - a for a, b in itertools.pairwise(edges)]

@@ -8,11 +8,14 @@ later reports on the same runs only read it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from clipdistill.cache.names import PREFIX
 from clipdistill.config import build, read_yaml
@@ -22,8 +25,9 @@ from clipdistill.embed.encode import EncodedPairs, encode_pairs
 from clipdistill.errors import InputError
 from clipdistill.evaluate.geometry import geometry
 from clipdistill.models import load_model
-from clipdistill.report.data import read_json
-from clipdistill.report.gallery import build_gallery
+from clipdistill.report.gallery import thumbnail
+from clipdistill.runs.folder import RunFolder
+from clipdistill.runtime.files import write_json
 
 IMAGES = 1000
 """Pictures looked at, evenly spread over the set: enough for the geometry, and quick."""
@@ -75,11 +79,11 @@ def look(
                 notes.append(f"the teacher is missing from gallery and geometry: {error}")
         students = {run: encoded(str(run)) for run in group.runs}
         models |= {_name(run): student for run, student in students.items()}
-        gallery = json.dumps(build_gallery(models, source, queries=queries, top=top))
+        gallery = build_gallery(models, source, queries=queries, top=top)
         for run, student in students.items():
             shape = {"data": source.name, **geometry(student, models.get("teacher"))}
-            _write(run / "gallery.json", gallery)
-            _write(run / "geometry.json", json.dumps(shape, indent=1))
+            write_json(run / "gallery.json", gallery)
+            write_json(run / "geometry.json", shape)
     return notes
 
 
@@ -118,7 +122,7 @@ def _data(run: Path, data: str | None, split: str | None) -> DataConfig:
 def _teacher(run: Path) -> str | None:
     """The model that the run's student learned from or was measured beside; not a cache, which has no model."""
     evaluation = _recipe(run).get("evaluation")
-    named = [evaluation.get("teacher") if isinstance(evaluation, dict) else None, _facts(run).get("teacher")]
+    named = [evaluation.get("teacher") if isinstance(evaluation, dict) else None, RunFolder(run).facts().get("teacher")]
     return next((str(name) for name in named if name and not str(name).startswith(PREFIX)), None)
 
 
@@ -127,15 +131,132 @@ def _recipe(run: Path) -> dict[str, Any]:
     return read_yaml(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else {}
 
 
-def _facts(run: Path) -> dict[str, Any]:
-    return read_json(run / "run.json", "a run folder has a run.json; is this the folder `clipdistill train` wrote?")
-
-
 def _name(run: Path) -> str:
-    return str(_facts(run).get("name") or run.name)
+    return str(RunFolder(run).facts().get("name") or run.name)
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def build_gallery(
+    models: Mapping[str, EncodedPairs],
+    source: PairSource,
+    *,
+    queries: int = 12,
+    top: int = 5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What each model retrieves for the same queries, ready to be written as gallery.json.
+
+    models: name ("teacher", the run's name, ...) -> embeddings of `source`, all of the same samples and captions.
+    queries: how many in all; two thirds text to image, the rest image to text. Half of each kind are drawn at random,
+    half are those on which the models disagree most, and each says which.
+    Raises InputError when the models were not measured on the same samples.
+    """
+    if not models:
+        raise InputError("a gallery needs at least one model's embeddings")
+    reference = next(iter(models.values()))
+    for name, encoded in models.items():
+        same = (
+            list(encoded.keys) == list(reference.keys)
+            and list(encoded.captions) == list(reference.captions)
+            and torch.equal(
+                torch.as_tensor(encoded.text_to_image).cpu(), torch.as_tensor(reference.text_to_image).cpu()
+            )
+        )
+        if not same:
+            raise InputError(f"gallery: '{name}' was not encoded on the same samples as '{next(iter(models))}'")
+    owner = torch.as_tensor(reference.text_to_image).cpu().long()
+    keys = list(reference.keys)
+    position = {source.key(i): i for i in range(len(source))}
+    missing = next((key for key in keys if key not in position), None)
+    if missing is not None:
+        raise InputError(f"gallery: the embeddings hold the sample '{missing}', which is not in the pair source")
+    texts = list(reference.captions)
+    wanted_text = min(len(texts), max(1, (2 * queries + 2) // 3))
+    wanted_image = min(len(keys), max(0, queries - wanted_text))
+    generator = np.random.default_rng(seed)
+    found: list[dict[str, Any]] = []
+    used: set[str] = set()
+    for text, why in _choose(_ranks_of_images(models, owner), wanted_text, generator):
+        truth = int(owner[text])
+        query: dict[str, Any] = {
+            "kind": "t2i",
+            "text": texts[text],
+            "truth": keys[truth],
+            "why": why,
+            "models": {},
+            "ranks": {},
+        }
+        for name, encoded in models.items():
+            scores = encoded.image.float() @ encoded.text[text].float()
+            best = _top(scores, top)
+            query["models"][name] = [
+                {"key": keys[i], "score": round(float(scores[i]), 4), "hit": i == truth} for i in best
+            ]
+            query["ranks"][name] = _rank(scores, [truth])
+            used.update(keys[i] for i in best)
+        used.add(keys[truth])
+        found.append(query)
+    for image, why in _choose(_ranks_of_texts(models, owner, len(keys)), wanted_image, generator):
+        own = [int(t) for t in torch.nonzero(owner == image).flatten()]
+        query = {"kind": "i2t", "image": keys[image], "why": why, "models": {}, "ranks": {}}
+        for name, encoded in models.items():
+            scores = encoded.text.float() @ encoded.image[image].float()
+            query["models"][name] = [
+                {"text": texts[i], "score": round(float(scores[i]), 4), "hit": int(owner[i]) == image}
+                for i in _top(scores, top)
+            ]
+            query["ranks"][name] = _rank(scores, own)
+        used.add(keys[image])
+        found.append(query)
+    thumbnails = {key: thumbnail(source.image(position[key])) for key in sorted(used)}
+    selection = (
+        f"Half of the {len(found)} queries were drawn at random (seed {seed}) from {len(texts):,} captions and "
+        f"{len(keys):,} images, half are those on which the models disagree most."
+    )
+    return {"format": 1, "selection": selection, "queries": found, "thumbnails": thumbnails}
+
+
+def _ranks_of_images(models: Mapping[str, EncodedPairs], owner: Tensor) -> np.ndarray:
+    """(models, M): the rank of the right image for each caption."""
+    result = []
+    for encoded in models.values():
+        image, text, ranks = encoded.image.float(), encoded.text.float(), []
+        for start in range(0, len(text), 1024):  # stripes: the whole score matrix may be large
+            scores = text[start : start + 1024] @ image.T
+            own = scores.gather(1, owner[start : start + 1024, None].to(scores.device))
+            ranks.append(1 + (scores > own).sum(1).cpu())
+        result.append(torch.cat(ranks).numpy())
+    return np.stack(result)
+
+
+def _ranks_of_texts(models: Mapping[str, EncodedPairs], owner: Tensor, images: int) -> np.ndarray:
+    """(models, N): the rank of the best of an image's captions."""
+    result = []
+    for encoded in models.values():
+        image, text, ranks = encoded.image.float(), encoded.text.float(), []
+        for start in range(0, images, 256):
+            scores = image[start : start + 256] @ text.T
+            rows = torch.arange(start, start + len(scores))
+            mine = owner[None, :] == rows[:, None]
+            best = scores.masked_fill(~mine.to(scores.device), -2.0).amax(1, keepdim=True)
+            ranks.append(1 + (scores > best).sum(1).cpu())
+        result.append(torch.cat(ranks).numpy())
+    return np.stack(result)
+
+
+def _choose(ranks: np.ndarray, count: int, generator: np.random.Generator) -> list[tuple[int, str]]:
+    """(index, why): the first half drawn at random, the rest where the models' ranks lie furthest apart."""
+    total = ranks.shape[1]
+    by_chance = count if len(ranks) == 1 else (count + 1) // 2
+    drawn = [int(i) for i in generator.choice(total, size=min(by_chance, total), replace=False)]
+    spread = np.log(ranks.max(0)) - np.log(ranks.min(0))
+    order = [int(i) for i in np.argsort(-spread, kind="stable") if int(i) not in set(drawn)]
+    return [(i, "drawn at random") for i in drawn] + [(i, "models disagree") for i in order[: count - len(drawn)]]
+
+
+def _top(scores: Tensor, count: int) -> list[int]:
+    return [int(i) for i in torch.argsort(scores, descending=True, stable=True)[:count]]
+
+
+def _rank(scores: Tensor, right: Sequence[int]) -> int | None:
+    """1 + how many score higher than the best right answer."""
+    return int((scores > scores[list(right)].max()).sum()) + 1 if right else None

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from clipdistill.report.data import Curve
 from clipdistill.report.svg import HEIGHT, SMALL_HEIGHT, SMALL_WIDTH, WIDTH, Axis, Chart, compact, rate
-from clipdistill.report.tables import Column, Entry, Estimate, PairComparison, ScoreTable, is_share, metric_name
-from clipdistill.report.trade import Device, Trade, pareto
+from clipdistill.report.tables import Entry, Estimate, PairComparison, ScoreColumn, ScoreTable, is_share, metric_name
+from clipdistill.report.trade import BenchDevice, Trade, pareto
 from clipdistill.report.words import interval_text, points_text, value_text
 
 
@@ -17,7 +17,7 @@ def percent(value: float) -> str:
     return f"{100 * value:.3g} %"
 
 
-def speed_chart(device: Device, table: ScoreTable, column: Column) -> str:
+def speed_chart(device: BenchDevice, table: ScoreTable, column: ScoreColumn) -> str:
     """Accuracy against pairs per second on one device in its common setting; "" with fewer than two points.
 
     Students of one architecture run equally fast: they stand at the median of their rates, so that noise between them
@@ -48,7 +48,7 @@ def speed_chart(device: Device, table: ScoreTable, column: Column) -> str:
     return _trade_chart(points, column, "image-text pairs per second", larger_x=True)
 
 
-def size_chart(trade: Trade, table: ScoreTable, column: Column) -> str:
+def size_chart(trade: Trade, table: ScoreTable, column: ScoreColumn) -> str:
     """Accuracy against the number of parameters; "" with fewer than two points."""
     points = []
     for entry in table.entries:
@@ -58,7 +58,9 @@ def size_chart(trade: Trade, table: ScoreTable, column: Column) -> str:
     return _trade_chart(points, column, "parameters (both towers)", larger_x=False)
 
 
-def _trade_chart(points: Sequence[tuple[Entry, Estimate, str]], column: Column, x_label: str, *, larger_x: bool) -> str:
+def _trade_chart(
+    points: Sequence[tuple[Entry, Estimate, str]], column: ScoreColumn, x_label: str, *, larger_x: bool
+) -> str:
     if len(points) < 2:
         return ""
     cells = [column.cells[entry.label] for entry, _, _ in points]
@@ -150,7 +152,7 @@ def _curves(table: ScoreTable, name: str, source: str, title: str) -> str:
     return chart.render()
 
 
-def forest_chart(column: Column, entries: Sequence[Entry], width: float = WIDTH) -> str:
+def forest_chart(column: ScoreColumn, entries: Sequence[Entry], width: float = WIDTH) -> str:
     """Each entry's value with its interval on one horizontal axis."""
     shown = [e for e in entries if e.label in column.cells]
     if not shown:
@@ -193,7 +195,7 @@ def _range(cell: Estimate) -> tuple[float, float] | tuple[()]:
     return (cell.low, cell.high) if cell.low is not None and cell.high is not None else ()
 
 
-def difference_chart(column: Column, comparisons: Sequence[PairComparison], width: float = WIDTH) -> str:
+def difference_chart(column: ScoreColumn, comparisons: Sequence[PairComparison], width: float = WIDTH) -> str:
     """Challenger minus baseline with intervals around a zero line; hollow where undecided."""
     shown = [c for c in comparisons if c.column is column]
     if not shown:

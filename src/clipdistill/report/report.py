@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipdistill.errors import InputError
 from clipdistill.report import report_place
 from clipdistill.report.context import VERDICTS, Report
-from clipdistill.report.data import Run, read_optional, read_runs
+from clipdistill.report.data import ReportedRun, optional, read_optional, read_runs
 from clipdistill.report.gallery import read_galleries
 from clipdistill.report.geometry import read_geometry
-from clipdistill.report.html import render
+from clipdistill.report.html import render, to_markdown
 from clipdistill.report.tables import ScoreTable, build_table, compare
-from clipdistill.report.text import to_csv, to_markdown
+from clipdistill.report.text import to_csv
 from clipdistill.report.trade import read_trade
 from clipdistill.report.words import headline
 from clipdistill.runtime.files import write_text
@@ -73,22 +72,31 @@ def collect(folders: Sequence[Path], title: str | None = None, claims: str | Pat
     table = build_table(runs)
     comparisons = compare(table)
     trade = read_trade(runs, table)
-    gallery = read_galleries(runs, table)
-    judged, silent = _judged(folders, claims) if claims is not None else ([], "")
-    return Report(
+    notices = [*table.notices, *trade.notices]
+    report = Report(
         title=title or _title(table),
         runs=runs,
         table=table,
         comparisons=comparisons,
         trade=trade,
-        gallery=gallery,
+        gallery=read_galleries(runs, table, notices),
         headline=headline(table, comparisons, trade),
-        claims=[*(c for c in _claims(runs, folders) if c["text"] not in {j["text"] for j in judged}), *judged],
-        geometry=read_geometry(runs, table),
-        notices=[*table.notices, *(gallery.notices if gallery else [])],
-        claims_note=silent,
+        geometry=read_geometry(runs, table, notices),
+        notices=notices,
         claims_source=None if claims is None else str(claims),
     )
+    wanted = [] if claims is None else read_claims(claims)
+    if wanted:
+        verdicts = judge(wanted, read_records(folders))
+        known = [_shown(verdict) for verdict in verdicts if is_measured(verdict)]
+        report.claims = known
+        if len(known) < len(verdicts):
+            silent = f"{len(verdicts) - len(known)} of {len(verdicts)} claims ({claims})"
+            report.claims_note = f"{silent} are about methods or data that these runs do not have."
+    said = {claim["text"] for claim in report.claims}
+    report.claims = [*(c for c in _stored_claims(runs, folders, notices) if c["text"] not in said), *report.claims]
+    report.notices = list(dict.fromkeys(notices))
+    return report
 
 
 def _title(table: ScoreTable) -> str:
@@ -98,38 +106,27 @@ def _title(table: ScoreTable) -> str:
     return f"Distilling CLIP: {listed}"
 
 
-def _claims(runs: Sequence[Run], folders: Sequence[Path]) -> list[dict[str, str]]:
+def _stored_claims(runs: Sequence[ReportedRun], folders: Sequence[Path], notices: list[str]) -> list[dict[str, str]]:
     """The claims of claims.json, judged again on these runs so that no other answer stands beside the table.
 
     What cannot be judged here (free text, other runs) keeps the verdict that is written there.
     """
     found: dict[str, dict[str, str]] = {}
     records: list[Record] | None = None
-    for path, _, stored in read_optional(runs, "claims.json"):
-        rows = stored.get("claims")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise InputError(f"{path}: expected a list of objects under the key 'claims'")
-        for row in rows:
-            verdict = str(row.get("verdict", "undecided"))
-            kind = verdict if verdict in VERDICTS else "undecided"
-            text = _in_place(str(row.get("claim") or row.get("text") or ""))
-            why = str(row.get("evidence") or row.get("why") or "")
-            judged: list[Verdict] = []
-            if is_claim(text) and all(run.seed is not None for run in runs):
-                records = read_records(folders) if records is None else records
-                judged = [verdict for verdict in judge([text], records) if is_measured(verdict)]
-            for row in map(_shown, judged) if judged else [_row(kind, text, why)]:
-                found[row["text"]] = row
+    for path, _, stored in read_optional(runs, "claims.json", notices):
+        with optional(path, notices):
+            for row in stored["claims"]:
+                verdict = str(row.get("verdict", "undecided"))
+                kind = verdict if verdict in VERDICTS else "undecided"
+                text = _in_place(str(row.get("claim") or row.get("text") or ""))
+                why = str(row.get("evidence") or row.get("why") or "")
+                judged: list[Verdict] = []
+                if is_claim(text) and all(run.seed is not None for run in runs):
+                    records = read_records(folders) if records is None else records
+                    judged = [verdict for verdict in judge([text], records) if is_measured(verdict)]
+                for shown in map(_shown, judged) if judged else [_row(kind, text, why)]:
+                    found[shown["text"]] = shown
     return list(found.values())
-
-
-def _judged(folders: Sequence[Path], source: str | Path) -> tuple[list[dict[str, str]], str]:
-    """(verdicts on the claims of `source` as the page shows them, a sentence on those these runs say nothing of)."""
-    verdicts = judge(read_claims(source), read_records(folders))
-    known = [v for v in verdicts if is_measured(v)]
-    silent = len(verdicts) - len(known)
-    said = f"{silent} of {len(verdicts)} claims ({source}) are about methods or data that these runs do not have."
-    return [_shown(verdict) for verdict in known], said if silent else ""
 
 
 def _shown(verdict: Verdict) -> dict[str, str]:

@@ -7,14 +7,14 @@ from typing import Any
 
 from clipdistill.config import parse_yaml
 from clipdistill.errors import InputError
-from clipdistill.report.data import Run
+from clipdistill.report.data import ReportedRun
 
 _PLAIN = ("path", "split", "size", "seed")
 """Settings of the data that the command line can express."""
 
 
-def reproduce(run: Run) -> dict[str, Any]:
-    """Label, commands (training, then the measurements of the finished student), facts and resolved recipe of a run."""
+def run_facts(run: ReportedRun) -> list[tuple[str, str]]:
+    """(name, value) of what a run depends on."""
     prints = {row.role: row.fingerprint for row in run.scores if row.fingerprint}
     versions = run.facts.get("versions")
     facts = [
@@ -32,16 +32,10 @@ def reproduce(run: Run) -> dict[str, Any]:
         ("architecture", run.architecture),
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else ""),
     ]
-    return {
-        "label": run.name,
-        "command": train_command(run),
-        "measurements": eval_commands(run),
-        "facts": [(n, v) for n, v in facts if v],
-        "recipe": run.recipe,
-    }
+    return [(name, value) for name, value in facts if value]
 
 
-def train_command(run: Run) -> str:
+def train_command(run: ReportedRun) -> str:
     """The command that trained the run; where none was kept, one that trains it again from its resolved recipe."""
     if run.command or not run.recipe:
         return run.command
@@ -49,7 +43,7 @@ def train_command(run: Run) -> str:
     return shlex.join(["clipdistill", "train", "--recipe", str(folder / "recipe.yaml"), "--out", f"{folder}-again"])
 
 
-def eval_commands(run: Run) -> list[str]:
+def eval_commands(run: ReportedRun) -> list[str]:
     """The `clipdistill eval` commands that measure the run's student as its scores.json was measured.
 
     Empty where the run kept no recipe, or its data need settings that only a recipe can express.
@@ -73,11 +67,11 @@ def eval_commands(run: Run) -> list[str]:
     return [shlex.join(["clipdistill", "eval", str(run.folder), *command, *tail]) for command in commands]
 
 
-def _teacher_rows(run: Run) -> list[bool]:
+def _teacher_rows(run: ReportedRun) -> list[bool]:
     return [row.role == "teacher" for row in run.scores]
 
 
-def _data(stored: Any, run: Run) -> list[str] | None:
+def _data(stored: Any, run: ReportedRun) -> list[str] | None:
     """The arguments that open a validation set, or None when the command line cannot express it."""
     if not isinstance(stored, dict) or not stored.get("path"):
         return None

@@ -15,7 +15,7 @@ from itertools import combinations
 from statistics import NormalDist
 from typing import Any
 
-from clipdistill.report.data import Question, Run
+from clipdistill.report.data import Question, ReportedRun
 from clipdistill.statistics.bootstrap import seed_interval
 from clipdistill.statistics.judge import Verdict, adjust, decide
 from clipdistill.statistics.records import Record
@@ -55,17 +55,17 @@ class Entry:
     label: str
     role: str
     method: str
-    runs: list[Run]
+    runs: list[ReportedRun]
     colour: int = 0
 
     @property
-    def first(self) -> Run:
+    def first(self) -> ReportedRun:
         """The run that stands for the entry where only one can be shown (curves of a single seed, commands)."""
         return self.runs[0]
 
 
 @dataclass(eq=False)
-class Column:
+class ScoreColumn:
     """One protocol and one metric. `number` counts protocols, so that a header can refer to the list of protocols."""
 
     metric: str
@@ -102,7 +102,7 @@ class PairComparison:
 
     challenger: Entry
     baseline: Entry
-    column: Column
+    column: ScoreColumn
     difference: float
     verdict: Verdict
     unequal: tuple[str, ...]
@@ -123,7 +123,7 @@ class ScoreTable:
     """All entries (teachers first, then students in the order given) and all columns (protocol by protocol)."""
 
     entries: list[Entry]
-    columns: list[Column]
+    columns: list[ScoreColumn]
     notices: list[str]
 
     @property
@@ -137,7 +137,7 @@ class ScoreTable:
         return [e for e in self.entries if e.role == "teacher"]
 
     @property
-    def lead(self) -> list[Column]:
+    def lead(self) -> list[ScoreColumn]:
         """The headline columns, the leading one first."""
         found = [(LEAD_METRICS.index(c.metric), c.number, c) for c in self.columns if c.metric in LEAD_METRICS]
         # one protocol's R@1 leads; a second protocol on the same data repeats the same news, so it comes later
@@ -150,7 +150,7 @@ class ScoreTable:
         """(number, label, conditions) of each protocol."""
         return list({c.number: (c.number, c.label, c.protocol) for c in self.columns}.values())
 
-    def title_of(self, column: Column) -> str:
+    def title_of(self, column: ScoreColumn) -> str:
         """The metric in words, with the protocol's number when it was measured under several."""
         several = sum(other.metric == column.metric for other in self.columns) > 1
         return f"{column.title} [{column.number}]" if several else column.title
@@ -165,7 +165,7 @@ class ScoreTable:
             own = next((t for t in self.teachers if any(r.teacher == entry.first.teacher for r in t.runs)), None)
         return own or (self.teachers[0] if len(self.teachers) == 1 else None)
 
-    def retention(self, entry: Entry, column: Column) -> Estimate | None:
+    def retention(self, entry: Entry, column: ScoreColumn) -> Estimate | None:
         """Student / teacher in one column: over the same queries as the run stored it, else by the delta method."""
         teacher = self.teacher_of(entry)
         if teacher is None or entry.role != "student" or not column.is_share:
@@ -197,20 +197,20 @@ def is_share(metric: str) -> bool:
     return not any(part in metric for part in _PLAIN_METRICS)
 
 
-def build_table(runs: Sequence[Run]) -> ScoreTable:
+def build_table(runs: Sequence[ReportedRun]) -> ScoreTable:
     """Group runs into entries and their scores into columns. Runs without scores still appear as entries."""
     notices: list[str] = []
     students = _student_entries(runs)
     teachers = _teacher_entries(runs)
     _colour(students)
     table = ScoreTable([*teachers, *students], [], notices)
-    columns: dict[tuple[str, Any], Column] = {}
+    columns: dict[tuple[str, Any], ScoreColumn] = {}
     numbers: dict[Question, int] = {}
     for run in runs:
         for row in run.scores:
             number = numbers.setdefault(row.question, len(numbers) + 1)
             label = row.measured.label() if row.measured else ""
-            columns.setdefault((row.metric, row.question), Column(row.metric, row.question, label, number))
+            columns.setdefault((row.metric, row.question), ScoreColumn(row.metric, row.question, label, number))
     order = {metric: position for position, metric in enumerate(_METRIC_ORDER)}
     table.columns = sorted(columns.values(), key=lambda c: (c.number, order.get(c.metric, 99), c.metric))
     for column in table.columns:
@@ -272,8 +272,8 @@ def compare(table: ScoreTable) -> list[PairComparison]:
     return [replace(comparison, verdict=verdict) for comparison, verdict in zip(found, verdicts, strict=True)]
 
 
-def _student_entries(runs: Sequence[Run]) -> list[Entry]:
-    groups: dict[tuple[Any, ...], list[Run]] = {}
+def _student_entries(runs: Sequence[ReportedRun]) -> list[Entry]:
+    groups: dict[tuple[Any, ...], list[ReportedRun]] = {}
     for run in runs:
         key = (run.method, run.student, run.teacher, run.data, run.samples_seen, _recipe_without_seed(run))
         group = groups.setdefault(key, [])
@@ -303,9 +303,9 @@ def _colour(students: Sequence[Entry]) -> None:
             entry.colour, following = following, following + 1
 
 
-def _teacher_entries(runs: Sequence[Run]) -> list[Entry]:
+def _teacher_entries(runs: Sequence[ReportedRun]) -> list[Entry]:
     """One entry for each set of weights that was measured as a teacher; a run without one may have measured it too."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[ReportedRun]] = {}
     for run in runs:
         prints = [row.fingerprint for row in run.scores if row.role == "teacher"]
         if prints:
@@ -320,13 +320,13 @@ def _teacher_entries(runs: Sequence[Run]) -> list[Entry]:
     return entries
 
 
-def _recipe_without_seed(run: Run) -> str:
+def _recipe_without_seed(run: ReportedRun) -> str:
     """The recipe's text without the lines that name the seed or the run, so that seeds of one recipe compare equal."""
     ignored = ("seed:", "out:", "name:", "folder:")
     return "\n".join(line for line in run.recipe.splitlines() if not line.strip().startswith(ignored))
 
 
-def _rows(records: Sequence[Record], role: str, column: Column) -> list[Record]:
+def _rows(records: Sequence[Record], role: str, column: ScoreColumn) -> list[Record]:
     return [r for r in records if (r.role, r.metric, r.question) == (role, column.metric, column.protocol)]
 
 

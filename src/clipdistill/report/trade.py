@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipdistill.errors import InputError
-from clipdistill.report.data import Run, read_optional
+from clipdistill.report.data import ReportedRun, optional, read_optional
 from clipdistill.report.tables import Entry, Estimate, ScoreTable
 
 
@@ -42,7 +41,7 @@ class Speed:
 
 
 @dataclass
-class Device:
+class BenchDevice:
     """All speeds measured on one device."""
 
     key: str
@@ -105,71 +104,73 @@ class Size:
 class Trade:
     """Everything about speed and size: by device, and by entry label."""
 
-    devices: list[Device]
+    devices: list[BenchDevice]
     sizes: dict[str, Size]
     failures: list[str]
+    notices: list[str] = field(default_factory=list)
 
 
-def read_trade(runs: Sequence[Run], table: ScoreTable) -> Trade:
+def read_trade(runs: Sequence[ReportedRun], table: ScoreTable) -> Trade:
     """Collect every bench.json in or beside the run folders, and the sizes known from the runs themselves."""
-    devices: dict[str, Device] = {}
-    sizes: dict[str, Size] = {}
-    failures: list[str] = []
+    trade = Trade([], {}, [])
     for entry in table.students:
         counts = entry.first.facts.get("parameters")
         if isinstance(counts, dict):
-            sizes[entry.label] = _size_from_counts(counts)
+            trade.sizes[entry.label] = _size_from_counts(counts)
         teacher, counts = table.teacher_of(entry), entry.first.facts.get("teacher_parameters")
         if teacher is not None and isinstance(counts, dict):
-            sizes[teacher.label] = _size_from_counts(counts)
-    for path, owner, bench in read_optional(runs, "bench.json"):
-        _read_bench(path, owner, bench, table, devices, sizes, failures)
-    for device in devices.values():
-        _lend(device, table, sizes)
+            trade.sizes[teacher.label] = _size_from_counts(counts)
+    devices: dict[str, BenchDevice] = {}
+    for path, owner, bench in read_optional(runs, "bench.json", trade.notices):
+        with optional(path, trade.notices):
+            _read_bench(path, owner, bench, table, devices, trade)
+    trade.devices = list(devices.values())
+    for device in trade.devices:
+        _lend(device, table, trade.sizes)
         device.speeds.sort(key=lambda s: (s.backend, s.dtype, -s.batch, _position(table, s.entry), s.name))
-    return Trade(list(devices.values()), sizes, failures)
+    return trade
 
 
 def _read_bench(
     path: Path,
-    owner: Run | None,
+    owner: ReportedRun | None,
     bench: dict[str, Any],
     table: ScoreTable,
-    devices: dict[str, Device],
-    sizes: dict[str, Size],
-    failures: list[str],
+    devices: dict[str, BenchDevice],
+    trade: Trade,
 ) -> None:
-    where, models, rows = bench.get("device"), bench.get("models"), bench.get("measurements")
-    if not isinstance(where, dict) or not isinstance(models, dict) or not isinstance(rows, list):
-        raise InputError(
-            f"{path}: expected the keys 'device', 'models' and 'measurements' of `clipdistill bench --json`"
-        )
+    """Add what one file holds; everything is taken apart before anything is added, so that half of it never counts."""
+    where, models = bench["device"], dict(bench["models"])
     label = str(where.get("label") or where.get("name") or "unknown device")
-    device = devices.setdefault(
-        str(where.get("fingerprint") or label), Device(str(where.get("fingerprint") or label), label)
-    )
+    measured = [
+        (str(row["model"]), str(row["tower"]), _setting(row), _estimate(row), _extras(row))
+        for row in bench["measurements"]
+    ]
+    ratios = [
+        (str(row["model"]), str(row["reference"]), str(row["tower"]), _setting(row), _estimate(row))
+        for row in bench.get("ratios") or []
+    ]
+    failures = [
+        f"{f.get('model')} with {f.get('backend')} ({f.get('dtype')}): {f.get('reason')}"
+        for f in bench.get("failures") or []
+    ]
+    libraries = {str(k): str(v) for k, v in (bench.get("libraries") or {}).items()}
+    matched = {name: _match(name, facts, owner, table) for name, facts in models.items()}
+    sizes = {
+        e.label: _size_from_bench(models[n], trade.sizes.get(e.label)) for n, e in matched.items() if e is not None
+    }
+
+    trade.failures += failures
+    trade.sizes |= sizes
+    key = str(where.get("fingerprint") or label)
+    device = devices.setdefault(key, BenchDevice(key, label))
     device.sources.append(path.name if owner is None else f"{owner.name}/{path.name}")
-    device.warnings += [str(w) for w in bench.get("warnings", [])]
-    device.libraries.update({str(k): str(v) for k, v in (bench.get("libraries") or {}).items()})
-    if bench.get("command"):
-        device.commands.append(str(bench["command"]))
-    matched = {name: _match(name, facts, owner, table) for name, facts in models.items() if isinstance(facts, dict)}
-    for name, entry in matched.items():
-        if entry is not None:
-            sizes[entry.label] = _size_from_bench(models[name], sizes.get(entry.label))
+    device.warnings += [str(w) for w in bench.get("warnings") or []]
+    device.libraries |= libraries
+    device.noisy |= {_setting(row) for row in bench["measurements"] if row.get("noisy")}
+    device.commands += [str(bench["command"])] if bench.get("command") else []
     speeds = {(s.name, *s.setting): s for s in device.speeds}
-    for position, row in enumerate(rows):
-        try:
-            name, tower, setting = (
-                str(row["model"]),
-                str(row["tower"]),
-                (str(row["backend"]), str(row["dtype"]), int(row["batch"])),
-            )
-            rate = Estimate(float(row["value"]), float(row["low"]), float(row["high"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{path} (measurement {position + 1}): not a measurement of `clipdistill bench`: {error}"
-            ) from error
+    for name, tower, setting, rate, (latency, peak) in measured:
         entry = matched.get(name)
         shown = entry.label if entry is not None else name
         speed = speeds.get((shown, *setting))
@@ -177,29 +178,32 @@ def _read_bench(
             speed = speeds[(shown, *setting)] = Speed(shown, entry, *setting)
             device.speeds.append(speed)
         speed.rates[tower] = rate
-        if row.get("noisy"):
-            device.noisy.add(setting)
-        if row.get("median_ms") is not None and row.get("p95_ms") is not None:
-            speed.latency[tower] = (float(row["median_ms"]), float(row["p95_ms"]))
-        if row.get("peak_bytes"):
-            speed.peak_bytes = max(speed.peak_bytes or 0.0, float(row["peak_bytes"]))
-    for position, row in enumerate(bench.get("ratios") or []):
-        try:
-            pair = [matched.get(str(row["model"])), matched.get(str(row["reference"]))]
-            setting = (str(row["backend"]), str(row["dtype"]), int(row["batch"]))
-            ratio = Estimate(float(row["value"]), float(row["low"]), float(row["high"]))
-            tower = str(row["tower"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} (ratio {position + 1}): not a ratio of `clipdistill bench`: {error}") from error
+        if latency is not None:
+            speed.latency[tower] = latency
+        speed.peak_bytes = max(filter(None, (speed.peak_bytes, peak)), default=None)
+    for model, reference, tower, setting, ratio in ratios:
+        pair = matched.get(model), matched.get(reference)
         if pair[0] is not None and pair[1] is not None:
             device.ratios[pair[0].label, pair[1].label, tower, setting] = ratio
-    for failure in bench.get("failures", []):
-        failures.append(
-            f"{failure.get('model')} with {failure.get('backend')} ({failure.get('dtype')}): {failure.get('reason')}"
-        )
 
 
-def _match(name: str, facts: dict[str, Any], owner: Run | None, table: ScoreTable) -> Entry | None:
+def _setting(row: dict[str, Any]) -> tuple[str, str, int]:
+    return str(row["backend"]), str(row["dtype"]), int(row["batch"])
+
+
+def _estimate(row: dict[str, Any]) -> Estimate:
+    return Estimate(float(row["value"]), float(row["low"]), float(row["high"]))
+
+
+def _extras(row: dict[str, Any]) -> tuple[tuple[float, float] | None, float | None]:
+    """(median and 95th percentile of the latency, peak memory), where they were measured."""
+    median, p95, peak = (
+        None if row.get(key) is None else float(row[key]) for key in ("median_ms", "p95_ms", "peak_bytes")
+    )
+    return None if median is None or p95 is None else (median, p95), peak
+
+
+def _match(name: str, facts: dict[str, Any], owner: ReportedRun | None, table: ScoreTable) -> Entry | None:
     """The entry that a model of bench.json is: by weights, then by name, then by architecture (students only)."""
     prints = {str(facts.get("fingerprint") or "")} - {""}
     for entry in table.entries:
@@ -221,7 +225,7 @@ def _match(name: str, facts: dict[str, Any], owner: Run | None, table: ScoreTabl
     return next((e for e in table.students if shape and e.first.architecture == shape), None)
 
 
-def _lend(device: Device, table: ScoreTable, sizes: dict[str, Size]) -> None:
+def _lend(device: BenchDevice, table: ScoreTable, sizes: dict[str, Size]) -> None:
     """Students that were not measured take the speed of a measured one with the same architecture, marked so."""
     measured = {s.entry.label for s in device.speeds if s.entry is not None}
     for entry in table.students:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clipdistill.report.svg import compact, rate
-from clipdistill.report.tables import Column, Estimate, PairComparison, ScoreTable
+from clipdistill.report.tables import Estimate, PairComparison, ScoreColumn, ScoreTable
 from clipdistill.report.trade import Trade
 from clipdistill.statistics.verdicts import QUERIES_ALONE
 
@@ -46,7 +46,7 @@ def points_text(comparison: PairComparison) -> str:
     return f"{text} ({100 * low:+.1f} to {100 * high:+.1f})".replace("-", "−")
 
 
-def metric_text(column: Column, table: ScoreTable) -> str:
+def metric_text(column: ScoreColumn, table: ScoreTable) -> str:
     """The metric inside a sentence: "text→image R@1", with its protocol when it was measured under several."""
     title = table.title_of(column)
     return title[0].lower() + title[1:]

@@ -16,14 +16,16 @@ stages.json, ablation.json                       in folders that stand for sever
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clipdistill.config import read_yaml
 from clipdistill.errors import InputError
-from clipdistill.runtime.files import read_json, write_json
+from clipdistill.registry import load_plugin
+from clipdistill.runtime.files import read_json, write_json, write_text
+from clipdistill.runtime.links import is_inside
 
 FORMAT = 1
 RUN, RECIPE, IDENTITY, LOCK = "run.json", "recipe.yaml", "identity.json", ".lock"
@@ -81,6 +83,11 @@ def read_lines(path: Path | str) -> Lines:
     return Lines(found.rows, found.damaged, cut > 0)
 
 
+def read_rows(path: Path | str) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file alone."""
+    return read_lines(path).values
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The folder of a run."""
@@ -125,6 +132,27 @@ class RunFolder:
         """recipe.yaml as it stands there."""
         return read_yaml(self.path / RECIPE)
 
+    def load_plugins(self) -> list[str]:
+        """Load the plug-ins that the run was trained with, and name them.
+
+        Raises InputError for one that is missing or fails. Only files elsewhere, by their whole path: a folder that
+        was copied here must not bring code to run.
+        """
+        try:
+            values = self.settings()
+        except InputError:  # missing or damaged: whoever opens the run says so
+            return []
+        plugins = values.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        for name in plugins:
+            if not isinstance(name, str) or not Path(name).is_absolute() or is_inside(self.path, Path(name)):
+                raise InputError(
+                    f"{self.path / RECIPE}: the plug-in {name!r:.200} is not a whole path outside the run's folder, "
+                    "so it is not loaded: give it as --plugin if you trust it"
+                )
+            load_plugin(name)
+        return list(plugins)
+
     def log(self) -> list[dict[str, Any]]:
         """The lines of log.jsonl that can be read."""
         return read_lines(self.path / LOG).values
@@ -144,6 +172,21 @@ class RunFolder:
         """Add a line to a .jsonl file, in one write."""
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+    def rewrite(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace a .jsonl file in one step."""
+        write_text(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def mend(self) -> list[str]:
+        """Set aside .jsonl files with lines that are no objects, keeping the good lines; a sentence for each."""
+        said = []
+        for name in (LOG, CURVE, BAD_SAMPLES):
+            found = read_lines(self.path / name)
+            if found.damaged:
+                aside = self.set_aside(name)
+                self.rewrite(name, found.values)
+                said.append(f"{name}: {len(found.damaged)} damaged lines left out; the file is kept as {aside.name}")
+        return said
 
     def set_aside(self, name: str) -> Path:
         """Rename a damaged file so that it is kept and never read again; returns its new name."""

@@ -75,12 +75,7 @@ def new_folder(path: Path | str, replaces: Callable[[Path], bool], what: str) ->
     replaces: whether the folder that stands there may be replaced (an empty one always may); anything else under the
     name is an InputError before any work is done. what: what is being made ("export"), for that sentence.
     """
-    path = Path(path)
-    if path.is_symlink() and not path.exists():
-        raise InputError(f"{path}: is a link that leads nowhere: choose another place for the {what}")
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or replaces(path))):
-        raise InputError(f"{path}: exists and is no {what}, so it is not replaced: choose another place")
-    make_folder(path.parent, what)
+    path = require_new_folder(path, replaces, what)
     remove_leftovers(path.parent, path.name)
     temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), dir=path.parent))
     try:
@@ -100,6 +95,20 @@ def new_folder(path: Path | str, replaces: Callable[[Path], bool], what: str) ->
         sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_new_folder(path: Path | str, replaces: Callable[[Path], bool], what: str) -> Path:
+    """See that `new_folder` may make `path`, before the work whose result it is for; makes the folders above it."""
+    path = Path(path)
+    try:
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path}: is a link that leads nowhere: choose another place for the {what}")
+        if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or replaces(path))):
+            raise InputError(f"{path}: exists and is no {what}, so it is not replaced: choose another place")
+    except OSError as error:
+        raise cannot_write(path, what, error) from error
+    make_folder(path.parent, what)
+    return path
 
 
 def make_folder(path: Path | str, what: str) -> Path:
@@ -162,7 +171,7 @@ def remove_leftovers(folder: Path | str, name: str | None = None, *, older_than:
     since the last change, for places where others may be writing.
     """
     folder = Path(folder)
-    now = _now(folder)
+    now = disk_time(folder)
     for path in folder.glob(f".*{WRITING}*"):
         if name is not None and not path.name.startswith(temporary_prefix(folder / name)):
             continue
@@ -255,8 +264,8 @@ def _umask() -> int:
     return mask
 
 
-def _now(folder: Path) -> float:
-    """The time by the disk's own clock, which need not be this machine's."""
+def disk_time(folder: Path) -> float:
+    """The time by the clock of the disk that `folder` is on, which need not be this machine's."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder) as probe:
             return os.fstat(probe.fileno()).st_mtime

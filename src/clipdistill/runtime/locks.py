@@ -1,8 +1,8 @@
-"""Claims on blocks, so that several processes fill one store without doing the same work.
+"""Lock files: one process at a time in a run's folder, on a block of a cache, on a run of an ablation.
 
-A claim is a file made with O_EXCL. It is stale when its process is gone (same machine) or it has not been touched for
-`LEASE` seconds. A claim only saves work: blocks are written atomically and always with the same content, so two
-processes that fill the same block do no harm.
+A lock file is made with O_EXCL and says who made it. It is stale when its process is gone (same machine), or when its
+time, which a living holder renews, is older than the lease or in the future (a clock that was set back), reckoned by
+the disk's own clock. Of several that find a lock stale, one gets it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,24 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from clipdistill.errors import InputError
+from clipdistill.runtime.files import disk_time
 
 LEASE = 900.0
-"""Seconds without a sign of life after which a claim of another machine is taken over."""
+"""Seconds without a sign of life after which a lock of another machine is taken over."""
+_FUTURE = 60.0
+"""Seconds that a lock may lie in the future: clocks of machines that share a disk differ a little."""
 
 
 class Claims:
-    """The claims of this process in the folder `locks/` of a store."""
+    """The locks of this process in one folder, by name. For work that may be done twice without harm, or never is."""
 
     def __init__(self, folder: Path, lease: float = LEASE) -> None:
         self.folder = folder
@@ -32,41 +40,10 @@ class Claims:
 
     def take(self, name: str) -> bool:
         """Claim `name`; False when a living process holds it."""
-        path = self._path(name)
-        for _ in range(2):
-            try:
-                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                if not self._stale(path):
-                    return False
-                # renamed before it is removed: of several that find it stale, one gets the file
-                aside = path.with_suffix(f".stale-{os.getpid()}-{time.monotonic_ns()}")
-                with suppress(FileNotFoundError):
-                    path.rename(aside)
-                    aside.unlink()
-                continue
-            with os.fdopen(descriptor, "w", encoding="ascii") as file:
-                owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-                json.dump(owner, file)
-            self.held.add(name)
-            return True
-        return False
-
-    def _stale(self, path: Path) -> bool:
-        try:
-            age = time.time() - path.stat().st_mtime
-            text = path.read_text(encoding="ascii", errors="replace")
-        except FileNotFoundError:
-            return True  # given back in the meantime
-        try:
-            owner = json.loads(text)
-            host, process, started = str(owner["host"]), int(owner["pid"]), owner["started"]
-        except (ValueError, KeyError, TypeError):
-            return age > 5  # its owner died between making and writing it, or is about to write
-        here = host == socket.gethostname()
-        if here and (not _alive(process) or _started(process) != started):
-            return True
-        return age > self.lease
+        if not _take(self._path(name), self.lease):
+            return False
+        self.held.add(name)
+        return True
 
     def renew(self) -> None:
         """Show that this process is alive."""
@@ -84,22 +61,113 @@ class Claims:
             self.give_back(name)
 
 
+class FolderLock(AbstractContextManager["FolderLock"]):
+    """The lock file `path`, held and renewed until it is left.
+
+    Raises InputError on entering when a living process holds it: `what`, then who, where and since when.
+    """
+
+    def __init__(self, path: Path, what: str, lease: float = LEASE) -> None:
+        self.path, self.what, self.lease = path, what, lease
+        self._ended = threading.Event()
+
+    def __enter__(self) -> FolderLock:
+        if not _take(self.path, self.lease):
+            raise InputError(f"{self.what} ({holder(self.path)}): wait for its end, or give another place")
+        threading.Thread(target=self._renew, daemon=True).start()
+        return self
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self.lease / 10):
+            with suppress(OSError):
+                os.utime(self.path)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        with suppress(OSError):
+            if _owner(self.path).get("pid") == os.getpid():
+                self.path.unlink()
+
+
+def holder(path: Path) -> str:
+    """Who holds a lock: 'process 71 on node-3 since 2026-11-29 11:02:30'."""
+    owner = _owner(path)
+    since = owner.get("since")
+    when = time.strftime(" since %Y-%m-%d %H:%M:%S", time.localtime(since)) if isinstance(since, (int, float)) else ""
+    return f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown machine')}{when}"
+
+
+def _take(path: Path, lease: float) -> bool:
+    for _ in range(2):
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            if not _stale(path, lease):
+                return False
+            # renamed before it is removed: of several that find it stale, one gets the file
+            aside = path.with_name(f"{path.name}.stale-{os.getpid()}-{time.monotonic_ns()}")
+            with suppress(FileNotFoundError):
+                path.rename(aside)
+                aside.unlink()
+            continue
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+            json.dump({**owner, "space": _space(), "since": time.time()}, file)
+        return True
+    return False
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """What a lock file says, {} when it says nothing that can be read."""
+    try:
+        owner = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _stale(path: Path, lease: float) -> bool:
+    try:
+        now = disk_time(path.parent)
+        age = (time.time() if now == float("inf") else now) - path.stat().st_mtime
+    except FileNotFoundError:
+        return True  # given back in the meantime
+    owner = _owner(path)
+    process = owner.get("pid")
+    if not isinstance(process, int) or isinstance(process, bool) or process < 1 or "host" not in owner:
+        return not -_FUTURE <= age <= 5  # its owner died between making and writing it, or is about to write
+    if owner["host"] == socket.gethostname() and owner.get("space", _space()) == _space():
+        return not _alive(process) or _started(process) != owner.get("started")
+    return not -_FUTURE <= age <= lease
+
+
 def _alive(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
-    return True
+    return _status(process)[:1] != ["Z"]  # ended, and its parent has not looked yet
 
 
 def _started(process: int) -> str:
     """When a process began, as the system counts it ('' where that cannot be told): tells a reused number apart."""
-    try:
-        # after the name in parentheses, which may hold anything; the start time is the 22nd field of the whole line
-        return (
-            Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
-        )
-    except (OSError, IndexError):
-        return ""
+    fields = _status(process)
+    return fields[19] if len(fields) > 19 else ""
+
+
+def _status(process: int) -> list[str]:
+    """The fields of /proc/N/stat after the name in parentheses, which may hold anything; [] where there is none."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return []
+
+
+def _space() -> str:
+    """The process numbers that are seen from here: containers of one name may each have their own."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+    return ""

@@ -58,6 +58,14 @@ _ASSETS = {
     "script.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
+_ALWAYS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
 _BUSY = b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
@@ -176,18 +184,13 @@ class SearchServer(ThreadingHTTPServer):
 
     def allows(self, host: str | None) -> bool:
         """Whether a Host header names this machine: by address or as localhost, never by another name."""
-        if host is None:
-            return False
         try:
-            parts = urlsplit(f"//{host}")
-            name, port = parts.hostname or "", parts.port or 80
-        except ValueError:
-            return False
-        if port != self.server_address[1]:
-            return False
-        if name.lower() in ("localhost", self.host.lower()):
-            return True
-        try:
+            parts = urlsplit(f"//{host or ''}")
+            if (parts.port or 80) != self.server_address[1]:
+                return False
+            name = (parts.hostname or "").lower()
+            if name in ("localhost", self.host.lower()):
+                return True
             address = ipaddress.ip_address(name)
         except ValueError:
             return False
@@ -198,16 +201,6 @@ class SearchServer(ThreadingHTTPServer):
         name = secrets.token_hex(8)
         self.queries.put(name, data)
         return name
-
-    def picture(self, kind: str, number: int) -> bytes:
-        """The JPEG of an indexed photograph, at most as large as `kind` says. Raises BadSample, IndexError."""
-        data = self.thumbnails.get(number) if kind == "thumb" else None
-        if data is None:
-            with self.working():
-                data = shrunk(self.collection.read(number), _SIDES[kind])
-            if kind == "thumb":
-                self.thumbnails.put(number, data)
-        return data
 
 
 def shrunk(data: bytes, side: int) -> bytes:
@@ -288,15 +281,6 @@ class _Handler(BaseHTTPRequestHandler):
             while self.rfile.read1(1 << 16):
                 pass
 
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
-
     def log_message(self, format: str, *arguments: Any) -> None:
         """Nothing: what people search for stays out of logs."""
 
@@ -306,7 +290,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self._send(sent, f"{sent.phrase.lower()}\n".encode())
 
-    def _answer(self) -> None:
+    def do_GET(self) -> None:
         try:
             self._route()
         except _Refused as refused:
@@ -318,6 +302,8 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:
             print(f"clipdistill: the page failed to answer: {type(error).__name__}: {error}", file=sys.stderr)
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, b"this failed; the terminal says why\n")
+
+    do_HEAD = do_POST = do_GET  # noqa: N815 - the names that http.server looks for
 
     def _route(self) -> None:
         if not self.server.allows(self.headers.get("Host")):
@@ -340,7 +326,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif path in _ASSETS:
             self._send(HTTPStatus.OK, _asset(path), _ASSETS[path])
         elif kind in _SIDES and (place := _number(number)) is not None:
-            self._send(HTTPStatus.OK, self.server.picture(kind, place), "image/jpeg", "private, max-age=86400")
+            data = self.server.thumbnails.get(place) if kind == "thumb" else None
+            if data is None:
+                with self.server.working():
+                    data = shrunk(self.server.collection.read(place), _SIDES[kind])
+            if kind == "thumb":
+                self.server.thumbnails.put(place, data)
+            self._send(HTTPStatus.OK, data, "image/jpeg", "private, max-age=86400")
         elif kind == "query" and (data := self.server.queries.get(number)) is not None:
             with self.server.working():
                 data = shrunk(data, _SIDES["thumb"])
@@ -428,16 +420,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {
             "Content-Type": kind,
-            "Content-Length": str(len(data)),
+            "Content-Length": len(data),
             "Cache-Control": cache,
-            "Content-Security-Policy": POLICY,
-            "X-Content-Type-Options": "nosniff",
-            "X-Frame-Options": "DENY",
-            "Referrer-Policy": "no-referrer",
-            "Cross-Origin-Resource-Policy": "same-origin",
-            "Cross-Origin-Opener-Policy": "same-origin",
+            **_ALWAYS,
         }.items():
-            self.send_header(name, value)
+            self.send_header(name, str(value))
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             self.send_header("Allow", "GET, HEAD, POST")
         if status == HTTPStatus.SERVICE_UNAVAILABLE:

@@ -24,7 +24,7 @@ import torch
 
 from clipdistill.cache.blocks import Block, BlockFolder
 from clipdistill.errors import InputError
-from clipdistill.runtime.files import cannot_write, make_folder, read_json, remove_leftovers
+from clipdistill.runtime.files import make_folder, read_json, remove_leftovers
 
 FORMAT = 2
 _MOST_PARTS = 16
@@ -89,7 +89,7 @@ class SearchIndex:
     _next: int = 1
 
     def __post_init__(self) -> None:
-        self.blocks = BlockFolder(self.folder, what="search index", remedy=_REMEDY, manifest="index.json")
+        self.blocks = BlockFolder(self.folder, what="search index (--index)", remedy=_REMEDY, manifest="index.json")
         self._seen = self._stamp()
 
     @property
@@ -137,12 +137,9 @@ class SearchIndex:
             return
         name = f"part-{self._next:08d}"
         self._next += 1
-        listed = np.frombuffer(json.dumps(files).encode(), dtype=np.uint8)  # ASCII: names that are no UTF-8 survive
-        tensors = {
-            "vectors": torch.from_numpy(np.array(vectors, dtype=np.float32)), "files": torch.from_numpy(listed.copy())
-        }  # fmt: skip
-        with self._writing():
-            self.blocks.write(name, tensors, self._metadata())
+        listed = torch.frombuffer(bytearray(json.dumps(files).encode()), dtype=torch.uint8)  # ASCII keeps any name
+        tensors = {"vectors": torch.from_numpy(np.array(vectors, dtype=np.float32)), "files": listed}
+        self.blocks.write(name, tensors, self._metadata())
         self._attach(name, self.blocks.read(name).arrays["vectors"], list(files))
 
     def drop(self, path: str) -> None:
@@ -158,9 +155,9 @@ class SearchIndex:
         compact: many or half-empty parts are first put together, which gives the rows new numbers.
         """
         if compact and (self.old or len(self._parts) > _MOST_PARTS or 4 * len(self._dropped) > self.rows):
-            rows, vectors = self.living()
-            order = {entry.row: entry for entry in self.entries.values()}
-            files = [(e.path, e.size, e.modified, e.sha256) for e in (order[row] for row in rows.tolist())]
+            vectors = self.living()[1]
+            entries = sorted(self.entries.values(), key=lambda entry: entry.row)
+            files = [(e.path, e.size, e.modified, e.sha256) for e in entries]
             self._parts, self._dropped, self.entries = [], set(), {}
             self.add(files, vectors)
         dropped = {
@@ -177,8 +174,7 @@ class SearchIndex:
             "cost": {"files": self.cost.files, "seconds": round(self.cost.seconds, 3), "device": self.cost.device},
             "next": self._next,
         }
-        with self._writing():
-            self.blocks.describe(document, sealed=True)
+        self.blocks.describe(document, sealed=True)
         self._seen = self._stamp()
 
     def refresh(self) -> None:
@@ -278,18 +274,6 @@ class SearchIndex:
             raise error
         self.notices.append(str(error))
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise cannot_write(self.folder, "search index (--index)", error) from error
-
-
-def index_folder(index: Path, fingerprint: str) -> Path:
-    """Where the index of a model lies in the folder of indexes."""
-    return index / fingerprint[:16]
-
 
 def open_index(index: Path, model: dict[str, Any]) -> SearchIndex:
     """The index of `model` ({"name", "fingerprint", "embed_dim"}) in the folder `index`; empty when there is none.
@@ -297,7 +281,7 @@ def open_index(index: Path, model: dict[str, Any]) -> SearchIndex:
     A damaged part is left out with a notice: its files count as new and are encoded again. Raises InputError for an
     index of a newer format or of another model with the same sixteen digits.
     """
-    folder = index_folder(index, str(model["fingerprint"]))
+    folder = index / str(model["fingerprint"])[:16]
     found = SearchIndex(folder, dict(model))
     fresh = SearchIndex(folder, dict(model), notices=found.notices)
     fresh._next = 1 + max((_number(path.stem) for path in folder.glob("part-*")), default=0)

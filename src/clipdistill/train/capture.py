@@ -7,7 +7,6 @@ skipped_steps/
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,23 @@ from clipdistill.data.loader import Batch
 from clipdistill.errors import StorageError
 from clipdistill.objective import ObjectiveOutput
 from clipdistill.runtime.distributed import is_main, rank, world_size
+from clipdistill.runtime.files import write_json
 from clipdistill.train.checkpoint import save_checkpoint
-from clipdistill.train.setup import Setup
+from clipdistill.train.config import RunConfig
 from clipdistill.train.step import step_seed
+from clipdistill.train.task import Task
 
 CAPTURED = "skipped_steps"
 STATE = "state"
 
 
-def capture(
-    setup: Setup, folder: Path, step: int, batch: Batch, output: ObjectiveOutput, progress: dict[str, Any]
-) -> str:
+def capture(task: Task, config: RunConfig, batch: Batch, output: ObjectiveOutput, progress: dict[str, Any]) -> str:
     """Write down this rank's part of the batch, and (rank 0) the state before the step; says what was written.
 
     The state needs as much room as a checkpoint; on a full disk it is left out rather than stopping the run.
     """
-    seed = setup.config.train.seed
+    step = progress["step"]
+    seed = config.train.seed
     record = {
         "step": step,
         "rank": rank(),
@@ -45,22 +45,18 @@ def capture(
         "views": [view.to_json() for view in batch.views],
         "terms": {name: float(value) for name, value in output.terms.items()},
     }
-    path = folder / CAPTURED / f"step-{step:08d}-rank-{rank()}.json"
+    path = config.out / CAPTURED / f"step-{step:08d}-rank-{rank()}.json"
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_suffix(f".{rank()}.tmp")
-    temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, record)
     if not is_main():
         return "its batch is kept"
     try:
         save_checkpoint(
             path.parent / STATE,
-            setup.student,
-            setup.objective,
-            setup.optimiser,
-            {**progress, "step": step, "total_steps": setup.total_steps},
-            keep=setup.config.train.max_skipped_steps + 1,
-            masks=None if setup.masking is None else setup.masking.state(),
+            *task.checkpoint(),
+            task.optimiser,
+            {**progress, "total_steps": task.total_steps},
+            keep=config.train.max_skipped_steps + 1,
         )
     except StorageError as error:
         return f"its batch is kept, its state is not: {error}"

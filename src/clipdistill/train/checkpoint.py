@@ -1,11 +1,12 @@
 """Checkpoints that are either whole or absent: safetensors and JSON in a folder that appears by one rename.
 
     checkpoints/step-00000123/
-        student/model.safetensors, student/model.json    an ordinary model folder
+        student/model.safetensors, student/model.json    an ordinary model folder (of a distillation)
         objective.safetensors                            the objective's scales and projections
         optimizer.safetensors                            AdamW's moments
         masks.safetensors                                masks and multipliers, while there are any
-        state.json                                       counters, configuration, sizes and checksums of the files
+        network.safetensors                              of a region teacher
+        state.json                                       counters, checksums of the files and of itself
 
 No random-generator state is stored: everything random is a function of (seed, step, rank, position).
 """
@@ -13,9 +14,9 @@ No random-generator state is stored: everything random is a function of (seed, s
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from torch import Tensor
 
 from clipdistill.errors import InputError, StorageError, storage_error
 from clipdistill.models import ClipModel, save_model
+from clipdistill.runtime.files import digest_of, read_json, sync
 
-FORMAT = 1
-MASKS = "masks.safetensors"
+FORMAT = 2
+"""2: state.json has a checksum of its own; format 1 is read too."""
 _PREFIX = "step-"
 _KEPT = "the last good checkpoint is kept: make room and run the same command again to resume"
 
@@ -44,34 +46,28 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.state["step"])
 
-    @property
-    def masked(self) -> bool:
-        """Whether its student still had masks."""
-        return MASKS in self.state["files"]
-
 
 def save_checkpoint(
     root: Path,
-    student: ClipModel,
-    objective: torch.nn.Module,
+    student: ClipModel | None,
+    modules: Mapping[str, torch.nn.Module],
     optimiser: torch.optim.Optimizer,
     state: dict[str, Any],
     keep: int,
-    masks: torch.nn.Module | None = None,
 ) -> Path:
     """Write checkpoint `state["step"]` below `root` and remove all but the newest `keep`.
 
-    A crash at any moment leaves either the complete new folder or none of it. Raises StorageError when the disk is too
-    small for it, before anything is written, or when writing fails all the same; older checkpoints are kept then.
+    modules: by the names of their files. A crash at any moment leaves either the complete new folder or none of it.
+    Raises StorageError when the disk is too small for it, before anything is written, or when writing fails all the
+    same; older checkpoints are kept then.
     """
     root.mkdir(parents=True, exist_ok=True)
     remove_leftovers(root)
     final = root / f"{_PREFIX}{state['step']:08d}"
     moments, groups = _pack_optimiser(optimiser)
-    tensors = {"objective.safetensors": dict(objective.state_dict()), "optimizer.safetensors": moments}
-    if masks is not None:
-        tensors[MASKS] = dict(masks.state_dict())
-    _check_space(root, tensors, student.module)
+    tensors = {f"{name}.safetensors": dict(module.state_dict()) for name, module in modules.items()}
+    tensors["optimizer.safetensors"] = moments
+    _check_space(root, tensors, student)
     temporary = root / f".writing-{final.name}"
     try:
         temporary.mkdir()
@@ -79,7 +75,7 @@ def save_checkpoint(
         if final.exists():  # a damaged one that was passed over when the run was resumed
             final.rename(root / f".writing-replaced-{final.name}")
         temporary.rename(final)
-        _flush(root)
+        sync(root)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         full = storage_error(error, _KEPT)
@@ -94,17 +90,21 @@ def save_checkpoint(
     return final
 
 
-def _write(folder: Path, student: ClipModel, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+def _write(
+    folder: Path, student: ClipModel | None, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+) -> None:
     """The content of a checkpoint, made durable; state.json is the last file."""
-    save_model(student, folder / "student")
+    if student is not None:
+        save_model(student, folder / "student")
     for name, content in tensors.items():
         save_file({k: v.detach().contiguous().cpu() for k, v in content.items()}, folder / name)
     files = {str(p.relative_to(folder)): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     described = {"format": FORMAT, **state, "files": files}
+    described["sha256"] = digest_of(described)
     (folder / "state.json").write_text(json.dumps(described, indent=1), encoding="utf-8")
     for path in sorted(folder.rglob("*")):
-        _flush(path)
-    _flush(folder)
+        sync(path)
+    sync(folder)
 
 
 class UnknownFormatError(InputError):
@@ -129,13 +129,8 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, its files checked against the sizes and checksums written with them."""
+    state = _read_state(folder / "state.json")
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise UnknownFormatError(
-                f"{folder}: checkpoint format {state['format']}, this version reads {FORMAT}; "
-                "resume it with the version that wrote it"
-            )
         for name, (size, checksum) in state["files"].items():
             path = folder / name
             if not path.is_file() or [path.stat().st_size, _digest(path)[1]] != [size, checksum]:
@@ -144,28 +139,39 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise InputError(f"{folder}: its state.json is that of step {state['step']}")
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: not a complete checkpoint (state.json: {error})") from error
     return Checkpoint(folder, state)
 
 
+def _read_state(path: Path) -> dict[str, Any]:
+    state = read_json(path, "not a complete checkpoint")
+    stored, recorded = state.get("format"), state.pop("sha256", None)
+    if (recorded is not None or stored == FORMAT) and recorded != digest_of(state):
+        raise InputError(f"{path}: damaged (its content is not what was written), so the checkpoint is not used")
+    if stored not in (1, FORMAT) or isinstance(stored, bool):
+        raise UnknownFormatError(
+            f"{path.parent}: checkpoint format {stored}, this version reads {FORMAT}; "
+            "resume it with the version that wrote it"
+        )
+    return state
+
+
 def restore(
     checkpoint: Checkpoint,
-    module: torch.nn.Module,
-    objective: torch.nn.Module,
+    student: torch.nn.Module | None,
+    modules: Mapping[str, torch.nn.Module],
     optimiser: torch.optim.Optimizer,
-    masks: torch.nn.Module | None = None,
 ) -> None:
-    """Fill the student, the objective, the optimiser and the masks from a checkpoint; InputError for another shape."""
-    parts = [
-        ("student", module, load_file(checkpoint.folder / "student" / "model.safetensors")),
-        ("objective", objective, load_file(checkpoint.folder / "objective.safetensors")),
-    ]
-    if masks is not None:
-        parts.append(("masks", masks, load_file(checkpoint.folder / MASKS)))
-    for name, target, content in parts:
+    """Fill the student, the other modules and the optimiser from a checkpoint; InputError for another shape."""
+    parts = [(name, module, f"{name}.safetensors") for name, module in modules.items()]
+    if student is not None:
+        parts.insert(0, ("student", student, "student/model.safetensors"))
+    for name, target, file in parts:
         try:
-            target.load_state_dict(content)
+            target.load_state_dict(load_file(checkpoint.folder / file))
+        except FileNotFoundError as error:
+            raise InputError(f"{checkpoint.folder}: holds no {file}, so it is of another kind of run") from error
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise InputError(
@@ -203,9 +209,9 @@ def _unpack_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimiser.load_state_dict({"state": state, "param_groups": current["param_groups"]})
 
 
-def _check_space(root: Path, tensors: dict[str, dict[str, Tensor]], module: torch.nn.Module) -> None:
-    needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
-    needed += sum(t.numel() * t.element_size() for t in module.state_dict().values())
+def _check_space(root: Path, tensors: dict[str, dict[str, Tensor]], student: ClipModel | None) -> None:
+    weights = {} if student is None else student.module.state_dict()
+    needed = sum(t.numel() * t.element_size() for group in (*tensors.values(), weights) for t in group.values())
     needed = int(needed * 1.05) + 1_000_000
     free = shutil.disk_usage(root).free
     if free < needed:
@@ -221,15 +227,3 @@ def _digest(path: Path) -> list[int]:
         while block := file.read(1 << 22):
             checksum = zlib.crc32(block, checksum)
     return [path.stat().st_size, checksum]
-
-
-def _flush(path: Path) -> None:
-    """Make a file or folder durable before the rename that publishes it."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except (OSError, PermissionError):
-        return  # a folder cannot be opened on some systems; the rename still orders the writes there
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

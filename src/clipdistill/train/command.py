@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.train.config import resolve
-from clipdistill.train.run import Run, distill
 from clipdistill.train.stages import distill_stages, resolve_stages
 
 
@@ -31,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
     add("--tensorboard", action="store_true", default=None, help="write TensorBoard scalars too")
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project too")
+    add("--mlflow", metavar="EXPERIMENT", help="log to this MLflow experiment too")
+    add("--callback", action="append", default=None, metavar="NAME", help="a registered callback (repeatable)")
     add("--explain", action="store_true", help="print the objective with its initial magnitudes and stop")
     add("--allow-changes", action="store_true", help="continue a run although its settings were changed")
     add("--quiet", action="store_true", help="no progress on the terminal")
@@ -42,13 +43,17 @@ def run(arguments: argparse.Namespace) -> int:
     named = (arguments.recipe, settings_of(arguments))
     options = {key: getattr(arguments, key) for key in ("allow_changes", "explain", "quiet")}
     stages = resolve_stages(*named, size=arguments.size, assignments=arguments.settings)
+    # everything that can be refused without torch has been refused when it is imported
     if stages:
-        runs: list[Run] = distill_stages(stages, **options)
+        runs = distill_stages(stages, **options)
         if not runs:
             return 0
         finished = runs[-1]
     else:
-        finished = distill(resolve(*named, size=arguments.size, assignments=arguments.settings), **options)
+        config = resolve(*named, size=arguments.size, assignments=arguments.settings)
+        from clipdistill.train.run import distill
+
+        finished = distill(config, **options)
     if finished.scores is not None and not arguments.quiet:
         finished.scores.print()
     if not arguments.explain and not arguments.quiet:
@@ -60,11 +65,16 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options as nested settings; options not given are left to the recipe."""
     settings: dict[str, Any] = {
         name: getattr(arguments, name)
-        for name in ("teacher", "student", "student_weights", "name", "device", "tensorboard", "wandb")
-        if getattr(arguments, name) is not None
+        for name in ("teacher", "student", "student_weights", "name", "device", "tensorboard", "wandb", "mlflow")
+        if getattr(arguments, name, None) is not None  # other commands have some of these options
     }
     if arguments.out is not None:
         settings["out"] = str(Path(arguments.out))
+    if getattr(arguments, "callback", None):
+        settings["callbacks"] = arguments.callback
+    plugins = getattr(arguments, "plugins", [])
+    if plugins:
+        settings["plugins"] = [str(Path(path).expanduser().resolve()) for path in plugins]
     for key, name, split in (
         ("data", arguments.data, arguments.split),
         ("validation", arguments.validation, arguments.validation_split),

@@ -19,6 +19,8 @@ from clipdistill.models.known import hold
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import lay, load_recipe
 from clipdistill.regions.config import MetaTeacherConfig, RegionsConfig
+from clipdistill.registry import is_loaded, load_plugin
+from clipdistill.runs.folder import RunFolder
 
 
 class TrainConfig(Config):
@@ -130,6 +132,12 @@ class RunConfig(Config):
     tensorboard: bool = False
     wandb: str | None = None
     """Project name on Weights & Biases; None for none."""
+    mlflow: str | None = None
+    """Name of an MLflow experiment; None for none."""
+    callbacks: tuple[str, ...] = ()
+    """Registered callbacks by name."""
+    plugins: tuple[str, ...] = ()
+    """Python files that register what the run names; loaded again when it is continued or evaluated."""
     device: str | None = None
 
     @pydantic.field_validator("data", "validation", mode="before")
@@ -170,7 +178,7 @@ def resolve(
     Raises InputError for unknown recipes and keys, and for settings that contradict each other.
     """
     given = {k: v for k, v in (settings or {}).items() if v is not None}
-    values = lay(lay(load_recipe(recipe, size), given), override({}, assignments))
+    values = lay(lay(checked_recipe(recipe, size), given), override({}, assignments))
     if "stages" in values:
         raise InputError(
             f"recipe {recipe}: describes a run in stages, and here one run is needed: choose another recipe"
@@ -178,9 +186,27 @@ def resolve(
     return resolve_values(values, recipe)
 
 
+def checked_recipe(recipe: str | Path, size: str | None) -> dict[str, Any]:
+    """`load_recipe` of a file that may come from anywhere: it can name values, and code only if the user does too."""
+    values = load_recipe(recipe, size)
+    for name in values.get("plugins") or ():
+        if not is_loaded(name):
+            raise InputError(f"recipe {recipe}: it names the plug-in {name!r}: give it as --plugin if you trust it")
+    return values
+
+
 def resolve_values(values: Mapping[str, Any], recipe: str | Path) -> RunConfig:
-    """The run that nested settings describe, `recipe` being where they come from. Raises InputError as `resolve`."""
+    """The run that nested settings describe, `recipe` being where they come from. Raises InputError as `resolve`.
+
+    Plug-ins that the settings name, or that the run in `out` was begun with, are loaded first.
+    """
     values = {**values, "recipe": str(recipe)}
+    plugins = [*(values.get("plugins") or ())]
+    if not plugins and isinstance(values.get("out"), (str, Path)):
+        plugins = RunFolder(Path(values["out"])).load_plugins()
+    for name in plugins:
+        load_plugin(name)
+    values["plugins"] = [str(Path(name).expanduser().resolve()) for name in plugins]
     for key, hint in (("student", "--student ViT-T-16"), ("data", "--data captions.json"), ("out", "--out runs/first")):
         if key not in values:
             raise InputError(f"recipe {recipe}: no {key} was named; give one, for example  {hint}")
@@ -198,6 +224,11 @@ def _check(config: RunConfig) -> None:
         raise InputError(
             f"recipe {config.recipe}: its terms ({', '.join(config.objective.active_terms)}) need a teacher; "
             "name one, for example  --teacher ViT-B-16/laion400m_e32"
+        )
+    if train.batch_size < config.objective.least_rows:
+        raise InputError(
+            f"train.batch_size={train.batch_size}: terms of the mix ({', '.join(config.objective.active_terms)}) "
+            f"compare the pairs of a batch with each other, which takes at least {config.objective.least_rows}"
         )
     cached = is_cached(config.teachers)
     if len(config.teachers) > 1 and not config.objective.accepts_ensemble:

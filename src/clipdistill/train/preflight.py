@@ -2,55 +2,141 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from clipdistill.data.loader import Batch
 from clipdistill.errors import InputError
-from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.objective import Embeddings, Objective
-from clipdistill.runtime.distributed import world_size
+from clipdistill.runtime.distributed import is_main, world_size
+from clipdistill.runtime.machine import free_memory
 from clipdistill.train.config import RunConfig
+from clipdistill.train.setup import Setup, one_term
 from clipdistill.train.step import Towers, autocast, frozen_batch_statistics
+from clipdistill.train.task import Say
 
 
-@dataclass(frozen=True)
-class TeacherCheck:
-    """R@1 of the teacher on a sample of the training pairs, beside the chance level."""
+def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, str], str]) -> None:
+    """Teacher against chance, truncation rates, memory, the objective; raises InputError when training cannot work."""
+    config = setup.config
+    say(
+        f"{config.run_name}: {setup.source.name}, {len(setup.source)} images; student {setup.student.name} "
+        f"{setup.student.parameter_counts()['total'] / 1e6:.1f} M parameters"
+        + (f"; teacher {setup.teacher.name}" if setup.teacher else "")
+        + f"; {setup.total_steps} steps of {config.train.batch_size}"
+    )
+    for note in setup.teacher.notes if setup.teacher else []:
+        say(note)
+    if setup.source.problems.total:
+        say(f"left out when opening the data: {setup.source.problems.summary()}")
+    batches = _sample(setup)
+    if setup.teacher is not None:
+        say(check(_teacher_embeddings(setup, batches, config.preflight.samples), setup.teacher.name))
+    student_cut, teacher_cut = truncation(batches)
+    say(f"captions cut at the context length: student {student_cut:.1%}, teacher {teacher_cut:.1%} of a sample")
+    _check_memory(setup, batches[0], say)
+    if not explain:
+        weights = setup.objective.weights.items()
+        terms = " + ".join(term if weight == 1 else f"{weight:g} {term}" for term, weight in weights)
+        say(f"objective: {terms}   (--explain shows it in symbols)")
+        return
+    say(setup.objective.explain(config.train.batch_size, setup.device, world_size()))
+    if is_main():
+        _magnitudes(setup, batches, say)
 
-    text_to_image: float
-    image_to_text: float
-    pairs: int
 
-    @property
-    def chance(self) -> float:
-        return 1.0 / self.pairs
+def check_teacher(config: RunConfig, teacher: Embeddings, name: str) -> str:
+    """How a teacher retrieves among distinct pairs, rows (N, D); an ensemble is judged by its first member.
 
-    @property
-    def beats_chance(self) -> bool:
-        # three standard errors above guessing, so that a coin cannot pass
-        margin = 3 * (self.chance * (1 - self.chance) / self.pairs) ** 0.5
-        return max(self.text_to_image, self.image_to_text) > self.chance + margin
+    Raises InputError when it is no better than guessing and the user did not allow that.
+    """
+    from clipdistill.evaluate.retrieval import retrieval
 
-
-def check_teacher(teacher: Embeddings, blocks: Sequence[int] | None) -> TeacherCheck:
-    """Retrieval among the sampled pairs, one caption each; `teacher` rows are pairs, (N, D) and (N, D)."""
-    size = (blocks or (teacher.image.shape[1],))[0]  # an ensemble is judged by its first member
-    count = len(teacher.image)
-    scores = retrieval(teacher.image[:, :size].cpu(), teacher.text[:, :size].cpu(), torch.arange(count), ks=(1,))
-    return TeacherCheck(scores["t2i_R@1"], scores["i2t_R@1"], count)
-
-
-def require_working_teacher(check: TeacherCheck, name: str, config: RunConfig) -> None:
-    """Raises InputError when the teacher is no better than guessing and the user did not allow that."""
-    if not check.beats_chance and not config.preflight.allow_weak_teacher:
+    size, pairs = (teacher.blocks or (teacher.image.shape[1],))[0], len(teacher.image)
+    scores = retrieval(teacher.image[:, :size].cpu(), teacher.text[:, :size].cpu(), torch.arange(pairs), ks=(1,))
+    to_image, to_text, chance = scores["t2i_R@1"], scores["i2t_R@1"], 1.0 / pairs
+    # three standard errors above guessing, so that a coin cannot pass
+    limit = chance + 3 * (chance * (1 - chance) / pairs) ** 0.5
+    if max(to_image, to_text) <= limit and not config.preflight.allow_weak_teacher:
         raise InputError(
-            f"teacher '{name}' finds the right image for {check.text_to_image:.1%} of {check.pairs} captions of "
-            f"'{config.data.path}' (guessing: {check.chance:.1%}): check that captions belong to their images and that "
+            f"teacher '{name}' finds the right image for {to_image:.1%} of {pairs} captions of "
+            f"'{config.data.path}' (guessing: {chance:.1%}): check that captions belong to their images and that "
             "the teacher's weights are loaded, or set preflight.allow_weak_teacher=true"
         )
+    return (
+        f"teacher on {pairs} training pairs: R@1 text-to-image {to_image:.1%}, image-to-text {to_text:.1%} "
+        f"(guessing {chance:.1%})"
+    )
+
+
+def _sample(setup: Setup) -> list[Batch]:
+    """The first batches of the run, at least `preflight.samples` pairs where the data has as many."""
+    wanted = min(setup.config.preflight.samples, len(setup.source))
+    batches: list[Batch] = []
+    rows = 0
+    steps = max(-(-wanted // setup.config.train.batch_size), 1)
+    for batch in setup.loader(0, min(steps, setup.total_steps)):
+        batches.append(batch)
+        rows += len(batch.keys)
+    if rows < 2:
+        raise InputError(f"data '{setup.config.data.path}': none of the first {wanted} samples could be used")
+    return batches
+
+
+def _teacher_embeddings(setup: Setup, batches: list[Batch], limit: int) -> Embeddings:
+    assert setup.teacher is not None
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for batch in batches:
+        output = setup.teacher(batch)
+        for index, image, text in zip(batch.indices.tolist(), output.image, output.text, strict=True):
+            seen.setdefault(index, (image, text))  # a small set is passed more than once: an image counts once
+    rows = list(seen.values())[:limit]
+    images, texts = (torch.stack([row[i] for row in rows]) for i in (0, 1))
+    return Embeddings(images, texts, output.logit_scale, blocks=output.blocks)
+
+
+def _check_memory(setup: Setup, batch: Batch, say: Say) -> None:
+    config = setup.config.train
+    teacher = setup.teacher.model if setup.teacher is not None else None
+    estimate = estimate_memory(
+        setup.bare_towers,
+        0 if teacher is None else sum(p.numel() for p in teacher.module.parameters()),
+        setup.objective,
+        batch,
+        rows=-(-config.batch_size // world_size()),
+        micro_batch=config.micro_batch,
+        global_batch=config.batch_size,
+        precision=config.precision,
+        device=setup.device,
+    )
+    say(estimate.sentence())
+    available = free_memory(setup.device)
+    if available is not None and estimate.total > available:
+        share = max(int(config.batch_size * 0.8 * available / estimate.total), 1)
+        say(
+            f"warning: {available / 1e9:.2f} GB are free; train.micro_batch={share} would encode fewer pairs at a time "
+            "and keep the whole batch's negatives"
+        )
+
+
+def _magnitudes(setup: Setup, batches: list[Batch], say: Say) -> None:
+    """Each term's value on the first batch, its weighted share, and the size of its gradient at the embeddings."""
+    batch = batches[0]
+    towers = setup.bare_towers
+    with torch.no_grad(), frozen_batch_statistics(towers):
+        image, text, scale, bias = towers(batch.student_images.to(setup.device), batch.student_tokens.to(setup.device))
+    teacher = None if setup.teacher is None else setup.teacher(batch)
+    say(f"{'term':<12}{'weight':>10}{'value':>12}{'weighted':>12}{'gradient norm':>16}")
+    for name, weight in setup.objective.weights.items():
+        images, texts = leaves = image.clone().requires_grad_(), text.clone().requires_grad_()
+        alone = one_term(setup, name)
+        output = alone(Embeddings(images, texts, scale, logit_bias=bias), teacher)
+        gradients = torch.autograd.grad(output.total, leaves, allow_unused=True)
+        norm = sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
+        value = float(output.terms[name])
+        say(f"{name:<12}{weight:>10.4g}{value:>12.4g}{weight * value:>12.4g}{norm:>16.4g}")
 
 
 def truncation(batches: list[Batch]) -> tuple[float, float]:

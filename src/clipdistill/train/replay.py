@@ -8,37 +8,25 @@ made. Runs of several ranks are replayed by one process with the whole batch.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipdistill.config import build, read_yaml
+from clipdistill.config import build
 from clipdistill.data.loader import Batch
 from clipdistill.errors import InputError
-from clipdistill.objective import Embeddings
+from clipdistill.runs.folder import RECIPE, RunFolder
+from clipdistill.runtime.files import read_json
 from clipdistill.runtime.machine import pick_device
 from clipdistill.train.capture import CAPTURED, STATE, captured_steps
 from clipdistill.train.checkpoint import Checkpoint, read_checkpoint
-from clipdistill.train.checks import one_term
 from clipdistill.train.config import RunConfig
-from clipdistill.train.setup import Setup
-from clipdistill.train.setup import build as build_setup
-from clipdistill.train.step import (
-    Towers,
-    autocast,
-    captions_of,
-    forward_backward,
-    frozen_batch_statistics,
-    step_seed,
-    student_embeddings,
-)
+from clipdistill.train.run import make_task, resume
+from clipdistill.train.task import Say, Task
 
-Say = Callable[[str], None]
 _HUGE = 1e6
 """No weight of a model that still works is larger."""
 
@@ -97,32 +85,33 @@ def replay(folder: Path, step: int | None = None, *, device: str | None = None, 
     config = _config(folder, device)
     step = _captured(folder, step)
     records = _records(folder, step)
-    setup = build_setup(config, pick_device(config.device))
+    task = make_task(config, pick_device(config.device))
     checkpoint = _state(folder, step)
     if checkpoint is None:
         say(f"the state before step {step} was not kept: weights are those the run began with")
     else:
-        setup.resume(checkpoint)
-    batch = next(iter(setup.loader(start_step=step, steps=step + 1)))
+        resume(task, checkpoint)
+    batch = next(iter(task.loader(step, step + 1)))
     _require_same_samples(folder, step, batch, records)
     say(
         f"step {step} of {folder}: {len(batch.keys)} samples, seed {config.train.seed}, {config.train.precision}, "
         f"captured on {len(records)} rank{'s' if len(records) > 1 else ''}"
     )
     found = Replay(step, [])
-    for finding in _look(setup, batch, step, config.train.precision):
+    for finding in _findings(task, batch, step, config.train.precision):
         found.findings.append(finding)
         say(f"  {finding}")
-    found.advice = _advice(setup, batch, step, found)
+    found.advice = _advice(task, config, batch, step, found)
     say(found.advice)
     return found
 
 
 def _config(folder: Path, device: str | None) -> RunConfig:
-    stored = folder / "recipe.yaml"
-    if not stored.is_file():
-        raise InputError(f"{folder}: holds no run (there is no recipe.yaml in it)")
-    config = build(RunConfig, read_yaml(stored), str(stored))
+    run = RunFolder(folder)
+    if not (run / RECIPE).is_file():
+        raise InputError(f"{folder}: holds no run (there is no {RECIPE} in it)")
+    run.load_plugins()
+    config = build(RunConfig, run.settings(), str(run / RECIPE))
     # the folder may have been moved; compiled graphs have no modules to look into
     train = config.train.model_copy(update={"compile": False, "workers": 0})
     return config.model_copy(update={"out": folder, "device": device or config.device, "train": train})
@@ -143,11 +132,11 @@ def _records(folder: Path, step: int) -> list[dict[str, Any]]:
     """What each rank wrote about the step, in the order of the ranks."""
     found = []
     for path in (folder / CAPTURED).glob(f"step-{step:08d}-rank-*.json"):
+        record = read_json(path, "not the record of a captured step")
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
             found.append((int(record["rank"]), record))
             _ = [*record["keys"], *record["captions"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not the record of a captured step ({error})") from error
     return [record for _, record in sorted(found, key=lambda item: item[0])]
 
@@ -172,109 +161,21 @@ def _require_same_samples(folder: Path, step: int, batch: Batch, records: Sequen
         )
 
 
-def _look(setup: Setup, batch: Batch, step: int, precision: str) -> Iterator[Finding]:
+def _findings(task: Task, batch: Batch, step: int, precision: str) -> Iterator[Finding]:
     """Every value of the step, in the order of its making."""
-    keys = batch.keys
-    images, tokens = batch.student_images.to(setup.device), captions_of(batch).to(setup.device)
-    yield _rows("pixels", batch.student_images, keys)
-    towers = setup.bare_towers
-    if setup.masking is not None:
-        setup.masking.before_step(setup.config.train.seed, step)
-    yield from _parameters("weights", towers, setup.objective)
-    teacher = None if setup.teacher is None else setup.teacher(batch)
-    if teacher is not None:
-        yield _rows("teacher, image embeddings", teacher.image, keys)
-        yield _rows("teacher, text embeddings", teacher.text, keys)
-        yield _values("teacher, logit scale", teacher.logit_scale)
-    image, text, scale, bias, modules = _encode(setup, images, tokens, step, precision)
-    yield from modules
-    yield _rows("student, image embeddings", image, keys)
-    yield _rows("student, text embeddings", text, keys)
-    yield _values("student, logit scale", scale)
-    if bias is not None:
-        yield _values("student, logit bias", bias)
-    leaves = [tensor.detach().requires_grad_() for tensor in (image, text)]
-    student = student_embeddings(leaves[0], leaves[1], scale.detach(), bias)
-    for name in setup.objective.weights:
-        alone = one_term(setup, name)
-        output = alone(student, teacher)
-        yield _values(f"term {name}", output.terms[name])
-        gradients = torch.autograd.grad(output.total, leaves, allow_unused=True)
-        for tower, gradient in zip(("image", "text"), gradients):
-            if gradient is not None:
-                yield _rows(f"term {name}, gradient at the {tower}s", gradient, keys)
-    yield from _gradients(setup, images, tokens, teacher, step, precision)
+    for what, value, keys in task.trace(step, batch, precision):
+        if isinstance(value, Tensor):
+            yield _finding(what, value, keys)
+            continue
+        # parameters, or their gradients: all in one line, or a line for each that is not finite (at most ten)
+        bad = [_finding(f"{what}, {name}", tensor) for name, tensor in value.items() if _bad(tensor)]
+        if not bad:
+            largest = max((_largest(tensor) for tensor in value.values()), default=0.0)
+            yield Finding(what, 0, sum(tensor.numel() for tensor in value.values()), largest)
+        yield from bad[:10]
 
 
-def _parts(setup: Setup, images: Tensor, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    size = setup.config.train.micro_batch or max(len(images), 1)
-    return list(zip(images.split(size), tokens.split(size), strict=True))
-
-
-def _encode(
-    setup: Setup, images: Tensor, tokens: Tensor, step: int, precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[Finding]]:
-    """The student's raw features as in training, and the first module that makes finite input something else."""
-    towers: Towers = setup.bare_towers
-    found: list[Finding] = []
-    encoded = []
-    with _Watched(towers.module, found), torch.no_grad(), frozen_batch_statistics(towers):
-        for index, (part_images, part_tokens) in enumerate(_parts(setup, images, tokens)):
-            torch.manual_seed(step_seed(setup.config.train.seed, step, 0, index))
-            with autocast(setup.device, precision):
-                encoded.append(towers(part_images, part_tokens))
-    image, text = (torch.cat([part[i] for part in encoded]) for i in (0, 1))
-    _, _, scale, bias = encoded[0]
-    return image, text, scale, bias, found[:1]
-
-
-class _Watched:
-    """While open, modules that turn finite input into something else are listed, the innermost first."""
-
-    def __init__(self, module: nn.Module, found: list[Finding]) -> None:
-        self.module, self.found = module, found
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for name, module in self.module.named_modules():
-            if name:
-                self.handles.append(module.register_forward_hook(self._look_at(name)))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _look_at(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-        def hook(module: nn.Module, given: tuple[Any, ...], made: Any) -> None:
-            outputs = [t for t in (made if isinstance(made, tuple) else (made,)) if isinstance(t, Tensor)]
-            inputs = [t for t in given if isinstance(t, Tensor) and t.is_floating_point()]
-            if all(_bad(t) == 0 for t in inputs) and any(_bad(t) for t in outputs):
-                bad, total = sum(map(_bad, outputs)), sum(t.numel() for t in outputs)
-                self.found.append(Finding(f"student, output of {name} ({type(module).__name__})", bad, total, 0.0))
-
-        return hook
-
-
-def _gradients(
-    setup: Setup, images: Tensor, tokens: Tensor, teacher: Embeddings | None, step: int, precision: str
-) -> Iterator[Finding]:
-    """The gradients of the parameters, as the training step makes them."""
-    train = setup.config.train
-    setup.optimiser.zero_grad(set_to_none=True)
-    towers = setup.bare_towers
-    kept = {name: buffer.clone() for name, buffer in towers.named_buffers()}
-    output = forward_backward(
-        towers, setup.objective, images, tokens, teacher,
-        micro_batch=train.micro_batch, precision=precision, seed=(train.seed, step, 0),
-    )  # fmt: skip
-    for name, buffer in towers.named_buffers():
-        buffer.copy_(kept[name])
-    yield _values("total", output.total)
-    yield from _parameters("gradients", towers, setup.objective, of=lambda parameter: parameter.grad)
-    setup.optimiser.zero_grad(set_to_none=True)
-
-
-def _advice(setup: Setup, batch: Batch, step: int, found: Replay) -> str:
+def _advice(task: Task, config: RunConfig, batch: Batch, step: int, found: Replay) -> str:
     """One sentence: where it begins, and what helps."""
     first = found.first
     if first is None:
@@ -292,8 +193,8 @@ def _advice(setup: Setup, batch: Batch, step: int, found: Replay) -> str:
     weights = next((f for f in found.findings if f.what == "weights"), None)
     if weights is not None and weights.largest > _HUGE:
         return f"{begins}: weights have grown to {weights.largest:.3g}: go back and use a lower train.learning_rate"
-    if setup.config.train.precision != "fp32":
-        again = next((f for f in _look(setup, batch, step, "fp32") if f.bad), None)
+    if config.train.precision != "fp32":
+        again = next((f for f in _findings(task, batch, step, "fp32") if f.bad), None)
         if again is None:
             return f"{begins}: with train.precision=fp32 the same step is finite"
         return f"{begins}: with train.precision=fp32 it is still not finite ({again.what})"
@@ -312,28 +213,10 @@ def _largest(tensor: Tensor) -> float:
     return float(values.max()) if values.numel() else 0.0
 
 
-def _values(what: str, tensor: Tensor | float | Sequence[float]) -> Finding:
-    tensor = torch.as_tensor(tensor)
-    return Finding(what, _bad(tensor), tensor.numel(), _largest(tensor))
-
-
-def _rows(what: str, tensor: Tensor, keys: Sequence[str]) -> Finding:
-    """A tensor with a row for each sample."""
-    good = tensor.detach().flatten(1).isfinite().all(1).tolist()
-    bad = [key for key, fine in zip(keys, good) if not fine]
-    return Finding(what, _bad(tensor), tensor.numel(), _largest(tensor), bad, len(keys))
-
-
-def _parameters(
-    what: str,
-    *modules: nn.Module,
-    of: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter,
-) -> Iterator[Finding]:
-    """All parameters (or their gradients) in one line, or a line for each that is not finite (at most ten)."""
-    named = [(name, of(p)) for module in modules for name, p in module.named_parameters()]
-    present = [(name, tensor) for name, tensor in named if tensor is not None]
-    bad = [Finding(f"{what}, {name}", _bad(t), t.numel(), _largest(t)) for name, t in present if _bad(t)]
-    if not bad:
-        total = sum(tensor.numel() for _, tensor in present)
-        yield Finding(what, 0, total, max((_largest(t) for _, t in present), default=0.0))
-    yield from bad[:10]
+def _finding(what: str, tensor: Tensor, keys: Sequence[str] | None = None) -> Finding:
+    """keys: the samples that the rows belong to."""
+    bad: list[str] = []
+    if keys:
+        good = tensor.detach().flatten(1).isfinite().all(1).tolist()
+        bad = [key for key, fine in zip(keys, good) if not fine]
+    return Finding(what, _bad(tensor), tensor.numel(), _largest(tensor), bad, len(keys or ()))

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import platform
-import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from clipdistill.config import as_dict, build, read_yaml
 from clipdistill.errors import InputError, Preempted
-from clipdistill.evaluate.evaluate import evaluate
-from clipdistill.models import save_model
+from clipdistill.registry import TASKS
+from clipdistill.runs.folder import CHECKPOINTS, SCORES, STUDENT, RunFolder
 from clipdistill.runtime.distributed import (
     ProcessGroup,
     agree,
@@ -31,36 +27,19 @@ from clipdistill.runtime.distributed import (
     on_main,
     world_size,
 )
-from clipdistill.runtime.links import refuse_links
 from clipdistill.runtime.machine import pick_device
 from clipdistill.runtime.signals import Interrupted, StopSignal
 from clipdistill.statistics.scores import Scores
-from clipdistill.train import checks
-from clipdistill.train.checkpoint import Checkpoint, newest_checkpoint
+from clipdistill.train.callbacks import Callbacks, Curve, Log, RunView, choose
+from clipdistill.train.checkpoint import Checkpoint, newest_checkpoint, restore
 from clipdistill.train.config import RunConfig, resolve
+from clipdistill.train.display import Display
 from clipdistill.train.failures import Place, explained
-from clipdistill.train.logs import Display, JsonLines, Sink, TensorBoard, WeightsAndBiases
-from clipdistill.train.loop import Progress, train
-from clipdistill.train.setup import Setup
-from clipdistill.train.setup import build as build_setup
+from clipdistill.train.loop import Loop, Progress, train
+from clipdistill.train.opening import check_identity, opened
 from clipdistill.train.sources import Sources
+from clipdistill.train.task import Outcome, Say, Task
 from clipdistill.version import __version__
-
-FORMAT = 1
-_RECIPE_BEING_WRITTEN = ".recipe.yaml.tmp"
-
-_FREE = {"out", "name", "method", "device", "tensorboard", "wandb", "evaluation", "preflight"}
-_FREE_TRAIN = {
-    "workers",
-    "keep_in_memory",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "max_skipped_steps",
-    "micro_batch",
-    "rank_timeout",
-}
-"""Settings that a resumed run may change: none of them changes what is learned."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +54,7 @@ class Run:
     @property
     def student(self) -> Path:
         """The folder of the trained student, for `load_student`."""
-        return self.folder / "student"
+        return self.folder / STUDENT
 
 
 def distill(
@@ -86,14 +65,17 @@ def distill(
     quiet: bool = False,
     sources: Sources | None = None,
     show: Callable[[str, int, int, bool], Display] = Display,
+    callbacks: Sequence[Any] = (),
 ) -> Run:
     """Train a student as `config` says, evaluate it and write everything to `config.out`.
 
     `config` is a RunConfig, or a mapping with the key `recipe` and the settings to lay over it (as in a recipe file).
 
     A folder that holds an interrupted run of the same configuration is continued from its newest complete checkpoint;
-    a finished one is returned as it is. `explain` stops after the pre-flight and prints the objective with its initial
-    magnitudes. sources: data and teacher shared with other runs of this process; show: makes the progress display from
+    a finished one is returned as it is. `allow_changes` lets other settings, data or teachers through, and records
+    them. `explain` stops after the pre-flight and prints the objective with its initial magnitudes.
+    callbacks: objects with methods of `Callback`, or registered names (see clipdistill.train.callbacks).
+    sources: data and teacher shared with other runs of this process; show: makes the progress display from
     (name, steps, first step, shown). Raises InputError for unusable input or a changed configuration, Preempted after a
     stop signal.
     """
@@ -103,50 +85,69 @@ def distill(
     config = with_precision(config, device)
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
+    chosen = choose(config, callbacks)
     place = Place(rows=_rows(config))
     limit = timedelta(seconds=config.train.rank_timeout)
-    with StopSignal() as stop, ProcessGroup(device, limit) as group, explained(place):
+    with (
+        StopSignal() as stop,
+        ProcessGroup(device, limit) as group,
+        explained(place),
+        contextlib.ExitStack() as held,
+    ):
         place.group = group
         with stop.at_once():
+            notes: list[str] = []
             if not explain:
                 # rank 0 looks and writes before the others look
-                agree(lambda: _open_folder(config, config.out, allow_changes) if is_main() else None)
+                folder = opened(config, allow_changes)
+                notes = agree(lambda: held.enter_context(folder) if is_main() else [])
                 finished = agree(lambda: _finished(config.out))
                 if finished is not None:
                     return finished
-            if config.meta_teacher is not None:
-                return _train_region_teacher(config, explain, quiet)
-            setup = build_setup(config, device, sources)
+            early = show(config.run_name, 1, 0, is_main() and not quiet)
+            task = make_task(config, device, sources, early.say)
             checkpoint, rejected = (None, []) if explain else _newest(config.out)
-            progress = _resume(setup, checkpoint)
-        with show(config.run_name, setup.total_steps, progress.step, is_main() and not quiet) as display:
-            for sentence in rejected:
-                display.say(f"passed over: {sentence}")
+            progress = Progress() if checkpoint is None else resume(task, checkpoint)
+            notes += [f"passed over: {sentence}" for sentence in rejected]
+            if not explain:
+                parts = task.identity()
+                run = RunFolder(config.out)
+                notes += agree(lambda: check_identity(run, parts, progress.step, allow_changes) if is_main() else [])
+        with show(config.run_name, task.total_steps, progress.step, is_main() and not quiet) as display:
+            for note in notes:
+                display.say(note)
             if checkpoint is not None:
                 display.say(f"continuing {config.out} from step {progress.step}")
             elif config.preflight.enabled or explain:
                 with stop.at_once():
-                    agree(lambda: checks.run(setup, display, explain=explain))
+                    agree(lambda: _preflight(config, task, display.say, explain))
             if explain:
                 return Run(config.out, "explained", 0, None)
-            return _train_and_finish(setup, progress, display, stop, place)
+            own = [display, Log(), Curve(display.say)]
+            view = RunView(config, config.out, progress.step, task.total_steps, validation=task.validation_name or "")
+            told = Callbacks(own, chosen, display.say)
+            return _train_and_finish(Loop(config, task, progress, told, display.say, stop, place, view))
 
 
-def _train_region_teacher(config: RunConfig, explain: bool, quiet: bool) -> Run:
-    """The meta-teacher of a recipe with `meta_teacher:`, trained by rank 0 while the others wait."""
-    from clipdistill.regions.training import train_meta_teacher
+def make_task(config: RunConfig, device: torch.device, sources: Sources | None = None, say: Say = print) -> Task:
+    """What `config` trains, ready for its first step. Raises InputError for unusable input."""
+    kind = "distillation" if config.meta_teacher is None else "region teacher"
+    task: Task = TASKS.get(kind)(config, device, sources, say)
+    return task
 
-    steps = on_main(lambda: train_meta_teacher(config, explain=explain, quiet=quiet), config.train.rank_timeout)
-    return Run(config.out, "explained" if explain else "finished", steps or 0, None)
+
+def resume(task: Task, checkpoint: Checkpoint) -> Progress:
+    """Take up weights and moments of a checkpoint; its counters, of which one of an older version may lack some."""
+    task.resume(checkpoint.folder, checkpoint.state["files"])
+    student, modules = task.checkpoint()
+    restore(checkpoint, None if student is None else student.module, modules, task.optimiser)
+    return Progress(**{name: checkpoint.state[name] for name in vars(Progress()) if name in checkpoint.state})
 
 
-def _resume(setup: Setup, checkpoint: Checkpoint | None) -> Progress:
-    """The counters to go on from; a checkpoint of an older version may lack some."""
-    progress = Progress()
-    if checkpoint is None:
-        return progress
-    setup.resume(checkpoint)
-    return Progress(**{name: checkpoint.state[name] for name in vars(progress) if name in checkpoint.state})
+def _preflight(config: RunConfig, task: Task, say: Say, explain: bool) -> None:
+    from clipdistill.train.preflight import check_teacher
+
+    task.preflight(say, explain, lambda embeddings, name: check_teacher(config, embeddings, name))
 
 
 def _rows(config: RunConfig) -> int:
@@ -157,7 +158,7 @@ def _rows(config: RunConfig) -> int:
 
 def _newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to resume from, the same on every rank. Raises InputError when the ranks see different folders."""
-    checkpoint, rejected = agree(lambda: newest_checkpoint(folder / "checkpoints"))
+    checkpoint, rejected = agree(lambda: newest_checkpoint(folder / CHECKPOINTS))
     steps = gather_lists([-1 if checkpoint is None else checkpoint.step])
     if len(set(steps)) > 1:
         raise InputError(
@@ -183,193 +184,75 @@ def with_precision(config: RunConfig, device: torch.device) -> RunConfig:
     return config.model_copy(update={"train": chosen})
 
 
-def _train_and_finish(setup: Setup, progress: Progress, display: Display, stop: StopSignal, place: Place) -> Run:
-    folder, status = setup.config.out, "failed"
-    sinks = _sinks(setup, progress, folder) if is_main() else []
+def _train_and_finish(loop: Loop) -> Run:
+    config, task, progress = loop.config, loop.task, loop.progress
+    run, status, outcome = RunFolder(config.out), "failed", Outcome(None, "")
     if is_main():
-        _remove_leftovers(folder)
-        _describe(setup, progress, folder, "running")
+        _describe(loop, "running", None)
     try:
-        train(setup, progress, folder, sinks, display, stop, place)
-        place.doing = "finishing"
-        if setup.masking is not None:  # the run was only as long as its masks
-            setup.prune()
-        scores = on_main(lambda: _finish(setup, folder, display, stop), setup.config.train.rank_timeout)
+        train(loop)
+        loop.place.doing = "finishing"
+        task.end()
+        outcome = on_main(lambda: _finish(loop), config.train.rank_timeout) or outcome
         status = "finished"
     except (Preempted, Interrupted):
         status = "stopped"
         raise
     finally:
-        for sink in sinks:
-            sink.close()
-        if is_main():
-            # on a full disk, the error that led here is the one to tell
-            with contextlib.suppress(*([OSError] if status != "finished" else [])):
-                _describe(setup, progress, folder, status)
+        # on a full disk, the error that led here is the one to tell
+        with contextlib.suppress(*([OSError] if status != "finished" else [])):
+            final = {f"{s.protocol.dataset}/{s.metric}": s.value for s in outcome.scores or () if s.model == "student"}
+            loop.tell("on_end", status=status, final_scores=final)
+            if is_main():
+                _describe(loop, status, outcome.fingerprint or None)
     barrier()
-    return Run(folder, status, progress.step, scores)
+    return Run(run.path, status, progress.step, outcome.scores)
 
 
-def _finish(setup: Setup, folder: Path, display: Display, stop: StopSignal) -> Scores | None:
+def _finish(loop: Loop) -> Outcome:
     """The student's folder and the final scores. Nothing is lost when a signal ends this: resuming does it again."""
-    with stop.at_once():
-        setup.student.module.eval()
-        save_model(setup.student, folder / "student")
-        return _final_scores(setup, folder, display)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Delete what a killed writer of the final student left behind."""
-    for path in (*folder.glob(".student.writing-*"), *folder.glob(".student.replaced-*")):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _final_scores(setup: Setup, folder: Path, display: Display) -> Scores | None:
-    """Student and teacher on the validation set and the labelled sets named in the configuration."""
-    config = setup.config
-    data: list[Any] = [setup.validation] if setup.validation is not None else []
-    data += setup.sources.labelled(config)
-    if not data:
-        return None
-    teacher: Any = None
-    if setup.teacher is not None and len(setup.teacher.blocks) == 1:
-        live = setup.teacher.model
-        # a teacher from outside may have no text tower, and then no retrieval to measure
-        whole = live is not None and hasattr(live.module, "encode_text")
-        teacher = config.evaluation.teacher or (live if whole else None)
-    known = None if teacher is None else setup.sources.teacher_scores(config)
-    display.say("evaluating the student" + (" and the teacher" if teacher is not None and known is None else ""))
-    scores = evaluate(
-        setup.student,
-        data,
-        protocol=config.evaluation.protocol,
-        teacher=teacher if known is None else None,
-        batch_size=config.evaluation.batch_size,
-        device=setup.device,
-        progress=False,
-    )
-    if known is None:
-        setup.sources.keep_teacher_scores(config, scores)
-    else:
-        scores.add(known)
-    scores.save(folder / "scores.json")  # per-query results beside it: paired tests need them
-    return scores
-
-
-def _open_folder(config: RunConfig, folder: Path, allow_changes: bool) -> None:
-    """Make the run folder, or check that the one there belongs to this configuration."""
-    stored = folder / "recipe.yaml"
-    temporary = folder / ".recipe.yaml.tmp"
-    if folder.is_dir():
-        refuse_links(folder, "run")
-    if not stored.exists():
-        if folder.exists() and any(path != temporary for path in folder.iterdir()):
-            raise InputError(f"{folder}: the folder is not empty and holds no run; give a new one as --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_recipe(config, stored)
-        return
-    changed = changes(stored_settings(stored), as_dict(config))
-    begun = (folder / "run.json").exists()
-    if changed and begun and not allow_changes:
-        raise InputError(
-            f"{folder} holds a run with other settings ({'; '.join(changed[:5])}): give another --out, "
-            "or --allow-changes to continue it with the new ones"
-        )
-    if changed:
-        if begun:  # a finished run that was changed is not finished
-            described = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-            _write_json(folder / "run.json", {**described, "status": "running"})
-        _write_recipe(config, stored)
-
-
-def _write_recipe(config: RunConfig, stored: Path) -> None:
-    """Store the configuration in one step; a killed writer leaves nothing that looks like a recipe."""
-    temporary = stored.with_name(_RECIPE_BEING_WRITTEN)
-    temporary.write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
-    temporary.replace(stored)
+    with loop.stop.at_once():
+        outcome = loop.task.finish(loop.config.out, loop.say)
+        if outcome.scores is not None:
+            outcome.scores.save(loop.config.out / SCORES)  # per-query results beside it: paired tests need them
+        return outcome
 
 
 def _finished(folder: Path) -> Run | None:
     """The run in `folder` when it is finished."""
-    described = folder / "run.json"
-    if not described.exists():
+    run = RunFolder(folder)
+    facts = run.facts() if run.is_run else {}
+    if facts.get("status") != "finished":
         return None
-    values = json.loads(described.read_text(encoding="utf-8"))
-    if values.get("format") != FORMAT:
-        raise InputError(
-            f"{described}: format {values.get('format')!r}, this version reads {FORMAT}; "
-            "go on with the version that wrote it"
-        )
-    if values.get("status") != "finished":
-        return None
-    path = folder / "scores.json"
-    return Run(folder, "finished", int(values["steps"]), Scores.load(path) if path.exists() else None)
+    path = run / SCORES
+    return Run(folder, "finished", facts.get("steps") or 0, Scores.load(path) if path.exists() else None)
 
 
-def stored_settings(path: Path) -> dict[str, Any]:
-    """The settings in a run's recipe.yaml; those that the version which wrote it did not know have their defaults."""
-    values = read_yaml(path)
-    try:
-        return as_dict(build(RunConfig, values, str(path)))
-    except InputError:  # settings this version does not know: they are compared as they are
-        return values
-
-
-def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """'key: old -> new' for each setting that differs and changes what is learned."""
-    free = _FREE_TRAIN if prefix == "train." else _FREE if not prefix else set()
-    found = []
-    for key in sorted({*old, *new} - free):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += changes(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}: {before} -> {after}")
-    return found
-
-
-def _sinks(setup: Setup, progress: Progress, folder: Path) -> list[Sink]:
-    config = setup.config
-    sinks: list[Sink] = [JsonLines(folder, progress.step, progress.evaluation_due)]
-    if config.tensorboard:
-        sinks.append(TensorBoard(folder, progress.step))
-    if config.wandb is not None:
-        sinks.append(WeightsAndBiases(folder, config.wandb, config.run_name, as_dict(config)))
-    return sinks
-
-
-def _describe(setup: Setup, progress: Progress, folder: Path, status: str) -> None:
-    """run.json: what this run is, for the report and for people."""
-    config = setup.config
+def _describe(loop: Loop, status: str, fingerprint: str | None) -> None:
+    """run.json: what this run is, for the report and for people. fingerprint: of the student, once it is finished."""
+    config, task, progress = loop.config, loop.task, loop.progress
     described = {
-        "format": FORMAT,
         "name": config.run_name,
         "recipe": config.recipe,
         "method": config.method or Path(config.recipe).stem,
-        "teacher": None if setup.teacher is None else setup.teacher.name,
-        "student": config.student,
-        "data": setup.source.name,
-        "data_fingerprint": setup.source.fingerprint(),
-        "validation": None if setup.validation is None else setup.validation.name,
+        "data": task.source.name,
+        "data_fingerprint": task.source.fingerprint(),
         "seed": config.train.seed,
-        "device": _device_name(setup.device),
+        "device": _device_name(task.device),
         "ranks": world_size(),
-        "dtype": config.train.precision,
         "batch_size": config.train.batch_size,
-        "parameters": setup.student.parameter_counts(),
-        "teacher_parameters": None
-        if setup.teacher is None or setup.teacher.model is None
-        else setup.teacher.model.parameter_counts(),
         "objective": dict(config.objective.weights),
-        "initial_weights": setup.initial,
         "steps": progress.step,
-        "total_steps": setup.total_steps,
+        "total_steps": task.total_steps,
         "samples_seen": progress.samples,
         "seconds": round(progress.seconds, 2),
         "bad_samples": progress.bad_samples,
         "skipped_steps": progress.skipped_steps,
         "truncated": {"student": progress.truncated_student, "teacher": progress.truncated_teacher},
+        **task.facts(),
+        "student_fingerprint": fingerprint,
         "status": status,
+        "callbacks_failed": loop.callbacks.failed,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "versions": {
             "clipdistill": __version__,
@@ -378,14 +261,7 @@ def _describe(setup: Setup, progress: Progress, folder: Path, status: str) -> No
         },
         "command": " ".join(["clipdistill", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "clipdistill" else None,
     }
-    _write_json(folder / "run.json", described)
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Replace a file in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    RunFolder(config.out).write_facts(described)
 
 
 def _device_name(device: torch.device) -> str:

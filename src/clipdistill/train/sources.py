@@ -6,19 +6,20 @@ things again. What is kept is read only, so a run with kept parts gives the same
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clipdistill.config import Config, as_dict
-from clipdistill.data.held_out import HeldOutConfig, without_held_out
-from clipdistill.data.labelled import LabelledSource
-from clipdistill.data.memory import KeptInMemory, KeptLabelled
 from clipdistill.data.open import open_labelled, open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource
-from clipdistill.statistics.scores import Scores
 from clipdistill.train.config import RunConfig
-from clipdistill.train.teacher import AnyTeacher, open_teacher
+from clipdistill.train.teacher import Teacher, open_teacher
+
+if TYPE_CHECKING:
+    from clipdistill.data.held_out import HeldOutConfig
+    from clipdistill.data.labelled import LabelledSource
+    from clipdistill.statistics.scores import Scores
 
 
 class Sources:
@@ -26,8 +27,8 @@ class Sources:
 
     def training(self, config: RunConfig) -> PairSource:
         """The training pairs, with decoded pictures kept where `train.keep_in_memory` says so."""
-        source = _allowed(open_pairs(config.data, default_split="train"), config)
-        return KeptInMemory(source) if config.train.keep_in_memory else source
+        source = _allowed(open_pairs(config.data, default_split="train"), config.held_out)
+        return _kept(source) if config.train.keep_in_memory else source
 
     def validation(self, config: RunConfig) -> PairSource | None:
         """The pairs of the validation set, if one is named."""
@@ -37,7 +38,7 @@ class Sources:
         """The sets of `evaluation.zero_shot`."""
         return list(config.evaluation.zero_shot)
 
-    def teacher(self, config: RunConfig, source: PairSource, device: torch.device) -> AnyTeacher:
+    def teacher(self, config: RunConfig, source: PairSource, device: torch.device) -> Teacher:
         """The teacher, live or cached, checked against the data."""
         return open_teacher(config, source, device)
 
@@ -70,11 +71,13 @@ class SharedSources(Sources):
         for name in config.evaluation.zero_shot:
             key = ("labelled", name)
             if key not in self._kept:
+                from clipdistill.data.memory import KeptLabelled
+
                 self._kept[key] = KeptLabelled(open_labelled(name))
             found.append(self._kept[key])
         return found
 
-    def teacher(self, config: RunConfig, source: PairSource, device: torch.device) -> AnyTeacher:
+    def teacher(self, config: RunConfig, source: PairSource, device: torch.device) -> Teacher:
         train = config.train
         key = (
             "teacher",
@@ -99,6 +102,8 @@ class SharedSources(Sources):
         return self._kept.get(self._measured(config))
 
     def keep_teacher_scores(self, config: RunConfig, scores: Scores) -> None:
+        from clipdistill.statistics.scores import Scores
+
         own = Scores([score for score in scores if score.model == "teacher"])
         if not len(own):
             return
@@ -112,9 +117,8 @@ class SharedSources(Sources):
         keep = config.train.keep_in_memory or config.train.workers == 0
         key = ("pairs", _frozen(data), default_split, keep, repr(held_out))
         if key not in self._kept:
-            source = open_pairs(data, default_split=default_split)
-            source = source if held_out is None else without_held_out(source, held_out)
-            self._kept[key] = KeptInMemory(source) if keep else source
+            source = _allowed(open_pairs(data, default_split=default_split), held_out)
+            self._kept[key] = _kept(source) if keep else source
         return self._kept[key]
 
     @staticmethod
@@ -123,8 +127,18 @@ class SharedSources(Sources):
         return ("scores", config.teachers, validation, _frozen(config.evaluation), config.device)
 
 
-def _allowed(source: PairSource, config: RunConfig) -> PairSource:
-    return source if config.held_out is None else without_held_out(source, config.held_out)
+def _allowed(source: PairSource, held_out: HeldOutConfig | None) -> PairSource:
+    if held_out is None:
+        return source
+    from clipdistill.data.held_out import without_held_out
+
+    return without_held_out(source, held_out)
+
+
+def _kept(source: PairSource) -> PairSource:
+    from clipdistill.data.memory import KeptInMemory
+
+    return KeptInMemory(source)
 
 
 def _frozen(config: Config) -> str:

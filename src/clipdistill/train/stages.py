@@ -11,22 +11,23 @@ stage before. The same command continues an interrupted run, inside a stage or b
 
 from __future__ import annotations
 
-import json
+import importlib
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipdistill.config import override
 from clipdistill.errors import ClipdistillError, InputError, Preempted
-from clipdistill.recipes import lay, load_recipe
-from clipdistill.report.report import write_report
-from clipdistill.runs.folder import STAGES, run_folders
-from clipdistill.train.config import RunConfig, resolve_values
-from clipdistill.train.run import Run, distill
+from clipdistill.recipes import lay
+from clipdistill.runs.folder import STAGES, STUDENT, RunFolder, run_folders
+from clipdistill.runtime.files import new_folder, write_json
+from clipdistill.train.config import RunConfig, checked_recipe, resolve_values
+
+if TYPE_CHECKING:
+    from clipdistill.train.run import Run
 
 FORMAT = 1
 PREVIOUS = "previous"
@@ -48,7 +49,7 @@ def resolve_stages(
     """
     given = {k: v for k, v in (settings or {}).items() if v is not None}
     over = lay(given, override({}, assignments))
-    values = lay(load_recipe(recipe, size), over)
+    values = lay(checked_recipe(recipe, size), over)
     stages = values.pop("stages", None)
     if stages is None:
         return []
@@ -103,10 +104,12 @@ def distill_stages(
     stops after the pre-flight of the first unfinished stage. Raises what `distill` raises, after recording where it
     stopped.
     """
+    from clipdistill.train.run import distill
+
     out = configs[0].out.parent
     runs: list[Run] = []
     for config in configs:
-        if explain and (config.out / "student").is_dir():
+        if explain and (config.out / STUDENT).is_dir():
             continue
         try:
             runs.append(distill(config, allow_changes=allow_changes, explain=explain, quiet=quiet))
@@ -118,8 +121,11 @@ def distill_stages(
             return runs
         _write_list(out, configs, "finished" if config is configs[-1] else "running")
     if runs and _writes():
-        _publish(runs[-1].student, out / "student")
-        write_report(run_folders(out), out / "report.html", title=out.name)
+        # under a name of its own, so that the whole run is named like any other
+        with new_folder(out / STUDENT, lambda _: True, "student") as folder:
+            shutil.copytree(runs[-1].student, folder, dirs_exist_ok=True)
+        report = importlib.import_module("clipdistill.report.report")  # above this room: found by name
+        report.write_report(run_folders(out), out / "report.html", title=out.name)
     return runs
 
 
@@ -131,24 +137,12 @@ def _writes() -> bool:
 def _write_list(out: Path, configs: Sequence[RunConfig], status: str) -> None:
     if not _writes():
         return
-    entries = []
-    for config in configs:
-        described = config.out / "run.json"
-        state = json.loads(described.read_text(encoding="utf-8"))["status"] if described.exists() else "waiting"
-        entries.append({"folder": config.out.name, "status": state, "student": config.student})
-    values = {"format": FORMAT, "recipe": configs[0].recipe, "status": status, "stages": entries}
-    temporary = out / f".{STAGES}.tmp"
-    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    temporary.replace(out / STAGES)
-
-
-def _publish(student: Path, folder: Path) -> None:
-    """Copy the last student to `folder`, so that the whole run is named like any other."""
-    temporary = Path(tempfile.mkdtemp(prefix=".student.writing-", dir=folder.parent))
-    try:
-        shutil.copytree(student, temporary / "new")
-        if folder.exists():
-            folder.rename(temporary / "old")
-        (temporary / "new").rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    entries = [
+        {
+            "folder": config.out.name,
+            "status": RunFolder(config.out).status() or "waiting",
+            "student": config.student,
+        }
+        for config in configs
+    ]
+    write_json(out / STAGES, {"format": FORMAT, "recipe": configs[0].recipe, "status": status, "stages": entries})

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipdistill.data.loader import Batch
-from clipdistill.models.inheritance.masks import Masks
-from clipdistill.models.masking import masked_image_tokens
 from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
+
+if TYPE_CHECKING:
+    from clipdistill.models.inheritance.masks import Masks
 
 
 class Towers(nn.Module):
@@ -49,6 +50,8 @@ class Towers(nn.Module):
         """
         hiding: AbstractContextManager[object] = nullcontext()
         if self.mask_ratio is not None and self.training:
+            from clipdistill.models.masking import masked_image_tokens
+
             hiding = masked_image_tokens(self.module, self.mask_ratio)
         masks = nullcontext() if self.masks is None else self.masks.acting(sampled=self.training)
         with hiding, masks:

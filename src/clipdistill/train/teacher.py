@@ -2,26 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from clipdistill.cache.names import is_cached
-from clipdistill.cache.teacher import CachedTeacher, CacheUse, open_cached_teacher
-from clipdistill.data.loader import Batch
+from clipdistill.data.loader import Batch, StoredTeacher
 from clipdistill.data.pairs import PairSource
 from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, Tokenizer, load_model
+from clipdistill.models.clip_model import hash_tensors
 from clipdistill.models.known import OWN_EMBEDDINGS
 from clipdistill.objective import Embeddings
-from clipdistill.regions.meta_teacher import region_teacher_folder
-from clipdistill.regions.teacher import RegionTeacher, open_region_teacher
 from clipdistill.registry import describe
-from clipdistill.runtime.distributed import gather_lists, is_main
+from clipdistill.runtime.distributed import agree, is_main
 from clipdistill.train.config import RunConfig
+
+
+class Teacher(Protocol):
+    """Whatever can give the teacher's embeddings of a batch: live models, or a cache of them."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Embedding width of each teacher."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """What was found when it was opened, for the terminal."""
+        ...
+
+    def __call__(self, batch: Batch) -> Embeddings: ...
+
+    @property
+    def model(self) -> ClipModel | None:
+        """The model that batches are prepared for; None for stored embeddings."""
+        ...
+
+    @property
+    def stored(self) -> StoredTeacher | None:
+        """What the loader reads embeddings and views from; None for a live teacher."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
 
 
 class LiveTeacher:
@@ -145,14 +177,13 @@ def load_teacher(
     return LiveTeacher([load_model(name, teacher=True) for name in names], device, precision, logit_scale)
 
 
-AnyTeacher = LiveTeacher | CachedTeacher | RegionTeacher
-
-
-def open_teacher(config: RunConfig, source: PairSource, device: torch.device) -> AnyTeacher:
+def open_teacher(config: RunConfig, source: PairSource, device: torch.device) -> Teacher:
     """The run's teacher: models, a region teacher, or a cache of embeddings checked against data and models."""
     train = config.train
     scale = train.fixed_logit_scale if train.fixed_logit_scale is not None else train.teacher_logit_scale
-    if any(region_teacher_folder(name) for name in config.teachers):
+    if any(_is_region_teacher(name) for name in config.teachers):
+        from clipdistill.regions.teacher import open_region_teacher
+
         return open_region_teacher(
             config.teachers,
             config.regions,
@@ -164,6 +195,8 @@ def open_teacher(config: RunConfig, source: PairSource, device: torch.device) ->
         )
     if not is_cached(config.teachers):
         return load_teacher(config.teachers, device, train.precision, scale)
+    from clipdistill.cache.teacher import CacheUse, open_cached_teacher
+
     use = CacheUse(
         views=train.views,
         caption=train.caption,
@@ -173,13 +206,43 @@ def open_teacher(config: RunConfig, source: PairSource, device: torch.device) ->
         allow_versions=train.cache_allow_versions,
     )
     # one rank computes the sample of embeddings again; a cache that is wrong for one stops them all
-    problems: list[str] = []
-    teacher = None
-    try:
-        teacher = open_cached_teacher(config.teachers[0], source, device, use, check=is_main())
-    except InputError as error:
-        problems.append(str(error))
-    problems = gather_lists(problems)
-    if problems or teacher is None:
-        raise InputError(problems[0])
-    return teacher
+    return agree(lambda: open_cached_teacher(config.teachers[0], source, device, use, check=is_main()))
+
+
+def _is_region_teacher(name: str) -> bool:
+    path = Path(name).expanduser()
+    return any((folder / "meta_teacher.json").is_file() for folder in (path, path / "student"))
+
+
+def fingerprint_of(teacher: Teacher, names: Sequence[str]) -> str:
+    """Changes with whatever the teacher's embeddings depend on: weights, regions, the content of a cache."""
+    known = getattr(teacher, "known_fingerprint", None)
+    if known is None:
+        digest = hashlib.sha256(repr(getattr(teacher, "scales", None)).encode())
+        for model in getattr(teacher, "models", [teacher.model] if teacher.model is not None else []):
+            digest.update(model.fingerprint().encode())
+        if teacher.stored is not None:
+            for part in _cache_parts(Path(names[0].removeprefix("cache:").partition("?")[0]).expanduser()):
+                digest.update(part)
+        store = getattr(teacher, "store", None)
+        if store is not None:  # a region teacher: its network and the regions, whose folder is named by content
+            hash_tensors(teacher.teacher.network.state_dict(), digest)  # type: ignore[attr-defined]
+            digest.update(store.folder.name.encode())
+        known = digest.hexdigest()
+        teacher.known_fingerprint = known  # type: ignore[attr-defined]
+    return str(known)
+
+
+def _cache_parts(path: Path) -> Iterator[bytes]:
+    """What tells one cache from another, without reading all of a large one: its tables, sizes and checksums."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        if "locks" in file.parts or file.name.startswith("."):
+            continue
+        size = file.stat().st_size
+        yield f"{file.relative_to(path)} {size}".encode()
+        with file.open("rb") as content:
+            yield content.read(1 << 20)
+            if size > 1 << 21:
+                content.seek(-(1 << 20), 2)
+            yield content.read(1 << 20)

@@ -1,0 +1,118 @@
+"""Every value of one step of a distillation, for `clipdistill replay`: nothing here runs while a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipdistill.data.loader import Batch
+from clipdistill.objective import Embeddings
+from clipdistill.train.setup import Setup, one_term
+from clipdistill.train.step import (
+    autocast,
+    captions_of,
+    forward_backward,
+    frozen_batch_statistics,
+    step_seed,
+    student_embeddings,
+)
+from clipdistill.train.task import Traced
+
+
+def trace(setup: Setup, step: int, batch: Batch, precision: str) -> Iterator[Traced]:
+    """Samples, weights, embeddings, each term with its gradients, then the gradients of all parameters."""
+    keys = batch.keys
+    images, tokens = batch.student_images.to(setup.device), captions_of(batch).to(setup.device)
+    yield Traced("pixels", batch.student_images, keys)
+    towers = setup.bare_towers
+    if setup.masking is not None:
+        setup.masking.before_step(setup.config.train.seed, step)
+    yield Traced("weights", _parameters(setup))
+    teacher = None if setup.teacher is None else setup.teacher(batch)
+    if teacher is not None:
+        yield Traced("teacher, image embeddings", teacher.image, keys)
+        yield Traced("teacher, text embeddings", teacher.text, keys)
+        yield Traced("teacher, logit scale", torch.as_tensor(teacher.logit_scale))
+    watched = _Watched(towers.module)
+    encoded = []
+    with watched, torch.no_grad(), frozen_batch_statistics(towers):
+        for index, (part_images, part_tokens) in enumerate(_parts(setup, images, tokens)):
+            torch.manual_seed(step_seed(setup.config.train.seed, step, 0, index))
+            with autocast(setup.device, precision):
+                encoded.append(towers(part_images, part_tokens))
+    yield from watched.found[:1]
+    image, text = (torch.cat([part[i] for part in encoded]) for i in (0, 1))
+    _, _, scale, bias = encoded[0]
+    yield Traced("student, image embeddings", image, keys)
+    yield Traced("student, text embeddings", text, keys)
+    yield Traced("student, logit scale", scale)
+    if bias is not None:
+        yield Traced("student, logit bias", bias)
+    leaves = [tensor.detach().requires_grad_() for tensor in (image, text)]
+    student = student_embeddings(leaves[0], leaves[1], scale.detach(), bias)
+    for name in setup.objective.weights:
+        output = one_term(setup, name)(student, teacher)
+        yield Traced(f"term {name}", torch.as_tensor(output.terms[name]))
+        for tower, gradient in zip(("image", "text"), torch.autograd.grad(output.total, leaves, allow_unused=True)):
+            if gradient is not None:
+                yield Traced(f"term {name}, gradient at the {tower}s", gradient, keys)
+    yield from _gradients(setup, images, tokens, teacher, step, precision)
+
+
+def _gradients(
+    setup: Setup, images: Tensor, tokens: Tensor, teacher: Embeddings | None, step: int, precision: str
+) -> Iterator[Traced]:
+    """The gradients of the parameters, as the training step makes them."""
+    train, towers = setup.config.train, setup.bare_towers
+    setup.optimiser.zero_grad(set_to_none=True)
+    kept = {name: buffer.clone() for name, buffer in towers.named_buffers()}
+    output = forward_backward(
+        towers, setup.objective, images, tokens, teacher,
+        micro_batch=train.micro_batch, precision=precision, seed=(train.seed, step, 0),
+    )  # fmt: skip
+    for name, buffer in towers.named_buffers():
+        buffer.copy_(kept[name])
+    yield Traced("total", output.total)
+    yield Traced("gradients", {name: p.grad for name, p in _parameters(setup).items() if p.grad is not None})
+    setup.optimiser.zero_grad(set_to_none=True)
+
+
+def _parameters(setup: Setup) -> dict[str, nn.Parameter]:
+    return {name: p for module in (setup.bare_towers, setup.objective) for name, p in module.named_parameters()}
+
+
+def _parts(setup: Setup, images: Tensor, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+    size = setup.config.train.micro_batch or max(len(images), 1)
+    return list(zip(images.split(size), tokens.split(size), strict=True))
+
+
+class _Watched:
+    """While open, outputs of modules that turn finite input into something else are kept, the innermost first."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.found = module, list[Traced]()
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for name, module in self.module.named_modules():
+            if name:
+                self._handles.append(module.register_forward_hook(self._look_at(name)))
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _look_at(self, name: str) -> Any:
+        def hook(module: nn.Module, given: tuple[Any, ...], made: Any) -> None:
+            outputs = [t for t in (made if isinstance(made, tuple) else (made,)) if isinstance(t, Tensor)]
+            inputs = [t for t in given if isinstance(t, Tensor) and t.is_floating_point()]
+            if all(t.isfinite().all() for t in inputs):
+                wrong = next((t for t in outputs if not t.isfinite().all()), None)
+                if wrong is not None:
+                    what = f"student, output of {name} ({type(module).__name__})"
+                    self.found.append(Traced(what, wrong.detach().clone()))
+
+        return hook
