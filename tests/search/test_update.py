@@ -14,7 +14,7 @@ import pytest
 
 from clipdistill.errors import InputError, Preempted
 from clipdistill.search.photographs import printable, scan
-from clipdistill.search.store import SearchIndex, locked, open_index
+from clipdistill.search.store import SearchIndex, open_index
 from clipdistill.search.update import update
 from tests.search.conftest import StandIn, draw
 
@@ -172,7 +172,7 @@ def test_parts_are_put_together(tmp_path: Path) -> None:
 def test_one_update_at_a_time_and_one_model_an_index(tmp_path: Path) -> None:
     draw(tmp_path, 2)
     store = fresh(tmp_path / ".i")
-    with locked(store.folder), pytest.raises(InputError, match="another process is updating"):
+    with store.lock(), pytest.raises(InputError, match="another process is updating"):
         update(store, tmp_path, StandIn())
     update(store, tmp_path, StandIn())
     other = {**StandIn.description, "fingerprint": StandIn.fingerprint[:-1] + "0"}

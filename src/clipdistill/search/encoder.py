@@ -66,8 +66,7 @@ class SearchModel:
 
     def knows(self, text: str) -> bool:
         """Whether anything of this text is more to the model than an unknown word."""
-        tokenizer = self.model.tokenizer
-        return bool({*tokenizer.encode(text)} - {*tokenizer.encode(""), getattr(tokenizer, "UNKNOWN", None)})
+        return self.model.tokenizer.knows(text)
 
     def warm_up(self) -> None:
         """Run both towers, so that the first query is not charged for what the first call sets up."""

@@ -12,9 +12,8 @@ version 0.1 (format 1: part-00000001.npy and .json) are read; the first update w
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from clipdistill.cache.blocks import Block, BlockFolder
 from clipdistill.errors import InputError
 from clipdistill.runtime.files import make_folder, read_json, remove_leftovers
+from clipdistill.runtime.locks import FolderLock
 
 FORMAT = 2
 _MOST_PARTS = 16
@@ -177,6 +177,11 @@ class SearchIndex:
         self.blocks.describe(document, sealed=True)
         self._seen = self._stamp()
 
+    def lock(self) -> FolderLock:
+        """Only one process updates an index at a time: entering raises InputError when another one does."""
+        folder = make_folder(self.folder, "search index (--index)")
+        return FolderLock(folder / "update.lock", f"{folder}: another process is updating this index")
+
     def refresh(self) -> None:
         """Take in what another process has saved since this was opened. For the one that holds the index's lock."""
         if self._stamp() != self._seen:
@@ -198,6 +203,7 @@ class SearchIndex:
         for path in self.folder.glob("part-*"):
             if path.suffix != ".safetensors" or path.stem not in known:
                 path.unlink(missing_ok=True)
+        (self.folder / "lock").unlink(missing_ok=True)  # of version 0.1
         remove_leftovers(self.folder)
 
     def _metadata(self) -> dict[str, str]:
@@ -303,25 +309,6 @@ def open_index(index: Path, model: dict[str, Any]) -> SearchIndex:
         found.notices.append(f"{found.blocks.manifest}: damaged ({error!r}): {_REMEDY}")
         return fresh
     return found
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Only one process updates an index at a time; InputError when another one does. Released when a process dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two updates at once are the user's to avoid
-        yield
-        return
-    make_folder(folder, "search index (--index)")
-    with (folder / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(
-                f"{folder}: another process is updating this index; wait for it, or search with --no-update"
-            ) from error
-        yield
 
 
 def _below(path: Any) -> str:

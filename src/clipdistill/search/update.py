@@ -21,7 +21,7 @@ from clipdistill.data.problems import BadSample
 from clipdistill.errors import Preempted
 from clipdistill.search.encoder import SearchModel
 from clipdistill.search.photographs import Photograph, read_photograph, scan
-from clipdistill.search.store import SearchIndex, locked
+from clipdistill.search.store import SearchIndex
 
 SAVE_SECONDS = 15.0
 _SAVE_ROWS = 8192
@@ -76,7 +76,7 @@ def update(
     are unchanged; progress: called with (files done since the last call, files to do); stop: asked after each batch.
     Raises Preempted when `stop` said so (all that was done is saved), InputError while another process updates it.
     """
-    with locked(index.folder):
+    with index.lock():
         index.refresh()
         found, unlisted = scan(folder)
         wanted = [p for p in found if rehash or not _unchanged(index, p)]
