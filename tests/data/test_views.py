@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipdistill.config import build
-from clipdistill.data.colours import _OPERATIONS, apply_operations
 from clipdistill.data.images import decode
 from clipdistill.data.sampler import sample_generator
 from clipdistill.data.views import (
+    _OPERATIONS,
     EVALUATION_VIEW,
     OPENAI_MEAN,
     OPENAI_STD,
     ImageSpec,
     View,
     ViewPolicy,
+    apply_operations,
     normalise,
     render,
     render_pixels,

@@ -11,9 +11,9 @@ import functools
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 from clipdistill.errors import InputError, nearest
 
@@ -33,7 +33,7 @@ class KnownSet:
     templates: str
     metric: Rule = "accuracy"
     note: str = ""
-    also_classes: tuple[int, ...] = field(default=())
+    also_classes: Sequence[int] = ()
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count:,} {split}" for split, count in self.counts.items())
@@ -42,68 +42,23 @@ class KnownSet:
         )
 
 
-KNOWN_SETS: dict[str, KnownSet] = {
-    "imagenet": KnownSet("ImageNet-1k", 1000, {"val": 50_000}, "imagenet"),
-    "imagenet-v2": KnownSet("ImageNet-V2, one of its three versions", 1000, {"test": 10_000}, "imagenet"),
-    "imagenet-r": KnownSet("ImageNet-R", 200, {"test": 30_000}, "imagenet", note="scored among its 200 classes"),
-    "imagenet-a": KnownSet("ImageNet-A", 200, {"test": 7_500}, "imagenet", note="scored among its 200 classes"),
-    "imagenet-sketch": KnownSet("ImageNet-Sketch", 1000, {"test": 50_889}, "imagenet"),
-    "cifar10": KnownSet("CIFAR-10", 10, {"test": 10_000}, "cifar"),
-    "cifar100": KnownSet("CIFAR-100", 100, {"test": 10_000}, "cifar"),
-    "eurosat": KnownSet("EuroSAT RGB", 10, {"all": 27_000}, "satellite", note="no official split"),
-    "food101": KnownSet("Food-101", 101, {"test": 25_250}, "food"),
-    "resisc45": KnownSet(
-        "NWPU-RESISC45", 45, {"all": 31_500, "test": 6_300}, "satellite", note="6,300 is the test split of TFDS/VTAB"
-    ),
-    "sun397": KnownSet(
-        "SUN397", 397, {"all": 108_754, "test": 21_750, "partition 1 test": 19_850}, "place", note="say which split"
-    ),
-    "caltech101": KnownSet(
-        "Caltech-101",
-        101,
-        {"all": 8_677, "all with background": 9_144, "test": 6_084},
-        "thing",
-        metric="mean-per-class",
-        note="102 classes with the background; 6,084 is VTAB's test split",
-        also_classes=(102,),
-    ),
-}
+def stored_table(name: str) -> dict[str, Any]:
+    """A table of facts that lies beside this file."""
+    table: dict[str, Any] = json.loads(resources.files("clipdistill.data").joinpath(name).read_text(encoding="utf-8"))
+    return table
+
+
+_TABLE = stored_table("known_sets.json")
+KNOWN_SETS = {name: KnownSet(**about) for name, about in _TABLE["sets"].items()}
+OWN_TEMPLATES: dict[str, tuple[str, ...]] = {name: tuple(lines) for name, lines in _TABLE["templates"].items()}
+"""Prompt templates written for this package."""
 
 _WNID = re.compile(r"n\d{8}")
-# our readings of labels for which the general rule gives a poor one
-_READINGS = {
-    "caltech101": {
-        "BACKGROUND_Google": "random background",
-        "Faces": "person's face in a scene",
-        "Faces_easy": "close-up of a person's face",
-        "Leopards": "leopard",
-        "Motorbikes": "motorbike",
-        "airplanes": "airplane",
-        "car_side": "car from the side",
-        "cougar_body": "cougar",
-        "cougar_face": "face of a cougar",
-        "crocodile_head": "head of a crocodile",
-        "flamingo_head": "head of a flamingo",
-        "snoopy": "Snoopy",
-        "yin_yang": "yin and yang symbol",
-    },
-    "eurosat": {
-        "AnnualCrop": "annual crop land",
-        "HerbaceousVegetation": "land with herbs and shrubs",
-        "Industrial": "industrial buildings",
-        "Pasture": "pasture land",
-        "PermanentCrop": "permanent crop land",
-        "Residential": "residential buildings",
-        "SeaLake": "sea or lake",
-    },
-}
 
 
 @functools.cache
 def _stored() -> dict[str, list[str] | list[int]]:
-    text = resources.files("clipdistill.data").joinpath("class_labels.json").read_text(encoding="utf-8")
-    content = json.loads(text)
-    return {name: labels for name, labels in content.items() if not name.startswith("_")}
+    return {name: labels for name, labels in stored_table("class_labels.json").items() if not name.startswith("_")}
 
 
 @functools.cache
@@ -143,7 +98,7 @@ def read_labels(labels: Sequence[str], known: str | None = None) -> tuple[str, .
     if is_wnids(labels):
         names = imagenet_names()
         return tuple(names[wnid_index()[label]] for label in labels)
-    own = _READINGS.get(known or "", {})
+    own = _TABLE["readings"].get(known or "", {})  # for labels of which the general rule makes a poor reading
     return tuple(own.get(label) or readable(label) for label in labels)
 
 

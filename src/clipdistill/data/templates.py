@@ -12,36 +12,8 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
+from clipdistill.data.class_names import OWN_TEMPLATES
 from clipdistill.errors import InputError, nearest
-
-OWN_TEMPLATES: dict[str, tuple[str, ...]] = {
-    "plain": ("a photo of a {}.",),
-    "name": ("{}",),
-    "cifar": (
-        "a photo of a {}.",
-        "a small photo of a {}.",
-        "a blurry photo of the {}.",
-        "a pixelated picture of a {}.",
-        "a low resolution photo of a {}.",
-        "a cropped photo of the {}.",
-    ),
-    "satellite": (
-        "a satellite photo of {}.",
-        "an aerial photo of {}.",
-        "{} seen from above.",
-        "a remote sensing image of {}.",
-    ),
-    "food": ("a photo of {}, a dish.", "a photo of {} on a plate.", "a close-up photo of {}, food."),
-    "place": ("a photo of a {}.", "a photo taken at a {}.", "the view of a {}."),
-    "thing": (
-        "a photo of a {}.",
-        "a picture of the {}.",
-        "a drawing of a {}.",
-        "a close-up of a {}.",
-        "a cropped photo of one {}.",
-    ),
-}
-"""Templates written for this package."""
 
 TEMPLATE_SETS = ("imagenet", "simple", *OWN_TEMPLATES)
 
