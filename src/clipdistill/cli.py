@@ -19,7 +19,7 @@ from clipdistill.version import __version__
 COMMANDS = {
     "demo": ("clipdistill.demo", "the whole way on built-in data: three students, measured and reported, in minutes"),
     "train": ("clipdistill.train.command", "distil a student from a teacher on your image-caption pairs"),
-    "replay": ("clipdistill.train.replay", "run a captured non-finite step again and say where it begins"),
+    "replay": ("clipdistill.train.replay_command", "run a captured non-finite step again and say where it begins"),
     "ablate": ("clipdistill.ablate.command", "variants of recipes times seeds, compared in pairs with intervals"),
     "regions": ("clipdistill.regions.command", "boxes and region teachers (DCLIP): detect, embed, measure, export"),
     "cache": ("clipdistill.cache.command", "compute a teacher's embeddings once, for any number of runs"),

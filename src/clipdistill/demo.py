@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, measure, report; an interrupted demo continues where it stopped."""
-    from clipdistill.train.config import resolve
+    from clipdistill.train.config import check_names, resolve
 
     began = time.monotonic()
     out: Path = arguments.out
@@ -49,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         for recipe in recipes
     ]
+    for config in configs:
+        check_names(config)
     make_folder(out, "demo")
 
     from clipdistill.report.look import look

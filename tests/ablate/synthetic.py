@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from clipdistill.ablate.grid import GridRun, build_grid
-from clipdistill.ablate.plan import Plan
+from clipdistill.ablate.plan import AblationPlan
 from clipdistill.config import as_dict, build
 from clipdistill.statistics.protocol import Protocol
 from clipdistill.statistics.scores import Queries, Score, Scores
@@ -37,8 +37,8 @@ def protocol(**changes: Any) -> Protocol:
     return Protocol(**(values | changes))
 
 
-def plan_of(variants: Mapping[str, Mapping[str, Any]], **values: Any) -> Plan:
-    return build(Plan, {"variants": variants, "size": "debug", **values}, "plan")
+def plan_of(variants: Mapping[str, Mapping[str, Any]], **values: Any) -> AblationPlan:
+    return build(AblationPlan, {"variants": variants, "size": "debug", **values}, "plan")
 
 
 def scores_of(rate: float, seed: int, *, fingerprint: str, with_queries: bool = True, **changes: Any) -> Scores:
@@ -85,7 +85,7 @@ def write_run(run: GridRun, rate: float, **facts: Any) -> None:
     scores_of(rate, run.seed, fingerprint=run.name).save(run.folder / "scores.json")
 
 
-def write_grid(plan: Plan, out: Path, rates: Mapping[str, float]) -> list[GridRun]:
+def write_grid(plan: AblationPlan, out: Path, rates: Mapping[str, float]) -> list[GridRun]:
     """All runs of a plan, finished, each variant with its rate."""
     grid = build_grid(plan, out)
     for run in grid:

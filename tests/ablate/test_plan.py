@@ -2,7 +2,7 @@
 
 import pytest
 
-from clipdistill.ablate.plan import Plan, matching, plan_of_recipes, read_plan, settings_of
+from clipdistill.ablate.plan import AblationPlan, matching, plan_of_recipes, read_plan, settings_of
 from clipdistill.config import build
 from clipdistill.errors import InputError
 
@@ -66,7 +66,7 @@ def test_a_group_stands_for_its_terms():
 
 
 def variant(**values):
-    return build(Plan, {"variants": {"one": {"recipe": "clip-rd", **values}}}, "plan").variants["one"]
+    return build(AblationPlan, {"variants": {"one": {"recipe": "clip-rd", **values}}}, "plan").variants["one"]
 
 
 def test_the_switches_of_a_variant_become_settings():

@@ -7,23 +7,22 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from rich.console import Console
 
 from clipdistill.ablate.grid import GridRun, base_settings, build_grid, shard
-from clipdistill.ablate.plan import Plan, plan_of_recipes, read_plan
-from clipdistill.ablate.results import Results
-from clipdistill.ablate.run import Outcome, failures, run_grid
-from clipdistill.ablate.summary import summarise
-from clipdistill.ablate.tables import terminal_table
+from clipdistill.ablate.plan import AblationPlan, plan_of_recipes, read_plan
 from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
-from clipdistill.runtime.distributed import ProcessGroup, barrier, is_main
-from clipdistill.runtime.machine import pick_device
-from clipdistill.statistics.verdicts import verdict_table
+from clipdistill.runtime.console import say
+from clipdistill.runtime.files import make_folder, write_text
+from clipdistill.train.command import add_shared_arguments
 from clipdistill.train.command import settings_of as settings_of_options
+
+if TYPE_CHECKING:  # torch waits until the whole grid is known to be right
+    from clipdistill.ablate.results import Results
+    from clipdistill.ablate.run import Outcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,15 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", action="append", type=int, default=[], help="pairs a step; several: each variant with each")
     add("--baseline", help="the variant that the others are compared with (default: the plan's, or the first)")
     add("--seeds", help="how many seeds (5: 0 to 4), or which (3,7,11); default 5")
-    add("--size", help="a named size of the recipes: 'debug', 'demo', 'flickr', ...")
-    add("--data", help="training pairs")
-    add("--split", help="split of the training data, where the format has splits")
-    add("--image-root", help="folder of the images, where the data file does not say")
-    add("--validation", help="pairs to measure retrieval on (one comparison needs the same for all)")
-    add("--validation-split", help="split of the validation data (default: val)")
-    add("--zero-shot", action="append", default=None, help="a labelled set to classify at the end (repeatable)")
-    add("--protocol", choices=("standard", "first-caption"), help="retrieval protocol (docs/protocols.md)")
-    add("--device", help="cpu, cuda, cuda:1")
+    add_shared_arguments(parser)
     add("--out", required=True, type=Path, help="folder of the ablation; the same command goes on where it stopped")
     add("--shard", help="only these runs: i/n (job i of n), 'ranks' (one run a torchrun rank), 'slurm' (array task)")
     add("--keep-checkpoints", action="store_true", help="keep the checkpoints of finished runs too")
@@ -62,20 +53,28 @@ def run(arguments: argparse.Namespace) -> int:
     grid = build_grid(plan, out, settings, assignments)
     if arguments.list:
         for each in grid:
-            print(f"{each.state():<12} {each.name}")
+            say(f"{each.state():<12} {each.name}")
         return 0
     mine = shard(grid, arguments.shard)
     if not mine:
-        print(f"--shard {arguments.shard}: no run of the {len(grid)} is left for this job")
+        say(f"--shard {arguments.shard}: no run of the {len(grid)} is left for this job")
         return 0
+    from clipdistill.runtime.distributed import ProcessGroup
+    from clipdistill.runtime.machine import pick_device
+
     with ProcessGroup(pick_device(mine[0].config.device)):
         return _train(plan, grid, mine, arguments)
 
 
-def _train(plan: Plan, grid: Sequence[GridRun], mine: Sequence[GridRun], arguments: argparse.Namespace) -> int:
+def _train(plan: AblationPlan, grid: Sequence[GridRun], mine: Sequence[GridRun], arguments: argparse.Namespace) -> int:
+    from clipdistill.ablate.run import failures, run_grid
+    from clipdistill.ablate.summary import summarise
+    from clipdistill.runtime.distributed import barrier, is_main
+
     out: Path = arguments.out
     if is_main():
-        _store_plan(plan, out)
+        make_folder(out, "ablation")
+        write_text(out / "plan.yaml", yaml.safe_dump(as_dict(plan), sort_keys=False))
     barrier()
     try:
         outcome = run_grid(mine, out, quiet=arguments.quiet, keep_checkpoints=arguments.keep_checkpoints)
@@ -85,12 +84,17 @@ def _train(plan: Plan, grid: Sequence[GridRun], mine: Sequence[GridRun], argumen
         if not arguments.quiet:
             _tell(outcome, results, out)
         for name, message in failures(out).items():
-            print(f"failed: {name}: {message}", file=sys.stderr)
+            say(f"failed: {name}: {message}", sys.stderr)
     return 1 if outcome.failed else 0
 
 
 def _tell(outcome: Outcome, results: Results | None, out: Path) -> None:
-    print(
+    from rich.console import Console
+
+    from clipdistill.ablate.tables import terminal_table
+    from clipdistill.statistics.verdicts import verdict_table
+
+    say(
         f"{len(outcome.finished)} runs trained, {len(outcome.skipped)} were finished, "
         f"{len(outcome.elsewhere)} at work in another process, {len(outcome.failed)} failed"
     )
@@ -98,14 +102,14 @@ def _tell(outcome: Outcome, results: Results | None, out: Path) -> None:
         terminal_table(results).print()
         if results.verdicts:
             Console().print(verdict_table(results.verdicts))
-        print(f"table and picture: {out / 'ablation.md'}   page: clipdistill report {out}")
+        say(f"table and picture: {out / 'ablation.md'}   page: clipdistill report {out}")
 
 
 def _command() -> str:
     return " ".join(["clipdistill", *(shlex.quote(part) for part in sys.argv[1:])])
 
 
-def read_arguments(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any], list[str]]:
+def read_arguments(arguments: argparse.Namespace) -> tuple[AblationPlan, dict[str, Any], list[str]]:
     """(plan, settings of every run from the options, key=value assignments). Raises InputError for contradictions."""
     files = [text for text in arguments.plan if "=" not in text]
     assignments = [text for text in arguments.plan if "=" in text]
@@ -135,12 +139,12 @@ def read_arguments(arguments: argparse.Namespace) -> tuple[Plan, dict[str, Any],
             values[key] = getattr(arguments, key)
     if arguments.seeds is not None:
         values["seeds"] = _seeds(arguments.seeds)
-    return build(Plan, values, files[0] if files else "ablate"), settings, assignments
+    return build(AblationPlan, values, files[0] if files else "ablate"), settings, assignments
 
 
 def _variants(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
     recipes = arguments.recipe
-    plan = Plan.model_validate({"variants": {"any": {"recipe": recipes[0]}}, "size": arguments.size})
+    plan = AblationPlan.model_validate({"variants": {"any": {"recipe": recipes[0]}}, "size": arguments.size})
     weights = {r: base_settings(r, plan, settings).get("objective", {}).get("weights", {}) for r in recipes}
     made = plan_of_recipes(
         recipes,
@@ -164,10 +168,3 @@ def _seeds(text: str) -> int | list[int]:
         return [int(part) for part in text.split(",")] if "," in text else int(text)
     except ValueError as error:
         raise InputError(f"--seeds {text}: write how many (5), or which, separated by commas (0,1,7)") from error
-
-
-def _store_plan(plan: Plan, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / ".plan.tmp"
-    temporary.write_text(yaml.safe_dump(as_dict(plan), sort_keys=False), encoding="utf-8")
-    temporary.replace(out / "plan.yaml")

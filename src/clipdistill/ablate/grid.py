@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from clipdistill.ablate.plan import Plan, settings_of
+from clipdistill.ablate.plan import AblationPlan, settings_of
 from clipdistill.config import as_dict, override
 from clipdistill.errors import InputError
 from clipdistill.recipes import lay, load_recipe
+from clipdistill.runs.folder import RunFolder
 from clipdistill.runtime.machine import pick_device
-from clipdistill.train.config import RunConfig, resolve_values
+from clipdistill.train.config import RunConfig, check_names, resolve_values
 from clipdistill.train.opening import changes, stored_settings
-from clipdistill.train.run import with_precision
 
 State = Literal["finished", "interrupted", "new"]
 
@@ -48,16 +47,14 @@ class GridRun:
                 f"{self.folder} holds a run with other settings ({'; '.join(changed[:5])}): give the ablation another "
                 "--out, give the variant another name, or remove that folder"
             )
-        described = self.folder / "run.json"
         try:
-            status = json.loads(described.read_text(encoding="utf-8")).get("status")
-        except (FileNotFoundError, json.JSONDecodeError):
+            return "finished" if RunFolder(self.folder).status() == "finished" else "interrupted"
+        except InputError:  # a damaged run.json: training sets it aside and goes on from the checkpoints
             return "interrupted"
-        return "finished" if status == "finished" else "interrupted"
 
 
 def build_grid(
-    plan: Plan, out: Path, settings: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()
+    plan: AblationPlan, out: Path, settings: Mapping[str, Any] | None = None, assignments: Sequence[str] = ()
 ) -> list[GridRun]:
     """All runs, seed by seed, so that an unfinished grid has compared every variant equally often.
 
@@ -66,20 +63,32 @@ def build_grid(
     """
     recipes = dict.fromkeys(variant.recipe for variant in plan.variants.values())
     bases = {recipe: base_settings(recipe, plan, settings or {}) for recipe in recipes}
-    return [
+    runs = [
         GridRun(name, seed, _config(plan, name, seed, out, bases, assignments))
         for seed in plan.seeds
         for name in plan.variants
     ]
+    for run in runs[: len(plan.variants)]:  # seeds differ in nothing that can be missing
+        check_names(run.config)
+    from clipdistill.train.run import (
+        with_precision,  # needs torch, which waits until every setting is known to be right
+    )
+
+    return [replace(run, config=with_precision(run.config, pick_device(run.config.device))) for run in runs]
 
 
-def base_settings(recipe: str, plan: Plan, settings: Mapping[str, Any]) -> dict[str, Any]:
+def base_settings(recipe: str, plan: AblationPlan, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe with the plan's size and settings and the command line's over it."""
     return lay(lay(load_recipe(recipe, plan.size), plan.settings), settings)
 
 
 def _config(
-    plan: Plan, name: str, seed: int, out: Path, bases: Mapping[str, Mapping[str, Any]], assignments: Sequence[str]
+    plan: AblationPlan,
+    name: str,
+    seed: int,
+    out: Path,
+    bases: Mapping[str, Mapping[str, Any]],
+    assignments: Sequence[str],
 ) -> RunConfig:
     variant = plan.variants[name]
     where = f"variant '{name}'"
@@ -89,8 +98,7 @@ def _config(
         raise InputError(f"{where}: recipe {variant.recipe} describes a run in stages; compare one of its stages")
     own = {"out": str(out / f"{name}.seed-{seed}"), "name": f"{name} seed {seed}", "method": name}
     values = lay(values, {**own, "train": {"seed": seed}})
-    config = resolve_values(values, variant.recipe)
-    return with_precision(config, pick_device(config.device))
+    return resolve_values(values, variant.recipe)
 
 
 def shard(runs: Sequence[GridRun], text: str | None) -> list[GridRun]:

@@ -51,7 +51,7 @@ class Variant(Config):
         return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
-class Plan(Config):
+class AblationPlan(Config):
     """The grid: each variant with each seed.
 
     seeds: a number n (seeds 0 to n - 1) or the seeds; size, settings: of every run; baseline: what the others are
@@ -88,7 +88,7 @@ class Plan(Config):
         return claims
 
     @pydantic.model_validator(mode="after")
-    def _fitting(self) -> Plan:
+    def _fitting(self) -> AblationPlan:
         for name in self.variants:
             if not _NAME.match(name):
                 raise ValueError(f"the variant's name '{name}' has other signs than letters, digits and . % + = @ - _")
@@ -102,14 +102,14 @@ class Plan(Config):
         return self.baseline or next(iter(self.variants))
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> AblationPlan:
     """The plan in a YAML file. Raises InputError with the key that is wrong."""
     values = read_yaml(path)
     variants = values.get("variants")
     if isinstance(variants, Mapping):  # each by itself first: the message then names the nearest key
         for name, variant in variants.items():
             build(Variant, variant, f"{path}: variant '{name}'")
-    return build(Plan, values, str(path))
+    return build(AblationPlan, values, str(path))
 
 
 def plan_of_recipes(

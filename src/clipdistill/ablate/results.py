@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clipdistill.ablate.grid import GridRun
-from clipdistill.ablate.plan import Plan
+from clipdistill.ablate.plan import AblationPlan
 from clipdistill.errors import InputError, nearest
+from clipdistill.runs.folder import RunFolder
 from clipdistill.statistics.claims import judge
 from clipdistill.statistics.judge import Verdict, adjust, decide
 from clipdistill.statistics.records import Record, read_records
 from clipdistill.train.opening import changes, stored_settings
 
+SETTING = ("student", "data", "validation", "device", "steps", "batch_size", "parameters", "versions")
 HEADLINE = ("t2i_R@1", "i2t_R@1", "top1", "mean_per_class")
 
 
 @dataclass(frozen=True)
-class Column:
+class Measured:
     """One metric under one protocol: what may stand in one column."""
 
     metric: str
@@ -38,7 +39,7 @@ class Difference:
     """Variant minus baseline in one column; the verdict's p_holm is adjusted over all differences of the table."""
 
     variant: str
-    column: Column
+    column: Measured
     verdict: Verdict
 
     @property
@@ -57,7 +58,7 @@ class VariantResult:
     about: str
     seeds: tuple[int, ...]
     runs: tuple[str, ...]
-    scores: dict[Column, list[float]]
+    scores: dict[Measured, list[float]]
     seconds: float
     pairs_per_second: float
     pairs_seen: int
@@ -69,28 +70,27 @@ class VariantResult:
 class Results:
     """Everything that tables, pictures and files show."""
 
-    plan: Plan
+    plan: AblationPlan
     folder: Path
     runs: int
     finished: int
-    columns: list[Column]
+    columns: list[Measured]
     variants: list[VariantResult]
     differences: list[Difference]
     verdicts: list[Verdict]
-    teacher: dict[Column, float]
+    teacher: dict[Measured, float]
     curves: dict[str, dict[int, list[tuple[int, dict[str, float]]]]]
     notes: list[str]
     setting: dict[str, Any]
     missing: list[str]
 
-    def difference(self, variant: str, column: Column) -> Difference | None:
+    def difference(self, variant: str, column: Measured) -> Difference | None:
         return next((d for d in self.differences if (d.variant, d.column) == (variant, column)), None)
 
 
-def collect(plan: Plan, grid: Sequence[GridRun], out: Path) -> Results | None:
+def collect(plan: AblationPlan, grid: Sequence[GridRun], out: Path) -> Results | None:
     """Results of the finished runs of a grid; None when there is none. Unfinished ones are listed as missing."""
-    facts = {run: _facts(run) for run in grid}
-    done = {run: described for run, described in facts.items() if described is not None}
+    done = {run: RunFolder(run.folder).facts() for run in grid if run.state() == "finished"}
     if not done:
         return None
     records = read_records([run.folder for run in done])
@@ -114,29 +114,12 @@ def collect(plan: Plan, grid: Sequence[GridRun], out: Path) -> Results | None:
         teacher=_teacher(records, columns),
         curves=_curves(done),
         notes=_notes(done),
-        setting={
-            "student": first.get("student"),
-            "data": first.get("data"),
-            "validation": first.get("validation"),
-            "device": first.get("device"),
-            "steps": first.get("steps"),
-            "batch_size": first.get("batch_size"),
-            "parameters": first.get("parameters"),
-            "versions": first.get("versions"),
-        },
+        setting={name: first.get(name) for name in SETTING},
         missing=[run.name for run in grid if run not in done],
     )
 
 
-def _facts(run: GridRun) -> dict[str, Any] | None:
-    path = run.folder / "run.json"
-    if not path.is_file():
-        return None
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    return facts if facts.get("status") == "finished" else None
-
-
-def _columns(plan: Plan, records: Sequence[Record]) -> list[Column]:
+def _columns(plan: AblationPlan, records: Sequence[Record]) -> list[Measured]:
     """The compared columns: the plan's metrics, else the headline ones; those of students alone."""
     metrics = list(dict.fromkeys(record.metric for record in records if record.seed is not None))
     for name in plan.metrics:
@@ -146,7 +129,7 @@ def _columns(plan: Plan, records: Sequence[Record]) -> list[Column]:
     if "top1" in wanted and not plan.metrics and "mean_per_class" in wanted:
         wanted = [metric for metric in wanted if metric != "mean_per_class"]
     found = [
-        Column(record.metric, record.dataset, record.protocol)
+        Measured(record.metric, record.dataset, record.protocol)
         for metric in wanted
         for record in records
         if record.metric == metric and record.seed is not None
@@ -155,7 +138,11 @@ def _columns(plan: Plan, records: Sequence[Record]) -> list[Column]:
 
 
 def _variant(
-    plan: Plan, name: str, done: Mapping[GridRun, dict[str, Any]], records: Sequence[Record], columns: Sequence[Column]
+    plan: AblationPlan,
+    name: str,
+    done: Mapping[GridRun, dict[str, Any]],
+    records: Sequence[Record],
+    columns: Sequence[Measured],
 ) -> VariantResult:
     own = {run.seed: facts for run, facts in done.items() if run.variant == name}
     seconds = [float(facts["seconds"]) for facts in own.values()]
@@ -174,13 +161,13 @@ def _variant(
     )
 
 
-def _by_seed(records: Sequence[Record], method: str, column: Column) -> dict[int, Record]:
+def _by_seed(records: Sequence[Record], method: str, column: Measured) -> dict[int, Record]:
     own = [r for r in records if r.method == method and r.seed is not None and column.holds(r)]
     return {r.seed: r for r in sorted(own, key=lambda r: r.seed or 0) if r.seed is not None}
 
 
 def _differences(
-    plan: Plan, variants: Sequence[VariantResult], records: Sequence[Record], columns: Sequence[Column]
+    plan: AblationPlan, variants: Sequence[VariantResult], records: Sequence[Record], columns: Sequence[Measured]
 ) -> list[Difference]:
     found = []
     for column in columns:
@@ -193,7 +180,7 @@ def _differences(
     return [replace(difference, verdict=verdict) for difference, verdict in zip(found, verdicts, strict=True)]
 
 
-def _teacher(records: Sequence[Record], columns: Sequence[Column]) -> dict[Column, float]:
+def _teacher(records: Sequence[Record], columns: Sequence[Measured]) -> dict[Measured, float]:
     found = {}
     for column in columns:
         values = {r.value for r in records if r.method == "teacher" and column.holds(r)}
@@ -206,10 +193,8 @@ def _curves(done: Mapping[GridRun, Any]) -> dict[str, dict[int, list[tuple[int, 
     """variant -> seed -> [(pairs seen, {metric: value})] of the evaluations during training."""
     curves: dict[str, dict[int, list[tuple[int, dict[str, float]]]]] = {}
     for run in done:
-        path = run.folder / "eval.jsonl"
-        if path.is_file():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-            points = [(int(line.get("samples", line["step"])), line["scores"]) for line in lines]
+        points = [(int(line.get("samples", line["step"])), line["scores"]) for line in RunFolder(run.folder).curve()]
+        if points:
             curves.setdefault(run.variant, {})[run.seed] = points
     return curves
 
@@ -231,26 +216,24 @@ def _differing(baseline: GridRun, other: GridRun) -> list[str]:
 
 def _notes(done: Mapping[GridRun, dict[str, Any]]) -> list[str]:
     """What was held equal, as the runs recorded it; a sentence for whatever was not."""
-    notes = []
     starts: dict[tuple[int, Any], set[str]] = {}
     orders: dict[int, set[tuple[Any, ...]]] = {}
     for run, facts in done.items():
         starts.setdefault((run.seed, facts.get("student")), set()).add(str(facts.get("initial_weights")))
         order = (facts.get("data_fingerprint"), facts.get("batch_size"), facts.get("ranks"))
         orders.setdefault(run.seed, set()).add(order)
-    if all(len(found) == 1 for found in starts.values()):
-        notes.append("The runs of a seed started from the same weights (fingerprints equal).")
-    else:
-        notes.append("The runs of a seed did NOT all start from the same weights.")
-    if all(len(found) == 1 for found in orders.values()):
-        notes.append("The runs of a seed saw the same pairs in the same order.")
-    else:
-        notes.append("The runs of a seed did NOT all see the same pairs in the same order (data or batch size differ).")
-    seen = {int(facts.get("samples_seen", 0)) for facts in done.values()}
-    if len(seen) == 1:
-        notes.append(f"Every run saw {next(iter(seen)):,} pairs.")
-    else:
-        notes.append(f"The budgets differ: {', '.join(f'{n:,}' for n in sorted(seen))} pairs.")
+    seen = sorted({int(facts.get("samples_seen", 0)) for facts in done.values()})
+    notes = [
+        "The runs of a seed started from the same weights (fingerprints equal)."
+        if all(len(found) == 1 for found in starts.values())
+        else "The runs of a seed did NOT all start from the same weights.",
+        "The runs of a seed saw the same pairs in the same order."
+        if all(len(found) == 1 for found in orders.values())
+        else "The runs of a seed did NOT all see the same pairs in the same order (data or batch size differ).",
+        f"Every run saw {seen[0]:,} pairs."
+        if len(seen) == 1
+        else f"The budgets differ: {', '.join(f'{n:,}' for n in seen)} pairs.",
+    ]
     bad = sum(int(facts.get("bad_samples", 0)) for facts in done.values())
     skipped = sum(int(facts.get("skipped_steps", 0)) for facts in done.values())
     if bad or skipped:
@@ -261,44 +244,25 @@ def _notes(done: Mapping[GridRun, dict[str, Any]]) -> list[str]:
 def to_json(results: Results) -> dict[str, Any]:
     """JSON-able: the numbers of the table, by variant and metric."""
 
-    def place(column: Column) -> dict[str, Any]:
-        return {"metric": column.metric, "dataset": column.dataset, "protocol": column.protocol}
-
+    plan = results.plan
+    variants = [
+        {name: value for name, value in vars(v).items() if name != "scores"}
+        | {"scores": [asdict(column) | {"by_seed": values} for column, values in v.scores.items()]}
+        for v in results.variants
+    ]
+    differences = [
+        asdict(d.column)
+        | {"variant": d.variant, "outcome": d.outcome, "p_holm": d.verdict.p_holm, "both": d.verdict.to_dict()}
+        for d in results.differences
+    ]
     return {
         "format": 1,
-        "title": results.plan.title,
-        "baseline": results.plan.reference,
-        "seeds": list(results.plan.seeds),
-        "runs": results.runs,
-        "finished": results.finished,
-        "missing": results.missing,
-        "setting": results.setting,
-        "notes": results.notes,
-        "teacher": [place(column) | {"value": value} for column, value in results.teacher.items()],
-        "variants": [
-            {
-                "name": v.name,
-                "about": v.about,
-                "seeds": list(v.seeds),
-                "runs": list(v.runs),
-                "seconds": v.seconds,
-                "pairs_per_second": v.pairs_per_second,
-                "pairs_seen": v.pairs_seen,
-                "parameters": v.parameters,
-                "differs": v.differs,
-                "scores": [place(column) | {"by_seed": values} for column, values in v.scores.items()],
-            }
-            for v in results.variants
-        ],
-        "differences": [
-            place(d.column)
-            | {
-                "variant": d.variant,
-                "outcome": d.outcome,
-                "p_holm": d.verdict.p_holm,
-                "both": d.verdict.to_dict(),
-            }
-            for d in results.differences
-        ],
+        "title": plan.title,
+        "baseline": plan.reference,
+        "seeds": list(plan.seeds),
+        **{name: getattr(results, name) for name in ("runs", "finished", "missing", "setting", "notes")},
+        "teacher": [asdict(column) | {"value": value} for column, value in results.teacher.items()],
+        "variants": variants,
+        "differences": differences,
         "claims": [verdict.to_dict() for verdict in results.verdicts],
     }

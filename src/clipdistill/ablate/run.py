@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import shutil
 import threading
 import time
@@ -17,8 +16,9 @@ from typing import Any
 
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.progress import GridDisplay
-from clipdistill.errors import ClipdistillError, Preempted, StorageError
+from clipdistill.errors import ClipdistillError, InputError, Preempted, StorageError
 from clipdistill.runtime.distributed import ProcessGroup, gather_lists, is_main, world_size
+from clipdistill.runtime.files import make_folder, read_json, write_json
 from clipdistill.runtime.locks import LEASE, Claims
 from clipdistill.runtime.machine import pick_device
 from clipdistill.train.run import Run, distill
@@ -148,7 +148,7 @@ def _failure(out: Path, run: GridRun) -> Path:
 
 def _record_failure(out: Path, run: GridRun, error: Exception) -> None:
     path = _failure(out, run)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, "records of failures")
     described: dict[str, Any] = {
         "run": run.name,
         "error": type(error).__name__,
@@ -156,13 +156,16 @@ def _record_failure(out: Path, run: GridRun, error: Exception) -> None:
         "traceback": traceback.format_exception(error),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    path.write_text(json.dumps(described, indent=1), encoding="utf-8")
+    write_json(path, described)
 
 
 def failures(out: Path) -> dict[str, str]:
     """The recorded failures of runs that have not finished since: name -> message."""
     found = {}
     for path in sorted((out / FAILURES).glob("*.json")):
-        described = json.loads(path.read_text(encoding="utf-8"))
-        found[str(described["run"])] = f"{described['error']}: {described['message']}"
+        try:
+            described = read_json(path)
+            found[path.stem] = f"{described.get('error')}: {described.get('message')}"
+        except InputError as error:
+            found[path.stem] = f"its record is damaged ({error})"
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.pictures import draw
-from clipdistill.ablate.plan import Plan
+from clipdistill.ablate.plan import AblationPlan
 from clipdistill.ablate.results import Results, collect, to_json
 from clipdistill.ablate.tables import markdown
 from clipdistill.runtime.files import write_json, write_text
@@ -17,7 +17,7 @@ from clipdistill.statistics.verdicts import write_verdicts
 NAME = "ablation"
 
 
-def summarise(plan: Plan, grid: Sequence[GridRun], out: Path, *, command: str | None = None) -> Results | None:
+def summarise(plan: AblationPlan, grid: Sequence[GridRun], out: Path, *, command: str | None = None) -> Results | None:
     """Compare what is finished and write the files; None when no run is finished yet."""
     results = collect(plan, grid, out)
     if results is None:

@@ -72,6 +72,12 @@ def open_pairs(data: str | DataConfig, *, split: str | None = None, default_spli
     raise InputError(_no_format(Place(config.path)))
 
 
+def check_data_name(name: str) -> None:
+    """Raise InputError when no format knows the name of pairs (a missing file); nothing is opened."""
+    if not any(True for place, _ in _readings(DataConfig(path=name)) for _ in _matching(FORMATS, place)):
+        raise InputError(_no_format(Place(name)))
+
+
 def _readings(config: DataConfig) -> Iterator[tuple[Place, DataConfig]]:
     """The name as it is; then, when nothing of that name is there, without a split behind a colon."""
     place = Place(config.path)

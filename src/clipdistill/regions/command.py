@@ -73,11 +73,11 @@ def _needed(arguments: argparse.Namespace, name: str) -> Any:
 
 
 def _boxes(arguments: argparse.Namespace) -> None:
+    source = _source(arguments, "train")
     from clipdistill.regions.detectors import open_detector
     from clipdistill.regions.proposals import detect
     from clipdistill.runtime.machine import pick_device
 
-    source = _source(arguments, "train")
     detector = open_detector(_needed(arguments, "detector"), pick_device(arguments.device))
     boxes = detect(source, detector, _needed(arguments, "out"), progress=lambda done, all: say(f"{done}/{all} images"))
     say(f"{arguments.out}: boxes of {len(boxes)} images by {detector.name}")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from clipdistill.train.config import resolve
+from clipdistill.train.config import check_names, resolve
 from clipdistill.train.stages import distill_stages, resolve_stages
 
 
@@ -14,20 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options a run usually needs; everything else is a setting of the recipe, given as key=value."""
     add = parser.add_argument
     add("--recipe", required=True, help="a shipped recipe (clipdistill list recipes) or a YAML file")
-    add("--size", help="a named size of the recipe; every recipe has 'debug', which runs in seconds")
+    add_shared_arguments(parser)
     add("--teacher", help="a model name or path; several, separated by commas, for an ensemble")
     add("--student", help="an architecture (clipdistill list students), or inherit:...")
     add("--student-weights", help="a checkpoint to start the student from")
-    add("--data", help="training pairs: a file, folder, pattern of tars, hf:owner/name or scenes")
-    add("--split", help="split of the training data, where the format has splits")
-    add("--image-root", help="folder of the images, where the data file does not say")
-    add("--validation", help="pairs to measure retrieval on, during and after training")
-    add("--validation-split", help="split of the validation data (default: val when the format has splits)")
-    add("--zero-shot", action="append", default=None, help="a labelled set to classify at the end (repeatable)")
-    add("--protocol", choices=("standard", "first-caption"), help="retrieval protocol (docs/protocols.md)")
     add("--out", help="folder of the run; an interrupted run there is continued")
     add("--name", help="name in reports (default: the folder's)")
-    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
     add("--tensorboard", action="store_true", default=None, help="write TensorBoard scalars too")
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project too")
     add("--mlflow", metavar="EXPERIMENT", help="log to this MLflow experiment too")
@@ -36,6 +28,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--allow-changes", action="store_true", help="continue a run although its settings were changed")
     add("--quiet", action="store_true", help="no progress on the terminal")
     add("settings", nargs="*", metavar="key=value", help="any setting: train.batch_size=256 objective.weights.xrd=0")
+
+
+def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that `clipdistill ablate` has too: for all runs the same."""
+    add = parser.add_argument
+    add("--size", help="a named size of the recipe; every recipe has 'debug', which runs in seconds")
+    add("--data", help="training pairs: a file, folder, pattern of tars, hf:owner/name or scenes")
+    add("--split", help="split of the training data, where the format has splits")
+    add("--image-root", help="folder of the images, where the data file does not say")
+    add("--validation", help="pairs to measure retrieval on, during and after training")
+    add("--validation-split", help="split of the validation data (default: val when the format has splits)")
+    add("--zero-shot", action="append", default=None, help="a labelled set to classify at the end (repeatable)")
+    add("--protocol", choices=("standard", "first-caption"), help="retrieval protocol (docs/protocols.md)")
+    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
         finished = runs[-1]
     else:
         config = resolve(*named, size=arguments.size, assignments=arguments.settings)
+        check_names(config)
         from clipdistill.train.run import distill
 
         finished = distill(config, **options)

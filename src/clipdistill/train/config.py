@@ -11,11 +11,13 @@ import pydantic
 from clipdistill.cache.names import is_cached
 from clipdistill.config import Config, build, override
 from clipdistill.data.held_out import HeldOutConfig
+from clipdistill.data.open import check_data_name
 from clipdistill.data.pairs import DataConfig
 from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
 from clipdistill.models.inheritance.config import MaskConfig
 from clipdistill.models.known import hold
+from clipdistill.models.names import check_model_name, check_student_name, check_teacher_names
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import lay, load_recipe
 from clipdistill.regions.config import MetaTeacherConfig, RegionsConfig
@@ -213,6 +215,19 @@ def resolve_values(values: Mapping[str, Any], recipe: str | Path) -> RunConfig:
     config = build(RunConfig, values, f"recipe {recipe}")
     _check(config)
     return config
+
+
+def check_names(config: RunConfig) -> None:
+    """Raise InputError for a student, teacher, checkpoint or data set that cannot be there, before torch is loaded."""
+    check_student_name(config.student)
+    check_teacher_names(config.teachers)
+    if config.evaluation.teacher is not None:
+        check_model_name(config.evaluation.teacher)
+    if config.student_weights is not None and not Path(config.student_weights).expanduser().exists():
+        raise InputError(f"student_weights: {config.student_weights}: no such file or folder")
+    for data in (config.data, config.validation):
+        if isinstance(data, DataConfig):
+            check_data_name(data.path)
 
 
 def _check(config: RunConfig) -> None:

@@ -7,7 +7,6 @@ made. Runs of several ranks are replayed by one process with the whole batch.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,19 +61,6 @@ class Replay:
     @property
     def first(self) -> Finding | None:
         return next((finding for finding in self.findings if finding.bad), None)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The run, and which of its captured steps."""
-    parser.add_argument("run", type=Path, help="folder of a run whose step was skipped")
-    parser.add_argument("--step", type=int, help="which captured step (default: the newest)")
-    parser.add_argument("--device", help="cpu, cuda (default: the run's)")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Print what was found; exit code 0, whatever it is."""
-    replay(arguments.run, arguments.step, device=arguments.device, say=print)
-    return 0
 
 
 def replay(folder: Path, step: int | None = None, *, device: str | None = None, say: Say = lambda _: None) -> Replay:

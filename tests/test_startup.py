@@ -1,0 +1,113 @@
+"""A mistake is told before anything heavy is loaded: every command, each with its typical mistakes, in a process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clipdistill.cli import COMMANDS
+from tests.report.synthetic import write_run
+
+HEAVY = ("torch", "torchvision", "open_clip", "timm", "transformers", "matplotlib", "scipy", "pyarrow", "onnxruntime")
+WATCHED = f"""
+import sys
+from clipdistill.cli import main
+code = main(sys.argv[1:])
+print("LOADED", [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
+sys.exit(code)
+"""
+TRAIN = ["train", "--recipe", "clip", "--size", "debug", "--out", "{tmp}/out"]
+CASES = {
+    "no such command": (["trian"], "did you mean 'train'"),
+    "train, recipe": (["train", "--recipe", "clip-dr"], "did you mean 'clip-rd'"),
+    "train, recipe file": (["train", "--recipe", "absent.yaml"], "absent.yaml"),
+    "train, key": ([*TRAIN, "train.stesp=3"], "did you mean 'steps'"),
+    "train, value": ([*TRAIN, "train.steps=many"], "train.steps"),
+    "train, term": ([*TRAIN, "objective.weights.vrdkl=1"], "vrd_kl"),
+    "train, student": ([*TRAIN, "--student", "ViT-T16"], "did you mean 'ViT-T-16'"),
+    "train, teacher": (
+        ["train", "--recipe", "clip-rd", *TRAIN[3:], "--teacher", "ViT-B16/laion400m_e32"],
+        "did you mean 'ViT-B-16'",
+    ),
+    "train, tag": (["train", "--recipe", "clip-rd", *TRAIN[3:], "--teacher", "ViT-B-16/laion400m"], "laion400m_e3"),
+    "train, data": ([*TRAIN, "--data", "absent.json"], "absent.json"),
+    "train, validation": ([*TRAIN, "--validation", "absent.json"], "absent.json"),
+    "train, no student": (["train", "--recipe", "clip", "--data", "scenes", "--out", "{tmp}/out"], "no student"),
+    "replay": (["replay", "absent"], "absent"),
+    "ablate, recipe": (["ablate", "--recipe", "clip-dr", "--out", "{tmp}/out"], "did you mean 'clip-rd'"),
+    "ablate, plan": (["ablate", "absent.yaml", "--out", "{tmp}/out"], "absent.yaml"),
+    "ablate, term": (
+        ["ablate", "--recipe", "clip-rd", "--size", "debug", "--drop", "xdr", "--out", "{tmp}/out"],
+        "xdr",
+    ),
+    "ablate, student": (
+        ["ablate", "--recipe", "clip", "--size", "debug", "--student", "ViT-T16", "--out", "{tmp}/out"],
+        "did you mean 'ViT-T-16'",
+    ),
+    "regions": (["regions", "boxes", "--data", "absent.json", "--detector", "grid:1", "--out", "x"], "absent.json"),
+    "cache, teacher": (["cache", "--teacher", "ViT-B16", "--data", "scenes", "--out", "{tmp}/c"], "did you mean"),
+    "cache, setting": (
+        ["cache", "--teacher", "scenes-teacher", "--data", "scenes", "--out", "{tmp}/c", "blok=3"],
+        "did you mean 'block'",
+    ),
+    "eval": (["eval", "absent-run", "--data", "scenes:val"], "absent-run"),
+    "export": (["export", "absent-run", "--to", "onnx", "--out", "{tmp}/e"], "absent-run"),
+    "compare": (["compare", "absent-a", "absent-b"], "absent-a"),
+    "claims, file": (["claims", "absent.yaml", "{tmp}/run"], "absent.yaml"),
+    "claims, run": (["claims", "published", "absent-run"], "absent-run"),
+    "bench, model": (["bench", "absent-run"], "absent-run"),
+    "bench, back end": (["bench", "scenes-student", "--backend", "egaer"], "did you mean 'eager'"),
+    "report, run": (["report", "absent-run", "--out", "{tmp}/r.html"], "absent-run"),
+    "report, place": (["report", "{tmp}/run", "--out", "{tmp}/r.pdf"], "ends in .html"),
+    "search, folder": (["search", "absent-folder", "--model", "scenes-student"], "absent-folder"),
+    "search, model": (["search", "{tmp}", "--model", "ViT-T16"], "did you mean"),
+    "scenes": (["scenes", "--out", "{tmp}/s", "--splits", "vla"], "vla"),
+    "demo": (["demo", "--recipes", "clip-dr", "--out", "{tmp}/d"], "did you mean 'clip-rd'"),
+    "list": (["list", "student"], "students"),
+    "plug-in": (["list", "recipes", "--plugin", "absent.py"], "absent.py"),
+}
+
+
+def watched(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    words = [word.replace("{tmp}", str(tmp_path)) for word in arguments]
+    return subprocess.run([sys.executable, "-c", WATCHED, *words], capture_output=True, text=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_told_before_anything_heavy_is_loaded(case: str, tmp_path: Path) -> None:
+    arguments, told = CASES[case]
+    if "{tmp}/run" in arguments:
+        write_run(tmp_path / "run")
+    done = watched(arguments, tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    loaded = [line for line in done.stderr.splitlines() if line.startswith("LOADED")]
+    assert loaded in (["LOADED []"], [])  # none where argparse itself refused
+
+
+@pytest.mark.parametrize("what", ["recipes", "students", "datasets"])
+def test_lists_load_nothing_heavy(what: str, tmp_path: Path) -> None:
+    done = watched(["list", what], tmp_path)
+    assert done.returncode == 0
+    assert "LOADED []" in done.stderr
+
+
+def test_the_doctor_loads_nothing_heavy(tmp_path: Path) -> None:
+    assert "LOADED []" in watched(["doctor"], tmp_path).stderr
+
+
+def test_every_command_has_a_case() -> None:
+    assert set(COMMANDS) - {arguments[0] for arguments, _ in CASES.values()} <= {"doctor"}
+
+
+def test_a_plan_of_variants_is_checked_before_anything_heavy_is_loaded(tmp_path: Path) -> None:
+    plan = {"variants": {"a": {"recipe": "clip", "settings": {"train.stesp": 3}}}, "size": "debug"}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    done = watched(["ablate", "plan.yaml", "--out", "x"], tmp_path)
+    assert done.returncode == 2
+    assert "LOADED []" in done.stderr
