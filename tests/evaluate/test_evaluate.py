@@ -166,7 +166,7 @@ def test_the_command_prints_and_writes(folders: list[Path], tmp_path: Path, caps
     text = capsys.readouterr().out
     assert code == 0
     assert "**retrieval, first-caption: scenes/val, 40 images, 40 captions (first)**" in text
-    assert "| metric | student |" in text
+    assert "| metric | score |" in text
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
+
+from clipdistill.report.grids import speed_grid
 from clipdistill.report.report import collect
+from clipdistill.statistics.claims import judge
+from clipdistill.statistics.records import read_records
 from clipdistill.statistics.verdicts import QUERIES_ALONE
 from tests.report.synthetic import scores_of, write_bench, write_run, write_scores
 
@@ -32,6 +38,30 @@ def test_a_win_a_draw_and_the_price(tmp_path: Path) -> None:
     assert "17.3 % of the teacher's 11M, and encodes 8.0 times as many image-text pairs per second" in said[4][1]
     assert said[5][0] == "caution"
     assert QUERIES_ALONE in said[5][1]
+
+
+@pytest.mark.parametrize("marked", [True, False], ids=["rows", "a warning of an older version"])
+def test_speeds_of_a_busy_machine_are_marked_and_not_judged(tmp_path: Path, marked: bool) -> None:
+    folder = write_run(tmp_path / "rd")
+    path = write_bench(folder / "bench.json", {"teacher": (100.0, 400.0), "rd": (800.0, 3200.0)})
+    claim, bench = "clip-rd >= 2 x teacher pairs_per_second", json.loads(path.read_text())
+
+    def busy(*batches: int) -> str:
+        rows = [row | ({"noisy": True} if marked and row["batch"] in batches else {}) for row in bench["measurements"]]
+        text = "batch {}: noise: fixed arithmetic took up to 4120 % longer in some rounds, so other work ran on it"
+        warnings = [] if marked else [text.format(batch) for batch in batches]
+        path.write_text(json.dumps(bench | {"measurements": rows, "warnings": warnings}))
+        return dict(headline(folder))["cost"]
+
+    assert "eager, float32, batch 32." in busy()
+    assert "eager, float32, batch 1." in busy(32)  # which was measured in peace
+    assert judge([claim], read_records([folder]))[0].outcome == "supported"
+    rows = speed_grid(collect([folder]).trade.devices[0]).rows
+    assert ["nothing is judged by it" in str(row) for row in rows] == ["batch 32" in str(row) for row in rows]
+    assert "other work slowed the machine several times over, so no ratio is given" in busy(1, 32)
+    [verdict] = judge([claim], read_records([folder]))
+    assert verdict.outcome == "undecided"
+    assert "other work slowed the machine" in verdict.reason
 
 
 def test_a_newer_method_that_is_worse_is_said_to_be_worse(tmp_path: Path) -> None:

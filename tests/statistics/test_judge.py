@@ -13,6 +13,7 @@ from scipy import stats
 from clipdistill import cli
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.results import collect
+from clipdistill.ablate.tables import markdown
 from clipdistill.report.report import collect as collect_report
 from clipdistill.report.report import write_report
 from clipdistill.statistics.claims import judge
@@ -20,7 +21,7 @@ from clipdistill.statistics.compare import compare
 from clipdistill.statistics.judge import Verdict, decide
 from clipdistill.statistics.records import Record, read_records
 from clipdistill.statistics.scores import Queries, Score, Scores
-from clipdistill.statistics.verdicts import QUERIES_ALONE
+from clipdistill.statistics.verdicts import QUERIES_ALONE, evidence
 from tests.ablate.synthetic import plan_of, protocol, write_grid
 
 CLAIM = "clip-rd > clip-kd on flickr8k t2i_R@1"
@@ -246,3 +247,50 @@ def test_claims_that_lie_beside_the_runs_are_judged_again(tmp_path: Path) -> Non
     shown = collect_report([run.folder for run in grid]).claims
     assert [(c["text"], c["verdict"]) for c in shown] == [(CLAIM, "supported"), ("a claim in free text", "supported")]
     assert "long ago" not in str(shown)
+
+
+# scores of other weights
+
+
+@pytest.mark.parametrize(
+    ("facts", "word"),
+    [
+        ({"student_fingerprint": "other"}, "other weights than the run's student"),
+        ({"student_fingerprint": None, "status": "stopped"}, "the run is stopped"),
+    ],
+)
+def test_scores_of_other_weights_are_shown_as_stale_and_judged_nowhere(tmp_path: Path, facts: dict, word: str, capsys):
+    plan = plan_of({"clip-kd": {"recipe": "clip-kd"}, "clip-rd": {"recipe": "clip-rd"}}, seeds=2, claims=[CLAIM])
+    grid = write_grid(plan, tmp_path, {"clip-kd": 0.4, "clip-rd": 0.5})
+    for run in grid:
+        described = json.loads((run.folder / "run.json").read_text())
+        fresh = {"student_fingerprint": f"student {run.name}"}
+        (run.folder / "run.json").write_text(json.dumps(described | (facts if run.variant == "clip-rd" else fresh)))
+    ours, base = ([run.folder for run in grid if run.variant == name] for name in ("clip-rd", "clip-kd"))
+    (claim,) = judge([CLAIM], read_records([*ours, *base]))
+    (compared,) = compare(ours, base).differences
+    for verdict in (claim, compared.verdict):
+        assert (verdict.outcome, verdict.effect, verdict.p) == ("undecided", None, None)
+        assert word in verdict.reason
+    assert cli.main(["compare", *map(str, ours), "--against", *map(str, base)]) == 0
+    assert word in capsys.readouterr().out.replace("\n", " ")
+    report = collect_report([*ours, *base])
+    assert report.comparisons == []
+    assert len([notice for notice in report.notices if word in notice and "measure again" in notice]) == 2
+    results = collect(plan, [run for run in grid if "status" not in facts or run.variant == "clip-kd"], tmp_path)
+    if "status" not in facts:
+        assert results.differences[0].outcome == "undecided"
+        assert word in markdown(results)
+
+
+def test_one_stale_seed_is_left_out_and_counted(tmp_path: Path) -> None:
+    plan = plan_of({"clip-kd": {"recipe": "clip-kd"}, "clip-rd": {"recipe": "clip-rd"}}, seeds=3, claims=[CLAIM])
+    grid = write_grid(plan, tmp_path, {"clip-kd": 0.4, "clip-rd": 0.5})
+    described = json.loads((grid[-1].folder / "run.json").read_text())
+    (grid[-1].folder / "run.json").write_text(json.dumps(described | {"student_fingerprint": "other"}))
+    ours, base = ([run.folder for run in grid if run.variant == name] for name in ("clip-rd", "clip-kd"))
+    (claim,) = judge([CLAIM], read_records([*ours, *base]))
+    answers = [claim, compare(ours, base).differences[0].verdict, collect(plan, grid, tmp_path).differences[0].verdict]
+    answers.append(collect_report([*ours, *base]).comparisons[0].verdict)
+    assert {(v.low, v.high, v.p, v.seeds, v.left_out) for v in answers} == {(claim.low, claim.high, claim.p, 2, 1)}
+    assert "1 unusable results left out" in evidence(claim)

@@ -48,7 +48,7 @@ def test_an_undecided_claim_says_how_many_seeds_would_decide():
 def test_the_markdown_table_keeps_its_columns():
     (verdict,) = judge(["a > b on d|e t2i_R@1"], records({"a": [0.5, 0.4], "b": [0.4, 0.3]}, dataset="d|e"))
     heads, marks, row, *_ = verdicts_markdown([verdict]).splitlines()
-    assert heads.count("|") == marks.count("|") == row.count("|") == 4
+    assert heads.count("|") == marks.count("|") == row.replace(r"\|", "").count("|") == 4
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,6 @@ def _train(plan: AblationPlan, grid: Sequence[GridRun], mine: Sequence[GridRun],
 
 
 def _tell(outcome: Outcome, results: Results | None, out: Path) -> None:
-    from rich.console import Console
 
     from clipdistill.ablate.tables import terminal_table
     from clipdistill.statistics.verdicts import verdict_table
@@ -101,7 +100,7 @@ def _tell(outcome: Outcome, results: Results | None, out: Path) -> None:
     if results is not None:
         terminal_table(results).print()
         if results.verdicts:
-            Console().print(verdict_table(results.verdicts))
+            verdict_table(results.verdicts).print()
         say(f"table and picture: {out / 'ablation.md'}   page: clipdistill report {out}")
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
+from clipdistill.runtime.console import say
+from clipdistill.runtime.files import make_folder, write_json
 from clipdistill.statistics.protocol import RETRIEVAL_PROTOCOLS
 
 if TYPE_CHECKING:
@@ -105,7 +104,6 @@ def run_eval(
     geometry_path: Path | None = None,
     markdown: bool = False,
     progress: bool = True,
-    console: Console | None = None,
 ) -> Scores:
     """`evaluate`, then a table on the terminal (or Markdown) and, with json_path, files. See `evaluate`.
 
@@ -143,11 +141,12 @@ def run_eval(
         write_geometry(embeddings, geometry_path)
     if json_path is not None:
         scores.save(json_path)
-    console = console or Console()
+    say(f"model: {model}" if teacher is None else f"student: {model}\nteacher: {teacher}")
+    names = {"student": "score"} if teacher is None else {}
     if markdown:
-        console.print(scores.to_markdown(), markup=False, soft_wrap=True)
+        print("\n" + scores.to_markdown(names=names))
     else:
-        scores.print(console)
+        scores.print(names=names)
     return scores
 
 
@@ -169,5 +168,5 @@ def write_geometry(embeddings: dict[tuple[str, str], EncodedPairs], path: Path) 
         listed = ", ".join(sets) or "none"
         raise InputError(f"--geometry describes one set of image-caption pairs, and --data names {listed}")
     shape = geometry(embeddings["student", sets[0]], embeddings.get(("teacher", sets[0])))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(shape | {"data": sets[0]}, indent=1) + "\n", encoding="utf-8")
+    make_folder(path.parent, "geometry")
+    write_json(path, shape | {"data": sets[0]})

@@ -130,8 +130,8 @@ def read_run(folder: Path) -> ReportedRun:
     scores = Scores.of_run(place.path)
     if scores is not None:
         found = records_of(scores, run.method, run.seed, facts)
-        run.scores = [record for record in found if not record.stale]
-        run.stale = [record for record in found if record.stale]
+        run.scores = [record for record in found if not record.unusable]
+        run.stale = [record for record in found if record.unusable]
         run.notes += scores.notes
         for kept in scores.retention():
             run.retention[kept.metric, kept.protocol.question()] = (kept.value, kept.low, kept.high)

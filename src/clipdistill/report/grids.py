@@ -13,6 +13,7 @@ from clipdistill.report.tables import Entry, Estimate, PairComparison, ScoreColu
 from clipdistill.report.trade import BenchDevice, Speed, Trade
 from clipdistill.report.words import interval_text, metric_text, points_text, value_text
 from clipdistill.runtime.console import TextTable
+from clipdistill.statistics.records import NOISY
 from clipdistill.statistics.verdicts import better_text, p_text
 
 
@@ -91,7 +92,10 @@ def speed_grid(device: BenchDevice) -> Grid:
     for s in device.speeds:
         setting = (
             f"{s.backend}, {s.dtype}, batch {s.batch}",
-            f"as {s.borrowed}: same architecture" if s.borrowed else "",
+            "; ".join(
+                ([f"as {s.borrowed}: same architecture"] if s.borrowed else [])
+                + ([f"{NOISY}: nothing is judged by it"] if s.setting in device.noisy else [])
+            ),
         )
         rates = [s.rates.get(tower) for tower in ("image", "text", "pair", "end-to-end")]
         cells = ["" if rate is None else (show(rate.value), interval_text(rate, False)) for rate in rates]

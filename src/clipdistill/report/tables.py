@@ -234,12 +234,11 @@ def build_table(runs: Sequence[ReportedRun]) -> ScoreTable:
             notices.append(f"The run {run.name} is not finished (status: {run.status}): its figures are preliminary.")
         notices += [f"{run.name}: {note}" for note in run.notes]
         if run.stale:
-            values = ", ".join(
-                f"{metric_name(r.metric)} {_plain_value(r)}" for r in run.stale if r.metric in MAIN_METRICS
-            )
+            shown = [f"{metric_name(r.metric)} {_plain_value(r)}" for r in run.stale if r.metric in MAIN_METRICS]
+            values = f" ({', '.join(shown)})" if shown else ""
             notices.append(
-                f"The scores of {run.name} are stale: {run.stale[0].stale}. They are in no table and nothing is judged "
-                f"by them{f' ({values})' if values else ''}."
+                f"{run.name}: {run.stale[0].unusable}. They{values} are in no table and nothing is judged by them: "
+                f"measure again with  clipdistill eval {run.folder} --data ... --json {run.folder}/scores.json"
             )
         elif not run.scores:
             notices.append(f"The run {run.name} has no scores.json: it was not evaluated, so it is not in the table.")

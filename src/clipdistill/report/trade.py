@@ -14,6 +14,7 @@ from typing import Any
 
 from clipdistill.report.data import ReportedRun, optional, read_optional
 from clipdistill.report.tables import Entry, Estimate, ScoreTable
+from clipdistill.statistics.records import is_noisy
 
 
 @dataclass
@@ -78,14 +79,18 @@ class BenchDevice:
         return next((s.rates[tower] for s in found), None)
 
     def best_setting(self) -> tuple[str, str, int] | None:
-        """The setting in which most entries have pairs per second; among equals float32, eager, the largest batch."""
+        """The setting in which most entries have pairs per second; among equals float32, eager, the largest batch.
+
+        One measured on a busy machine only where there is no other.
+        """
         settings: dict[tuple[str, str, int], set[str]] = {}
         for speed in self.speeds:
             if speed.entry is not None and "pair" in speed.rates:
                 settings.setdefault(speed.setting, set()).add(speed.entry.label)
         if not settings:
             return None
-        return max(settings, key=lambda s: (len(settings[s]), s[1] == "float32", s[0] == "eager", s[2]))
+        calm = [setting for setting in settings if setting not in self.noisy] or list(settings)
+        return max(calm, key=lambda s: (len(settings[s]), s[1] == "float32", s[0] == "eager", s[2]))
 
 
 @dataclass
@@ -167,7 +172,7 @@ def _read_bench(
     device.sources.append(path.name if owner is None else f"{owner.name}/{path.name}")
     device.warnings += [str(w) for w in bench.get("warnings") or []]
     device.libraries |= libraries
-    device.noisy |= {_setting(row) for row in bench["measurements"] if row.get("noisy")}
+    device.noisy |= {_setting(row) for row in bench["measurements"] if is_noisy(bench, row)}
     device.commands += [str(bench["command"])] if bench.get("command") else []
     speeds = {(s.name, *s.setting): s for s in device.speeds}
     for name, tower, setting, rate, (latency, peak) in measured:

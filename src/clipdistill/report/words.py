@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from clipdistill.report.svg import compact, rate
 from clipdistill.report.tables import Estimate, PairComparison, ScoreColumn, ScoreTable
 from clipdistill.report.trade import Trade
+from clipdistill.statistics.records import NOISY
 from clipdistill.statistics.verdicts import QUERIES_ALONE
 
 
@@ -147,6 +148,11 @@ def _price(table: ScoreTable, trade: Trade) -> list[Sentence]:
             continue
         fast, slow = device.rate(best, "pair", setting), device.rate(teacher, "pair", setting)
         ratio = device.ratio(best, teacher, "pair", setting)
+        if setting in device.noisy:
+            start = f"{size}. Its speed" if size else f"The speed of {best.label}"
+            sentences.append(Sentence("cost", f"{start} on {device.label} was {NOISY}, so no ratio is given."))
+            size = ""
+            continue
         if fast is None or slow is None or ratio is None:
             continue
         start = f"{size}, and encodes" if size else f"{_capital(best.label)} encodes"

@@ -7,8 +7,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from clipdistill.errors import InputError
 from clipdistill.runs.folder import run_folders
 from clipdistill.statistics.claims import PUBLISHED, is_measured, judge, read_claims
@@ -47,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.markdown:
         print(verdicts_markdown(shown))
     elif shown:
-        Console().print(verdict_table(shown))
+        verdict_table(shown).print()
     silent = len(verdicts) - len(known)
     if silent and not arguments.all:
         print(f"{silent} of {len(verdicts)} claims are about methods or data that these runs do not have (see --all)")

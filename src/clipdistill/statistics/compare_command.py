@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from clipdistill.errors import InputError
+from clipdistill.runtime.console import Coloured, TextTable, say
 from clipdistill.runtime.files import make_folder, write_json
 from clipdistill.statistics.compare import MetricComparison, compare
 from clipdistill.statistics.verdicts import basis_text, better_text, bounds_text, more_seeds, p_text
@@ -40,30 +38,32 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         make_folder(arguments.json.parent, "comparison")
         write_json(arguments.json, result.to_dict())
-    console = Console()
-    console.print(f"a: {result.a.name}\nb: {result.b.name}", markup=False, highlight=False)
+    say(f"a: {result.a.name}\nb: {result.b.name}")
     for label in dict.fromkeys(t.protocol.label() for t in result.differences):
-        console.print(label, style="bold", markup=False, highlight=False, soft_wrap=True)
-        console.print(_table([t for t in result.differences if t.protocol.label() == label]))
-    console.print(basis_text([t.verdict for t in result.differences]), soft_wrap=True, highlight=False)
+        say(label, colour="bold")
+        rows = [t for t in result.differences if t.protocol.label() == label]
+        _table(rows).print()
+        for reason in dict.fromkeys(t.verdict.reason for t in rows if t.verdict.p is None):
+            say(reason)
+    say(basis_text([t.verdict for t in result.differences]))
     return 0
 
 
-def _table(rows: list[MetricComparison]) -> Table:
-    table = Table("metric", box=None)
-    for head in ("a", "b", "a - b in points (95 % interval)", "p", "p (Holm)", "better"):
-        table.add_column(head, justify="right")
+def _table(rows: list[MetricComparison]) -> TextTable:
+    heads = ["metric", "a", "b", "a - b in points (95 % interval)", "p", "p (Holm)", "better"]
+    table = TextTable(heads, text=(0, 6))
     for row in rows:
         scale = 1 if row.metric.endswith("median_rank") else 100
-        bounds = bounds_text(row.verdict, scale)
-        table.add_row(
-            row.metric,
-            f"{scale * row.a:.1f}",
-            f"{scale * row.b:.1f}",
-            f"{scale * row.value:+.2f}" + (f" ({bounds})" if bounds else ""),
-            "" if row.verdict.p is None else p_text(row.verdict.p),
-            "" if row.verdict.p_holm is None else p_text(row.verdict.p_holm),
-            better_text(row.verdict, "a", "b")
-            + (f" ({more_seeds(row.verdict)} more seeds)" if row.verdict.seeds_needed else ""),
+        verdict, bounds = row.verdict, bounds_text(row.verdict, scale)
+        more = f" ({more_seeds(verdict)} more seeds)" if verdict.seeds_needed else ""
+        table.rows.append(
+            [
+                row.metric,
+                f"{scale * row.a:.1f}",
+                f"{scale * row.b:.1f}",
+                "" if verdict.effect is None else f"{scale * row.value:+.2f}" + (f" ({bounds})" if bounds else ""),
+                *("" if p is None else p_text(p) for p in (verdict.p, verdict.p_holm)),
+                Coloured(better_text(verdict, "a", "b") + more, {"undecided": ""}.get(verdict.better, "bold")),
+            ]
         )
     return table

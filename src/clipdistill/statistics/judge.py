@@ -58,7 +58,7 @@ class Verdict:
     over_seeds, over_queries: each uncertainty alone. p_holm: adjusted over the `family` of verdicts shown together.
     queries, images: test queries and the images they share. seeds_needed: of each side in all, to decide, if mean and
     spread stay (None: no number would, or it cannot be told); images_needed: test images that would decide when seeds
-    would not. stale: results left out as they are of other weights. parts: of a joint claim.
+    would not. left_out: results that could not be used, such as scores of other weights. parts: of a joint claim.
     """
 
     id: str = ""
@@ -82,7 +82,7 @@ class Verdict:
     over_queries: Uncertainty | None = None
     seeds_needed: int | None = None
     images_needed: int | None = None
-    stale: int = 0
+    left_out: int = 0
     source: str | None = None
     published: dict[str, Any] = field(default_factory=dict)
     note: str | None = None
@@ -113,12 +113,12 @@ def decide(
 
     left, right: one record for each training seed, or one without a seed for what was not trained (a teacher); right
     is None for a statement on a value itself. about: what the verdict is of. Of ranks the lower is the better one.
-    Scores of other weights than the run's are left out. What cannot be compared (other protocols, a seed twice,
-    nothing left) is undecided, with the reason.
+    Unusable records (scores of other weights than the run's, speeds of a busy machine) are left out. What cannot be
+    compared (other protocols, a seed twice, nothing left) is undecided, with the reason.
     """
     given = [left] if right is None else [left, right]
-    sides = [[record for record in side if not record.stale] for side in given]
-    base = replace(about or Verdict(), threshold=threshold, stale=sum(map(len, given)) - sum(map(len, sides)))
+    sides = [[record for record in side if not record.unusable] for side in given]
+    base = replace(about or Verdict(), threshold=threshold, left_out=sum(map(len, given)) - sum(map(len, sides)))
     falling = measure == "difference" and left[0].lower_is_better
     if falling:
         threshold = -threshold
@@ -178,7 +178,7 @@ def adjust(verdicts: Sequence[Verdict]) -> list[Verdict]:
 def _check(sides: Sequence[Sequence[Record]], given: Sequence[Sequence[Record]]) -> None:
     for side, whole in zip(sides, given):
         if not side:
-            raise InputError(f"the scores of {whole[0].method} are stale: {whole[0].stale}")
+            raise InputError(f"{whole[0].method}: {whole[0].unusable}")
     records = [record for side in sides for record in side]
     protocols = sorted({str(record.protocol) for record in records})
     if len(protocols) > 1:

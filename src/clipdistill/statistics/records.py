@@ -6,6 +6,7 @@ added by hand; `read_records` makes them from finished run folders, `records_of`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,9 +18,10 @@ from clipdistill.errors import InputError, nearest
 from clipdistill.runs.folder import RunFolder, stale_scores
 from clipdistill.runtime.files import read_json
 from clipdistill.statistics.protocol import Protocol, digest
-from clipdistill.statistics.scores import Scores
+from clipdistill.statistics.scores import Score, Scores
 
 SPEED = "pairs_per_second"
+NOISY = "measured while other work slowed the machine several times over"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +31,7 @@ class Record:
     method: what was trained ("clip-rd"), or "teacher"; seed: of the training run, None for what was not trained here
     (a teacher, a speed). dataset, protocol: where known; records compare only within the same. low, high: interval of
     the value alone, over `n` queries. per_query, clusters: (Q,) results whose mean is the value, and the image of each
-    query. measured: the whole protocol. stale: why the scores are not this model's, '' where they are.
+    query. measured: the whole protocol. unusable: why nothing may be judged by it ("its scores are stale"), or ''.
     """
 
     method: str
@@ -44,7 +46,7 @@ class Record:
     clusters: np.ndarray | None = None
     n: int = 0
     measured: Protocol | None = None
-    stale: str = ""
+    unusable: str = ""
 
     @property
     def role(self) -> str:
@@ -138,26 +140,47 @@ def records_of(scores: Scores, method: str, seed: int | None, facts: Mapping[str
                 clusters=queries.clusters.get(score.metric) if queries else None,
                 n=score.n,
                 measured=score.protocol,
-                stale="" if teacher else stale_scores(facts or {}, score.protocol.model_fingerprint) or "",
+                unusable="" if teacher else _stale(facts or {}, score),
             )
         )
     return found
 
 
+def _stale(facts: Mapping[str, Any], score: Score) -> str:
+    reason = stale_scores(facts, score.protocol.model_fingerprint)
+    return f"its scores are stale: {reason}" if reason else ""
+
+
+def is_noisy(bench: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether a benchmark's row was measured on a machine too busy for ratios to mean anything.
+
+    Benchmarks mark such rows; those of older versions said it in a warning only.
+    """
+    said = re.compile(rf"batch {row.get('batch')}: noise: .* took up to (\d+) % longer")
+    warnings = bench.get("warnings")
+    found = [said.match(str(text)) for text in (warnings if isinstance(warnings, list) else [])]
+    return row.get("noisy") is True or any(match and int(match[1]) > 300 for match in found)
+
+
 def _speeds(path: Path, methods: Mapping[Any, str]) -> list[Record]:
-    """Pairs per second at the largest batch of the first back end and number format; one value for each method."""
-    rows = read_json(path).get("measurements") if path.is_file() else []
+    """Pairs per second at the largest batch of the first back end and number format; one value for each method.
+
+    Batch sizes measured on a busy machine only where there is no other.
+    """
+    bench = read_json(path) if path.is_file() else {}
+    rows = bench.get("measurements")
     found: list[Record] = []
     try:
         rows = [row for row in rows or [] if row.get("tower") == "pair"]
+        rows = [row for row in rows if not is_noisy(bench, row)] or rows
         setting = (rows[0]["backend"], rows[0]["dtype"], max(row["batch"] for row in rows)) if rows else ()
         for row in rows:
             name = "teacher" if row["model"] == "teacher" else methods.get(row["model"])
             if name is not None and (row["backend"], row["dtype"], row["batch"]) == setting:
                 where = f"{setting[0]}, {setting[1]}, batch {setting[2]}"
-                found.append(Record.of({"method": name, "metric": SPEED, "value": row["value"], "protocol": where} | {
-                    bound: row.get(bound) for bound in ("low", "high")
-                }))  # fmt: skip
+                unusable = f"its speed was {NOISY}" if is_noisy(bench, row) else ""
+                given = {"method": name, "metric": SPEED, "protocol": where, "unusable": unusable}
+                found.append(Record.of(given | {key: row.get(key) for key in ("value", "low", "high")}))
     except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the measurements of `clipdistill bench` ({error!r})") from error
     return found

@@ -9,15 +9,13 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
 
 from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
+from clipdistill.runtime.console import TextTable, say
 from clipdistill.runtime.files import digest_of, make_folder, new_file, parse_json, read_json, sha256, write_text
 from clipdistill.statistics.bootstrap import bootstrap_ratio
 from clipdistill.statistics.protocol import Protocol, comparable, difference
@@ -145,11 +143,13 @@ class Scores:
         found = bootstrap_ratio(ours.values[score.metric], theirs.values[score.metric], clusters, replicates=1000)
         return found.low, found.high
 
-    def table(self, metrics: Sequence[str] | None = None, *, split: bool = True) -> list[Table]:
-        """One rich table for each protocol: a row a metric, a column a model, then what each keeps of the teacher.
+    def table(
+        self, metrics: Sequence[str] | None = None, *, split: bool = True, names: Mapping[str, str] | None = None
+    ) -> list[TextTable]:
+        """One table for each protocol: a row a metric, a column a model, then what each keeps of the teacher.
 
-        metrics: which rows; None for all. split False: raise InputError instead of making a second table, for callers
-        that promise a single one.
+        metrics: which rows; None for all. names: heads of the models' columns (default: "student", "teacher"). split
+        False: raise InputError instead of making a second table, for callers that promise a single one.
         """
         protocols = self.protocols()
         if not split and len(protocols) > 1:
@@ -157,46 +157,36 @@ class Scores:
                 "these scores were measured under different protocols and do not belong in one table"
                 f" ({difference(protocols[0], protocols[1])})"
             )
-        return [self._one_table(protocol, metrics) for protocol in protocols]
+        kept = self.retention()
+        return [self._one_table(protocol, kept, metrics, names or {}) for protocol in protocols]
 
-    def _one_table(self, protocol: Protocol, metrics: Sequence[str] | None) -> Table:
-        heads, rows = self._cells(protocol, metrics)
-        caption = "percent, with 95 % intervals" if any("[" in cell for row in rows for cell in row) else "percent"
-        table = Table(title=protocol.label(), title_justify="left", caption=caption, caption_justify="left")
-        for i, head in enumerate(heads):
-            table.add_column(head, justify="right" if i else "left")
-        for row in rows:
-            table.add_row(*row)
-        return table
-
-    def _cells(self, protocol: Protocol, metrics: Sequence[str] | None) -> tuple[list[str], list[list[str]]]:
-        """Column heads and rows of text for one protocol."""
+    def _one_table(
+        self, protocol: Protocol, retention: Sequence[Score], metrics: Sequence[str] | None, names: Mapping[str, str]
+    ) -> TextTable:
         own = [s for s in self.scores if comparable(s.protocol, protocol)]
-        kept = [s for s in self.retention() if comparable(s.protocol, protocol)]
+        kept = [s for s in retention if comparable(s.protocol, protocol)]
         groups = [("", own, model) for model in sorted({s.model: 0 for s in own}, key=lambda name: name != "teacher")]
         groups += [(", % of teacher", kept, model) for model in dict.fromkeys(s.model for s in kept)]
         columns = [{s.metric: s.text() for s in scores if s.model == model} for _, scores, model in groups]
         shown = [m for m in dict.fromkeys(s.metric for s in own) if metrics is None or m in metrics]
-        rows = [[metric, *(column.get(metric, "") for column in columns)] for metric in sorted(shown, key=_order)]
-        return ["metric", *(model + suffix for suffix, _, model in groups)], rows
+        rows: list[Sequence[str]] = [
+            [metric, *(column.get(metric, "") for column in columns)] for metric in sorted(shown, key=_order)
+        ]
+        heads = ["metric", *(names.get(model, model) + suffix for suffix, _, model in groups)]
+        caption = "percent, with 95 % intervals" if any("[" in cell for row in rows for cell in row) else "percent"
+        return TextTable(heads, rows, protocol.label(), caption)
 
-    def to_markdown(self, metrics: Sequence[str] | None = None) -> str:
+    def to_markdown(self, metrics: Sequence[str] | None = None, names: Mapping[str, str] | None = None) -> str:
         """The tables in Markdown, each under its protocol; percent, with 95 % intervals in brackets."""
-        blocks = []
-        for protocol in self.protocols():
-            heads, rows = self._cells(protocol, metrics)
-            lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-            blocks.append(f"**{protocol.label()}**\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+        blocks = [f"**{table.title}**\n\n{table.markdown()}\n" for table in self.table(metrics, names=names)]
         return "\n".join(blocks + [f"{note}\n" for note in self.notes])
 
-    def print(self, console: Console | None = None, metrics: Sequence[str] | None = None) -> None:
-        """Print the tables and notes to the terminal. Values in percent; brackets hold 95 % intervals."""
-        console = console or Console()
-        for table in self.table(metrics):
-            # as a line of its own, since a title is broken to the width of its table
-            label, table.title = str(table.title), None
-            console.print(Group(Text(label, style="bold"), table))
-        console.print(Group(*(Text(note) for note in self.notes)))
+    def print(self, file: TextIO | None = None, names: Mapping[str, str] | None = None) -> None:
+        """Print the tables and notes. Values in percent; brackets hold 95 % intervals."""
+        for table in self.table(names=names):
+            table.print(file)
+        for note in self.notes:
+            say(note, file)
 
     def to_json(self, *, queries_sha256: str | None = None) -> str:
         """Everything but the per-query results, with a checksum. Protocols are listed once, referred to by position."""

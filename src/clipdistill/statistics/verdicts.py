@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
+from clipdistill.runtime.console import Coloured, TextTable
 from clipdistill.runtime.files import make_folder, write_json
 from clipdistill.statistics.judge import Verdict
 
@@ -33,8 +31,8 @@ def evidence(verdict: Verdict) -> str:
     if verdict.effect is None:
         return verdict.reason
     alone = QUERIES_ALONE if verdict.basis == "queries alone" and verdict.p is not None else ""
-    stale = f"{verdict.stale} stale results left out" if verdict.stale else ""
-    return "; ".join(part for part in (", ".join(_facts(verdict)), alone, stale, _outlook(verdict)) if part)
+    left_out = f"{verdict.left_out} unusable results left out" if verdict.left_out else ""
+    return "; ".join(part for part in (", ".join(_facts(verdict)), alone, left_out, _outlook(verdict)) if part)
 
 
 def better_text(verdict: Verdict, left: str = "better", right: str = "worse") -> str:
@@ -131,27 +129,23 @@ def p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.2g}"
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """For the terminal: verdict, claim, evidence."""
-    table = Table("verdict", "claim", "evidence", show_lines=True)
+def verdict_table(verdicts: Sequence[Verdict]) -> TextTable:
+    """Verdict, claim, evidence; published figures where the claims have them."""
+    published = any(verdict.published for verdict in verdicts)
+    heads = ["verdict", "claim", "evidence", *(["published"] if published else [])]
+    table = TextTable(heads, text=range(len(heads)))
     colours = {"supported": "green", "contradicted": "red", "undecided": "yellow"}
     for verdict in verdicts:
-        outcome = Text(verdict.outcome, style=colours[verdict.outcome])
-        table.add_row(outcome, Text(verdict.claim), Text(evidence(verdict)))
+        cells = [Coloured(verdict.outcome, colours[verdict.outcome]), verdict.claim, evidence(verdict)]
+        table.rows.append([*cells, *([published_text(verdict.published)] if published else [])])
     return table
 
 
 def verdicts_markdown(verdicts: Sequence[Verdict]) -> str:
-    """A Markdown table: verdict, claim, evidence, published figures where the claim has them."""
-    published = any(verdict.published for verdict in verdicts)
-    heads = ["verdict", "claim", "evidence", *(["published"] if published else [])]
-    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for verdict in verdicts:
-        cells = [f"**{verdict.outcome}**", f"`{verdict.claim}`", evidence(verdict)]
-        if published:
-            cells.append(published_text(verdict.published))
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+    """The table in Markdown, claims as code."""
+    table = verdict_table(verdicts)
+    table.rows = [[row[0], f"`{row[1]}`", *row[2:]] for row in table.rows]
+    return table.markdown() + "\n"
 
 
 def published_text(published: dict[str, Any]) -> str:
