@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,15 +27,7 @@ from clipdistill.data.images import decode
 from clipdistill.data.pairs import PairSource, one_or_several
 from clipdistill.data.problems import BadSample
 from clipdistill.data.sampler import StepSampler, sample_generator
-from clipdistill.data.views import (
-    EVALUATION_VIEW,
-    ImageSpec,
-    View,
-    ViewPolicy,
-    normalise,
-    render_pixels,
-    sample_view,
-)
+from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, View, ViewPolicy, normalise, render_pixels, sample_view
 from clipdistill.errors import InputError
 
 CHUNK = 64
@@ -385,8 +378,12 @@ def prepared(
         generator=torch.Generator(),  # its own: the global one must not depend on how often loaders were made
         **settings,
     )
-    with _signals_held():
-        return iter(loader)
+    try:
+        with _signals_held():
+            return iter(loader)
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        name = getattr(getattr(items, "source", None), "name", "the data")
+        raise InputError(f"{name} cannot be sent to worker processes ({error}): set train.workers=0") from error
 
 
 def _as_it_is(chunk: Any) -> Any:

@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image, ImageDraw
 
-from clipdistill.scenes.world import BACKGROUNDS, Colour
-
-if TYPE_CHECKING:
-    from clipdistill.scenes.draw import Canvas
+from clipdistill.scenes.world import BACKGROUNDS, Colour, Dice
 
 Palette = tuple[Colour, ...]
 # grey value -> opacity: clouds only where the noise is high; specks only where it is very high
 _CLOUDS = [min(255, max(0, (value - 110) * 4)) for value in range(256)]
 _SPECKS = [min(255, max(0, (value - 170) * 2)) for value in range(256)]
+
+
+class Canvas:
+    """A picture being painted: its side in pixels, the dice, and a source of noise that follows from the dice."""
+
+    def __init__(self, pixels: int, dice: Dice) -> None:
+        self.pixels = pixels
+        self.dice = dice
+        # only raw bits are used: unlike numpy's distributions, they are the same in every version
+        self._bits = np.random.PCG64(dice.below(2**32))
+        self.image = Image.new("RGB", (pixels, pixels))
+
+    def noise(self, columns: int, rows: int, size: tuple[int, int], smooth: bool = True) -> Image.Image:
+        """Random grey values on a (columns, rows) grid, stretched to `size`."""
+        values = self._bits.random_raw((columns * rows + 7) // 8).tobytes()[: columns * rows]
+        grid = Image.frombytes("L", (columns, rows), values)
+        return grid.resize(size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
+
+    def jitter(self, colour: Colour, amount: int = 6) -> Colour:
+        """The colour, a little lighter or darker."""
+        change = self.dice.below(2 * amount + 1) - amount
+        red, green, blue = (min(255, max(0, channel + change)) for channel in colour)
+        return red, green, blue
+
+    def fill(self, colour: Colour, box: tuple[int, int, int, int] | None = None) -> None:
+        """Paint a region, or everything, in one colour."""
+        self.image.paste(colour, box or (0, 0, self.pixels, self.pixels))
 
 
 def paint_background(canvas: Canvas, name: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clipdistill.scenes.pairs import DEFAULT_PIXELS, DEFAULT_SIZES
 from clipdistill.scenes.world import SPLITS
-from clipdistill.scenes.write import FORMATS, run_scenes
+from clipdistill.scenes.write import FORMATS, write_scenes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,15 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write them."""
-    run_scenes(
-        arguments.out,
-        arguments.format,
-        arguments.split,
-        arguments.size,
-        arguments.seed,
-        pixels=arguments.pixels,
-        shard_size=arguments.shard_size,
-        workers=arguments.workers,
-    )
+    """Write them, with a progress bar, and say what to open."""
+    names = ("out", "format", "split", "size", "seed", "pixels", "shard_size", "workers")
+    written = write_scenes(**{name: getattr(arguments, name) for name in names}, bar=True)
+    print(f"wrote {written}")
     return 0

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from clipdistill.scenes.backgrounds import paint_background
+from clipdistill.scenes.backgrounds import Canvas, paint_background
 from clipdistill.scenes.world import COLOURS, HOSTS, SECOND_COLOURS, SHAPES, TABLES, Colour, Dice, Scene, Thing
 
 OVERSAMPLING = 4
@@ -69,33 +69,6 @@ OUTLINES: dict[str, NDArray[np.float64]] = {
 }
 """Corners of every shape at angle 0 for radius 1; all lie within REACH of the centre."""
 REACH = 1.1
-
-
-class Canvas:
-    """A picture being painted: its side in pixels, the dice, and a source of noise that follows from the dice."""
-
-    def __init__(self, pixels: int, dice: Dice) -> None:
-        self.pixels = pixels
-        self.dice = dice
-        # only raw bits are used: unlike numpy's distributions, they are the same in every version
-        self._bits = np.random.PCG64(dice.below(2**32))
-        self.image = Image.new("RGB", (pixels, pixels))
-
-    def noise(self, columns: int, rows: int, size: tuple[int, int], smooth: bool = True) -> Image.Image:
-        """Random grey values on a (columns, rows) grid, stretched to `size`."""
-        values = self._bits.random_raw((columns * rows + 7) // 8).tobytes()[: columns * rows]
-        grid = Image.frombytes("L", (columns, rows), values)
-        return grid.resize(size, Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
-
-    def jitter(self, colour: Colour, amount: int = 6) -> Colour:
-        """The colour, a little lighter or darker."""
-        change = self.dice.below(2 * amount + 1) - amount
-        red, green, blue = (min(255, max(0, channel + change)) for channel in colour)
-        return red, green, blue
-
-    def fill(self, colour: Colour, box: tuple[int, int, int, int] | None = None) -> None:
-        """Paint a region, or everything, in one colour."""
-        self.image.paste(colour, box or (0, 0, self.pixels, self.pixels))
 
 
 def draw_scene(scene: Scene, pixels: int, dice: Dice) -> Image.Image:

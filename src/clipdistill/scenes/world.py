@@ -161,12 +161,7 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def compose(
-    dice: Dice,
-    *,
-    everything: bool,
-    count: int | None = None,
-    background: str | None = None,
-    looks: Looks | None = None,
+    dice: Dice, *, everything: bool, count: int | None = None, background: str | None = None, looks: Looks | None = None
 ) -> Scene:
     """One scene from the dice.
 

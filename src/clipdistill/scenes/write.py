@@ -27,25 +27,6 @@ Format = Literal["webdataset", "karpathy"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 
-def run_scenes(
-    out: Path,
-    format: str = "webdataset",
-    split: str | None = None,
-    size: int | None = None,
-    seed: int | None = None,
-    *,
-    pixels: int | None = None,
-    shard_size: int = 1000,
-    workers: int | None = None,
-) -> Path:
-    """What `clipdistill scenes` runs: write_scenes with a progress bar and a closing line; returns what to open."""
-    written = write_scenes(
-        out, format, split, size, seed, pixels=pixels, shard_size=shard_size, workers=workers, bar=True
-    )
-    print(f"wrote {written}")
-    return written
-
-
 def write_scenes(
     out: Path,
     format: str = "webdataset",
