@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class ClipdistillError(Exception):
@@ -28,6 +29,15 @@ class MissingExtraError(InputError):
         super().__init__(
             f"{purpose} needs the package '{package}': install it with  pip install 'clipdistill[{extra}]'"
         )
+
+
+@contextlib.contextmanager
+def needing(package: str, extra: str, purpose: str) -> Iterator[None]:
+    """Imports within: a missing one becomes a MissingExtraError."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(package, extra, purpose) from error
 
 
 class BudgetError(ClipdistillError):

@@ -79,10 +79,7 @@ def test_transformers_loads_it_with_its_own_tokenizer(images, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [
-        ("flickr-student", "no timm image tower .test_resnet"),
-        ("TinyCLIP-ResNet-19M-Text-19M", "no ResNet"),
-    ],
+    [("flickr-student", "no timm image tower .test_resnet"), ("TinyCLIP-ResNet-19M-Text-19M", "no ResNet")],
 )
 def test_what_clip_model_cannot_be_is_refused(name, reason, tiny):
     from clipdistill.models.students import named_architecture

@@ -18,11 +18,7 @@ from clipdistill.errors import InputError, nearest
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.registry import BACKENDS
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Number formats that torch back ends run in, by their full names."""
 
 _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}

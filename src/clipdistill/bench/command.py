@@ -48,14 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "batch", "plugin")}
-    for name in ("backend", "dtype", "towers"):
-        settings[name] = settings[name].split(",")
+    given = vars(arguments)
+    settings = {name: given[name] for name in ("seconds", "rounds", "threads", "device", "data", "split")}
+    settings |= {name: given[name].split(",") for name in ("backend", "dtype", "towers")}
     try:
         batch_sizes = [int(part) for part in arguments.batch.split(",")]
     except ValueError as error:
         raise InputError(f"--batch {arguments.batch}: expected whole numbers separated by commas") from error
-    run_bench(**settings, batch_sizes=batch_sizes, out=arguments.json)
+    run_bench(arguments.models, **settings, batch_sizes=batch_sizes, out=arguments.json)
     return 0
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import platform
 import time
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 
+from clipdistill.runtime.files import digest_of
 from clipdistill.runtime.machine import cpu_count
 
 LIBRARIES = (
@@ -57,8 +56,12 @@ def describe_device(device: torch.device) -> dict[str, Any]:
             "cores": cpu_count(),
         }
         label = f"{facts['name']}, {threads} thread{'s' if threads != 1 else ''}"
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
-    return {"label": label, "fingerprint": digest, **facts, "system": f"{platform.system()} {platform.release()}"}
+    return {
+        "label": label,
+        "fingerprint": digest_of(facts)[:12],
+        **facts,
+        "system": f"{platform.system()} {platform.release()}",
+    }
 
 
 def processor_name() -> str:
@@ -111,6 +114,4 @@ def _processor_ticks() -> tuple[int, int] | None:
 
 def architecture_fingerprint(architecture: Any) -> str:
     """12 hexadecimal digits of an architecture dictionary, "" when there is none. Equal ones run equally fast."""
-    if not isinstance(architecture, dict):
-        return ""
-    return hashlib.sha256(json.dumps(architecture, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return digest_of(architecture)[:12] if isinstance(architecture, dict) else ""

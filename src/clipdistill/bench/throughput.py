@@ -7,8 +7,10 @@ what a run folder keeps as bench.json and what the report reads.
 from __future__ import annotations
 
 import datetime
+import functools
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,10 @@ from clipdistill.bench.timing import UNTRUSTED, Session, Task, measure, median_i
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError, first_line, nearest
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.exported import TOWERS
 from clipdistill.registry import BACKENDS
 from clipdistill.runtime.machine import pick_device
 
-TOWERS = ("image", "text")
 FORMAT = 1
 
 
@@ -100,23 +102,18 @@ _Setting = tuple[str, str]
 """Names of a back end and a number format."""
 
 
+@dataclass
 class _Bench:
     """The measurements of one call of `throughput`, added to `result` as they are made."""
 
-    def __init__(
-        self,
-        models: Mapping[str, ClipModel],
-        device: torch.device,
-        towers: tuple[str, ...],
-        seconds: float,
-        rounds: int,
-        reference: str,
-        source: PairSource | None,
-        result: dict[str, Any],
-    ) -> None:
-        self.models, self.device, self.towers = models, device, towers
-        self.seconds, self.rounds, self.reference = seconds, rounds, reference
-        self.source, self.result = source, result
+    models: Mapping[str, ClipModel]
+    device: torch.device
+    towers: tuple[str, ...]
+    seconds: float
+    rounds: int
+    reference: str
+    source: PairSource | None
+    result: dict[str, Any]
 
     def measure(self, settings: Sequence[tuple[Backend, str]], batch_sizes: Sequence[int]) -> None:
         """All models in all back ends and number formats, every batch size."""
@@ -156,15 +153,9 @@ class _Bench:
                             tasks.append(task)
                             peaks[task.name] = peak
                         if self.source is not None and "image" in self.towers:
-                            encode = ready[name].towers["image"]
-                            pipeline = endtoend.Pipeline(
-                                self.source,
-                                self.models[name].image,
-                                encode,
-                                batch,
-                                self.device,
-                                DTYPES.get(dtype, torch.float32),
-                            )
+                            spec, encode = self.models[name].image, ready[name].towers["image"]
+                            kind = DTYPES.get(dtype, torch.float32)
+                            pipeline = endtoend.Pipeline(self.source, spec, encode, batch, self.device, kind)
                             pipeline()
                             parts[f"{name}|end-to-end{end}"] = pipeline
                             call = self._synchronised(pipeline)
@@ -216,11 +207,7 @@ class _Bench:
         found = []
         for tower in self.towers:
             inputs = sample_inputs(self.models[name], tower, batch, self.device, DTYPES.get(dtype, torch.float32))
-            encode = loaded.towers[tower]
-
-            def call(encode: Any = encode, inputs: torch.Tensor = inputs) -> object:
-                return encode(inputs)
-
+            call = functools.partial(loaded.towers[tower], inputs)
             call()
             measurable = visible or self.device.type == "cuda"
             peak = peak_activation_bytes(call, self.device) if measurable else None

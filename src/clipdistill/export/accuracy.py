@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,6 @@ from clipdistill.errors import InputError
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.statistics.protocol import captions_rule
-
-METRICS = ("i2t_R@1", "t2i_R@1")
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,6 @@ def accuracy(image: EncodedPairs, text: EncodedPairs, data: str) -> Accuracy:
     """R@1 with the images of one encoding and the captions of another of the same pairs."""
     found = retrieval(image.image, text.text, image.text_to_image, ks=(1,))
     return Accuracy(float(found["i2t_R@1"]), float(found["t2i_R@1"]), len(image.image), len(text.text), data)
-
-
-def mixed(image: EncodedPairs, text: EncodedPairs) -> EncodedPairs:
-    """Images of one encoding with the captions of another."""
-    return dataclasses.replace(image, text=text.text)
 
 
 def calibration_arrays(model: ClipModel, source: PairSource) -> dict[str, np.ndarray]:

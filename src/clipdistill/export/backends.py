@@ -19,9 +19,9 @@ from torch import Tensor
 from clipdistill.bench.backends import Loaded
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.exported import SUFFIX, load_graph
 
 _SAMPLES = 16
-SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
 
 
 class ExportedBackend:
@@ -42,8 +42,6 @@ class ExportedBackend:
             raise InputError(f"the back end '{self.name}' is measured on the CPU only")
         if "exported" in model.architecture:
             return self._ready_made(model, dtype)
-        from clipdistill.models.exported import load_graph
-
         folder = Path(tempfile.mkdtemp(prefix="clipdistill-bench-"))
         try:
             files = make_graphs(model, folder, self.name, int8=dtype == "int8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 from pathlib import Path
 
 from clipdistill.errors import InputError
@@ -41,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export and say what was kept."""
-    run_export(**{name: value for name, value in vars(arguments).items() if name != "plugin"})
+    known = inspect.signature(run_export).parameters
+    run_export(**{name: value for name, value in vars(arguments).items() if name in known})
     return 0
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from clipdistill.errors import InputError, first_line
 from clipdistill.export.folder import export_folder
-from clipdistill.export.gate import Tolerance, compare, require
+from clipdistill.export.gate import Runner, Tolerance, compare, require
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.tokenizer_json import tokenizer_json
 from clipdistill.models import sized
@@ -53,15 +53,12 @@ def export_foreign(model: ClipModel, out: Path, to: str) -> None:
 def _require_equal(model: ClipModel, other: ClipModel, what: str) -> None:
     module = other.module
 
-    def image(values: Any) -> Any:
-        with torch.inference_mode():
-            return module.encode_image(torch.from_numpy(values)).numpy()
+    def runner(encode: Any) -> Runner:
+        return torch.inference_mode()(lambda values: encode(torch.from_numpy(values)).numpy())
 
-    def text(values: Any) -> Any:
-        with torch.inference_mode():
-            return module.encode_text(torch.from_numpy(values)).numpy()
-
-    require(compare(model, {"image": image, "text": text}), _TOLERANCE, what)
+    require(
+        compare(model, {"image": runner(module.encode_image), "text": runner(module.encode_text)}), _TOLERANCE, what
+    )
     captions = ["a photo of a dog", "the red car, 3 people"]
     if other.image != model.image or other.tokenizer(captions).tolist() != model.tokenizer(captions).tolist():
         raise InputError(f"{what}: the image preprocessing or the tokenizer is not the model's")
@@ -162,43 +159,36 @@ def hugging_face_config(model: ClipModel) -> dict[str, Any]:
     _require_plain(text, _TEXT, _TEXT_IGNORED, f"{refused}: its text tower has")
     if text.get("pool_type", "argmax") not in ("argmax", "eos"):
         raise InputError(f"{refused}, because its text tower pools by '{text['pool_type']}'")
-    activation = "quick_gelu" if architecture["quick_gelu"] else "gelu"
     end = text["eos_id"] if text.get("pool_type") == "eos" else int(model.tokenizer(["a"]).max())
-    width, head = vision.get("width", 768), vision.get("head_width", 64)
-    text_width = text.get("width", 512)
+    width, text_width = vision.get("width", 768), text.get("width", 512)
+
+    def tower(kind: str, own: Mapping[str, Any], width: int, heads: int) -> dict[str, Any]:
+        return {
+            "model_type": f"clip_{kind}_model",
+            "hidden_size": width,
+            "intermediate_size": int(width * own.get("mlp_ratio", 4.0)),
+            "num_hidden_layers": own.get("layers", 12),
+            "num_attention_heads": heads,
+            "hidden_act": "quick_gelu" if architecture["quick_gelu"] else "gelu",
+            "layer_norm_eps": (own.get("norm_kwargs") or {}).get("eps", 1e-5),
+            "projection_dim": model.embed_dim,
+        }
+
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": model.embed_dim,
         "logit_scale_init_value": 2.6592,
-        "text_config": {
-            "model_type": "clip_text_model",
+        "text_config": tower("text", text, text_width, text.get("heads", 8))
+        | {
             "vocab_size": text.get("vocab_size", 49_408),
-            "hidden_size": text_width,
-            "intermediate_size": int(text_width * text.get("mlp_ratio", 4.0)),
-            "num_hidden_layers": text.get("layers", 12),
-            "num_attention_heads": text.get("heads", 8),
             "max_position_embeddings": text.get("context_length", 77),
-            "hidden_act": activation,
-            "layer_norm_eps": (text.get("norm_kwargs") or {}).get("eps", 1e-5),
             "bos_token_id": int(model.tokenizer(["a"])[0, 0]),
             "eos_token_id": end,
             "pad_token_id": end if isinstance(model.tokenizer, ClipBpeTokenizer) else 0,
-            "projection_dim": model.embed_dim,
         },
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "image_size": model.image.size,
-            "patch_size": vision.get("patch_size", 16),
-            "num_channels": 3,
-            "hidden_size": width,
-            "intermediate_size": int(width * vision.get("mlp_ratio", 4.0)),
-            "num_hidden_layers": vision.get("layers", 12),
-            "num_attention_heads": width // head,
-            "hidden_act": activation,
-            "layer_norm_eps": (vision.get("norm_kwargs") or {}).get("eps", 1e-5),
-            "projection_dim": model.embed_dim,
-        },
+        "vision_config": tower("vision", vision, width, width // vision.get("head_width", 64))
+        | {"image_size": model.image.size, "patch_size": vision.get("patch_size", 16), "num_channels": 3},
     }
 
 

@@ -13,24 +13,23 @@ from clipdistill.bench.device import describe_libraries
 from clipdistill.config import as_dict
 from clipdistill.data.pairs import PairSource
 from clipdistill.embed.encode import EncodedPairs
-from clipdistill.errors import InputError, MissingExtraError, first_line
+from clipdistill.errors import InputError, first_line, needing
 from clipdistill.export.accuracy import Accuracy, accuracy, calibration_arrays, embed
 from clipdistill.export.folder import export_folder
 from clipdistill.export.gate import Parity, Tolerance, compare, require, summary
 from clipdistill.export.int8 import Choice, quantise_onnx, quantise_openvino, within_budget
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.tokenizer_json import differing, tokenizer_json
-from clipdistill.export.towers import INPUTS, OPSET, OUTPUTS, TOWERS, write_onnx
+from clipdistill.export.towers import INPUTS, OPSET, OUTPUTS, write_onnx
 from clipdistill.export.transform import FILE as TRANSFORM
 from clipdistill.export.transform import write_transform
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import load_graph, read_exported
+from clipdistill.models.exported import SUFFIX, TOWERS, load_graph, read_exported
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.runtime.files import sha256, write_json
 from clipdistill.version import __version__
 
 FORMAT = 1
-SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
 _LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "tokenizers")
 
 
@@ -123,10 +122,8 @@ def write_graphs(
     """Write both towers as graphs for `runtime` into `folder`; returns tower -> file. Nothing is checked."""
     if runtime == "onnx":
         return write_onnx(model, folder, normalised=normalised, opset=opset)
-    try:
+    with needing("openvino", "openvino", "the export to OpenVINO"):
         import openvino
-    except ImportError as error:
-        raise MissingExtraError("openvino", "openvino", "the export to OpenVINO") from error
     files = {}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as temporary:
         for tower, path in write_onnx(model, Path(temporary), normalised=normalised, opset=opset).items():
@@ -191,10 +188,7 @@ def _files(folder: Path, tower: str, runtime: str) -> list[Path]:
 
 def _file_facts(folder: Path, tower: str, runtime: str) -> dict[str, Any]:
     files = _files(folder, tower, runtime)
-    return {
-        "files": {path.name: sha256(path) for path in files},
-        "bytes": sum(path.stat().st_size for path in files),
-    }
+    return {"files": {path.name: sha256(path) for path in files}, "bytes": sum(path.stat().st_size for path in files)}
 
 
 def _manifest(
@@ -207,10 +201,7 @@ def _manifest(
     parities: list[Parity],
 ) -> dict[str, Any]:
     bias = getattr(model.module, "logit_bias", None)
-    shapes = {
-        "image": ["batch", 3, model.image.size, model.image.size],
-        "text": ["batch", model.context_length],
-    }
+    shapes = {"image": ["batch", 3, model.image.size, model.image.size], "text": ["batch", model.context_length]}
     gate = summary(parities)
     return {
         "format": FORMAT,

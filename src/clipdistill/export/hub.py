@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clipdistill.errors import InputError, MissingExtraError, first_line
+from clipdistill.errors import InputError, first_line, needing
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.models.hub import offline, reachable
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
@@ -38,10 +38,8 @@ def push_to_hub(folder: Path, repository: str, *, source: Path | None = None, pr
     if not folder.is_dir() or not any(folder.iterdir()):
         raise InputError(f"{folder}: no such folder, or an empty one: export the model first")
     check_push(repository)
-    try:
+    with needing("huggingface_hub", "hf", "an upload to the hub"):
         from huggingface_hub import HfApi
-    except ImportError as error:
-        raise MissingExtraError("huggingface_hub", "hf", "an upload to the hub") from error
     write_text(folder / CARD, model_card(folder, repository, source))
     _name_tokenizer(folder, repository)
     api = HfApi()

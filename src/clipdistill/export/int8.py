@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from clipdistill.embed.encode import EncodedPairs
-from clipdistill.errors import InputError, MissingExtraError
+from clipdistill.errors import InputError, needing
 from clipdistill.export.accuracy import Accuracy, accuracy
 
 ATTEMPTS = ("all layers", "sensitive layers in float32")
@@ -32,11 +32,9 @@ def quantise_onnx(source: Path, target: Path, samples: np.ndarray, attempt: str 
 
     Needs the extra `export`. `attempt`: one of ATTEMPTS.
     """
-    try:
+    with needing("onnxruntime", "export", "int8"):
         import onnx
         from onnxruntime import quantization
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "export", "int8") from error
     prepared = target.with_name(f"{target.stem}.prepared.onnx")
     _prepare(source, prepared)
     graph = onnx.load(str(prepared)).graph
@@ -132,14 +130,10 @@ def _has_vnni() -> bool:
 
 def quantise_openvino(source: Path, target: Path, samples: np.ndarray, attempt: str = ATTEMPTS[0]) -> None:
     """Write an int8 version (.xml, .bin) of an OpenVINO or ONNX graph; needs the extra `openvino` (with nncf)."""
-    try:
+    with needing("openvino", "openvino", "int8 for OpenVINO"):
         import openvino
-    except ImportError as error:
-        raise MissingExtraError("openvino", "openvino", "int8 for OpenVINO") from error
-    try:
+    with needing("nncf", "openvino", "int8 for OpenVINO"):
         import nncf
-    except ImportError as error:
-        raise MissingExtraError("nncf", "openvino", "int8 for OpenVINO") from error
     logging.getLogger("nncf").setLevel(logging.ERROR)
     graph = openvino.Core().read_model(str(source))
     name = graph.inputs[0].get_any_name()

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipdistill.errors import InputError, MissingExtraError, first_line
+from clipdistill.errors import InputError, first_line, needing
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.exported import TOWERS
 
-TOWERS = ("image", "text")
 INPUTS = {"image": "image", "text": "tokens"}
 OUTPUTS = {"image": "image_embedding", "text": "text_embedding"}
 """Names of each tower's input and output."""
@@ -117,10 +117,8 @@ def write_onnx(
     Raises InputError, one sentence, when an operation of the model has no ONNX form.
     """
     for package in ("onnx", "onnxscript"):
-        try:
+        with needing(package, "export", "the export to ONNX"):
             __import__(package)
-        except ImportError as error:
-            raise MissingExtraError(package, "export", "the export to ONNX") from error
     plain = plain_copy(model.module, fused_attention=opset >= _FUSED_ATTENTION_OPSET)
     large = sum(p.numel() * 4 for p in plain.parameters()) > _LARGEST_FILE
     files = {}

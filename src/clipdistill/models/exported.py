@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from clipdistill.config import build
 from clipdistill.data.views import ImageSpec
-from clipdistill.errors import InputError, MissingExtraError
+from clipdistill.errors import InputError, needing
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.models.tokenizers import HuggingFaceTokenizer, tokenizer_from_dict
@@ -30,7 +30,7 @@ from clipdistill.runtime.files import read_json, sha256
 RUNTIMES = ("onnx", "openvino")
 DESCRIPTION = "model.json"
 TOWERS = ("image", "text")
-_SUFFIXES = {"onnx": (".onnx",), "openvino": (".xml", ".onnx")}
+SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 """Number formats in which OpenVINO may compute a float32 graph."""
 
@@ -98,10 +98,11 @@ def read_exported(folder: Path, name: str, runtime: str, precision: str = "float
 
 
 def _graph(folder: Path, tower: str, runtime: str) -> Path:
-    for suffix in _SUFFIXES[runtime]:
+    suffixes = dict.fromkeys((SUFFIX[runtime], SUFFIX["onnx"]))
+    for suffix in suffixes:
         if (folder / f"{tower}{suffix}").is_file():
             return folder / f"{tower}{suffix}"
-    wanted = " or ".join(f"{tower}{suffix}" for suffix in _SUFFIXES[runtime])
+    wanted = " or ".join(f"{tower}{suffix}" for suffix in suffixes)
     raise InputError(
         f"{folder / wanted}: no such file; '{runtime}:' needs a folder written by  clipdistill export --to {runtime}"
     )
@@ -141,10 +142,8 @@ _PIECE = 4
 
 
 def _load_onnx(path: Path) -> Runner:
-    try:
+    with needing("onnxruntime", "export", f"'{path.name}'"):
         import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "export", f"'{path.name}'") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -166,10 +165,8 @@ def _load_onnx(path: Path) -> Runner:
 
 
 def _load_openvino(path: Path, precision: str) -> Runner:
-    try:
+    with needing("openvino", "openvino", f"'{path.name}'"):
         import openvino
-    except ImportError as error:
-        raise MissingExtraError("openvino", "openvino", f"'{path.name}'") from error
     threads = torch.get_num_threads()
     # on processors with bfloat16 it would round silently
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": PRECISIONS[precision]}

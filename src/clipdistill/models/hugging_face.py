@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from clipdistill.errors import InputError, MissingExtraError
+from clipdistill.errors import InputError, needing
 from clipdistill.models.architecture import build_module, check_architecture, image_size
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.hub import cached, require_network
@@ -291,10 +291,8 @@ def transformers_tokenizer(
     strip_sep_token: bool = False,
 ) -> Tokenizer:
     """The tokenizer of a folder or hub repository, storable; read by transformers, never with code of theirs."""
-    try:
+    with needing("transformers", "hf", f"the tokenizer of {source}"):
         from transformers import AutoTokenizer
-    except ImportError as error:
-        raise MissingExtraError("transformers", "hf", f"the tokenizer of {source}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for files it cannot use

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from clipdistill.errors import InputError, MissingExtraError, nearest
+from clipdistill.errors import InputError, nearest, needing
 from clipdistill.registry import describe
 
 CLIP_CONTEXT_LENGTH = 77
@@ -228,10 +228,8 @@ class HuggingFaceTokenizer(Tokenizer):
         clean: str | None = None,
         blank: int | None = None,
     ) -> None:
-        try:
+        with needing("tokenizers", "hf", "this model's tokenizer"):
             import tokenizers
-        except ImportError as error:
-            raise MissingExtraError("tokenizers", "hf", "this model's tokenizer") from error
         if clean is not None and clean not in _CLEANINGS:
             raise InputError(f"unknown text cleaning '{clean!s:.50}'{nearest(clean, _CLEANINGS)}")
         # cutting and padding are done by __call__, the same for every kind

@@ -215,12 +215,7 @@ class Objective(nn.Module):
                 dist.all_reduce(least, op=dist.ReduceOp.MIN)
                 memory = int(least.item())
             self._choices[key] = choose_engine(
-                n,
-                device,
-                self.mix(setting).all_primitives,
-                world_size=world_size,
-                itemsize=itemsize,
-                memory=memory,
+                n, device, self.mix(setting).all_primitives, world_size=world_size, itemsize=itemsize, memory=memory
             )
         return self._choices[key]
 
@@ -272,11 +267,7 @@ class Objective(nn.Module):
         names: dict[str, None] = dict.fromkeys(name for term in mix.feature_terms.values() for name in term.gathers)
         like = next(iter(features.matrices.values()))
         engine, _ = self.choose(
-            world.total,
-            like.device,
-            world_size=world.size,
-            itemsize=like.element_size(),
-            setting=mix.setting,
+            world.total, like.device, world_size=world.size, itemsize=like.element_size(), setting=mix.setting
         )
         if engine == "dense":
             names.update(dict.fromkeys(gathered_names(mix.plan, world)))

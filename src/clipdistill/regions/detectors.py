@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clipdistill.errors import InputError, MissingExtraError, nearest
+from clipdistill.errors import InputError, nearest, needing
 from clipdistill.models.clip_model import hash_tensors
 from clipdistill.models.hub import offline, require_network
 from clipdistill.models.weights import read_state_dict
@@ -157,10 +157,8 @@ class HuggingFaceDetector(_Network):
         name, local = f"hf:{rest}", Path(rest).is_dir()
         if not local and rest.count("/") != 1:
             raise InputError(f"'{name}': expected  hf:owner/name  or  hf:  and the path of a folder")
-        try:
+        with needing("transformers", "regions", f"the detector '{name}'"):
             import transformers
-        except ImportError as error:
-            raise MissingExtraError("transformers", "regions", f"the detector '{name}'") from error
 
         def load(local_only: bool) -> Any:
             options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_only}

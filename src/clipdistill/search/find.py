@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipdistill.errors import InputError, MissingExtraError, nearest
+from clipdistill.errors import InputError, nearest, needing
 from clipdistill.runtime.files import new_file
 from clipdistill.search import KINDS
 from clipdistill.search.store import SearchIndex
@@ -108,10 +108,8 @@ class FaissFinder(GraphFinder):
     kind = "faiss"
 
     def _load_library(self) -> None:
-        try:
+        with needing("faiss-cpu", "search", "--index-kind faiss"):
             import faiss
-        except ImportError as error:
-            raise MissingExtraError("faiss-cpu", "search", "--index-kind faiss") from error
         self._faiss: Any = faiss
 
     def _build(self, rows: np.ndarray, vectors: np.ndarray) -> Any:
@@ -140,10 +138,8 @@ class UsearchFinder(GraphFinder):
     kind = "usearch"
 
     def _load_library(self) -> None:
-        try:
+        with needing("usearch", "search", "--index-kind usearch"):
             from usearch.index import Index
-        except ImportError as error:
-            raise MissingExtraError("usearch", "search", "--index-kind usearch") from error
         self._empty = functools.partial(Index, metric="ip", dtype="f32", expansion_add=200, expansion_search=128)
 
     def _build(self, rows: np.ndarray, vectors: np.ndarray) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from clipdistill.config import as_dict
-from clipdistill.errors import MissingExtraError
+from clipdistill.errors import needing
 from clipdistill.runtime.files import write_text
 from clipdistill.train.callbacks import Callback, RunView
 
@@ -31,10 +31,8 @@ class TensorBoard(Tracker):
     """Scalars for TensorBoard in `tensorboard/` of the run folder (extra `tensorboard`)."""
 
     def on_start(self, run: RunView) -> None:
-        try:
+        with needing("tensorboard", "tensorboard", "tensorboard: true"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MissingExtraError("tensorboard", "tensorboard", "tensorboard: true") from error
         self.writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.step + 1)
 
     def send(self, kind: str, numbers: Mapping[str, float], step: int) -> None:
@@ -50,10 +48,8 @@ class WeightsAndBiases(Tracker):
 
     def on_start(self, run: RunView) -> None:
         project = run.config.wandb or "clipdistill"
-        try:
+        with needing("wandb", "wandb", f"wandb: {project}"):
             import wandb
-        except ImportError as error:
-            raise MissingExtraError("wandb", "wandb", f"wandb: {project}") from error
         known, name, config = _identity(run, "wandb-id.txt"), run.config.run_name, as_dict(run.config)
         self.run = wandb.init(project=project, name=name, id=known, resume="allow", config=config, dir=str(run.folder))
         write_text(run.folder / "wandb-id.txt", self.run.id)
@@ -73,10 +69,8 @@ class MLflow(Tracker):
 
     def on_start(self, run: RunView) -> None:
         experiment = run.config.mlflow or "clipdistill"
-        try:
+        with needing("mlflow", "mlflow", f"mlflow: {experiment}"):
             from mlflow.tracking import MlflowClient
-        except ImportError as error:
-            raise MissingExtraError("mlflow", "mlflow", f"mlflow: {experiment}") from error
         self.client = MlflowClient()
         known = _identity(run, "mlflow-id.txt")
         if known is None:

@@ -17,16 +17,14 @@ from clipdistill.data.formats import Format, Place
 from clipdistill.data.formats.rows import WITHOUT_IMAGE, Rows, find_columns
 from clipdistill.data.pairs import DataConfig, IndexedPairs, PairSource
 from clipdistill.data.problems import BadSample
-from clipdistill.errors import InputError, MissingExtraError
+from clipdistill.errors import InputError, needing
 
 _log = logging.getLogger(__name__)
 
 
 def _library(purpose: str) -> Any:
-    try:
+    with needing("datasets", "hf", purpose):
         import datasets
-    except ImportError as error:
-        raise MissingExtraError("datasets", "hf", purpose) from error
     return datasets
 
 

@@ -18,7 +18,7 @@ from clipdistill.data.files import read_image_file
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.labelled import LabelledConfig, LabelledSource
 from clipdistill.data.problems import BadSample
-from clipdistill.errors import InputError, MissingExtraError, nearest
+from clipdistill.errors import InputError, nearest, needing
 
 _log = logging.getLogger(__name__)
 _TRAIN_OR_TEST: dict[str, dict[str, Any]] = {"train": {"train": True}, "test": {"train": False}}
@@ -138,10 +138,8 @@ def open_hub_labelled(place: Place, config: LabelledConfig) -> HubLabels:
     hub needs the network, which is said before.
     """
     text = place.removeprefix("hf:")
-    try:
+    with needing("datasets", "hf", f"hf:{text}"):
         import datasets
-    except ImportError as error:
-        raise MissingExtraError("datasets", "hf", f"hf:{text}") from error
     name, _, query = text.partition("?")
     settings = dict(parse_qsl(query))
     unknown = next((key for key in settings if key not in ("split", "image", "label", "config")), None)

@@ -75,11 +75,7 @@ class _Matrices:
 
 
 def dense(
-    features: Features,
-    plan: Plan,
-    world: World,
-    options: EngineOptions,
-    whole: Mapping[str, Tensor] | None = None,
+    features: Features, plan: Plan, world: World, options: EngineOptions, whole: Mapping[str, Tensor] | None = None
 ) -> EngineResult:
     """The engine of `engines.Engine` that holds its matrices. `options` do not apply: products are always exact.
 

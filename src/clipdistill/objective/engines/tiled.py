@@ -116,11 +116,7 @@ def _compute(
     terms = _terms(job, sums)
     weights = terms.new_tensor([job.plan.weights[term] for term in job.plan.primitives])
     own = buffers.own(world)
-    return (
-        (terms @ weights).to(like.dtype),
-        terms.to(like.dtype),
-        [own.get(place) for place in range(len(tensors))],
-    )
+    return ((terms @ weights).to(like.dtype), terms.to(like.dtype), [own.get(place) for place in range(len(tensors))])
 
 
 class _Buffers:
