@@ -32,7 +32,7 @@ from clipdistill.cache.fill import fill
 from clipdistill.cache.manifest import DataEntry, Manifest, TeacherEntry, write_manifest
 from clipdistill.cache.rows import pack
 from clipdistill.cache.samples import write_samples
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.cache.stored import StoredRows
 from clipdistill.data.loader import Batch, PairLoader
 from clipdistill.data.memory import KeptInMemory
@@ -236,7 +236,7 @@ def filling(
     }
 
 
-def made_up_store(folder: Path, samples: int, dim: int, dtype: Any) -> Store:
+def made_up_store(folder: Path, samples: int, dim: int, dtype: Any) -> CacheStore:
     """A store of random unit rows, one caption an image, written block by block."""
     keys = [f"shard-{i // 10_000:05d}/{i:09d}" for i in range(samples)]
     records = (
@@ -256,7 +256,7 @@ def made_up_store(folder: Path, samples: int, dim: int, dtype: Any) -> Store:
         ),
     )
     write_manifest(folder, manifest)
-    store = Store(folder)
+    store = CacheStore(folder)
     generator = torch.Generator().manual_seed(0)
     for block in range(len(store.layout)):
         start, stop = store.layout.bounds(block)
@@ -268,7 +268,7 @@ def made_up_store(folder: Path, samples: int, dim: int, dtype: Any) -> Store:
         if scale is not None:
             tensors |= {"image_scale": scale[:count, None], "text_scale": scale[count:]}
         write_block(store.path("pairs", 0, block), tensors, store.block_metadata("pairs", 0, block))
-    return Store(folder)
+    return CacheStore(folder)
 
 
 def reading(samples: int, dim: int, batch: int, folder: Path) -> list[dict[str, Any]]:
@@ -281,14 +281,14 @@ def reading(samples: int, dim: int, batch: int, folder: Path) -> list[dict[str, 
         batches = [rng.integers(samples, size=batch).tolist() for _ in range(40)]
         seconds = {}
         for state in ("cold", "warm"):
-            opened = Store(store.folder)
+            opened = CacheStore(store.folder)
             opened.require_fields()
             if state == "cold":
                 for path in store.folder.rglob("*.safetensors"):
                     with path.open("rb") as file:
                         os.fsync(file.fileno())
                         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                opened = Store(store.folder)
+                opened = CacheStore(store.folder)
             else:
                 for indices in batches:
                     opened.read(0, indices, [0] * batch, [0] * batch)

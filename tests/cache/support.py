@@ -7,7 +7,7 @@ from typing import Any
 
 from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.fill import fill
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.config import build
 from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource
@@ -54,7 +54,7 @@ def cache_config(folder: Path, teacher: str, size: int = 40, **settings: Any) ->
     return build(CacheConfig, values)
 
 
-def filled(folder: Path, teacher: str, size: int = 40, **settings: Any) -> Store:
+def filled(folder: Path, teacher: str, size: int = 40, **settings: Any) -> CacheStore:
     """A filled cache."""
     return fill(cache_config(folder, teacher, size, **settings)).store
 

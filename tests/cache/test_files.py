@@ -13,7 +13,7 @@ from clipdistill import cli
 from clipdistill.cache.plain import PlainEmbeddings
 from clipdistill.cache.samples import SampleTable, write_samples
 from clipdistill.cache.sizes import readable, sample_bytes
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.cache.synthetic import read_synthetic
 from clipdistill.embed.prepare import DIGEST_BYTES
 from clipdistill.errors import InputError
@@ -247,7 +247,7 @@ def test_the_command_line_fills_verifies_describes_and_merges(tmp_path, teacher,
     described = capsys.readouterr().out
     assert "20 images, 100 captions" in described
     assert '"flip":0.5' in described
-    assert Store(tmp_path / "m").manifest.view_policy.flip == 0.5
+    assert CacheStore(tmp_path / "m").manifest.view_policy.flip == 0.5
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from clipdistill.cache import create
 from clipdistill.cache import fill as filling
 from clipdistill.cache.fill import fill
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.cache.verify import verify
 from clipdistill.data.pairs import BadSample
 from clipdistill.data.views import EVALUATION_VIEW, render
@@ -139,7 +139,7 @@ def test_a_killed_fill_goes_on_and_ends_with_the_same_store(tmp_path, teacher, s
     child, _ = _run(config, kill_at=(stage, block))
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    store = Store(tmp_path / "killed")
+    store = CacheStore(tmp_path / "killed")
     with pytest.raises(InputError, match="blocks are not filled"):
         store.require_complete()
     done = 5 - len(store.missing_blocks())
@@ -179,7 +179,7 @@ def test_a_living_process_takes_over_from_a_dead_one(tmp_path, teacher):
     child.join()
     (locks / "000001.lock").write_text(json.dumps({"host": os.uname().nodename, "pid": child.pid, "started": "1"}))
     assert fill(config).samples == 16
-    Store(tmp_path / "c").require_complete()
+    CacheStore(tmp_path / "c").require_complete()
 
 
 def test_growing_computes_only_what_is_new(tmp_path, teacher):

@@ -10,7 +10,7 @@ import torch
 from clipdistill.cache import check
 from clipdistill.cache.fill import fill
 from clipdistill.cache.fingerprint import version_differences
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.cache.teacher import CacheUse, open_cached_teacher
 from clipdistill.cache.verify import verify
 from clipdistill.data.pairs import Subset
@@ -246,7 +246,7 @@ def test_a_cache_of_a_random_order_of_rows_is_read_by_key(tmp_path, teacher):
     order = np.random.default_rng(0).permutation(16).tolist()
     source = _Reordered(scenes(16), order)
     assert fill(cache_config(tmp_path / "c", teacher, 16), source=source).samples == 0  # only the table is written anew
-    store = Store(tmp_path / "c")
+    store = CacheStore(tmp_path / "c")
     assert [store.samples.key(i) for i in range(16)] == [source.key(i) for i in range(16)]
     assert "least cosine" in open_cached_teacher(f"cache:{tmp_path / 'c'}", source, CPU, CacheUse()).notes[0]
 
@@ -271,7 +271,7 @@ def test_the_fingerprint_of_a_cache_is_that_of_what_it_serves(tmp_path, teacher,
     found = {fingerprint(name) for name in "acd"} | {fingerprint("e", size=17), fingerprint("f")}
     found |= {fingerprint("f", "?teacher=0"), fingerprint("f", "?teacher=1")}
     assert len(found) == 7
-    assert first.fingerprint() == Store(tmp_path / "b").fingerprint()
+    assert first.fingerprint() == CacheStore(tmp_path / "b").fingerprint()
 
 
 def test_a_changed_bit_of_a_block_is_found_at_the_start_of_training(tmp_path, teacher):

@@ -10,7 +10,7 @@ import torch
 
 from clipdistill.cache.fill import fill
 from clipdistill.cache.merge import merge
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.cache.teacher import CacheUse, open_cached_teacher
 from clipdistill.cache.verify import verify
 from clipdistill.data.pairs import Subset
@@ -24,7 +24,7 @@ def test_shares_filled_apart_become_the_whole_store(tmp_path, teacher):
     for share in range(3):
         fill(cache_config(tmp_path / f"{share}", teacher, 40, **VIEWS, part=f"{share}/3"))
     with pytest.raises(InputError, match="blocks are not filled"):
-        Store(tmp_path / "0").require_complete()
+        CacheStore(tmp_path / "0").require_complete()
     merge(tmp_path / "merged", [tmp_path / f"{share}" for share in range(3)])
     assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.errors import InputError
 from clipdistill.train.checkpoint import newest_checkpoint
 from clipdistill.train.run import distill
@@ -79,7 +79,7 @@ def test_a_cache_of_a_later_version_is_refused(models: Path, tmp_path: Path) -> 
     store = filled(tmp_path / "c", str(models / "teacher"), 8)
     edit(store.folder / "manifest.json", format=2)
     with pytest.raises(InputError, match="format 2, this version reads 1: use the version that wrote it"):
-        Store(store.folder)
+        CacheStore(store.folder)
 
 
 def test_the_oldest_versions_are_the_declared_ones() -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipdistill.cache.samples import SampleTable
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.cache.tars import export_shards, read_shard
 from clipdistill.data.open import open_labelled, open_pairs
 from clipdistill.data.pairs import BadSample
@@ -52,7 +52,7 @@ def change(cache: Path, **values: object) -> None:
 def test_row_29_a_manifest_names_files_of_its_own_folder_only(cache: Path, name: str) -> None:
     change(cache, samples=name)
     with pytest.raises(InputError, match="is not the name of a file in this folder"):
-        Store(cache)
+        CacheStore(cache)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -63,7 +63,7 @@ def test_mangled_manifests_are_read_or_refused(cache: Path, good: tuple[Path, st
     content = mangle_json(content, rng) if rng.random() < 0.8 else mangle(content, rng, (b"[[", b"null", b"1e9"), ())
     (cache / "manifest.json").write_bytes(content)
     try:
-        store = Store(cache)
+        store = CacheStore(cache)
         store.require_fields()
         store.read(0, [0, SIZE - 1], [0, 0], [0, 0])
     except InputError as error:
@@ -81,7 +81,7 @@ def test_mangled_tables_and_blocks_are_read_or_refused(
     spoiled = cache / original.relative_to(good[0])
     spoiled.write_bytes(mangle(original.read_bytes(), rng, (b"data_offsets", b"shape", b"[-1]", b"F16"), ()))
     try:
-        store = Store(cache)
+        store = CacheStore(cache)
         for index in range(SIZE):
             store.samples.key(index)
             store.synthetic(index)

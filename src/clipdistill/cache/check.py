@@ -14,7 +14,7 @@ from clipdistill.cache.onnx_teacher import load_fill_teacher
 from clipdistill.cache.rows import COSINE_FLOOR
 from clipdistill.cache.samples import find_difference
 from clipdistill.cache.sizes import readable
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.data.pairs import BadSample, PairSource
 from clipdistill.data.views import render
 from clipdistill.embed.encode import Encoder
@@ -27,7 +27,7 @@ CHECKED_BYTES = 4_000_000_000
 _SEED = 0
 
 
-def require_data(store: Store, source: PairSource) -> None:
+def require_data(store: CacheStore, source: PairSource) -> None:
     """Raises InputError that names what differs unless keys, order and captions are those of the store."""
     if source.fingerprint() == store.manifest.data.fingerprint:
         return
@@ -41,7 +41,7 @@ def require_data(store: Store, source: PairSource) -> None:
 
 
 def check_store(
-    store: Store, source: PairSource, device: torch.device, samples: int, allow_versions: bool
+    store: CacheStore, source: PairSource, device: torch.device, samples: int, allow_versions: bool
 ) -> list[str]:
     """Fields of every block, library versions, and `samples` embeddings computed again where the teacher is at hand.
 
@@ -62,7 +62,7 @@ def check_store(
     return notes
 
 
-def _recompute(store: Store, source: PairSource, number: int, device: torch.device, samples: int) -> str:
+def _recompute(store: CacheStore, source: PairSource, number: int, device: torch.device, samples: int) -> str:
     entry = store.manifest.teachers[number]
     where = f"cache {store.folder}"
     try:
@@ -101,7 +101,7 @@ def _recompute(store: Store, source: PairSource, number: int, device: torch.devi
     return f"cache: {count} embeddings of '{entry.name}' computed again, least cosine {worst:.5f}"
 
 
-def _probes(store: Store, samples: int) -> Iterator[tuple[int, int, int, int | None]]:
+def _probes(store: CacheStore, samples: int) -> Iterator[tuple[int, int, int, int | None]]:
     """(sample, view, caption, added caption) spread over the store, the same every time; every stored view is met."""
     rng = np.random.default_rng(_SEED)
     chosen = np.linspace(0, len(store) - 1, num=min(samples, len(store))).round().astype(int)

@@ -161,10 +161,10 @@ def _verify(words: list[str], arguments: argparse.Namespace) -> int:
 def _info(words: list[str], arguments: argparse.Namespace) -> int:
     from clipdistill.cache.fill import read_ledger
     from clipdistill.cache.sizes import readable
-    from clipdistill.cache.store import Store
+    from clipdistill.cache.store import CacheStore
 
     for folder in _folders(words, 1, "info DIR"):
-        store = Store(folder)
+        store = CacheStore(folder)
         manifest, missing = store.manifest, len(store.missing_blocks())
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         print(
@@ -210,7 +210,7 @@ def _export(words: list[str], arguments: argparse.Namespace) -> int:
         raise InputError("cache export: name the data the cache was filled from with --data, whose tars set the names")
     from clipdistill.cache.check import require_data
     from clipdistill.cache.sizes import readable
-    from clipdistill.cache.store import Store
+    from clipdistill.cache.store import CacheStore
     from clipdistill.cache.tars import export_shards
     from clipdistill.data.open import open_pairs
 
@@ -218,7 +218,7 @@ def _export(words: list[str], arguments: argparse.Namespace) -> int:
     source = open_pairs(
         build(CacheConfig, {"teacher": "-", "out": "-", "data": values}, "cache").data, default_split="train"
     )
-    store = Store(folder)
+    store = CacheStore(folder)
     require_data(store, source)
     written = export_shards(store, source, out)
     size = sum(path.stat().st_size for path in written)

@@ -21,7 +21,7 @@ from clipdistill.cache.fingerprint import (
 from clipdistill.cache.manifest import MANIFEST, DataEntry, Manifest, SyntheticEntry, TeacherEntry, write_manifest
 from clipdistill.cache.rows import row_bytes
 from clipdistill.cache.samples import SampleTable, find_difference, write_samples
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.cache.synthetic import matched, read_synthetic, synthetic_fingerprint
 from clipdistill.config import as_dict
 from clipdistill.data.pairs import PairSource
@@ -36,7 +36,9 @@ _BLOCK_BYTES = 64_000_000
 _PATIENCE = 900.0
 
 
-def open_for_filling(config: CacheConfig, source: PairSource, teachers: Sequence[ClipModel], precision: str) -> Store:
+def open_for_filling(
+    config: CacheConfig, source: PairSource, teachers: Sequence[ClipModel], precision: str
+) -> CacheStore:
     """The store in `config.out`: made if it is not there, else checked against the request and grown if the data grew.
 
     One process at a time does this; the others wait and then find the store. Raises InputError that names the first
@@ -67,17 +69,13 @@ def open_for_filling(config: CacheConfig, source: PairSource, teachers: Sequence
 
 def _create(
     config: CacheConfig, source: PairSource, entries: list[TeacherEntry], teachers: Sequence[ClipModel]
-) -> Store:
+) -> CacheStore:
     folder = config.out
     records = _records(source, config.captions, range(len(source)))
     synthetic = _add_synthetic(records, config.synthetic)
     total = sum(record["captions"] for record in records)
     data = DataEntry(
-        name=source.name,
-        path=config.data.path,
-        fingerprint=source.fingerprint(),
-        samples=len(source),
-        captions=total,
+        name=source.name, path=config.data.path, fingerprint=source.fingerprint(), samples=len(source), captions=total
     )
     extra = 0 if synthetic is None else synthetic.captions
     bytes_each = (1 + config.views + (total + extra) / len(source)) * max(
@@ -99,7 +97,7 @@ def _create(
     )
     _write_tokenizers(folder, teachers, range(len(teachers)))
     write_manifest(folder, manifest)
-    return Store(folder)
+    return CacheStore(folder)
 
 
 def block_size(samples: int, bytes_each: float) -> int:
@@ -112,9 +110,9 @@ def block_size(samples: int, bytes_each: float) -> int:
 
 def _update(
     config: CacheConfig, source: PairSource, entries: list[TeacherEntry], teachers: Sequence[ClipModel]
-) -> Store:
+) -> CacheStore:
     """Check the request against the store that is there; add new samples, teachers and captions to it."""
-    store = Store(config.out)
+    store = CacheStore(config.out)
     old = store.manifest
     where = f"cache {config.out}"
     requested = {
@@ -146,7 +144,7 @@ def _update(
         manifest = _with_captions(config, manifest, store.samples)
     if manifest != old:
         write_manifest(config.out, manifest)
-    return Store(config.out)
+    return CacheStore(config.out)
 
 
 def _grown(config: CacheConfig, manifest: Manifest, table: SampleTable, source: PairSource) -> Manifest:

@@ -24,7 +24,7 @@ from clipdistill.cache.create import open_for_filling
 from clipdistill.cache.onnx_teacher import load_fill_teacher
 from clipdistill.cache.rows import pack
 from clipdistill.cache.sizes import check_space, readable
-from clipdistill.cache.store import Part, Store
+from clipdistill.cache.store import CacheStore, Part
 from clipdistill.cache.stored_views import pack_views
 from clipdistill.data.ledger import BadSampleLedger
 from clipdistill.data.loader import geometry, prepared
@@ -45,7 +45,7 @@ Say = Callable[[str], None]
 class FillReport:
     """What one process did: samples of finished blocks, seconds, samples whose image was bad, captions cut."""
 
-    store: Store
+    store: CacheStore
     samples: int = 0
     seconds: float = 0.0
     bad: int = 0
@@ -58,7 +58,7 @@ class FillReport:
 
 
 @dataclass
-class _Work:
+class _BlockWork:
     """One claimed block: what it lacks, and what has been computed of it so far."""
 
     number: int
@@ -101,7 +101,7 @@ def fill(
         filling.claims.give_back_all()
 
 
-def _announce(store: Store, say: Say) -> None:
+def _announce(store: CacheStore, say: Say) -> None:
     """Size, what is left to do, and whether it fits; before anything is computed."""
     manifest, missing = store.manifest, store.missing_blocks()
     size = manifest.pair_bytes()
@@ -124,7 +124,7 @@ class _Filling:
     def __init__(
         self,
         config: CacheConfig,
-        store: Store,
+        store: CacheStore,
         source: PairSource,
         models: list[ClipModel],
         device: torch.device,
@@ -135,7 +135,7 @@ class _Filling:
         self.device, self.progress = device, progress
         self.encoders = [Encoder(model, device=device, dtype=precision) for model in models]
         self.claims = Claims(store.folder / "locks")
-        self.queue: deque[_Work] = deque()
+        self.queue: deque[_BlockWork] = deque()
         self.report = FillReport(store)
         self.ledger = BadSampleLedger(
             store.folder / "bad_samples.jsonl", config.data.bad_sample_budget, source.shard_of
@@ -209,7 +209,7 @@ class _Filling:
                 continue
             for part in parts:
                 self.store.remove_leftovers(*part, number)
-            work = _Work(number, parts, self._indices(number))
+            work = _BlockWork(number, parts, self._indices(number))
             self.queue.append(work)
             kinds = {part for part, _ in parts}
             known = self.store.manifest.views > 0 and "views" not in kinds
@@ -258,7 +258,7 @@ class _Filling:
         encoder = self.encoders[teacher]
         return encoder.encode_tokens(tokens[self.tokens_of[teacher]], at_once=4 * self.config.batch_size)
 
-    def _finish(self, work: _Work) -> None:
+    def _finish(self, work: _BlockWork) -> None:
         """Write what the block lacked, give the claim back, record bad samples."""
         store, number = self.store, work.number
         bad = [
@@ -281,7 +281,7 @@ class _Filling:
         self.report.bad += len(bad)
         self.ledger.record(bad, seen=len(work.indices))
 
-    def _tensors(self, work: _Work, part: Part, teacher: int) -> dict[str, Tensor]:
+    def _tensors(self, work: _BlockWork, part: Part, teacher: int) -> dict[str, Tensor]:
         """One part of a block: image rows (n, 1 + views, D), text rows (texts, D) and where each sample's begin."""
         dtype = self.store.manifest.dtype
         texts = torch.cat(work.texts[part, teacher])
@@ -304,7 +304,7 @@ class _Filling:
                 tensors["image_scale"] = image_scale
         return tensors
 
-    def _not_finite(self, teacher: int, what: str, work: _Work) -> InputError:
+    def _not_finite(self, teacher: int, what: str, work: _BlockWork) -> InputError:
         return InputError(
             f"teacher '{self.config.teachers[teacher]}' gives NaN or infinite embeddings for {what} of block "
             f"{work.number} (samples from '{self.source.key(work.indices[0])}' on): check its weights, or try "
@@ -312,6 +312,6 @@ class _Filling:
         )
 
 
-def read_ledger(store: Store) -> list[dict[str, Any]]:
+def read_ledger(store: CacheStore) -> list[dict[str, Any]]:
     """The samples whose image could not be read while filling; damaged lines are left out."""
     return [row for row in read_lines(store.folder / "bad_samples.jsonl").values if {"key", "reason"} <= {*row}]

@@ -15,7 +15,7 @@ from clipdistill.cache.fingerprint import differences
 from clipdistill.cache.manifest import Manifest, SyntheticEntry, write_manifest
 from clipdistill.cache.samples import write_samples
 from clipdistill.cache.sizes import check_space
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.cache.stored_views import pack_views
 from clipdistill.cache.synthetic import synthetic_fingerprint
 from clipdistill.config import as_dict
@@ -25,7 +25,7 @@ from clipdistill.runtime.files import new_folder
 _OWN = ("segments", "samples", "data", "synthetic", "block")
 
 
-def merge(out: Path, folders: Sequence[Path]) -> Store:
+def merge(out: Path, folders: Sequence[Path]) -> CacheStore:
     """Write the store `out` from others with the same teachers and settings.
 
     Shares of the same data (equal fingerprints) are put together block by block. Stores of different data must be
@@ -34,7 +34,7 @@ def merge(out: Path, folders: Sequence[Path]) -> Store:
     """
     if len(folders) < 2:
         raise InputError("merge: name the folder to write and at least two caches to read")
-    stores = [Store(folder) for folder in folders]
+    stores = [CacheStore(folder) for folder in folders]
     first = stores[0]
     for store in stores[1:]:
         pair = (_settings(first.manifest), _settings(store.manifest))
@@ -45,7 +45,7 @@ def merge(out: Path, folders: Sequence[Path]) -> Store:
     with new_folder(out, lambda _: False, "merged cache") as folder:  # a kill leaves nothing under the name
         check_space(folder, sum(int(s.manifest.pair_bytes() * len(s)) for s in stores))
         (_join_shares if same else _append)(folder, stores)
-    return Store(out)
+    return CacheStore(out)
 
 
 def _settings(manifest: Manifest) -> dict[str, Any]:
@@ -60,12 +60,12 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _copy_tokenizers(out: Path, store: Store) -> None:
+def _copy_tokenizers(out: Path, store: CacheStore) -> None:
     for number in range(len(store.dims)):
         _copy(store.folder / f"teacher-{number}" / "tokenizer.json", out / f"teacher-{number}" / "tokenizer.json")
 
 
-def _join_shares(out: Path, stores: list[Store]) -> None:
+def _join_shares(out: Path, stores: list[CacheStore]) -> None:
     first = stores[0]
     for store in stores[1:]:
         if store.layout != first.layout or store.manifest.samples != first.manifest.samples:
@@ -87,7 +87,7 @@ def _join_shares(out: Path, stores: list[Store]) -> None:
     write_manifest(out, first.manifest)
 
 
-def _append(out: Path, stores: list[Store]) -> None:
+def _append(out: Path, stores: list[CacheStore]) -> None:
     """Blocks are made anew from rows, so that only the last of each store's may be short."""
     records: list[dict[str, Any]] = []
     seen: dict[str, Path] = {}
@@ -127,16 +127,11 @@ def _append(out: Path, stores: list[Store]) -> None:
         }
     )
     manifest = first.model_copy(
-        update={
-            "segments": tuple(ends),
-            "samples": write_samples(out, records),
-            "data": data,
-            "synthetic": synthetic,
-        }
+        update={"segments": tuple(ends), "samples": write_samples(out, records), "data": data, "synthetic": synthetic}
     )
     _copy_tokenizers(out, stores[0])
     write_manifest(out, manifest)
-    merged = Store(out)
+    merged = CacheStore(out)
     for number in range(len(merged.layout)):
         begin, end = merged.layout.bounds(number)
         which = next(n for n, stop in enumerate(ends) if begin < stop)
@@ -155,7 +150,7 @@ def _append(out: Path, stores: list[Store]) -> None:
             write_block(merged.path(part, teacher, number), tensors, metadata)
 
 
-def _rows(store: Store, part: Any, teacher: int, indices: list[int]) -> dict[str, Tensor]:
+def _rows(store: CacheStore, part: Any, teacher: int, indices: list[int]) -> dict[str, Tensor]:
     """The stored values of some samples as the tensors of a block, bit by bit."""
     found: dict[str, list[Tensor]] = {}
     counts = [0]
@@ -176,7 +171,7 @@ def _rows(store: Store, part: Any, teacher: int, indices: list[int]) -> dict[str
     return tensors
 
 
-def _places(store: Store, part: Any, teacher: int, indices: list[int]) -> Iterator[tuple[dict[str, Any], int]]:
+def _places(store: CacheStore, part: Any, teacher: int, indices: list[int]) -> Iterator[tuple[dict[str, Any], int]]:
     for index in indices:
         number, position = store.place(index)
         yield store.block(part, teacher, number).arrays, position

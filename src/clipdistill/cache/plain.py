@@ -128,7 +128,7 @@ class PlainEmbeddings:
     def read(
         self, teacher: int, indices: Sequence[int], captions: Sequence[int], views: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """See Store.read; rows as long as they are in the file."""
+        """See CacheStore.read; rows as long as they are in the file."""
         rows = self.rows[np.asarray(indices, dtype=np.int64)]
         texts = self.starts[rows] + np.asarray(captions, dtype=np.int64)
         return torch.from_numpy(self.image[rows]).float(), torch.from_numpy(self.text[texts]).float()

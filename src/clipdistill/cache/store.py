@@ -45,7 +45,7 @@ def digest_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Store:
+class CacheStore:
     """A store, read through memory maps. Picklable: another process opens the files anew."""
 
     def __init__(self, folder: Path, *, whole_table: bool = True) -> None:
@@ -66,7 +66,7 @@ class Store:
         _allow_open_files(len(self.layout) * len(self.parts()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.folder,)
+        return CacheStore, (self.folder,)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -18,7 +18,7 @@ Views = Literal["fixed", "stored"]
 
 
 class StoredEmbeddings(Protocol):
-    """Random access to embeddings by data index: a Store, a table of vectors, or tars beside data tars."""
+    """Random access to embeddings by data index: a CacheStore, a table of vectors, or tars beside data tars."""
 
     def __len__(self) -> int: ...
 

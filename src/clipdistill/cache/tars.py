@@ -29,7 +29,7 @@ from torch import Tensor
 
 from clipdistill.cache.manifest import MANIFEST, Manifest, TeacherEntry, read_manifest, write_manifest
 from clipdistill.cache.rows import scaled
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.data.formats.tar_headers import DamagedTar, members
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.views import View
@@ -73,7 +73,7 @@ def shard_label(source: PairSource, key: str) -> str:
     return next(head for head in heads if source.shard_of(f"{head}/x") == shard)
 
 
-def export_shards(store: Store, source: PairSource, out: Path) -> list[Path]:
+def export_shards(store: CacheStore, source: PairSource, out: Path) -> list[Path]:
     """Write the tars of a complete store whose data lies in tars. Each appears whole; those that exist are replaced."""
     store.require_complete()
     groups: dict[str, list[int]] = {}
@@ -107,7 +107,7 @@ def _checksum(tensors: bytes, described: dict[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(described, sort_keys=True).encode(), zlib.crc32(tensors)):08x}"
 
 
-def _tensors(store: Store, index: int) -> dict[str, Tensor]:
+def _tensors(store: CacheStore, index: int) -> dict[str, Tensor]:
     """The stored values of one sample, exactly as they are in the blocks."""
     number, position = store.place(index)
     found: dict[str, Tensor] = {}
@@ -129,7 +129,7 @@ def _tensors(store: Store, index: int) -> dict[str, Tensor]:
     return found
 
 
-def _describe(store: Store, index: int) -> dict[str, Any]:
+def _describe(store: CacheStore, index: int) -> dict[str, Any]:
     return {
         "valid": store.valid(index),
         "views": [store.view(index, number).to_json() for number in range(1, store.view_count + 1)],
@@ -281,7 +281,7 @@ class ShardEmbeddings:
     def read(
         self, teacher: int, indices: Sequence[int], captions: Sequence[int], views: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """See Store.read."""
+        """See CacheStore.read."""
         if not len(indices):
             return torch.zeros(0, self.dims[teacher]), torch.zeros(0, self.dims[teacher])
         rows = [
@@ -291,7 +291,7 @@ class ShardEmbeddings:
         return torch.stack([image for image, _ in rows]), torch.stack([text for _, text in rows])
 
     def read_synthetic(self, teacher: int, indices: Sequence[int], captions: Sequence[int]) -> Tensor:
-        """See Store.read_synthetic."""
+        """See CacheStore.read_synthetic."""
         if not len(indices):
             return torch.zeros(0, self.dims[teacher])
         pairs = zip(indices, captions, strict=True)

@@ -15,7 +15,7 @@ from clipdistill.cache.fingerprint import text_digest
 from clipdistill.cache.manifest import MANIFEST, TeacherEntry
 from clipdistill.cache.names import PREFIX
 from clipdistill.cache.plain import SUFFIXES, PlainEmbeddings
-from clipdistill.cache.store import Store
+from clipdistill.cache.store import CacheStore
 from clipdistill.cache.stored import StoredEmbeddings, StoredRows, pick_views
 from clipdistill.cache.tars import ShardEmbeddings, is_shard_folder
 from clipdistill.data.loader import Batch
@@ -107,7 +107,7 @@ def open_cached_teacher(
         raise InputError(
             f"teacher '{name}': {path} holds no {MANIFEST}, so it is no cache; fill it with `clipdistill cache`"
         )
-    store = Store(path)
+    store = CacheStore(path)
     require_data(store, source)
     store.require_complete()
     notes = check_store(store, source, device, use.samples, use.allow_versions) if check else []

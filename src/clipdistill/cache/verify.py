@@ -10,7 +10,7 @@ import numpy as np
 
 from clipdistill.cache.blocks import require_whole_table
 from clipdistill.cache.fingerprint import text_digest
-from clipdistill.cache.store import Part, Store
+from clipdistill.cache.store import CacheStore, Part
 from clipdistill.cache.synthetic import synthetic_fingerprint
 from clipdistill.errors import InputError
 
@@ -37,7 +37,7 @@ def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, tot
 
     Raises InputError only when there is no store to check; everything else is listed in the report.
     """
-    store = Store(folder, whole_table=False)  # a damaged one is listed with the rest
+    store = CacheStore(folder, whole_table=False)  # a damaged one is listed with the rest
     report = VerifyReport()
     _check_tables(store, report)
     work = [(part, teacher, block) for part, teacher in store.parts() for block in range(len(store.layout))]
@@ -56,7 +56,7 @@ def verify(folder: Path, progress: Callable[[int, int], None] = lambda done, tot
     return report
 
 
-def _check_tables(store: Store, report: VerifyReport) -> None:
+def _check_tables(store: CacheStore, report: VerifyReport) -> None:
     path = store.samples.path
     try:
         require_whole_table(path)
@@ -78,7 +78,7 @@ def _check_tables(store: Store, report: VerifyReport) -> None:
             report.problems.append(f"{tokenizer}: tokenizer: missing, or not the one of the manifest")
 
 
-def _check_block(store: Store, part: Part, teacher: int, number: int) -> int:
+def _check_block(store: CacheStore, part: Part, teacher: int, number: int) -> int:
     """Raises InputError for a bad block; returns how many of its samples hold no image."""
     block = store.block(part, teacher, number)
     block.verify()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ from clipdistill.statistics.protocol import RETRIEVAL_PROTOCOLS
 
 if TYPE_CHECKING:
     from clipdistill.embed.encode import EncodedPairs
-    from clipdistill.statistics.scores import Scores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,93 +59,40 @@ def run(arguments: argparse.Namespace) -> int:
         ks = tuple(int(k) for k in arguments.k.split(","))
     except ValueError as error:
         raise InputError(f"--k {arguments.k}: give whole numbers separated by commas, as in 1,5,10") from error
-    run_eval(
-        arguments.model,
-        arguments.data,
-        teacher=arguments.teacher,
-        protocol=arguments.protocol,
-        split=arguments.split,
-        ks=ks,
-        templates=arguments.templates,
-        classes=arguments.classes,
-        batch_size=arguments.batch_size,
-        workers=arguments.workers,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        strict_counts=arguments.strict_counts,
-        intervals=not arguments.no_intervals,
-        json_path=arguments.json,
-        geometry_path=None if arguments.geometry is None else geometry_file(arguments.geometry, arguments.model),
-        markdown=arguments.markdown,
-        progress=not arguments.quiet,
-    )
-    return 0
-
-
-def run_eval(
-    model: str,
-    data: Sequence[str],
-    *,
-    teacher: str | None = None,
-    protocol: str = "standard",
-    split: str | None = None,
-    ks: Sequence[int] = (1, 5, 10),
-    templates: str | None = None,
-    classes: str | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    device: str | None = None,
-    dtype: str = "float32",
-    strict_counts: bool = False,
-    intervals: bool = True,
-    json_path: Path | None = None,
-    geometry_path: Path | None = None,
-    markdown: bool = False,
-    progress: bool = True,
-) -> Scores:
-    """`evaluate`, then a table on the terminal (or Markdown) and, with json_path, files. See `evaluate`.
-
-    geometry_path: where to write the geometry of the embeddings (one set of pairs). Under torchrun the ranks share the
-    work and the first one writes.
-    """
     from clipdistill.evaluate.evaluate import evaluate
     from clipdistill.runtime.distributed import ProcessGroup, is_main, world_size
     from clipdistill.runtime.machine import pick_device
 
+    geometry_path = None if arguments.geometry is None else geometry_file(arguments.geometry, arguments.model)
     embeddings: dict[tuple[str, str], EncodedPairs] = {}
-    with ProcessGroup(pick_device(device)):
+    device = pick_device(arguments.device)
+    same = ("teacher", "protocol", "split", "templates", "classes", "batch_size", "workers", "dtype", "strict_counts")
+    with ProcessGroup(device):  # under torchrun the ranks share the work and the first one writes
         scores = evaluate(
-            model,
-            list(data),
-            protocol=protocol,
-            teacher=teacher,
+            arguments.model,
+            arguments.data,
             ks=ks,
-            batch_size=batch_size,
-            device=pick_device(device),
-            workers=workers,
-            templates=templates,
-            classes=classes,
-            split=split,
-            progress=progress,
-            intervals=intervals,
-            dtype=dtype,
-            strict_counts=strict_counts,
+            device=device,
+            intervals=not arguments.no_intervals,
+            progress=not arguments.quiet,
             distributed=world_size() > 1,
             embeddings=None if geometry_path is None else embeddings,
+            **{name: getattr(arguments, name) for name in same},
         )
         if not is_main():
-            return scores
+            return 0
     if geometry_path is not None:
         write_geometry(embeddings, geometry_path)
-    if json_path is not None:
-        scores.save(json_path)
+    if arguments.json is not None:
+        scores.save(arguments.json)
+    model, teacher = arguments.model, arguments.teacher
     say(f"model: {model}" if teacher is None else f"student: {model}\nteacher: {teacher}")
     names = {"student": "score"} if teacher is None else {}
-    if markdown:
+    if arguments.markdown:
         print("\n" + scores.to_markdown(names=names))
     else:
         scores.print(names=names)
-    return scores
+    return 0
 
 
 def geometry_file(name: str, model: str) -> Path:

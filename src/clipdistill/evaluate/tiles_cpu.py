@@ -39,7 +39,7 @@ class CpuCounter(TileCounter):
         self.limits = Limits(*(limit.numpy().astype(np.int16) for limit in self.limits_at(self.bound)))
         self.digits = np.empty(0, dtype=np.int16)
         self.lower, self.mask = np.empty((0, 0), dtype=np.int16), np.empty((0, 0), dtype=np.bool_)
-        self.open: Rows | None = None
+        self.open: OpenRows | None = None
         self.words, self.words_width = np.empty((2, 0), dtype=np.bool_), 0
 
     def compare(self, tile: torch.Tensor, top: int, left: int, pairs: torch.Tensor, near: tuple[list, list]) -> None:
@@ -60,10 +60,10 @@ class CpuCounter(TileCounter):
             for direction, (k, text) in enumerate(found.uncertain):
                 near[direction].append(_near(top + found.row[k], left + found.column[k], text))
 
-    def open_rows(self, pairs: torch.Tensor, limits: Limits) -> Rows:
+    def open_rows(self, pairs: torch.Tensor, limits: Limits) -> OpenRows:
         """The own texts of a tile's images, without those whose counts are as large as anybody wants to know."""
         if self.open is None or self.open.pairs is not pairs or self.open.limits is not limits:
-            self.open = Rows(pairs, limits)
+            self.open = OpenRows(pairs, limits)
         if self.depth is not None:
             own_above, greater = self.own_above.numpy(), self.counts.numpy()[2]
             while True:  # the first texts of the rows have the lowest limits, so the largest counts
@@ -77,7 +77,9 @@ class CpuCounter(TileCounter):
 
     # -- few scores reach a limit: each is looked at ------------------------------------------------------------------
 
-    def few(self, digits: np.ndarray, limits: Limits, rows: Rows, left: int) -> tuple[np.ndarray, np.ndarray] | None:
+    def few(
+        self, digits: np.ndarray, limits: Limits, rows: OpenRows, left: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Scores that reach the limit of their column or the lowest of their row: flat places, ascending, and digits.
 
         None where they are many.
@@ -103,7 +105,7 @@ class CpuCounter(TileCounter):
         return np.concatenate(places), np.concatenate(values)
 
     def add_few(
-        self, few: tuple[np.ndarray, np.ndarray], shape: tuple[int, ...], limits: Limits, rows: Rows, left: int
+        self, few: tuple[np.ndarray, np.ndarray], shape: tuple[int, ...], limits: Limits, rows: OpenRows, left: int
     ) -> Found:
         """Look at what `few` found: count what is surely above a positive, and return what is uncertain."""
         (height, width), (place, value) = shape, few
@@ -139,7 +141,7 @@ class CpuCounter(TileCounter):
 
     # -- many do: the block is compared with every limit --------------------------------------------------------------
 
-    def _count(self, digits: np.ndarray, top: int, left: int, rows: Rows | None, near: list[Near]) -> None:
+    def _count(self, digits: np.ndarray, top: int, left: int, rows: OpenRows | None, near: list[Near]) -> None:
         """Count by comparing block after block with all limits; rows: None for text to image."""
         for r in range(0, digits.shape[0], BLOCK_ROWS):
             own = [None] if rows is None else rows.lists(r, r + BLOCK_ROWS)
@@ -231,7 +233,7 @@ class Limits:
     reach: np.ndarray
 
 
-class Rows:
+class OpenRows:
     """Own texts of a tile's images and their limits, (G, rows), ascending; -1 and unreachable where there are fewer."""
 
     def __init__(self, pairs: torch.Tensor, limits: Limits) -> None:
