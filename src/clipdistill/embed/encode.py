@@ -31,6 +31,7 @@ from clipdistill.embed.prepare import Item, Pictures, Preparation
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.text_length import by_length
+from clipdistill.models.tokenizers import as_captions
 
 DTYPES = {
     "float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -178,8 +179,9 @@ class Encoder:
             raise InputError(f"no image of {source.name} can be read (the first, {key}: {reason})")
         return found[kept], kept.tolist(), problems
 
-    def texts(self, texts: Sequence[str], what: str = "texts") -> Tensor:
+    def texts(self, texts: str | Sequence[str], what: str = "texts") -> Tensor:
         """Unit-length embeddings (M, D) of `texts`; each distinct text is embedded once in the encoder's life."""
+        texts = as_captions(texts)
         new = [text for text in dict.fromkeys(texts) if text not in self._rows]
         if new:
             new.sort(key=len)  # captions of like length in one batch: what is padded is not computed

@@ -19,35 +19,13 @@ from torch import nn
 
 from clipdistill.errors import InputError, nearest
 from clipdistill.models import sized
+from clipdistill.models.known import near, table
 from clipdistill.models.text_length import any_length
 
-_TOP_KEYS = {
-    "embed_dim",
-    "vision_cfg",
-    "text_cfg",
-    "quick_gelu",
-    "custom_text",
-    "init_logit_scale",
-    "init_logit_bias",
-    "nonscalar_logit_scale",
-    "multimodal_cfg",
-    sized.KEY,
-}
-# the largest values in any published model are far below; beyond them a description is hostile or broken
-_LIMITS = {
-    "embed_dim": 16_384,
-    "layers": 256,
-    "width": 16_384,
-    "heads": 1_024,
-    "head_width": 16_384,
-    "patch_size": 1_024,
-    "image_size": 4_096,
-    "context_length": 8_192,
-    "vocab_size": 2_000_000,
-    "mlp_ratio": 64,
-    "attn_pooler_queries": 16_384,
-    "attn_pooler_heads": 1_024,
-}
+_TABLES = table("architecture")
+_TOP_KEYS = {*_TABLES["keys"]}
+_LIMITS: dict[str, int] = _TABLES["limits"]
+"""The largest values in any published model are far below; beyond them a description is hostile or broken."""
 
 
 def check_architecture(values: Mapping[str, Any], where: str = "architecture") -> dict[str, Any]:
@@ -112,16 +90,7 @@ def check_timm_name(name: Any, where: str) -> None:
 
     base = name.split(".")[0] if isinstance(name, str) else ""
     if not base or not timm.is_model(base):
-        raise InputError(f"{where}: timm has no architecture {name!r:.200}{_nearest_timm(str(name))}")
-
-
-def _nearest_timm(name: str) -> str:
-    import difflib
-
-    import timm
-
-    close = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+        raise InputError(f"{where}: timm has no architecture {name!r:.200}{near(str(name), timm.list_models())}")
 
 
 def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, device: str = "cpu") -> nn.Module:

@@ -17,6 +17,7 @@ from clipdistill.models.architecture import build_module, check_architecture, im
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.hub import cached, require_network
 from clipdistill.models.known import HUGGING_FACE_CONFIG as CONFIG
+from clipdistill.models.known import table
 from clipdistill.models.tokenizers import CLIP_CONTEXT_LENGTH, ClipBpeTokenizer, HuggingFaceTokenizer, Tokenizer
 from clipdistill.models.weights import fit, read_state_dict
 from clipdistill.runtime.files import read_json
@@ -26,29 +27,9 @@ WEIGHT_FILES = ("model.safetensors", INDEX, "pytorch_model.bin")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "vocab.txt")
 PREPROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-# transformers writes only what differs from these; they are the values of CLIPTextConfig and CLIPVisionConfig
-_TEXT_DEFAULTS = {
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 8,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "eos_token_id": 49407,
-}
-_VISION_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 32,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
+# transformers writes only what differs from the values of CLIPTextConfig and CLIPVisionConfig; names: theirs -> ours
+_TABLES = table("hugging_face")
+_WHOLE_NAMES, _TOWER_PREFIXES, _BLOCK_NAMES = (_TABLES[key] for key in ("names", "tower_prefixes", "block_names"))
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
 
 
@@ -72,8 +53,8 @@ def architecture_from(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The open_clip architecture equal to a transformers CLIPConfig (the content of config.json)."""
     if config.get("model_type") != "clip":
         raise InputError(f"{where}: the model type is {config.get('model_type')!r}; only 'clip' can be read")
-    text = {**_TEXT_DEFAULTS, **_section(config, "text", where)}
-    vision = {**_VISION_DEFAULTS, **_section(config, "vision", where)}
+    text = {**_TABLES["text_defaults"], **_section(config, "text", where)}
+    vision = {**_TABLES["vision_defaults"], **_section(config, "vision", where)}
     activation = text["hidden_act"]
     if activation != vision["hidden_act"] or activation not in ("quick_gelu", "gelu"):
         raise InputError(
@@ -144,35 +125,6 @@ def rename(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if len(by_letter) == 3:
             result[name] = torch.cat([by_letter[letter] for letter in "qkv"])
     return result
-
-
-_WHOLE_NAMES = {
-    "logit_scale": "logit_scale",
-    "visual_projection.weight": "visual.proj",
-    "text_projection.weight": "text_projection",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",
-    "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
-    "vision_model.post_layernorm.weight": "visual.ln_post.weight",
-    "vision_model.post_layernorm.bias": "visual.ln_post.bias",
-    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm.weight": "ln_final.weight",
-    "text_model.final_layer_norm.bias": "ln_final.bias",
-}
-_TOWER_PREFIXES = {
-    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
-    "text_model.encoder.layers.": "transformer.resblocks.",
-}
-_BLOCK_NAMES = {
-    ".self_attn.out_proj.": ".attn.out_proj.",
-    ".layer_norm1.": ".ln_1.",
-    ".layer_norm2.": ".ln_2.",
-    ".mlp.fc1.": ".mlp.c_fc.",
-    ".mlp.fc2.": ".mlp.c_proj.",
-}
 
 
 def rename_back(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -78,6 +78,11 @@ def students() -> dict[str, Student]:
     return {name: Student(name, **values) for file in files for name, values in file.items()}
 
 
+def table(name: str) -> dict[str, Any]:
+    """Plain data of the models room, models/tables/NAME.json."""
+    return read_json(Path(__file__).parent / "tables" / f"{name}.json")
+
+
 def list_students() -> tuple[Student, ...]:
     """The students of the package, one row of `clipdistill list students` each."""
     return tuple(students().values())

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from clipdistill.errors import InputError, nearest
+from clipdistill.models.known import near
 
 _TOWERS = ("image", "text")
 _SCALES = ("logit_scale", "logit_bias")
@@ -39,20 +40,13 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> int:
         matched = [name for name in parameters if _matches(pattern, name)]
         if not matched:
             parts = {name.rsplit(".", depth)[0] for name in parameters for depth in (1, 2, 3)}
-            near = nearest(pattern, _TOWERS) if len(pattern) < 8 else _near_part(pattern, parts)
-            raise InputError(f"freeze: no parameter is called '{pattern}'{near}")
+            hint = nearest(pattern, _TOWERS) if len(pattern) < 8 else near(pattern, parts)
+            raise InputError(f"freeze: no parameter is called '{pattern}'{hint}")
         for name in matched:
             parameters[name].requires_grad_(False)
     if patterns and not any(p.requires_grad for p in parameters.values()):
         raise InputError(f"freeze: {', '.join(patterns)} freezes the whole model, so there is nothing to train")
     return sum(p.numel() for p in parameters.values() if not p.requires_grad)
-
-
-def _near_part(pattern: str, parts: set[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(pattern, sorted(parts), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -196,7 +196,7 @@ def build_words_tokenizer(
     """
     counts: Counter[str] = Counter()
     longest = 0
-    for caption in captions:
+    for caption in [captions] if isinstance(captions, str) else captions:
         words = split_words(caption)
         counts.update(words)
         longest = max(longest, len(words) + 2)

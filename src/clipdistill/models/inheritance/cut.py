@@ -10,6 +10,7 @@ the layers evenly from the first to the last, and `channels="importance"` takes 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from clipdistill.errors import InputError
 from clipdistill.models.architecture import build_module, check_architecture
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.inheritance import importance as importance
+from clipdistill.models.inheritance import importance
 from clipdistill.models.inheritance.names import PREFIX, Inheritance, TowerSizes, parse
 from clipdistill.models.inheritance.parts import (
     KeptBlock,
@@ -51,20 +52,14 @@ def inherit(teacher: ClipModel, wanted: Inheritance | str, *, seed: int = 0) -> 
     text = None if towers["text"] is None else _keep(state, "text", *towers["text"], wanted.depth, rank)
     assert not isinstance(text, KeptResNet)
     embed = architecture["embed_dim"]
-    embedding = _choose(
-        embed, rank and embed < teacher.embed_dim, lambda: importance.embedding_scores(*_projections(teacher.module))
-    )
+    # only towers that can both be cut have an embedding to choose from
+    fewer = rank and embed < teacher.embed_dim
+    embedding = _choose(embed, fewer, importance.embedding_scores, *(_projections(teacher.module) if fewer else ()))
     module = build_module(architecture, seed=seed)
     if wanted.weights == "inherited":
         module.load_state_dict(cut(state, list(module.state_dict()), image, text, embedding))
-    return ClipModel(
-        f"{PREFIX}{wanted.name}",
-        module,
-        teacher.image,
-        teacher.tokenizer,
-        embed,
-        teacher.context_length,
-        architecture,
+    return dataclasses.replace(
+        teacher, name=f"{PREFIX}{wanted.name}", module=module, embed_dim=embed, architecture=architecture
     )
 
 
@@ -214,14 +209,14 @@ def _keep(
     layers = kept_layers(larger.layers, smaller.layers, depth)
     return KeptTransformer(
         head_width=larger.head_width,
-        channels=_choose(smaller.width, rank, lambda: importance.channel_scores(state, prefix, larger)),
+        channels=_choose(smaller.width, rank, importance.channel_scores, state, prefix, larger),
         layers=layers,
         heads=tuple(
-            _choose(n, rank, lambda i=i: importance.head_scores(state, prefix, i, larger))  # type: ignore[misc]
+            _choose(n, rank, importance.head_scores, state, prefix, i, larger)
             for i, n in zip(layers, smaller.heads, strict=True)
         ),
         units=tuple(
-            _choose(n, rank, lambda i=i: importance.unit_scores(state, prefix, i))  # type: ignore[misc]
+            _choose(n, rank, importance.unit_scores, state, prefix, i)
             for i, n in zip(layers, smaller.units, strict=True)
         ),
     )
@@ -232,28 +227,24 @@ def _keep_resnet(
 ) -> KeptResNet:
     half = smaller.width // 2
 
-    def by_gain(count: int, *names: str) -> Tensor:
-        return _choose(count, rank, lambda: importance.gains(state, *names))
+    def by_gain(count: int, name: str) -> Tensor:
+        return _choose(count, rank, importance.gains, state, name)
 
     blocks = []
     for stage, (own, wanted) in enumerate(zip(larger.layers, smaller.layers, strict=True)):
         inner = smaller.width << stage
-        names = [f"visual.layer{stage + 1}.{source}" for source in kept_layers(own, wanted, depth)]
-        blocks.append(
-            tuple(
-                KeptBlock(int(name.rsplit(".", 1)[1]), by_gain(inner, f"{name}.bn1"), by_gain(inner, f"{name}.bn2"))
-                for name in names
-            )
-        )
+        sources = [(i, f"visual.layer{stage + 1}.{i}") for i in kept_layers(own, wanted, depth)]
+        kept = [KeptBlock(i, by_gain(inner, f"{name}.bn1"), by_gain(inner, f"{name}.bn2")) for i, name in sources]
+        blocks.append(tuple(kept))
     return KeptResNet(
         head_width=larger.head_width,
         stem=(by_gain(half, "visual.bn1"), by_gain(half, "visual.bn2"), by_gain(smaller.width, "visual.bn3")),
         streams=tuple(
-            _choose(4 * smaller.width << s, rank, lambda s=s: importance.stream_scores(state, s, larger))  # type: ignore[misc]
+            _choose(4 * smaller.width << s, rank, importance.stream_scores, state, s, larger)
             for s in range(len(larger.layers))
         ),
         blocks=tuple(blocks),
-        heads=_choose(smaller.heads, rank, lambda: importance.pooling_head_scores(state, larger)),
+        heads=_choose(smaller.heads, rank, importance.pooling_head_scores, state, larger),
     )
 
 
@@ -265,5 +256,5 @@ def _projections(module: nn.Module) -> tuple[Tensor, Tensor]:
     return image.detach(), (text.weight.T if isinstance(text, nn.Linear) else text).detach()
 
 
-def _choose(count: int, rank: bool, scores: Callable[[], Tensor]) -> Tensor:
-    return importance.top(scores(), count) if rank else torch.arange(count)
+def _choose(count: int, rank: bool, scores: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    return importance.top(scores(*arguments), count) if rank else torch.arange(count)

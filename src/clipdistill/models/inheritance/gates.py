@@ -8,9 +8,9 @@ A model with open gates, or none, computes what it always did.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class StreamGate:
         return (stream * self.gate.to(stream.dtype), *rest)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TowerGates:
     """Values of all gates of one tower: (width,), and (heads,), (units,) for each layer; None: open."""
 
@@ -135,6 +135,4 @@ def gateable_copy(model: ClipModel, towers: tuple[str, ...]) -> ClipModel:
     module = build_module(architecture)
     module.load_state_dict(model.module.state_dict())
     module.train(model.module.training)
-    return ClipModel(
-        model.name, module, model.image, model.tokenizer, model.embed_dim, model.context_length, architecture
-    )
+    return dataclasses.replace(model, module=module, architecture=architecture)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clipdistill.errors import InputError
+from clipdistill.models.known import table
 from clipdistill.models.sized import SizedAttention, blocks_of
 
 
@@ -128,50 +129,8 @@ def tower_sizes(
         return None
 
 
-_BLOCK_AXES: dict[str, tuple[str | None, ...]] = {
-    "ln_1.weight": ("channels",),
-    "ln_1.bias": ("channels",),
-    "attn.in_proj_weight": ("qkv", "channels"),
-    "attn.in_proj_bias": ("qkv",),
-    "attn.out_proj.weight": ("channels", "heads"),
-    "attn.out_proj.bias": ("channels",),
-    "ls_1.gamma": ("channels",),
-    "ln_2.weight": ("channels",),
-    "ln_2.bias": ("channels",),
-    "mlp.c_fc.weight": ("units", "channels"),
-    "mlp.c_fc.bias": ("units",),
-    "mlp.c_proj.weight": ("channels", "units"),
-    "mlp.c_proj.bias": ("channels",),
-    "ls_2.gamma": ("channels",),
-}
-_OUTER_AXES: dict[str, tuple[str | None, ...]] = {
-    "visual.conv1.weight": ("channels", None, None, None),
-    "visual.class_embedding": ("channels",),
-    "visual.positional_embedding": (None, "channels"),
-    "visual.ln_pre.weight": ("channels",),
-    "visual.ln_pre.bias": ("channels",),
-    "visual.ln_post.weight": ("channels",),
-    "visual.ln_post.bias": ("channels",),
-    "visual.proj": ("channels", "embedding"),
-    "token_embedding.weight": (None, "channels"),
-    "positional_embedding": (None, "channels"),
-    "ln_final.weight": ("channels",),
-    "ln_final.bias": ("channels",),
-    "text_projection": ("channels", "embedding"),
-    "text_projection.weight": ("embedding", "channels"),
-    "text_projection.bias": ("embedding",),
-}
-_RESNET_AXES: dict[str, tuple[str | None, ...]] = {
-    "attnpool.positional_embedding": (None, "input"),
-    "attnpool.q_proj.weight": ("heads", "input"),
-    "attnpool.k_proj.weight": ("heads", "input"),
-    "attnpool.v_proj.weight": ("heads", "input"),
-    "attnpool.q_proj.bias": ("heads",),
-    "attnpool.k_proj.bias": ("heads",),
-    "attnpool.v_proj.bias": ("heads",),
-    "attnpool.c_proj.weight": ("embedding", "heads"),
-    "attnpool.c_proj.bias": ("embedding",),
-}
+_AXES = table("axes")
+"""What the axes of every tensor are, by its name: in a block, else in a transformer tower, in a ResNet's pooling."""
 _BLOCK = re.compile(r"^((?:visual\.|text\.)?transformer\.resblocks\.)(\d+)\.(.+)$")
 _BOTTLENECK = re.compile(r"^visual\.layer([1-4])\.(\d+)\.(conv|bn)([123])\.(\w+)$")
 _DOWNSAMPLE = re.compile(r"^visual\.layer([1-4])\.(\d+)\.downsample\.([01])\.(\w+)$")
@@ -216,11 +175,11 @@ def _transformer_axes(
     """(name in the larger model, kept indices along each axis) of a tensor of the smaller model."""
     block = _BLOCK.match(name)
     if block is None:
-        axes = _OUTER_AXES[name.removeprefix("text.")]
+        axes = _AXES["transformer"][name.removeprefix("text.")]
         source, index = name, {"channels": kept.channels, "embedding": embedding}
     else:
         prefix, number, rest = block[1], int(block[2]), block[3]
-        axes = _BLOCK_AXES[rest]
+        axes = _AXES["block"][rest]
         source = f"{prefix}{kept.layers[number]}.{rest}"
         rows = head_rows(kept.heads[number], kept.head_width)
         inner = larger[f"{prefix}{kept.layers[number]}.attn.out_proj.weight"].shape[1]
@@ -254,7 +213,7 @@ def _resnet_axes(name: str, kept: KeptResNet, embedding: Tensor) -> tuple[str, A
             "heads": head_rows(kept.heads, kept.head_width),
             "embedding": embedding,
         }
-        axes = _RESNET_AXES[name.removeprefix("visual.")]
+        axes = _AXES["resnet"][name.removeprefix("visual.")]
         return name, tuple(None if axis is None else index[axis] for axis in axes)
     stage, number = int(bottleneck[1]) - 1, int(bottleneck[2])
     block = kept.blocks[stage][number]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -41,9 +42,7 @@ def prune(model: ClipModel, masks: Masks) -> ClipModel:
     embedding = torch.arange(model.embed_dim)
     module.load_state_dict(cut(state, list(module.state_dict()), kept.get("image"), kept.get("text"), embedding))
     module.train(model.module.training)
-    return ClipModel(
-        model.name, module, model.image, model.tokenizer, model.embed_dim, model.context_length, architecture
-    )
+    return dataclasses.replace(model, module=module, architecture=architecture)
 
 
 Filled = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
