@@ -19,7 +19,6 @@ from clipdistill.models.tokenizers import (
     Tokenizer,
     WordsTokenizer,
     build_words_tokenizer,
-    indistinct_texts,
     split_words,
     tokenizer_from_dict,
     unknown_texts,
@@ -179,12 +178,8 @@ def test_one_string_is_one_caption(tokenizer: Tokenizer) -> None:
     assert tokenizer([]).shape == (0, 8)
 
 
-def test_texts_without_a_known_word_and_texts_that_are_the_same_are_found(tokenizer: Tokenizer) -> None:
+def test_texts_without_a_known_word_are_found(tokenizer: Tokenizer) -> None:
     known = ["a dog", "runs dog"] if tokenizer.kind == "hf" else ["a dog", "the dog"]
     assert unknown_texts(tokenizer, ["", *known]) == [""]
-    assert indistinct_texts(tokenizer, [*known, known[0]]) == []
     if tokenizer.kind != "clip-bpe":
         assert unknown_texts(tokenizer, ["zebra", "a zebra", "zebra unicorn"]) == ["zebra", "zebra unicorn"]
-        assert indistinct_texts(tokenizer, ["a zebra", "a unicorn", "a dog"]) == [("a unicorn", "a zebra")]
-    long = " ".join(["a dog"] * 9)
-    assert indistinct_texts(tokenizer, [long, f"{long} runs"]) == [(f"{long} runs", long)]

@@ -343,17 +343,6 @@ def unknown_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
     return [text for text in dict.fromkeys(texts) if not tokenizer.knows(text)]
 
 
-def indistinct_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> list[tuple[str, str]]:
-    """(text, an earlier one) where both become the same row of ids, so that the model cannot tell them apart."""
-    seen: dict[bytes, str] = {}
-    found = []
-    for text in dict.fromkeys(texts):
-        first = seen.setdefault(tokenizer(text).numpy().tobytes(), text)
-        if first != text:
-            found.append((text, first))
-    return found
-
-
 def as_captions(captions: str | Sequence[str]) -> Sequence[str]:
     """A list of captions; a single string is one caption, and not one for each of its letters."""
     return [captions] if isinstance(captions, str) else captions
