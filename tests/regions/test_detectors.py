@@ -17,11 +17,10 @@ from safetensors.torch import save_file
 from clipdistill.data.open import open_pairs
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
-from clipdistill.regions import proposals
-from clipdistill.regions.box_file import BoxFile
+from clipdistill.regions import box_file
+from clipdistill.regions.box_file import BoxFile, detect
 from clipdistill.regions.boxes import Boxes
 from clipdistill.regions.detectors import Grid, is_detector, open_detector
-from clipdistill.regions.proposals import detect
 
 
 def test_grid_tiles_cover_the_picture() -> None:
@@ -184,7 +183,7 @@ class Counting(Grid):
 
 
 def test_proposals_are_kept_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposals, "_PART", 4)
+    monkeypatch.setattr(box_file, "_IMAGES", 4)
     source = open_pairs("scenes:val?size=10")
     with pytest.raises(KeyboardInterrupt):
         detect(source, Counting(fails_after=8), tmp_path / "boxes", batch_size=3)

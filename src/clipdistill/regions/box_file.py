@@ -1,4 +1,4 @@
-"""Boxes from files: Parquet or JSON rows keyed by image, COCO instances, and what `proposals` caches.
+"""Boxes from files: Parquet or JSON rows keyed by image, COCO instances, and what detectors found, kept in a folder.
 
 Rows (Parquet columns, objects of a JSON list, or JSON lines):
     key (or file_name)  the image, as the data set names it, or the name of its file
@@ -7,23 +7,30 @@ Rows (Parquet columns, objects of a JSON list, or JSON lines):
     labels              list of names (optional)
     width, height       of the image the boxes were drawn on (optional: the image's own)
 COCO instances: boxes [left, top, width, height], crowds left out, `score` as confidence where detections have one.
+A detector's boxes: Parquet files; `proposals.json` names the detector and the data by fingerprint, others are refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clipdistill.data.files import is_there
+from clipdistill.data.pairs import PairSource
+from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
-from clipdistill.regions.boxes import Boxes
-from clipdistill.runtime.files import new_file, parse_json
+from clipdistill.regions.boxes import Boxes, Detector
+from clipdistill.runtime.files import make_folder, new_file, parse_json, read_json, remove_leftovers, write_json
 
 _PARQUET = (".parquet", ".pq")
 _LINES = (".jsonl", ".ndjson")
+PROPOSALS = "proposals.json"
+_FORMAT = 1
+_IMAGES = 512
+"""Of which a detector's boxes are in one file: what an interruption loses at most."""
 _FIELDS = ("key", "file_name", "boxes", "confidences", "labels", "width", "height")
 _ASPECT = 0.02
 """Relative difference of aspect ratios up to which an image is taken for a resized copy of the one with the boxes."""
@@ -225,3 +232,72 @@ def write_rows(path: Path, rows: Iterable[tuple[str, Boxes]], metadata: Mapping[
     table = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in listed], schema=schema)
     with new_file(path) as temporary:
         pq.write_table(table, temporary)
+
+
+def detect(
+    source: PairSource,
+    detector: Detector,
+    folder: Path,
+    *,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> BoxFile:
+    """Every image's boxes in `folder`, from there or from the detector. Images that cannot be read have no row.
+
+    Raises InputError when the folder holds something else, or boxes of another detector or other images.
+    """
+    wanted = {"format": _FORMAT, "detector": detector.name, "detector_sha256": detector.fingerprint()}
+    open_folder(folder, source, wanted)
+    parts = [range(start, min(start + _IMAGES, len(source))) for start in range(0, len(source), _IMAGES)]
+    for number, part in enumerate(parts):
+        path = folder / f"part-{number:05d}.parquet"
+        if path.exists():
+            continue
+        remove_leftovers(folder, path.name)
+        metadata = {"clipdistill": "proposals", "detector": str(wanted["detector"])}
+        write_rows(path, _detected(source, part, detector, batch_size), metadata)
+        progress(part.stop, len(source))
+    boxes = BoxFile(folder)
+    boxes.name = f"{detector.name} ({folder})"
+    return boxes
+
+
+def _detected(source: PairSource, part: range, detector: Detector, batch_size: int) -> list[tuple[str, Boxes]]:
+    rows: list[tuple[str, Boxes]] = []
+    waiting: list[tuple[str, Any]] = []
+
+    def look() -> None:
+        found = detector([image for _, image in waiting])
+        rows.extend((key, boxes) for (key, _), boxes in zip(waiting, found, strict=True))
+        waiting.clear()
+
+    for index in part:
+        try:
+            waiting.append((source.key(index), source.image(index)))
+        except BadSample:
+            continue  # the run that uses the boxes meets it again, and lists and counts it
+        if len(waiting) == batch_size:
+            look()
+    if waiting:
+        look()
+    return rows
+
+
+def open_folder(folder: Path, source: PairSource, wanted: dict[str, Any]) -> None:
+    """Make the folder, or check that what is there belongs to this detector and data."""
+    path = folder / PROPOSALS
+    described = {**wanted, "data": source.name, "data_sha256": source.fingerprint(), "images": len(source)}
+    if path.exists():
+        stored = read_json(path, "give a new folder, or remove this one")
+        what = {"format": "another format", "detector_sha256": "another detector", "data_sha256": "other data"}
+        for key, other in what.items():
+            if stored.get(key) != described[key]:
+                raise InputError(
+                    f"{folder}: holds proposals of {other} ({stored.get('detector')} on {stored.get('data')}): "
+                    "give a new folder, or remove this one"
+                )
+        return
+    make_folder(folder, "boxes")
+    if any(folder.iterdir()):
+        raise InputError(f"{folder}: the folder is not empty and holds no proposals; give a new one")
+    write_json(path, described)

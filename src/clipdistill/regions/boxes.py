@@ -104,18 +104,14 @@ class Boxes:
         return result
 
 
-class BoxSource(Protocol):
-    """Boxes by image: a file of boxes, or a detector that looks at pictures."""
+class Detector(Protocol):
+    """What finds boxes in pictures."""
 
     name: str
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over everything its boxes depend on."""
         ...
-
-
-class Detector(BoxSource, Protocol):
-    """A source that looks at pictures."""
 
     def __call__(self, images: Sequence[Any]) -> list[Boxes]:
         """The boxes of RGB pictures."""

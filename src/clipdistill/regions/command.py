@@ -74,8 +74,8 @@ def _needed(arguments: argparse.Namespace, name: str) -> Any:
 
 def _boxes(arguments: argparse.Namespace) -> None:
     source = _source(arguments, "train")
+    from clipdistill.regions.box_file import detect
     from clipdistill.regions.detectors import open_detector
-    from clipdistill.regions.proposals import detect
     from clipdistill.runtime.machine import pick_device
 
     detector = open_detector(_needed(arguments, "detector"), pick_device(arguments.device))
@@ -119,7 +119,7 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from clipdistill.regions.export import export
+    from clipdistill.regions.teacher import export
 
     out = _needed(arguments, "out")
     teacher, source, store, device = _opened(arguments, "train")

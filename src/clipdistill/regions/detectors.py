@@ -193,26 +193,22 @@ class HuggingFaceDetector(_Network):
         ]
 
 
-class UltralyticsDetector:
+class UltralyticsDetector(_Network):
     """YOLO of ultralytics, used only when the user has installed it and names it; prints what its licence asks."""
 
     def __init__(self, rest: str, device: torch.device) -> None:
         weights = rest or "yolov8x.pt"
-        self.name = f"ultralytics:{weights}"
+        name = f"ultralytics:{weights}"
         try:
             from ultralytics import YOLO
         except ImportError as error:
             raise InputError(
-                f"the detector '{self.name}' needs ultralytics, which is licensed under AGPL-3.0 and therefore no "
+                f"the detector '{name}' needs ultralytics, which is licensed under AGPL-3.0 and therefore no "
                 "dependency of clipdistill: install it yourself (pip install ultralytics), or give boxes as a file"
             ) from error
         print(LICENCE_NOTICE)
-        self._model, self._device = YOLO(weights), device
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(b"ultralytics")
-        hash_tensors(self._model.model.state_dict(), digest)
-        return digest.hexdigest()
+        self._model = YOLO(weights)
+        super().__init__(name, self._model.model, device, "ultralytics")
 
     def __call__(self, images: Sequence[Image.Image]) -> list[Boxes]:
         # ultralytics takes lists of PIL pictures as they are (RGB)

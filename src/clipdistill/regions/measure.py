@@ -26,7 +26,7 @@ from torch import Tensor
 from clipdistill.data.pairs import PairSource
 from clipdistill.embed.encode import encode_pairs
 from clipdistill.evaluate.retrieval import retrieval
-from clipdistill.regions.meta_teacher import MetaTeacher, caption_tokens
+from clipdistill.regions.meta_teacher import MetaTeacher
 from clipdistill.regions.store import RegionBatch, RegionStore
 from clipdistill.runtime.console import TextTable
 
@@ -151,7 +151,7 @@ class _Conditions:
         return torch.stack(rows)
 
     def _text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        return self.teacher.text(caption_tokens(self.teacher, captions, self.device))
+        return self.teacher.text(captions)
 
     def _regions(self, part: slice) -> RegionBatch:
         return self.store.read(self.readable[part]).to(self.device)

@@ -55,13 +55,32 @@ class MetaTeacher:
         self.network.to(device)
         return self
 
-    def text(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the frozen CLIP makes of token ids (B, L).
+    def text(self, captions: Sequence[str] | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the frozen CLIP, whose text tower must be a transformer, makes of captions or their token ids (B, L).
 
         Returns the sentence embedding (B, D), the token embeddings (B, L, D) (last hidden states through the text
         projection; none is normalised) and the mask (B, L) of the caption's own tokens, without start and end.
         """
-        return clip_text(self.clip.module, tokens)
+        module: Any = self.clip.module
+        tokens = captions if isinstance(captions, Tensor) else self.clip.tokenizer(list(captions))
+        tokens = tokens.to(module.logit_scale.device)
+        tower = text_tower(module)
+        norm = getattr(tower, "ln_final", None)
+        if not isinstance(norm, nn.Module):
+            raise InputError(f"a region teacher needs the tokens of a text transformer, found {type(tower).__name__}")
+        seen: list[Tensor] = []
+        handle = norm.register_forward_hook(lambda part, given, output: seen.append(output))
+        try:
+            sentence = module.encode_text(tokens)
+        finally:
+            handle.remove()
+        states = seen[-1]
+        if states.ndim != 3:
+            raise InputError("a region teacher needs the state of every token, and this text tower keeps only one")
+        states = _project(states, getattr(tower, "text_projection", None))
+        ends = tokens.argmax(dim=1, keepdim=True)  # the end token has the largest id
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        return sentence, states, (places > 0) & (places < ends)
 
     def image(self, regions: RegionBatch, states: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Image embeddings (B, D), not normalised, from regions and (in the published form) the caption's tokens."""
@@ -113,33 +132,7 @@ def read_meta_teacher(folder: Path) -> MetaTeacher:
     return MetaTeacher(str(values.get("name", folder.name)), clip, network)
 
 
-def clip_text(module: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See MetaTeacher.text; `module` is any open_clip CLIP whose text tower is a transformer of open_clip."""
-    tower = text_tower(module)
-    norm = getattr(tower, "ln_final", None)
-    if not isinstance(norm, nn.Module):
-        raise InputError(f"a region teacher needs the tokens of a text transformer, found {type(tower).__name__}")
-    seen: list[Tensor] = []
-    handle = norm.register_forward_hook(lambda part, given, output: seen.append(output))
-    try:
-        sentence = module.encode_text(tokens)
-    finally:
-        handle.remove()
-    states = seen[-1]
-    if states.ndim != 3:
-        raise InputError("a region teacher needs the state of every token, and this text tower keeps only one")
-    states = _project(states, getattr(tower, "text_projection", None))
-    ends = tokens.argmax(dim=1, keepdim=True)  # the end token has the largest id
-    places = torch.arange(tokens.shape[1], device=tokens.device)
-    return sentence, states, (places > 0) & (places < ends)
-
-
 def _project(states: Tensor, projection: Any) -> Tensor:
     if projection is None:
         return states
     return projection(states) if isinstance(projection, nn.Module) else states @ projection
-
-
-def caption_tokens(teacher: MetaTeacher, captions: Sequence[str], device: torch.device) -> Tensor:
-    """Token ids (B, L) of captions for the frozen CLIP."""
-    return teacher.clip.tokenizer(list(captions)).to(device)

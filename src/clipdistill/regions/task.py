@@ -26,7 +26,7 @@ from clipdistill.objective import Embeddings
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.regions.config import MetaTeacherConfig, RegionsConfig
 from clipdistill.regions.measure import Measured, measure
-from clipdistill.regions.meta_teacher import MetaTeacher, caption_tokens
+from clipdistill.regions.meta_teacher import MetaTeacher
 from clipdistill.regions.store import RegionStore
 from clipdistill.regions.teacher import open_store
 
@@ -66,7 +66,7 @@ class RegionTask:
     def embeddings(self, indices: Sequence[int], captions: Sequence[str]) -> Embeddings:
         """What the objective takes: image rows (B, D) with a graph, the frozen CLIP's sentence rows (B, D)."""
         with torch.no_grad():
-            sentence, states, mask = self.teacher.text(caption_tokens(self.teacher, captions, self.device))
+            sentence, states, mask = self.teacher.text(captions)
         image = self.teacher.image(self.store.read(indices).to(self.device), states, mask)
         return Embeddings(image, sentence, self.scale)
 

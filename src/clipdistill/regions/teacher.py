@@ -1,4 +1,7 @@
-"""The region teacher of a training run: image embeddings from regions (and captions), text embeddings from its CLIP."""
+"""The region teacher in use: as the teacher of a run, or as a table of vectors that trains without boxes or crops.
+
+Image embeddings come from regions (and captions), text embeddings from its CLIP.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +10,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from clipdistill.data.loader import Batch
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
-from clipdistill.models import ClipModel, Tokenizer
+from clipdistill.models import ClipModel
 from clipdistill.objective import Embeddings
-from clipdistill.regions.box_file import BoxFile
+from clipdistill.regions.box_file import BoxFile, detect
 from clipdistill.regions.config import MetaTeacherConfig, RegionsConfig
 from clipdistill.regions.detectors import is_detector, open_detector
 from clipdistill.regions.meta_teacher import MetaTeacher, read_meta_teacher, region_teacher_folder
-from clipdistill.regions.proposals import detect
 from clipdistill.regions.store import RegionStore, fill_store
 from clipdistill.runtime.distributed import on_main
+from clipdistill.runtime.files import make_folder, new_file
 
 Say = Callable[[str], None]
+_EXPORTED = 128
+"""Images a forward pass of `export`."""
 
 
 class RegionTeacher:
@@ -37,25 +43,12 @@ class RegionTeacher:
         self, teacher: MetaTeacher, store: RegionStore, device: torch.device, logit_scale: float | None = None
     ) -> None:
         self.teacher, self.store, self.device = teacher.to(device), store, device
-        own = float(teacher.clip.module.logit_scale.detach().float().exp())
+        clip = teacher.clip
+        own = float(clip.module.logit_scale.detach().float().exp())
         self.logit_scale = own if logit_scale is None else logit_scale
-
-    @property
-    def name(self) -> str:
-        return self.teacher.name
-
-    @property
-    def model(self) -> ClipModel:
-        """The frozen CLIP: captions are prepared for it, and the student is measured beside it."""
-        return self.teacher.clip
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.teacher.clip.tokenizer
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        return (self.teacher.clip.embed_dim,)
+        self.name, self.blocks = teacher.name, (clip.embed_dim,)
+        # captions are prepared for it, and the student is measured beside it
+        self.model, self.tokenizer = clip, clip.tokenizer
 
     @property
     def notes(self) -> list[str]:
@@ -75,7 +68,7 @@ class RegionTeacher:
         """Embeddings of this rank's rows: (B, D) each."""
         assert batch.teacher_tokens is not None
         regions = self.store.read(batch.indices.tolist()).to(self.device)
-        sentence, states, mask = self.teacher.text(batch.teacher_tokens.to(self.device))
+        sentence, states, mask = self.teacher.text(batch.teacher_tokens)
         image = self.teacher.image(regions, states, mask)
         return Embeddings(image.float(), sentence.float(), self.logit_scale)
 
@@ -149,3 +142,43 @@ def open_region_teacher(
 
     on_main(store, rank_timeout)  # the others find it made
     return RegionTeacher(teacher, store(), device, logit_scale)
+
+
+@torch.no_grad()
+def export(
+    teacher: MetaTeacher, source: PairSource, store: RegionStore, path: Path, *, device: torch.device | str = "cpu"
+) -> int:
+    """Write image and caption embeddings of `source` to a Parquet file for `cache:PATH`; returns the number of images.
+
+    Raises InputError for a teacher whose image embedding depends on the caption: it has no embedding of an image.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not teacher.config.caption_free:
+        raise InputError(
+            "regions export: this teacher's image embedding depends on the caption, so an image has none of its own: "
+            "name the teacher in the run, or train dclip-teacher-caption-free"
+        )
+    if path.suffix not in (".parquet", ".pq"):
+        raise InputError(f"regions export: --out must end in .parquet, got '{path}'")
+    device = torch.device(device)
+    readable = torch.nonzero(store.readable()).flatten().tolist()
+    width = teacher.clip.embed_dim
+    vector = pa.list_(pa.float32(), width)
+    scale = float(teacher.clip.module.logit_scale.detach().float().exp())
+    schema = pa.schema(
+        [("key", pa.string()), ("image", vector), ("text", pa.list_(vector))], metadata={"logit_scale": repr(scale)}
+    )
+    make_folder(path.parent, "export")
+    with new_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+        for begin in range(0, len(readable), _EXPORTED):
+            indices = readable[begin : begin + _EXPORTED]
+            images = F.normalize(teacher.image(store.read(indices).to(device)), dim=-1).cpu()
+            rows = []
+            for index, image in zip(indices, images, strict=True):
+                sentences = teacher.text(source.captions(index))[0]
+                text = F.normalize(sentences, dim=-1).cpu()
+                rows.append({"key": source.key(index), "image": image.tolist(), "text": text.tolist()})
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+    return len(readable)

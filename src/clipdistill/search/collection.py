@@ -15,7 +15,7 @@ from clipdistill.data.images import decode
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
 from clipdistill.runtime.links import is_inside
-from clipdistill.search.encoder import SearchModel, timed
+from clipdistill.search.encoder import SearchModel
 from clipdistill.search.find import Finder, make_finder
 from clipdistill.search.photographs import printable
 from clipdistill.search.store import SearchIndex
@@ -156,29 +156,28 @@ class Collection:
     def _ask(self, encoders: Sequence[Callable[[], np.ndarray]], top: int) -> list[Answer]:
         if top < 1:
             raise InputError(f"top must be at least 1, got {top}")
-        found: list[tuple[list[float], list[float], list[int], list[float]]] = [([], [], [], []) for _ in self.sides]
+        milliseconds: list[list[np.ndarray]] = [[] for _ in self.sides]
+        nearest = [(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))] * len(self.sides)
         deadline = time.monotonic() + _SECONDS
-        for round in range(_ROUNDS[1]):
-            if round >= _ROUNDS[0] and time.monotonic() > deadline:
+        for number in range(_ROUNDS[1]):
+            if number >= _ROUNDS[0] and time.monotonic() > deadline:
                 break
             # the models take turns, so that a busy moment does not fall on one of them
-            for side, encode, (encode_ms, search_ms, rows, scores) in zip(self.sides, encoders, found, strict=True):
-                query, milliseconds = timed(encode)
-                encode_ms.append(milliseconds)
-                search = functools.partial(side.finder.search, query, min(top, len(side.index.entries)))
-                nearest, milliseconds = timed(search)
-                search_ms.append(milliseconds)
-                rows[:], scores[:] = nearest[0].tolist(), nearest[1].tolist()
-        paths = [[self._by_row[s][row] for row in rows] for s, (_, _, rows, _) in enumerate(found)]
+            for place, (side, encode) in enumerate(zip(self.sides, encoders, strict=True)):
+                began = time.perf_counter()
+                query = encode()
+                encoded = time.perf_counter()
+                nearest[place] = side.finder.search(query, min(top, len(side.index.entries)))
+                milliseconds[place].append(1000 * np.diff([began, encoded, time.perf_counter()]))
+        paths = [[self._by_row[place][row] for row in rows.tolist()] for place, (rows, _) in enumerate(nearest)]
         answers = []
-        for s, (side, (encode_ms, search_ms, _, scores)) in enumerate(zip(self.sides, found, strict=True)):
-            others = {path for other in (*paths[:s], *paths[s + 1 :]) for path in other}
+        for place, side in enumerate(self.sides):
+            others = {path for other in (*paths[:place], *paths[place + 1 :]) for path in other}
             hits = tuple(
-                Hit(path, float(score), self._numbers[path], path in others)
-                for path, score in zip(paths[s], scores, strict=True)
+                Hit(path, score, self._numbers[path], path in others)
+                for path, score in zip(paths[place], nearest[place][1].tolist(), strict=True)
             )
-            model = side.model
-            times = float(np.median(encode_ms)), float(np.median(search_ms))
-            rounds = tuple(a + b for a, b in zip(encode_ms, search_ms, strict=True))
-            answers.append(Answer(model.name, model.role, *times, hits, "", rounds))
+            encode_ms, search_ms = np.median(milliseconds[place], axis=0).tolist()
+            rounds = tuple(np.sum(milliseconds[place], axis=1).tolist())
+            answers.append(Answer(side.model.name, side.model.role, encode_ms, search_ms, hits, "", rounds))
         return answers

@@ -1,11 +1,8 @@
-"""One model as search uses it: pictures and queries in, vectors of length 1 out, and how long that took."""
+"""One model as search uses it: pictures and queries in, vectors of length 1 out."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from threading import Lock
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -74,13 +71,3 @@ class SearchModel:
         for _ in range(2):
             self.text("a photograph")
             self.images(np.zeros((1, size, size, 3), dtype=np.uint8))
-
-
-Result = TypeVar("Result")
-
-
-def timed(function: Callable[[], Result]) -> tuple[Result, float]:
-    """(what the function returns, the milliseconds it took)."""
-    began = time.perf_counter()
-    result = function()
-    return result, 1000 * (time.perf_counter() - began)
