@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -105,7 +106,8 @@ def test_every_chart_of_the_demo_is_valid_and_says_its_numbers_on_hover(tmp_path
     assert "hollow" in plots.difference_chart(column, compare(table))
     assert len(titles(plots.forest_chart(column, table.entries))) == 4
     evaluation = plots.evaluation_charts(table)
-    assert [title for title, _ in evaluation] == ["Text→image R@1", "Image→text R@1"]
+    where = "on a sample of the validation set"  # runs of older versions did not write how large it was
+    assert [title for title, _ in evaluation] == [f"Text→image R@1 {where}", f"Image→text R@1 {where}"]
     losses = dict(plots.loss_charts(table))
     assert list(losses)[:2] == ["total loss", "task loss"]
     assert all(len(svg) < 60_000 for svg in losses.values())
@@ -152,3 +154,11 @@ def test_noise_between_students_of_one_architecture_moves_none_of_them(tmp_path:
         len((front.get("points") or "").split()) == 2
     )  # the teacher and the better student, not the faster-looking one
     assert set(labels) == {"teacher", "contrastive only", "CLIP-KD"}
+
+
+def test_learning_curves_name_the_images_they_were_measured_on(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "rd")
+    rows = [json.loads(line) | {"images": 200} for line in (folder / "eval.jsonl").read_text().splitlines()]
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    charts = plots.evaluation_charts(build_table(read_runs([folder])))
+    assert [title for title, _ in charts] == [f"{name} R@1 among 200 images" for name in ("Text→image", "Image→text")]

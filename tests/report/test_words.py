@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdistill.report.grids import speed_grid
+from clipdistill.report.grids import score_cell, speed_grid
 from clipdistill.report.report import collect
 from clipdistill.statistics.claims import judge
 from clipdistill.statistics.records import read_records
@@ -110,3 +110,13 @@ def test_unequal_budgets_are_a_caution(tmp_path: Path) -> None:
     assert any(
         "differ in more than the method: budget" in text for kind, text in headline(*folders) if kind == "caution"
     )
+
+
+def test_a_student_without_a_teacher_keeps_nothing_of_one(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / "plain", "contrastive", shift=0.3), write_run(tmp_path / "kd", "clip-kd")]
+    lead = dict(headline(*folders))["lead"]
+    assert "Contrastive only has the highest" in lead
+    assert "117 % of the other methods' teacher's 52.2 %" in lead
+    report = collect(folders)
+    cells = {e.label: score_cell(e, report.table.lead[0], report.table).kept for e in report.table.students}
+    assert cells == {"contrastive only": "117 % of the others' teacher", "CLIP-KD": "83 %"}

@@ -158,16 +158,18 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     tiles = [(value_text(column.cells[best.label], column.is_share), f"{column.title}, {best.label}")]
     kept = table.retention(best, column)
     if kept is not None:
-        tiles.append((f"{100 * kept.value:.0f} %", f"of the teacher's {column.title} kept"))
+        tiles.append((f"{100 * kept.value:.0f} %", f"of {table.whose(best)} {column.title}"))
     for device in trade.devices[:1]:
         setting = device.best_setting()
         ratio = device.ratio(best, teacher, "pair", setting) if teacher is not None and setting is not None else None
         if ratio is not None:
-            tiles.append((f"{ratio.value:.1f}×", "the teacher's image-text pairs per second"))
+            tiles.append((f"{ratio.value:.1f}×", f"{table.whose(best)} image-text pairs per second"))
     mine, theirs = trade.sizes.get(best.label), trade.sizes.get(teacher.label) if teacher else None
     if mine and theirs and mine.parameters and theirs.parameters:
         counts = f"{compact(mine.parameters)} of {compact(theirs.parameters)}"
-        tiles.append((f"{100 * mine.parameters / theirs.parameters:.3g} %", f"of the teacher's parameters ({counts})"))
+        tiles.append(
+            (f"{100 * mine.parameters / theirs.parameters:.3g} %", f"of {table.whose(best)} parameters ({counts})")
+        )
     if best.first.seconds:
         tiles.append((grids.duration(best.first.seconds), f"of training on {best.first.device or 'one device'}"))
     return tiles[:4]

@@ -64,6 +64,7 @@ class ReportedRun:
     """One run folder. `facts` is run.json as written; the fields are those the report needs.
 
     scores: what was measured of this run's weights and of its teacher; stale: what is of other weights.
+    curve_images: how many images `evaluations` were measured on; empty in runs of older versions.
     """
 
     folder: Path
@@ -87,6 +88,7 @@ class ReportedRun:
     losses: dict[str, Curve] = field(default_factory=dict)
     vitals: dict[str, Curve] = field(default_factory=dict)
     evaluations: dict[str, Curve] = field(default_factory=dict)
+    curve_images: tuple[int, ...] = ()
     bad_samples: dict[str, int] = field(default_factory=dict)
     bad_examples: list[tuple[str, str]] = field(default_factory=list)
     recipe: str = ""
@@ -226,6 +228,7 @@ def _read_curve(run: ReportedRun) -> None:
         for name, value in row["scores"].items():
             if x is not None:
                 _append(curves, str(name), x, value)
+    run.curve_images = tuple(sorted({row["images"] for row in points if isinstance(row.get("images"), int)}))
     run.evaluations = {name: thin(points) for name, points in curves.items()}
 
 

@@ -86,7 +86,10 @@ def _trade_chart(
 
 
 def evaluation_charts(table: ScoreTable) -> list[tuple[str, str]]:
-    """(title, chart) of each metric of the periodic evaluation over samples seen, one line per run."""
+    """(title, chart) of each metric of the periodic evaluation over samples seen, one line per run.
+
+    Titles name the gallery: among fewer images a caption is easier to find, so these are no scores of the table.
+    """
     names: dict[str, None] = {}
     for entry in table.students:
         for run in entry.runs:
@@ -94,7 +97,10 @@ def evaluation_charts(table: ScoreTable) -> list[tuple[str, str]]:
     order = ["t2i_R@1", "i2t_R@1", "top1"]
     ranked = sorted(names, key=lambda n: (order.index(n) if n in order else len(order), list(names).index(n)))
     wanted = [name for name in ranked if name in order] or ranked[:2]
-    return [(metric_name(n), chart) for n in wanted if (chart := _curves(table, n, "evaluations", metric_name(n)))]
+    images = sorted({count for entry in table.students for run in entry.runs for count in run.curve_images})
+    where = f"among {' or '.join(f'{n:,}' for n in images)} images" if images else "on a sample of the validation set"
+    titles = {name: f"{metric_name(name)} {where}" for name in wanted}
+    return [(title, chart) for n, title in titles.items() if (chart := _curves(table, n, "evaluations", title))]
 
 
 def loss_charts(table: ScoreTable) -> list[tuple[str, str]]:

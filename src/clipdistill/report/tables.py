@@ -165,6 +165,14 @@ class ScoreTable:
             own = next((t for t in self.teachers if any(r.teacher == entry.first.teacher for r in t.runs)), None)
         return own or (self.teachers[0] if len(self.teachers) == 1 else None)
 
+    def is_taught(self, entry: Entry) -> bool:
+        """Whether the teacher of `teacher_of` taught this entry; else it is that of the other methods."""
+        return any(run.teacher for run in entry.runs)
+
+    def whose(self, entry: Entry) -> str:
+        """ "the teacher's", for a figure that an entry's is compared with."""
+        return "the teacher's" if self.is_taught(entry) else "the other methods' teacher's"
+
     def retention(self, entry: Entry, column: ScoreColumn) -> Estimate | None:
         """Student / teacher in one column: over the same queries as the run stored it, else by the delta method."""
         teacher = self.teacher_of(entry)

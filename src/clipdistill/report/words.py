@@ -81,9 +81,8 @@ def _best_student(table: ScoreTable, comparisons: Sequence[PairComparison]) -> S
     teacher = table.teacher_of(best)
     kept = table.retention(best, column)
     if teacher is not None and kept is not None:
-        text += (
-            f", {100 * kept.value:.0f} % of the teacher's {value_text(column.cells[teacher.label], column.is_share)}"
-        )
+        reference = value_text(column.cells[teacher.label], column.is_share)
+        text += f", {100 * kept.value:.0f} % of {table.whose(best)} {reference}"
     rivals = [
         (c.baseline if c.challenger is best else c.challenger).label
         for c in comparisons
@@ -140,7 +139,9 @@ def _price(table: ScoreTable, trade: Trade) -> list[Sentence]:
     size = ""
     if mine and theirs and mine.parameters and theirs.parameters:
         share = 100 * mine.parameters / theirs.parameters
-        counts = f"{compact(mine.parameters)} parameters, {share:.3g} % of the teacher's {compact(theirs.parameters)}"
+        counts = (
+            f"{compact(mine.parameters)} parameters, {share:.3g} % of {table.whose(best)} {compact(theirs.parameters)}"
+        )
         size = f"{_capital(best.label)} has {counts}"
     for device in trade.devices:
         setting = device.best_setting()
