@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from clipdistill.models import load_student, register_student
     from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
     from clipdistill.objective.term import register_term
+    from clipdistill.train.callbacks import Callback, register_callback
     from clipdistill.train.run import Run, distill
 
 _WHERE = {
+    "Callback": "clipdistill.train.callbacks",
     "Embeddings": "clipdistill.objective",
     "Objective": "clipdistill.objective",
     "ObjectiveOutput": "clipdistill.objective",
     "Run": "clipdistill.train.run",
     "distill": "clipdistill.train.run",
     "load_student": "clipdistill.models",
+    "register_callback": "clipdistill.train.callbacks",
     "register_format": "clipdistill.data.open",
     "register_student": "clipdistill.models.known",
     "register_term": "clipdistill.objective.term",
@@ -30,6 +33,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "Callback",
     "Embeddings",
     "Objective",
     "ObjectiveOutput",
@@ -38,6 +42,7 @@ __all__ = [
     "distill",
     "evaluate",
     "load_student",
+    "register_callback",
     "register_format",
     "register_student",
     "register_term",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -19,12 +19,32 @@ from clipdistill.errors import InputError, nearest
 class Config(pydantic.BaseModel):
     """Base of every configuration: frozen, typed, unknown keys refused. Declare fields as in a dataclass."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if _holds(value, bool) and _allows(annotation, int, float) and not _allows(annotation, bool):
+            raise ValueError("true and false are no numbers")
+        return value
 
     @classmethod
     def known_keys(cls) -> list[str]:
         """What may be set, for suggestions after an unknown key."""
         return list(cls.model_fields)
+
+
+def _holds(value: Any, kind: type) -> bool:
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return isinstance(value, kind) or any(_holds(part, kind) for part in parts)
+
+
+def _allows(annotation: Any, *kinds: Any) -> bool:
+    """Whether an annotation names one of `kinds`; Any and the parts that check themselves name all."""
+    if annotation in kinds or annotation is Any or (isinstance(annotation, type) and issubclass(annotation, Config)):
+        return True
+    return any(_allows(part, *kinds) for part in get_args(annotation))
 
 
 C = TypeVar("C", bound=Config)
@@ -118,6 +138,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """A key that stands twice in one mapping is an error: the first would be dropped in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' stands twice", key_node.start_mark
+                )
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """The plain values of a YAML text that may come from anywhere.
 
@@ -125,7 +162,7 @@ def parse_yaml(text: str, where: str) -> Any:
     would unfold into more than a hundred thousand values (a few lines can stand for billions) or into themselves.
     """
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         line = f" (line {place.line + 1})" if place else ""

@@ -21,7 +21,6 @@ from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.embed.encode import EncodedPairs, Encoder
 from clipdistill.errors import InputError
 from clipdistill.evaluate.retrieval import retrieval
-from clipdistill.evaluate.zero_shot import zero_shot
 from clipdistill.models.clip_model import ClipModel, require_usable_scale
 from clipdistill.models.load import load_model
 from clipdistill.models.own import clip_model_of
@@ -196,6 +195,8 @@ def _zero_shot_scores(
     fingerprint: str,
     intervals: bool,
 ) -> Scores:
+    from clipdistill.evaluate.zero_shot import zero_shot
+
     found = zero_shot(encoder, source, prompts)
     protocol = Protocol(
         name="zero-shot",

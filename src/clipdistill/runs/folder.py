@@ -76,7 +76,7 @@ def read_lines(path: Path | str) -> Lines:
             row = None
         if isinstance(row, dict):
             found.rows.append((number, row))
-        elif number == len(texts):  # without its line end
+        elif number == len(texts) and text.startswith(b"{"):  # without its line end
             cut = number
         else:
             found.damaged.append(number)

@@ -77,6 +77,14 @@ class Callback:
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
 
+def register_callback(name: str, make: Callable[[], Any]) -> None:
+    """Give a callback a name for `--callback NAME` and recipes' `callbacks: [NAME]`.
+
+    make: a class, or a function without arguments that makes one.
+    """
+    CALLBACKS.register(name, make)
+
+
 class Callbacks:
     """The callbacks of a run: the built-in `own` ones, whose errors are the run's, and the user's `others` by name."""
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from clipdistill.recipes import load_recipe
 from clipdistill.train.config import check_names, resolve
-from clipdistill.train.stages import distill_stages, resolve_stages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Resolve the configuration and train."""
     named = (arguments.recipe, settings_of(arguments))
     options = {key: getattr(arguments, key) for key in ("allow_changes", "explain", "quiet")}
-    stages = resolve_stages(*named, size=arguments.size, assignments=arguments.settings)
-    # everything that can be refused without torch has been refused when it is imported
-    if stages:
+    # everything that can be refused without torch is refused before it is imported
+    if "stages" in load_recipe(arguments.recipe, arguments.size):
+        from clipdistill.train.stages import distill_stages, resolve_stages
+
+        stages = resolve_stages(*named, size=arguments.size, assignments=arguments.settings)
         runs = distill_stages(stages, **options)
         if not runs:
             return 0
@@ -77,6 +81,8 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if arguments.out is not None:
         settings["out"] = str(Path(arguments.out))
+    elif getattr(arguments, "explain", False):  # nothing is written there but the embeddings of regions
+        settings["out"] = str(Path(tempfile.gettempdir()) / f"clipdistill-explain-{os.getpid()}")
     if getattr(arguments, "callback", None):
         settings["callbacks"] = arguments.callback
     plugins = getattr(arguments, "plugins", [])

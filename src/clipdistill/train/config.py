@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -24,6 +24,9 @@ from clipdistill.regions.config import MetaTeacherConfig, RegionsConfig
 from clipdistill.registry import is_loaded, load_plugin
 from clipdistill.runs.folder import RunFolder
 
+Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
+Scale = Annotated[float, pydantic.Field(gt=0)]
+
 
 class TrainConfig(Config):
     """How to train. Counts are optimiser steps unless the name says otherwise; batch_size is global (all ranks)."""
@@ -38,15 +41,15 @@ class TrainConfig(Config):
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = pydantic.Field(default=0, ge=0)
     weight_decay: float = pydantic.Field(default=0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.98)
-    epsilon: float = 1e-6
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    epsilon: float = pydantic.Field(default=1e-6, gt=0)
     clip_grad_norm: float | None = pydantic.Field(default=None, gt=0)
     layer_decay: float | None = pydantic.Field(default=None, gt=0, le=1)
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the encoders. auto: bf16 on CUDA and on CPUs with matrix units for it (AMX), else fp32 (faster there)."""
     compile: bool = False
     deterministic: bool = False
-    seed: int = pydantic.Field(default=0, ge=0)
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**63)
     workers: int = pydantic.Field(default=0, ge=0)
     keep_in_memory: bool = False
     """Decode each picture once per process (small sets that are passed many times)."""
@@ -69,12 +72,12 @@ class TrainConfig(Config):
     """Parameter name patterns of the student that do not train ('visual.*', 'text', ...)."""
     masks: MaskConfig | None = None
     """Automatic inheritance: trained masks over the student's parts, then pruning (TinyCLIP)."""
-    max_logit_scale: float = pydantic.Field(default=100.0, gt=0)
+    max_logit_scale: float = pydantic.Field(default=100.0, ge=1)
     logit_scale_init: float | None = pydantic.Field(default=None, gt=0)
     logit_bias_init: float | None = None
     fixed_logit_scale: float | None = pydantic.Field(default=None, gt=0)
     """Multiplier of teacher and student at every step, instead of the learned ones (TinyCLIP: 50)."""
-    teacher_logit_scale: float | tuple[float, ...] | None = None
+    teacher_logit_scale: Scale | tuple[Scale, ...] | None = None
     """Multiplier of the teacher (one each for several teachers) instead of its own."""
     log_every: int = pydantic.Field(default=10, ge=1)
     evaluate_every: int | None = pydantic.Field(default=None, ge=1)
@@ -82,7 +85,7 @@ class TrainConfig(Config):
     keep_checkpoints: int = pydantic.Field(default=2, ge=1)
     max_skipped_steps: int = pydantic.Field(default=3, ge=0)
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
-    rank_timeout: float = pydantic.Field(default=300.0, gt=0)
+    rank_timeout: float = pydantic.Field(default=300.0, gt=0, le=10_000_000)
     """Seconds after which the other ranks stop waiting for one that does not answer, and the run ends."""
 
 
@@ -180,7 +183,7 @@ def resolve(
     Raises InputError for unknown recipes and keys, and for settings that contradict each other.
     """
     given = {k: v for k, v in (settings or {}).items() if v is not None}
-    values = lay(lay(checked_recipe(recipe, size), given), override({}, assignments))
+    values = lay_own(checked_recipe(recipe, size), lay(given, override({}, assignments)))
     if "stages" in values:
         raise InputError(
             f"recipe {recipe}: describes a run in stages, and here one run is needed: choose another recipe"
@@ -188,10 +191,39 @@ def resolve(
     return resolve_values(values, recipe)
 
 
+def lay_own(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """The caller's settings over a recipe's. Own data does away with what is said of the built-in set in its place.
+
+    The sizes `debug` and `demo` name built-in data: a run on the caller's own pairs is not to be measured on scenes.
+    """
+    base = dict(base)
+    if _path_of(over.get("data")) and not _built_in(over["data"]) and _built_in(base.get("data")):
+        base.pop("data")
+        if _built_in(base.get("validation")):
+            base.pop("validation")
+        evaluation = dict(base.get("evaluation") or {})
+        if any(_built_in(name) for name in evaluation.get("zero_shot") or ()):
+            evaluation.pop("zero_shot")
+        base["evaluation"] = evaluation
+    if _path_of(over.get("validation")) and not _built_in(over["validation"]) and _built_in(base.get("validation")):
+        base.pop("validation")
+    return lay(base, over)
+
+
+def _path_of(data: Any) -> Any:
+    return data.get("path") if isinstance(data, Mapping) else data
+
+
+def _built_in(data: Any) -> bool:
+    path = _path_of(data)
+    return isinstance(path, str) and path.partition(":")[0].partition("?")[0] == "scenes"
+
+
 def checked_recipe(recipe: str | Path, size: str | None) -> dict[str, Any]:
     """`load_recipe` of a file that may come from anywhere: it can name values, and code only if the user does too."""
     values = load_recipe(recipe, size)
-    for name in values.get("plugins") or ():
+    named = values.get("plugins") or ()
+    for name in [named] if isinstance(named, str) else named:
         if not is_loaded(name):
             raise InputError(f"recipe {recipe}: it names the plug-in {name!r}: give it as --plugin if you trust it")
     return values
@@ -203,7 +235,8 @@ def resolve_values(values: Mapping[str, Any], recipe: str | Path) -> RunConfig:
     Plug-ins that the settings name, or that the run in `out` was begun with, are loaded first.
     """
     values = {**values, "recipe": str(recipe)}
-    plugins = [*(values.get("plugins") or ())]
+    named = values.get("plugins") or ()
+    plugins = [named] if isinstance(named, str | Path) else list(named)
     if not plugins and isinstance(values.get("out"), (str, Path)):
         plugins = RunFolder(Path(values["out"])).load_plugins()
     for name in plugins:
@@ -219,12 +252,13 @@ def resolve_values(values: Mapping[str, Any], recipe: str | Path) -> RunConfig:
 
 def check_names(config: RunConfig) -> None:
     """Raise InputError for a student, teacher, checkpoint or data set that cannot be there, before torch is loaded."""
-    check_student_name(config.student)
+    if config.meta_teacher is None:
+        check_student_name(config.student)
     check_teacher_names(config.teachers)
     if config.evaluation.teacher is not None:
         check_model_name(config.evaluation.teacher)
-    if config.student_weights is not None and not Path(config.student_weights).expanduser().exists():
-        raise InputError(f"student_weights: {config.student_weights}: no such file or folder")
+    if config.student_weights is not None:
+        check_model_name(config.student_weights)
     for data in (config.data, config.validation):
         if isinstance(data, DataConfig):
             check_data_name(data.path)

@@ -20,7 +20,6 @@ from clipdistill.runs.folder import BAD_SAMPLES, CHECKPOINTS
 from clipdistill.runtime.distributed import any_rank, gather_lists, is_main, on_main, sum_over_ranks
 from clipdistill.runtime.signals import Interrupted, StopSignal
 from clipdistill.train.callbacks import Callbacks, RunView, Say
-from clipdistill.train.capture import CAPTURED, capture
 from clipdistill.train.checkpoint import save_checkpoint
 from clipdistill.train.config import RunConfig, TrainConfig
 from clipdistill.train.failures import Place
@@ -155,6 +154,8 @@ def _write_checkpoint(loop: Loop) -> None:
 
 def _record_skipped(loop: Loop, batch: Batch, output: ObjectiveOutput) -> None:
     """A step whose loss or gradient is not finite changes nothing; what led to it is kept for `clipdistill replay`."""
+    from clipdistill.train.capture import CAPTURED, capture
+
     progress, folder, most = loop.progress, loop.config.out, loop.config.train.max_skipped_steps
     progress.skipped_steps += 1
     captured = capture(loop.task, loop.config, batch, output, dict(vars(progress)))

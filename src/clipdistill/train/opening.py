@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ import yaml
 
 from clipdistill.config import as_dict, build, read_yaml
 from clipdistill.errors import InputError
-from clipdistill.runs.folder import CHECKPOINTS, IDENTITY, LOCK, RECIPE, RUN, STUDENT, RunFolder
+from clipdistill.runs.folder import CHECKPOINTS, IDENTITY, LOCK, RECIPE, RUN, RunFolder
 from clipdistill.runtime.files import make_folder, read_json, remove_leftovers, write_json, write_text
 from clipdistill.runtime.links import refuse_links
 from clipdistill.runtime.locks import FolderLock
@@ -42,7 +44,7 @@ def opened(config: RunConfig, allow_changes: bool) -> Iterator[list[str]]:
     when it is another run's, or cannot be written.
     """
     run = RunFolder(config.out)
-    if run.path.is_dir():
+    if os.path.isdir(run.path):  # noqa: PTH112 - False for a name that is too long, too
         refuse_links(run.path, "run")
         begun = (run / RECIPE).exists() or (run / CHECKPOINTS).exists()
         if not begun and any(path.name != LOCK and not _leftover(path) for path in run.path.iterdir()):
@@ -51,11 +53,8 @@ def opened(config: RunConfig, allow_changes: bool) -> Iterator[list[str]]:
     with FolderLock(run / LOCK, f"{run.path}: another process is training here"):
         remove_leftovers(run.path)
         for path in (*run.path.glob(".student.writing-*"), *run.path.glob(".student.replaced-*")):
-            import shutil
-
             shutil.rmtree(path, ignore_errors=True)
-        said = _open(config, run, allow_changes)
-        yield said
+        yield _open(config, run, allow_changes)
 
 
 def _leftover(path: Path) -> bool:
@@ -165,8 +164,3 @@ def check_identity(run: RunFolder, parts: Mapping[str, str], step: int, allow_ch
     if differing or not path.exists():
         write_json(path, {"format": 1, **known})
     return said
-
-
-def described_student(run: RunFolder) -> bool:
-    """Whether the folder has its student."""
-    return (run / STUDENT).is_dir()

@@ -24,7 +24,7 @@ from clipdistill.errors import ClipdistillError, InputError, Preempted
 from clipdistill.recipes import lay
 from clipdistill.runs.folder import STAGES, STUDENT, RunFolder, run_folders
 from clipdistill.runtime.files import new_folder, write_json
-from clipdistill.train.config import RunConfig, checked_recipe, resolve_values
+from clipdistill.train.config import RunConfig, checked_recipe, lay_own, resolve_values
 
 if TYPE_CHECKING:
     from clipdistill.train.run import Run
@@ -49,7 +49,7 @@ def resolve_stages(
     """
     given = {k: v for k, v in (settings or {}).items() if v is not None}
     over = lay(given, override({}, assignments))
-    values = lay(checked_recipe(recipe, size), over)
+    values = lay_own(checked_recipe(recipe, size), over)
     stages = values.pop("stages", None)
     if stages is None:
         return []
