@@ -236,7 +236,7 @@ def resolve_values(values: Mapping[str, Any], recipe: str | Path) -> RunConfig:
     """
     values = {**values, "recipe": str(recipe)}
     named = values.get("plugins") or ()
-    plugins = [named] if isinstance(named, str | Path) else list(named)
+    plugins: list[Any] = [named] if isinstance(named, str | Path) else list(named)
     if not plugins and isinstance(values.get("out"), (str, Path)):
         plugins = RunFolder(Path(values["out"])).load_plugins()
     for name in plugins:
