@@ -82,13 +82,11 @@ def test_two_exports_have_two_fingerprints(exported, tmp_path):
 
 
 def test_graphs_from_elsewhere_with_a_description_of_their_own(exported, tiny, tmp_path):
-    from clipdistill.cache.onnx_teacher import load_fill_teacher
-
     for tower in ("image", "text"):
         shutil.copy(exported / f"{tower}.onnx", tmp_path)
     description = {"image": as_dict(tiny.image), "tokenizer": tiny.tokenizer.to_dict(), "logit_scale": 12.5}
     (tmp_path / "model.json").write_text(json.dumps(description))
-    teacher = load_fill_teacher(f"onnx:{tmp_path}")
+    teacher = load_model(f"onnx:{tmp_path}", teacher=True)
     assert teacher.tokenizer == tiny.tokenizer
     assert teacher.module.logit_scale.exp().item() == pytest.approx(12.5)
     assert teacher.embed_dim == tiny.embed_dim

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from clipdistill.cache.fingerprint import require_same_teacher, require_versions, teacher_entry
-from clipdistill.cache.onnx_teacher import load_fill_teacher
 from clipdistill.cache.rows import COSINE_FLOOR
 from clipdistill.cache.samples import find_difference
 from clipdistill.cache.sizes import readable
@@ -19,6 +18,7 @@ from clipdistill.data.pairs import BadSample, PairSource
 from clipdistill.data.views import render
 from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
+from clipdistill.models import load_model
 
 _BF16_FLOOR = 0.998
 """A bf16 forward pass differs between processors by more than the number formats round."""
@@ -67,7 +67,7 @@ def _recompute(store: CacheStore, source: PairSource, number: int, device: torch
     where = f"cache {store.folder}"
     try:
         with only_local_files():
-            model = load_fill_teacher(entry.name)
+            model = load_model(entry.name, teacher=True)
     except InputError as error:
         return (
             f"cache: teacher '{entry.name}' is not on this machine, so its embeddings were not computed again ({error})"

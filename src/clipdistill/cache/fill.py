@@ -21,7 +21,6 @@ from torch import Tensor
 from clipdistill.cache.blocks import write_block
 from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.create import open_for_filling
-from clipdistill.cache.onnx_teacher import load_fill_teacher
 from clipdistill.cache.rows import pack
 from clipdistill.cache.sizes import check_space, readable
 from clipdistill.cache.store import CacheStore, Part
@@ -33,7 +32,7 @@ from clipdistill.data.pairs import PairSource
 from clipdistill.embed.encode import Encoder
 from clipdistill.embed.prepare import Item, Preparation, Prepared
 from clipdistill.errors import InputError
-from clipdistill.models import ClipModel
+from clipdistill.models import ClipModel, load_model
 from clipdistill.runs.folder import read_lines
 from clipdistill.runtime.locks import Claims
 from clipdistill.runtime.machine import cpu_count, pick_device
@@ -89,7 +88,7 @@ def fill(
     source = open_pairs(config.data, default_split="train") if source is None else source
     device = pick_device(config.device)
     precision = config.precision if config.precision != "auto" else ("bf16" if device.type == "cuda" else "fp32")
-    models = [load_fill_teacher(name) for name in config.teachers] if teachers is None else list(teachers)
+    models = [load_model(name, teacher=True) for name in config.teachers] if teachers is None else list(teachers)
     store = open_for_filling(config, source, models, precision)
     _announce(store, say)
     for model in models:

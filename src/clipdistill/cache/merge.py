@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,27 +151,8 @@ def _append(out: Path, stores: list[CacheStore]) -> None:
 
 
 def _rows(store: CacheStore, part: Any, teacher: int, indices: list[int]) -> dict[str, Tensor]:
-    """The stored values of some samples as the tensors of a block, bit by bit."""
-    found: dict[str, list[Tensor]] = {}
-    counts = [0]
-    for arrays, position in _places(store, part, teacher, indices):
-        first, last = arrays["text_start"][position : position + 2].tolist()
-        counts.append(last - first)
-        for name, array in arrays.items():
-            if name == "text_start":
-                continue
-            rows = array[first:last] if name.startswith("text") else array[position : position + 1]
-            found.setdefault(name, []).append(torch.from_numpy(rows.copy()))
-    tensors = {name: torch.cat(parts) for name, parts in found.items()}
-    if store.manifest.dtype == "bf16":
-        for name in ("image", "text"):
-            if name in tensors:
-                tensors[name] = tensors[name].view(torch.int16).view(torch.bfloat16)
-    tensors["text_start"] = torch.tensor(counts, dtype=torch.int64).cumsum(0)
-    return tensors
-
-
-def _places(store: CacheStore, part: Any, teacher: int, indices: list[int]) -> Iterator[tuple[dict[str, Any], int]]:
-    for index in indices:
-        number, position = store.place(index)
-        yield store.block(part, teacher, number).arrays, position
+    """The stored values of some samples as the tensors of a block."""
+    samples = [store.stored(part, teacher, index) for index in indices]
+    tensors = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
+    counts = [0, *(len(sample["text"]) for sample in samples)]
+    return tensors | {"text_start": torch.tensor(counts, dtype=torch.int64).cumsum(0)}

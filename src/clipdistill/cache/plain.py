@@ -22,19 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipdistill.cache.stored import StoredEmbeddings
 from clipdistill.data.pairs import PairSource
-from clipdistill.data.views import EVALUATION_VIEW, View
 from clipdistill.errors import InputError
 
 SUFFIXES = (".npz", ".parquet", ".pq")
 DEFAULT_SCALE = 100.0
 
 
-class PlainEmbeddings:
+class PlainEmbeddings(StoredEmbeddings):
     """Embeddings from a file, matched to a data set by key (stored.StoredEmbeddings)."""
-
-    view_count = 0
-    has_synthetic = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,6 +47,7 @@ class PlainEmbeddings:
             raise InputError(f"{path}: not readable as {kind} ({error})") from error
         self.logit_scale = _scale(scale, path)
         self._check(counts)
+        self.dims = (self.image.shape[1],)
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.rows = np.arange(len(self.keys))
 
@@ -112,29 +110,13 @@ class PlainEmbeddings:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return (int(self.image.shape[1]),)
-
-    def valid(self, index: int) -> bool:
-        return True
-
-    def view(self, index: int, number: int) -> View:
-        return EVALUATION_VIEW
-
-    def synthetic(self, index: int) -> tuple[str, ...]:
-        return ()
-
     def read(
         self, teacher: int, indices: Sequence[int], captions: Sequence[int], views: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """See CacheStore.read; rows as long as they are in the file."""
+        """See StoredEmbeddings.read; rows as long as they are in the file."""
         rows = self.rows[np.asarray(indices, dtype=np.int64)]
         texts = self.starts[rows] + np.asarray(captions, dtype=np.int64)
         return torch.from_numpy(self.image[rows]).float(), torch.from_numpy(self.text[texts]).float()
-
-    def read_synthetic(self, teacher: int, indices: Sequence[int], captions: Sequence[int]) -> Tensor:
-        raise InputError(f"{self.path}: holds no added captions")
 
 
 _Table = tuple[list[str], np.ndarray, np.ndarray, np.ndarray, Any]

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from clipdistill.cache.blocks import Block, require_whole_table
-from clipdistill.cache.manifest import FORMAT, Manifest, blocks_of, read_manifest
+from clipdistill.cache.manifest import FORMAT, blocks_of, read_manifest
 from clipdistill.cache.rows import groups, unpack
 from clipdistill.cache.samples import SampleTable
+from clipdistill.cache.stored import DescribedEmbeddings
 from clipdistill.cache.stored_views import read_view
 from clipdistill.config import as_dict
 from clipdistill.data.views import EVALUATION_VIEW, View
@@ -45,13 +47,13 @@ def digest_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class CacheStore:
+class CacheStore(DescribedEmbeddings):
     """A store, read through memory maps. Picklable: another process opens the files anew."""
 
     def __init__(self, folder: Path, *, whole_table: bool = True) -> None:
         """whole_table: compare the table of samples with the digest in its name before anything trusts it."""
         self.folder = Path(folder)
-        self.manifest: Manifest = read_manifest(self.folder)
+        super().__init__(read_manifest(self.folder))
         table = self.folder / self.manifest.samples
         if whole_table and table.exists():
             require_whole_table(table)
@@ -71,25 +73,7 @@ class CacheStore:
     def __len__(self) -> int:
         return len(self.samples)
 
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return tuple(teacher.dim for teacher in self.manifest.teachers)
-
-    @property
-    def view_count(self) -> int:
-        """Stored views beside the evaluation view."""
-        return self.manifest.views
-
-    @property
-    def has_synthetic(self) -> bool:
-        return self.manifest.synthetic is not None
-
-    def fingerprint(self) -> str:
-        """See Manifest.fingerprint."""
-        return self.manifest.fingerprint()
-
     def synthetic(self, index: int) -> tuple[str, ...]:
-        """The added captions of a sample."""
         return self.samples.synthetic(index)
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -240,12 +224,10 @@ class CacheStore:
         return block, row - int(self.layout.starts[block])
 
     def valid(self, index: int) -> bool:
-        """Whether the sample's image could be read when the store was filled."""
         block, position = self.place(index)
         return bool(self.block("pairs", 0, block).arrays["valid"][position])
 
     def view(self, index: int, number: int) -> View:
-        """The stored view 1..k of a sample; number 0 is the evaluation view."""
         if number == 0:
             return EVALUATION_VIEW
         block, position = self.place(index)
@@ -254,7 +236,6 @@ class CacheStore:
     def read(
         self, teacher: int, indices: Sequence[int], captions: Sequence[int], views: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Image rows of the given views and text rows of the given captions: float32 (B, D) each, as stored."""
         dtype, dim = self.manifest.dtype, self.dims[teacher]
         image, text = (np.empty((len(indices), dim), _NUMPY[dtype]) for _ in range(2))
         scales = np.empty((2, len(indices), groups(dim)), np.float16) if dtype == "int8" else None
@@ -274,7 +255,6 @@ class CacheStore:
         return unpack(image, image_scale, dtype), unpack(text, text_scale, dtype)
 
     def read_synthetic(self, teacher: int, indices: Sequence[int], captions: Sequence[int]) -> Tensor:
-        """Text rows of the given added captions: float32 (B, D)."""
         dtype = self.manifest.dtype
         dim = self.dims[teacher]
         text = np.empty((len(indices), dim), _NUMPY[dtype])
@@ -287,6 +267,23 @@ class CacheStore:
             if scale is not None:
                 scale[i] = arrays["text_scale"][place]
         return unpack(text, scale, dtype)
+
+    def stored(self, part: Part, teacher: int, index: int) -> dict[str, Tensor]:
+        """What a block (not one of views) holds of one sample, bit by bit: `text` (captions, D) and, of pairs, `image`
+        (1, 1 + views, D) and `valid` (1,); int8 rows have scales beside them."""
+        number, position = self.place(index)
+        arrays = self.block(part, teacher, number).arrays
+        first, last = arrays["text_start"][position : position + 2].tolist()
+        found = {}
+        for name, array in arrays.items():
+            if name == "text_start":
+                continue
+            rows = torch.from_numpy(
+                array[slice(first, last) if "text" in name else slice(position, position + 1)].copy()
+            )
+            bf16 = self.manifest.dtype == "bf16" and name in ("image", "text")
+            found[name] = rows.view(torch.int16).view(torch.bfloat16) if bf16 else rows
+        return found
 
     def _text_row(self, arrays: dict[str, np.ndarray], position: int, caption: int, index: int) -> int:
         first, last = arrays["text_start"][position : position + 2].tolist()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from clipdistill.cache.manifest import Manifest
 from clipdistill.data.loader import Choice
 from clipdistill.data.pairs import BadSample
 from clipdistill.data.views import EVALUATION_VIEW, View
@@ -17,39 +19,59 @@ from clipdistill.errors import InputError
 Views = Literal["fixed", "stored"]
 
 
-class StoredEmbeddings(Protocol):
-    """Random access to embeddings by data index: a CacheStore, a table of vectors, or tars beside data tars."""
+class StoredEmbeddings(ABC):
+    """Random access to embeddings by data index: a CacheStore, a table of vectors, or tars beside data tars.
 
+    dims: width of each teacher's embedding; view_count: stored views beside the evaluation view. The defaults are those
+    of embeddings without stored views and added captions.
+    """
+
+    dims: tuple[int, ...]
+    view_count: int = 0
+    has_synthetic: bool = False
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    @property
-    def view_count(self) -> int:
-        """Stored views beside the evaluation view."""
-        ...
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """Width of each teacher's embedding."""
-        ...
-
-    @property
-    def has_synthetic(self) -> bool: ...
-
+    @abstractmethod
     def fingerprint(self) -> str:
         """sha256 that changes with the embeddings served, their teachers and data, and not with their place."""
-        ...
 
-    def valid(self, index: int) -> bool: ...
-
-    def view(self, index: int, number: int) -> View: ...
-
-    def synthetic(self, index: int) -> tuple[str, ...]: ...
-
+    @abstractmethod
     def read(
         self, teacher: int, indices: Sequence[int], captions: Sequence[int], views: Sequence[int]
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Image rows of the given views and text rows of the given captions: float32 (B, D) each."""
 
-    def read_synthetic(self, teacher: int, indices: Sequence[int], captions: Sequence[int]) -> Tensor: ...
+    def read_synthetic(self, teacher: int, indices: Sequence[int], captions: Sequence[int]) -> Tensor:
+        """Text rows of the given added captions: float32 (B, D)."""
+        raise InputError("these embeddings have no added captions")
+
+    def valid(self, index: int) -> bool:
+        """Whether the sample's image could be read when its embedding was made."""
+        return True
+
+    def view(self, index: int, number: int) -> View:
+        """The stored view 1..k of a sample; number 0 is the evaluation view."""
+        return EVALUATION_VIEW
+
+    def synthetic(self, index: int) -> tuple[str, ...]:
+        """The added captions of a sample."""
+        return ()
+
+
+class DescribedEmbeddings(StoredEmbeddings):
+    """Embeddings with a manifest."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.dims = tuple(teacher.dim for teacher in manifest.teachers)
+        self.view_count = manifest.views
+        self.has_synthetic = manifest.synthetic is not None
+
+    def fingerprint(self) -> str:
+        """See Manifest.fingerprint."""
+        return self.manifest.fingerprint()
 
 
 class StoredRows:

@@ -27,9 +27,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from clipdistill.cache.manifest import MANIFEST, Manifest, TeacherEntry, read_manifest, write_manifest
+from clipdistill.cache.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from clipdistill.cache.rows import scaled
 from clipdistill.cache.store import CacheStore
+from clipdistill.cache.stored import DescribedEmbeddings
 from clipdistill.data.formats.tar_headers import DamagedTar, members
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.views import View
@@ -109,23 +110,14 @@ def _checksum(tensors: bytes, described: dict[str, Any]) -> str:
 
 def _tensors(store: CacheStore, index: int) -> dict[str, Tensor]:
     """The stored values of one sample, exactly as they are in the blocks."""
-    number, position = store.place(index)
     found: dict[str, Tensor] = {}
     for teacher in range(len(store.dims)):
-        for part, wanted in (("pairs", ("image", "text")), ("synthetic", ("text",))):
-            if part == "synthetic" and not store.has_synthetic:
-                continue
-            arrays = store.block("pairs" if part == "pairs" else "synthetic", teacher, number).arrays
-            first, last = arrays["text_start"][position : position + 2].tolist()
-            for name in wanted:
-                rows = position if name == "image" else slice(first, last)
-                stored = f"{teacher}.{'synthetic_text' if part == 'synthetic' else name}"
-                values = torch.from_numpy(arrays[name][rows].copy())
-                if store.manifest.dtype == "bf16":
-                    values = values.view(torch.int16).view(torch.bfloat16)
-                found[stored] = values
-                if f"{name}_scale" in arrays:
-                    found[f"{stored}_scale"] = torch.from_numpy(arrays[f"{name}_scale"][rows].copy())
+        for name, rows in store.stored("pairs", teacher, index).items():
+            if name != "valid":
+                found[f"{teacher}.{name}"] = rows[0] if name.startswith("image") else rows
+        if store.has_synthetic:
+            for name, rows in store.stored("synthetic", teacher, index).items():
+                found[f"{teacher}.synthetic_{name}"] = rows
     return found
 
 
@@ -193,12 +185,12 @@ def _manifest_above(path: Path) -> Manifest:
     return read_manifest(folder, SHARD_KIND)
 
 
-class ShardEmbeddings:
+class ShardEmbeddings(DescribedEmbeddings):
     """Random access to the tars beside the data tars of `source` (stored.StoredEmbeddings). Picklable."""
 
     def __init__(self, folder: Path, source: PairSource) -> None:
         self.folder = folder
-        self.manifest = read_manifest(folder, SHARD_KIND)
+        super().__init__(read_manifest(folder, SHARD_KIND))
         if source.fingerprint() != self.manifest.data.fingerprint:
             raise InputError(
                 f"{folder}: data: the tars were written for '{self.manifest.data.name}' with other keys, order "
@@ -231,30 +223,6 @@ class ShardEmbeddings:
     def __len__(self) -> int:
         return len(self._places)
 
-    @property
-    def teachers(self) -> Sequence[TeacherEntry]:
-        return self.manifest.teachers
-
-    @property
-    def captions(self) -> str:
-        return self.manifest.captions
-
-    @property
-    def view_count(self) -> int:
-        return self.manifest.views
-
-    @property
-    def dims(self) -> tuple[int, ...]:
-        return tuple(teacher.dim for teacher in self.manifest.teachers)
-
-    @property
-    def has_synthetic(self) -> bool:
-        return self.manifest.synthetic is not None
-
-    def fingerprint(self) -> str:
-        """See Manifest.fingerprint."""
-        return self.manifest.fingerprint()
-
     def sample(self, index: int) -> ShardSample:
         """Everything stored for one sample."""
         if index not in self._recent:
@@ -281,7 +249,6 @@ class ShardEmbeddings:
     def read(
         self, teacher: int, indices: Sequence[int], captions: Sequence[int], views: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """See CacheStore.read."""
         if not len(indices):
             return torch.zeros(0, self.dims[teacher]), torch.zeros(0, self.dims[teacher])
         rows = [
@@ -291,7 +258,6 @@ class ShardEmbeddings:
         return torch.stack([image for image, _ in rows]), torch.stack([text for _, text in rows])
 
     def read_synthetic(self, teacher: int, indices: Sequence[int], captions: Sequence[int]) -> Tensor:
-        """See CacheStore.read_synthetic."""
         if not len(indices):
             return torch.zeros(0, self.dims[teacher])
         pairs = zip(indices, captions, strict=True)

@@ -16,7 +16,7 @@ from clipdistill.cache.manifest import MANIFEST, TeacherEntry
 from clipdistill.cache.names import PREFIX
 from clipdistill.cache.plain import SUFFIXES, PlainEmbeddings
 from clipdistill.cache.store import CacheStore
-from clipdistill.cache.stored import StoredEmbeddings, StoredRows, pick_views
+from clipdistill.cache.stored import DescribedEmbeddings, StoredEmbeddings, StoredRows, pick_views
 from clipdistill.cache.tars import ShardEmbeddings, is_shard_folder
 from clipdistill.data.loader import Batch
 from clipdistill.data.pairs import PairSource
@@ -102,7 +102,7 @@ def open_cached_teacher(
     if is_shard_folder(path):
         shards = ShardEmbeddings(path, source)
         notes = [f"cache: tars beside data tars in {path}, {len(shards)} samples; embeddings not computed again"]
-        return _assemble(shards, shards.teachers, choice, use, device, path, shards.captions, None, notes)
+        return _assemble(shards, choice, use, device, path, None, notes)
     if not (path / MANIFEST).exists():
         raise InputError(
             f"teacher '{name}': {path} holds no {MANIFEST}, so it is no cache; fill it with `clipdistill cache`"
@@ -116,47 +116,51 @@ def open_cached_teacher(
     manifest = store.manifest
     if values is not None and text_digest(tokenizer.read_text(encoding="utf-8")) != manifest.teachers[0].tokenizer:
         raise InputError(f"{tokenizer}: tokenizer: not the one of the manifest: {CACHE_REMEDY}")
-    return _assemble(store, manifest.teachers, choice, use, device, path, manifest.captions, values, notes)
+    return _assemble(store, choice, use, device, path, values, notes)
 
 
 def _assemble(
-    embeddings: StoredEmbeddings,
-    entries: Sequence[TeacherEntry],
+    embeddings: DescribedEmbeddings,
     choice: str,
     use: CacheUse,
     device: torch.device,
     path: Path,
-    captions: str,
     tokenizer: dict | None,
     notes: list[str],
 ) -> CachedTeacher:
-    if captions == "first" and use.caption != "first":
+    entries = embeddings.manifest.teachers
+    if embeddings.manifest.captions == "first" and use.caption != "first":
         raise InputError(f"cache {path}: it holds each image's first caption only: set train.caption=first")
     numbers = _chosen(entries, choice, path)
-    views, note = pick_views(use.views, embeddings.view_count, use.random_policy)
-    return CachedTeacher(
-        name=" + ".join(entries[number].name for number in numbers),
-        embeddings=embeddings,
-        stored=StoredRows(embeddings, views, numbers),
-        scales=_scales([entries[number].logit_scale for number in numbers], use.logit_scale),
-        device=device,
-        tokenizer=None if tokenizer is None else tokenizer_from_dict(tokenizer),
-        notes=notes + ([note] if note else []),
-    )
+    name, scales = " + ".join(entries[n].name for n in numbers), [entries[n].logit_scale for n in numbers]
+    return _teacher(name, embeddings, numbers, scales, use, device, tokenizer, notes)
 
 
 def _plain(path: Path, source: PairSource, device: torch.device, use: CacheUse) -> CachedTeacher:
     embeddings = PlainEmbeddings(path)
     embeddings.match(source, use.caption)
-    views, note = pick_views(use.views, 0, use.random_policy)
     notes = [f"cache: {path}, {len(embeddings.keys)} embeddings matched by key; they cannot be computed again here"]
+    return _teacher(path.stem, embeddings, (0,), [embeddings.logit_scale], use, device, None, notes)
+
+
+def _teacher(
+    name: str,
+    embeddings: StoredEmbeddings,
+    numbers: tuple[int, ...],
+    scales: list[float],
+    use: CacheUse,
+    device: torch.device,
+    tokenizer: dict | None,
+    notes: list[str],
+) -> CachedTeacher:
+    views, note = pick_views(use.views, embeddings.view_count, use.random_policy)
     return CachedTeacher(
-        name=path.stem,
+        name=name,
         embeddings=embeddings,
-        stored=StoredRows(embeddings, views, (0,)),
-        scales=_scales([embeddings.logit_scale], use.logit_scale),
+        stored=StoredRows(embeddings, views, numbers),
+        scales=_scales(scales, use.logit_scale),
         device=device,
-        tokenizer=None,
+        tokenizer=None if tokenizer is None else tokenizer_from_dict(tokenizer),
         notes=notes + ([note] if note else []),
     )
 
