@@ -1,7 +1,9 @@
 """Training from stored embeddings: the same losses as live, the same pixels for both, exact resume."""
 
 import json
+import os
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -118,20 +120,18 @@ def test_batches_do_not_depend_on_workers_ranks_or_where_they_start(student, vie
 def test_an_interrupted_run_from_a_cache_continues_to_the_bit(tmp_path, student, viewed, monkeypatch):
     teacher = f"cache:{viewed.folder}"
     whole = _losses(tmp_path / "whole", teacher, student)
-    original = loop._step
+    original, steps = loop.set_learning_rate, []
 
-    def stop(setup, step, batch):
-        if step == 2:
-            import os
-            import signal
-
+    def stop(optimiser, factor):
+        steps.append(factor)
+        if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(setup, step, batch)
+        return original(optimiser, factor)
 
-    monkeypatch.setattr(loop, "_step", stop)
+    monkeypatch.setattr(loop, "set_learning_rate", stop)
     with pytest.raises(Preempted):
         distill(_config(tmp_path / "parts", teacher, student), quiet=True)
-    monkeypatch.setattr(loop, "_step", original)
+    monkeypatch.setattr(loop, "set_learning_rate", original)
     assert _losses(tmp_path / "parts", teacher, student) == whole
 
 
