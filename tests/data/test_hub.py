@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from clipdistill.data.images import decode
+from clipdistill.data.objects import as_pairs
 from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import DataConfig
 from clipdistill.errors import InputError, MissingExtraError
@@ -55,6 +57,24 @@ def test_saved_splits_and_lists_of_captions(library: Any, tmp_path: Path) -> Non
     assert source.key(1) == "test/1"
     with pytest.raises(InputError, match=r"holds several splits: train \(3\), test \(2\)"):
         open_pairs(str(tmp_path / "two"))
+
+
+def test_rows_without_an_image_are_found_when_opened(library: Any, tmp_path: Path) -> None:
+    cells = [{"bytes": encoded(n), "path": None} if n % 2 else None for n in range(6)]
+    made = dataset(library, 6, image=cells)
+    made.select([5, 4, 3]).save_to_disk(tmp_path / "chosen")
+    made.save_to_disk(tmp_path / "saved")
+    source = open_pairs(str(tmp_path / "saved"))
+    assert [source.key(i) for i in range(len(source))] == ["1", "3", "5"]
+    assert source.problems.counts == {"row without image": 3}
+    assert source.image_bytes(1) == encoded(3)
+    chosen = open_pairs(str(tmp_path / "chosen"))
+    assert [(chosen.key(i), chosen.captions(i)) for i in range(2)] == [("0", ("caption 5",)), ("2", ("caption 3",))]
+
+
+def test_a_data_set_is_an_object_that_can_be_given(library: Any) -> None:
+    source = as_pairs(dataset(library, 3).shuffle(seed=1))
+    assert source.image(0).tobytes() == decode(encoded(int(source.captions(0)[0][-1]))).tobytes()
 
 
 def test_a_data_set_in_workers(library: Any, tmp_path: Path) -> None:

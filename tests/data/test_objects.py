@@ -227,6 +227,10 @@ def test_settings_that_a_format_does_not_apply_are_refused_by_name(tmp_path: Pat
         (name,) = settings
         with pytest.raises(InputError, match=rf"data\.{name}=.* is not applied to '.*', which is read as folder"):
             open_pairs(DataConfig(path=str(tmp_path), **settings))
+    for settings in ({"size": 3}, {"seed": 2}):
+        with pytest.raises(InputError, match="contradicts the name 'scenes:val\\?size=4&seed=1': give one of them"):
+            open_pairs(DataConfig(path="scenes:val?size=4&seed=1", **settings))
+    assert len(open_pairs(DataConfig(path="scenes:val?size=4", size=4, seed=3))) == 4
     with pytest.raises(InputError, match="read as scenes: leave it out"):
         open_pairs(DataConfig(path="scenes", caption_column="words"))
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 
 from clipdistill.config import Config
-from clipdistill.data.files import read_json
-from clipdistill.data.formats.documents import is_karpathy
+from clipdistill.data.formats import Place
 from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource, Subset
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.errors import InputError
+from clipdistill.registry import FORMATS
 
 _COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_")
 _SIDE = 16
@@ -71,17 +71,16 @@ def without_held_out(source: PairSource, config: HeldOutConfig) -> PairSource:
 
 def held_out_names(config: HeldOutConfig) -> list[str]:
     """Keys or file names of the held-out images. Raises InputError when there are none."""
-    path = Path(config.data).expanduser()
-    names: list[str] = []
+    place = Place(config.data)
+    path, names = place.path, list[str]()
     if path.is_file() and path.suffix == ".txt":
         names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    elif path.is_file() and path.suffix == ".json":
-        content = read_json(path)
-        if is_karpathy(content):
-            names = [str(e.get("filename")) for e in content["images"] if str(e.get("split")) == config.split]
-            if not names:
-                splits = sorted({str(entry.get("split")) for entry in content["images"]})
-                raise InputError(f"held_out: {path} has no split '{config.split}'; it holds {', '.join(splits)}")
+    elif path.suffix == ".json" and FORMATS.get("karpathy").matches(place):
+        entries = [entry for entry in place.document["images"] if isinstance(entry, dict)]
+        names = [str(entry.get("filename")) for entry in entries if str(entry.get("split")) == config.split]
+        if not names:
+            splits = sorted({str(entry.get("split")) for entry in entries})
+            raise InputError(f"held_out: {path} has no split '{config.split}'; it holds {', '.join(splits)}")
     if not names:
         source = open_pairs(DataConfig(path=config.data), split=_split(config))
         names = [source.key(i) for i in range(len(source))]
@@ -90,10 +89,10 @@ def held_out_names(config: HeldOutConfig) -> list[str]:
 
 def _split(config: HeldOutConfig) -> str | None:
     """The split to open: none where the data is one whole (a COCO captions file, tars, a folder)."""
-    path = Path(config.data).expanduser()
-    if path.suffix == ".json" and path.is_file() and not is_karpathy(read_json(path)):
+    place = Place(config.data)
+    if place.path.suffix == ".json" and place.there and not FORMATS.get("karpathy").matches(place):
         return None
-    return None if path.is_dir() or path.suffix == ".tar" or "{" in config.data else config.split
+    return None if place.is_folder or place.path.suffix == ".tar" or "{" in place else config.split
 
 
 def plain_name(key: str) -> str:

@@ -148,6 +148,9 @@ def parse_scenes_name(text: str) -> ScenesName | None:
 def _open(place: Place, config: DataConfig, default_split: str | None) -> ScenePairs:
     name = parse_scenes_name(place)
     assert name is not None
+    for setting, asked, named in (("size", config.size, name.size), ("seed", config.seed or None, name.seed)):
+        if asked is not None and named is not None and asked != named:
+            raise InputError(f"data.{setting}={asked} contradicts the name '{place}': give one of them")
     size = config.size if name.size is None else name.size
     seed = config.seed if name.seed is None else name.seed
     return open_scenes(config.split or name.split or default_split or "train", size, seed, name.pixels)

@@ -59,6 +59,8 @@ def open_parquet(place: Place, config: DataConfig, default_split: str | None) ->
             raise InputError(
                 f"'{where}': the column '{image}' holds {kind}, neither paths nor encoded images; set image_column"
             )
+        if in_cells and config.image_root is not None:
+            raise InputError(f"data.image_root={config.image_root} is not applied to '{where}', which holds its images")
         rows = Rows(where, config)
         for number, (file, table) in enumerate(zip(files, tables)):
             beside = f" of {file.name}" if len(files) > 1 else ""
