@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from clipdistill.data.labelled import LabelledSource
-from clipdistill.data.objects import as_pairs
 from clipdistill.data.open import is_labelled_name, open_labelled, open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.embed.encode import EncodedPairs, Encoder
@@ -271,9 +270,11 @@ def _listed(data: Data | Sequence[Data]) -> list[Data]:
 
 
 def _open(item: Data, split: str | None, classes: str | Path | None) -> PairSource | LabelledSource:
-    if isinstance(item, LabelledSource):
+    if isinstance(item, PairSource | LabelledSource):
         return item
     if not isinstance(item, str | Path | DataConfig):
+        from clipdistill.data.objects import as_pairs
+
         return as_pairs(item)
     if isinstance(item, str | Path) and is_labelled_name(str(item)):
         return open_labelled(item, classes=classes, split=split)
