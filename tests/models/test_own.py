@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 import clipdistill as cd
 from clipdistill.errors import InputError
+from clipdistill.export.foreign import export_foreign
 from clipdistill.models import known, load_model, load_student, save_model
+from clipdistill.models.inheritance.cut import inherit
 from clipdistill.models.known import hold
 from clipdistill.models.own import clip_model_of
-from clipdistill.registry import STUDENTS
+from clipdistill.models.parameters import freeze
+from clipdistill.registry import STUDENTS, TEACHERS
 
 
 class Plain(nn.Module):
@@ -261,3 +264,48 @@ def test_evaluation_of_a_module_leaves_it_as_it_was() -> None:
     assert any(score.metric == "t2i_R@1" for score in scores)
     assert module.training
     assert all(p.requires_grad for p in module.parameters())
+
+
+class Strict(Telling):
+    """Takes captions of its own length alone, and says which lengths came."""
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        assert tokens.shape[1] == 5
+        return super().encode_text(tokens)
+
+
+def test_a_run_with_a_module_is_resumed_by_the_same_program(tmp_path: Path) -> None:
+    settings = {**SETTINGS, "teacher": Pictures(), "out": tmp_path / "run"}
+    first = Strict()
+    cd.distill({**settings, "student": first}, quiet=True)
+    known._held.clear()
+    again = Strict()
+    train = {**SETTINGS["train"], "steps": 3}
+    run = cd.distill({**settings, "student": again, "train": train}, quiet=True, allow_changes=True)
+    assert run.steps == 3
+    assert not torch.equal(again.image.weight, first.image.weight)
+    assert float((again.image.weight - first.image.weight).abs().max()) < 0.01  # one step from where the other ended
+
+
+def test_a_kind_of_teacher_from_a_plugin_opens_by_the_word_before_the_colon() -> None:
+    TEACHERS.register("mine", lambda name: Plain(int(name)))
+    try:
+        model = load_model("mine:12", teacher=True)
+        assert (model.name, model.embed_dim, model.module.training) == ("mine:12", 12, False)
+        with pytest.raises(InputError, match="teacher 'mine' of this program failed: ValueError"):
+            load_model("mine:x")
+    finally:
+        TEACHERS._forget("this program")
+
+
+def test_what_needs_modules_of_open_clip_says_so(tmp_path: Path) -> None:
+    model = clip_model_of(Telling())
+    with pytest.raises(InputError, match="its image size, 48, is fixed"):
+        load_model(model, image_size=96)
+    with pytest.raises(InputError, match="only open_clip's architectures can be built"):
+        inherit(model, "all")
+    with pytest.raises(InputError, match=r"freeze: 'image' is a tower of open_clip's models; name .* 'turned'"):
+        freeze(model.module, ["image"])
+    assert freeze(Plain(), ["image.weight"]) == 24
+    with pytest.raises(InputError, match="module of your own, which hf cannot build: export it with --to onnx"):
+        export_foreign(model, tmp_path / "out", "hf")

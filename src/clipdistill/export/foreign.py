@@ -25,7 +25,7 @@ from clipdistill.models import sized
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.hugging_face import rename_back
 from clipdistill.models.known import HUGGING_FACE_CONFIG as CONFIG
-from clipdistill.models.known import OPEN_CLIP_CONFIG
+from clipdistill.models.known import OPEN_CLIP_CONFIG, is_own_module
 from clipdistill.models.load import load_model
 from clipdistill.models.open_clip_models import SAFE_WEIGHTS
 from clipdistill.models.tokenizers import ClipBpeTokenizer, HuggingFaceTokenizer, WordsTokenizer
@@ -40,8 +40,10 @@ _TEXT_IGNORED = {"hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "pad
 
 def export_foreign(model: ClipModel, out: Path, to: str) -> None:
     """Write `model` as a folder for "open_clip" or "hf" (transformers). Raises InputError for what cannot be said."""
-    if not hasattr(model.module, "visual"):
+    if "exported" in model.architecture:
         raise InputError(f"'{model.name}' is an exported graph: name the model it was made from")
+    if is_own_module(model.architecture):
+        raise InputError(f"'{model.name}' is a module of your own, which {to} cannot build: export it with --to onnx")
     write = {"open_clip": write_open_clip, "hf": write_hugging_face}[to]
     with export_folder(out) as folder:
         write(model, folder)
