@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from clipdistill.evaluate.evaluate import Data, evaluate
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.runtime.console import TextTable
-from clipdistill.statistics.bootstrap import bootstrap_ratio, paired_bootstrap
+from clipdistill.statistics.judge import Verdict, decide
+from clipdistill.statistics.records import records_of
 from clipdistill.statistics.scores import Scores
 
 MARKS = ("R@1", "R@5", "R@10", "MRR", "mAP@10", "top1", "top5", "mean_per_class")
@@ -22,7 +24,7 @@ MARKS = ("R@1", "R@5", "R@10", "MRR", "mAP@10", "top1", "top5", "mean_per_class"
 class Change:
     """One metric before and after, fractions; `difference` after - before, `kept` after / before, with 95 % intervals.
 
-    p: two-sided, from paired permutations of the same queries. kept is None where the score before is 0.
+    p: two-sided, on the same queries (statistics.judge). kept is None where the score before is 0.
     """
 
     data: str
@@ -51,28 +53,31 @@ def before_after(
         after, data, teacher=before, protocol=protocol, batch_size=batch_size, device=device, progress=False
     )
     changes = []
-    for question in scores.protocols():
-        key = question.question()
-        own, base = scores.queries["student", key], scores.queries["teacher", key]
-        for metric in own.values:
-            if not metric.endswith(MARKS):
-                continue
-            clusters = own.clusters.get(metric)
-            pair = (own.values[metric], base.values[metric], clusters)
-            found = paired_bootstrap(*pair)
-            kept = bootstrap_ratio(*pair) if base.values[metric].mean() > 0 else None
-            changes.append(
-                Change(
-                    data=question.dataset + (f"/{question.split}" if question.split else ""),
-                    metric=metric,
-                    before=float(base.values[metric].mean()),
-                    after=float(own.values[metric].mean()),
-                    difference=(found.value, found.low, found.high),
-                    p=found.p,
-                    kept=None if kept is None else (kept.value, kept.low, kept.high),
-                )
+    records = {(r.role, r.metric, r.question): r for r in records_of(scores, "after", None)}
+    for (role, metric, question), own in records.items():
+        if role == "teacher" or own.per_query is None or not metric.endswith(MARKS):
+            continue
+        base = records["teacher", metric, question]
+        found = decide([own], [base])
+        kept = decide([own], [base], measure="ratio", threshold=1.0) if base.value > 0 else None
+        split = dict(question)["split"]
+        changes.append(
+            Change(
+                data=f"{own.dataset}/{split}" if split else str(own.dataset),
+                metric=metric,
+                before=base.value,
+                after=own.value,
+                difference=_interval(found),
+                p=1.0 if found.p is None else found.p,
+                kept=None if kept is None else _interval(kept),
             )
+        )
     return changes, scores
+
+
+def _interval(verdict: Verdict) -> tuple[float, float, float]:
+    values = verdict.effect, verdict.low, verdict.high
+    return tuple(math.nan if value is None else value for value in values)  # type: ignore[return-value]
 
 
 def table(changes: Sequence[Change]) -> TextTable:

@@ -4,7 +4,7 @@ Queries about one image are not independent (five captions share a picture), so 
 their queries. Models are compared on the same queries, pairwise. All resampling is seeded: same input, same interval.
 
 Methods: percentile bootstrap over clusters (Efron and Tibshirani 1993), widened for few clusters as Hesterberg (2015)
-advises; sign-flip permutation over clusters; exact McNemar; Student t over seeds; Holm (1979).
+advises; exact sign flips over clusters; exact McNemar; Student t over seeds; Holm (1979).
 SciPy is imported where it is used: commands that compute nothing must start at once.
 """
 
@@ -23,7 +23,7 @@ REPLICATES = 2000
 _BLOCK = 4_000_000
 """Random draws held at a time."""
 _LISTED = 13
-"""Clusters of which all sign patterns are listed; of more they are drawn."""
+"""Clusters of which all sign patterns are listed."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,6 @@ class Interval:
     value: float
     low: float
     high: float
-    n: int
-    clusters: int
-    level: float = 0.95
-
-
-@dataclass(frozen=True)
-class PairedDifference:
-    """A difference a - b on the same queries with its two-sided p. n: pairs; clusters: independent units."""
-
-    value: float
-    low: float
-    high: float
-    p: float
     n: int
     clusters: int
     level: float = 0.95
@@ -83,16 +70,6 @@ def bootstrap(
     return Interval(value, min(low, value), max(high, value), len(values), n, level)
 
 
-def paired_bootstrap(
-    a: Any, b: Any, clusters: Any = None, *, level: float = 0.95, replicates: int = REPLICATES, seed: int = 0
-) -> PairedDifference:
-    """Mean difference a - b on the same queries: interval by resampling clusters, p by `permutation_test`."""
-    a, b = _pair(a, b)
-    interval = bootstrap_difference(a, b, clusters, level=level, replicates=replicates, seed=seed)
-    p = permutation_test(a, b, clusters, seed=seed)
-    return PairedDifference(interval.value, interval.low, interval.high, p, interval.n, interval.clusters, level)
-
-
 def bootstrap_difference(
     a: Any, b: Any, clusters: Any = None, *, level: float = 0.95, replicates: int = REPLICATES, seed: int = 0
 ) -> Interval:
@@ -120,29 +97,6 @@ def bootstrap_ratio(
     return Interval(float(a.mean() / b.mean()), low, high, len(a), len(counts), level)
 
 
-def permutation_test(a: Any, b: Any, clusters: Any = None, *, permutations: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p-value of "a and b are exchangeable on every cluster": random sign flips of cluster differences.
-
-    Exact for few clusters (see `sign_flips`); else `permutations` are drawn, and the observed one counts among them,
-    so p is never below 1 / (permutations + 1).
-    """
-    a, b = _pair(a, b)
-    exact = sign_flips(a - b, clusters)
-    if exact is not None:
-        return exact
-    _, sums, _, _ = _by_cluster(a - b, clusters)
-    sums = sums[sums != 0]
-    n, observed = len(sums), _reach(sums)
-    rng = np.random.default_rng(seed)
-    reached, step = 0, max(1, _BLOCK // n)
-    for start in range(0, permutations, step):
-        size = min(step, permutations - start)
-        flips = rng.integers(0, 2, size=(size, n), dtype=np.int8)
-        # sum of signed differences = total - 2 * (sum of the flipped ones)
-        reached += int((np.abs(sums.sum() - 2 * (flips @ sums)) >= observed).sum())
-    return (reached + 1) / (permutations + 1)
-
-
 def sign_flips(differences: Any, clusters: Any = None) -> float | None:
     """The exact two-sided p-value of "every cluster's difference could have had the other sign".
 
@@ -156,12 +110,7 @@ def sign_flips(differences: Any, clusters: Any = None) -> float | None:
     if n > _LISTED:
         return None
     signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-    return float((np.abs(signs @ sums) >= _reach(sums)).mean())
-
-
-def _reach(sums: np.ndarray) -> float:
-    """What counts as extreme as observed, rounding aside."""
-    return float(abs(sums.sum()) * (1 - 1e-12))
+    return float((np.abs(signs @ sums) >= abs(sums.sum()) * (1 - 1e-12)).mean())
 
 
 def mcnemar(correct_a: Any, correct_b: Any) -> tuple[float, int, int]:

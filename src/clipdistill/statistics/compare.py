@@ -6,7 +6,7 @@ comparison.differences[0].verdict.better
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,14 +156,9 @@ def read_side(paths: Sequence[Path], model: str) -> ComparedSide:
     return ComparedSide(" + ".join(dict.fromkeys(names)), tuple(seeds), tuple(records), model)
 
 
-def _protocols(side: ComparedSide) -> Iterator[dict[Any, Protocol]]:
-    for run in side.records:
-        yield {r.question: r.measured for r in run if r.measured}
-
-
 def _shared_protocols(a: ComparedSide, b: ComparedSide) -> list[Protocol]:
     """Protocols that every file of both sides has. InputError for the same data set under different ones."""
-    listed = [*_protocols(a), *_protocols(b)]
+    listed = [{r.question: r.measured for r in run if r.measured} for side in (a, b) for run in side.records]
     shared = [protocol for question, protocol in listed[0].items() if all(question in other for other in listed[1:])]
     taken = {(protocol.task, protocol.dataset) for protocol in shared}
     for other in listed[1:]:
@@ -192,10 +187,8 @@ def _compared(metric: str, protocol: Protocol, a: ComparedSide, b: ComparedSide)
         pair = ours[0].per_query, theirs[0].per_query
         if ours[0].clusters is None and pair[0] is not None and pair[1] is not None:
             exact = mcnemar(*pair)
-    shared = {record.seed for record in ours} & {record.seed for record in theirs} - {None}
-    used = shared if verdict.basis == "paired seeds and queries" and shared else None
-    means = [
-        float(np.mean([record.value for record in side if used is None or record.seed in used]))
-        for side in (ours, theirs)
-    ]
+    if verdict.basis == "paired seeds and queries":  # the figures are those of the seeds that were compared
+        shared = {record.seed for record in ours} & {record.seed for record in theirs}
+        ours, theirs = ([r for r in side if r.seed in shared] or side for side in (ours, theirs))
+    means = [float(np.mean([record.value for record in side])) for side in (ours, theirs)]
     return MetricComparison(metric, protocol, means[0], means[1], verdict, exact)

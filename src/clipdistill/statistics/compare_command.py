@@ -56,12 +56,15 @@ def _table(rows: list[MetricComparison]) -> TextTable:
         scale = 1 if row.metric.endswith("median_rank") else 100
         verdict, bounds = row.verdict, bounds_text(row.verdict, scale)
         more = f" ({more_seeds(verdict)} more seeds)" if verdict.seeds_needed else ""
+        change = f"{scale * row.value:+.2f}" + (f" ({bounds})" if bounds else "")
+        if verdict.effect is None:
+            change = "stale" if verdict.left_out else ""
         table.rows.append(
             [
                 row.metric,
                 f"{scale * row.a:.1f}",
                 f"{scale * row.b:.1f}",
-                "" if verdict.effect is None else f"{scale * row.value:+.2f}" + (f" ({bounds})" if bounds else ""),
+                change,
                 *("" if p is None else p_text(p) for p in (verdict.p, verdict.p_holm)),
                 Coloured(better_text(verdict, "a", "b") + more, {"undecided": ""}.get(verdict.better, "bold")),
             ]
