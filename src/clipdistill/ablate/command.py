@@ -22,7 +22,7 @@ from clipdistill.train.command import settings_of as settings_of_options
 
 if TYPE_CHECKING:  # torch waits until the whole grid is known to be right
     from clipdistill.ablate.results import Results
-    from clipdistill.ablate.run import Outcome
+    from clipdistill.ablate.run import GridOutcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,8 +88,7 @@ def _train(plan: AblationPlan, grid: Sequence[GridRun], mine: Sequence[GridRun],
     return 1 if outcome.failed else 0
 
 
-def _tell(outcome: Outcome, results: Results | None, out: Path) -> None:
-
+def _tell(outcome: GridOutcome, results: Results | None, out: Path) -> None:
     from clipdistill.ablate.tables import terminal_table
     from clipdistill.statistics.verdicts import verdict_table
 

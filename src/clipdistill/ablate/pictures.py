@@ -7,7 +7,7 @@ from importlib import resources
 
 import numpy as np
 
-from clipdistill.ablate.results import Measured, Results
+from clipdistill.ablate.results import MeasuredColumn, Results
 from clipdistill.ablate.tables import column_title
 from clipdistill.report.svg import Axis, Chart, compact, figure, text
 
@@ -42,7 +42,7 @@ def draw(results: Results) -> str:
             at = (WIDTH / ACROSS * (place % ACROSS), height + PANEL * (place // ACROSS))
             parts.append(_curve(means, name, results.plan.reference).render(at))
         height += PANEL * -(-len(means) // ACROSS) + 24
-        title = column_title(Measured(metric, None, None), [])
+        title = column_title(MeasuredColumn(metric, None, None), [])
         words = f"{title} in per cent over pairs seen, on a sample of the validation set"
         words += f" (orange: {results.plan.reference}; band: range over seeds)"
         parts.append(text(WIDTH / 2, height - 8, words, "middle"))
@@ -52,7 +52,7 @@ def draw(results: Results) -> str:
 
 
 def _differences(
-    results: Results, column: Measured, others: Sequence[str], width: float, height: float, left: float
+    results: Results, column: MeasuredColumn, others: Sequence[str], width: float, height: float, left: float
 ) -> Chart:
     """Points against the baseline in one column, a row a variant."""
     variants = {v.name: v for v in results.variants}

@@ -23,7 +23,7 @@ HEADLINE = ("t2i_R@1", "i2t_R@1", "top1", "mean_per_class")
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredColumn:
     """One metric under one protocol: what may stand in one column."""
 
     metric: str
@@ -39,7 +39,7 @@ class Difference:
     """Variant minus baseline in one column; the verdict's p_holm is adjusted over all differences of the table."""
 
     variant: str
-    column: Measured
+    column: MeasuredColumn
     verdict: Verdict
 
     @property
@@ -58,7 +58,7 @@ class VariantResult:
     about: str
     seeds: tuple[int, ...]
     runs: tuple[str, ...]
-    scores: dict[Measured, list[float]]
+    scores: dict[MeasuredColumn, list[float]]
     seconds: float
     pairs_per_second: float
     pairs_seen: int
@@ -74,17 +74,17 @@ class Results:
     folder: Path
     runs: int
     finished: int
-    columns: list[Measured]
+    columns: list[MeasuredColumn]
     variants: list[VariantResult]
     differences: list[Difference]
     verdicts: list[Verdict]
-    teacher: dict[Measured, float]
+    teacher: dict[MeasuredColumn, float]
     curves: dict[str, dict[int, list[tuple[int, dict[str, float]]]]]
     notes: list[str]
     setting: dict[str, Any]
     missing: list[str]
 
-    def difference(self, variant: str, column: Measured) -> Difference | None:
+    def difference(self, variant: str, column: MeasuredColumn) -> Difference | None:
         return next((d for d in self.differences if (d.variant, d.column) == (variant, column)), None)
 
 
@@ -119,7 +119,7 @@ def collect(plan: AblationPlan, grid: Sequence[GridRun], out: Path) -> Results |
     )
 
 
-def _columns(plan: AblationPlan, records: Sequence[Record]) -> list[Measured]:
+def _columns(plan: AblationPlan, records: Sequence[Record]) -> list[MeasuredColumn]:
     """The compared columns: the plan's metrics, else the headline ones; those of students alone."""
     metrics = list(dict.fromkeys(record.metric for record in records if record.seed is not None))
     for name in plan.metrics:
@@ -129,7 +129,7 @@ def _columns(plan: AblationPlan, records: Sequence[Record]) -> list[Measured]:
     if "top1" in wanted and not plan.metrics and "mean_per_class" in wanted:
         wanted = [metric for metric in wanted if metric != "mean_per_class"]
     found = [
-        Measured(record.metric, record.dataset, record.protocol)
+        MeasuredColumn(record.metric, record.dataset, record.protocol)
         for metric in wanted
         for record in records
         if record.metric == metric and record.seed is not None
@@ -142,7 +142,7 @@ def _variant(
     name: str,
     done: Mapping[GridRun, dict[str, Any]],
     records: Sequence[Record],
-    columns: Sequence[Measured],
+    columns: Sequence[MeasuredColumn],
 ) -> VariantResult:
     own = {run.seed: facts for run, facts in done.items() if run.variant == name}
     seconds = [float(facts["seconds"]) for facts in own.values()]
@@ -161,13 +161,13 @@ def _variant(
     )
 
 
-def _by_seed(records: Sequence[Record], method: str, column: Measured) -> dict[int, Record]:
+def _by_seed(records: Sequence[Record], method: str, column: MeasuredColumn) -> dict[int, Record]:
     own = [r for r in records if r.method == method and r.seed is not None and column.holds(r)]
     return {r.seed: r for r in sorted(own, key=lambda r: r.seed or 0) if r.seed is not None}
 
 
 def _differences(
-    plan: AblationPlan, variants: Sequence[VariantResult], records: Sequence[Record], columns: Sequence[Measured]
+    plan: AblationPlan, variants: Sequence[VariantResult], records: Sequence[Record], columns: Sequence[MeasuredColumn]
 ) -> list[Difference]:
     found = []
     for column in columns:
@@ -180,7 +180,7 @@ def _differences(
     return [replace(difference, verdict=verdict) for difference, verdict in zip(found, verdicts, strict=True)]
 
 
-def _teacher(records: Sequence[Record], columns: Sequence[Measured]) -> dict[Measured, float]:
+def _teacher(records: Sequence[Record], columns: Sequence[MeasuredColumn]) -> dict[MeasuredColumn, float]:
     found = {}
     for column in columns:
         values = {r.value for r in records if r.method == "teacher" and column.holds(r)}

@@ -28,7 +28,7 @@ LOCKS, FAILURES = ".locks", ".failures"
 
 
 @dataclass
-class Outcome:
+class GridOutcome:
     """What one call did: names of runs."""
 
     finished: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ def run_grid(
     quiet: bool = False,
     keep_checkpoints: bool = False,
     after: Callable[[GridRun, Run], None] | None = None,
-) -> Outcome:
+) -> GridOutcome:
     """Train what is not finished; `after` is called with each run that finished here.
 
     A failed run is recorded in OUT/.failures and the others go on; it is tried again by the next call. A run that
@@ -55,7 +55,7 @@ def run_grid(
     """
     states = {run.name: run.state() for run in runs}
     waiting = [run for run in runs if states[run.name] != "finished"]
-    outcome = Outcome(skipped=[run.name for run in runs if states[run.name] == "finished"])
+    outcome = GridOutcome(skipped=[run.name for run in runs if states[run.name] == "finished"])
     if not waiting:
         return outcome
     with ProcessGroup(pick_device(waiting[0].config.device)):
@@ -84,7 +84,7 @@ def _one(
     out: Path,
     sources: SharedSources,
     display: GridDisplay,
-    outcome: Outcome,
+    outcome: GridOutcome,
     quiet: bool,
     keep_checkpoints: bool,
     after: Callable[[GridRun, Run], None] | None,

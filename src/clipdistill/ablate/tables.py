@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from clipdistill.ablate.results import Difference, Measured, Results, VariantResult
+from clipdistill.ablate.results import Difference, MeasuredColumn, Results, VariantResult
 from clipdistill.runtime.console import Coloured, TextTable
 from clipdistill.statistics.judge import Uncertainty
 from clipdistill.statistics.verdicts import basis_text, better_text, bounds_text, more_seeds, p_text, verdicts_markdown
@@ -15,7 +15,7 @@ _COLOURS = {"better": "green", "worse": "red"}
 _NAMES = {"top1": "zero-shot top-1", "top5": "zero-shot top-5", "mean_per_class": "zero-shot mean per class"}
 
 
-def column_title(column: Measured, columns: Sequence[Measured]) -> str:
+def column_title(column: MeasuredColumn, columns: Sequence[MeasuredColumn]) -> str:
     """'text→image R@1'; with the data set where several columns have the metric."""
     name = _NAMES.get(column.metric, column.metric)
     for short, long in (("i2t_", "image→text "), ("t2i_", "text→image ")):
@@ -130,7 +130,7 @@ def _compared(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _score(variant: VariantResult, column: Measured) -> str:
+def _score(variant: VariantResult, column: MeasuredColumn) -> str:
     values = variant.scores.get(column, [])
     if not values:
         return ""
@@ -178,9 +178,9 @@ def _minus(text: str) -> str:
     return text.replace("-", "−")
 
 
-def _percent(value: float | None, column: Measured) -> str:
+def _percent(value: float | None, column: MeasuredColumn) -> str:
     return "" if value is None else f"{value * _scale(column):.1f}"
 
 
-def _scale(column: Measured) -> float:
+def _scale(column: MeasuredColumn) -> float:
     return 1.0 if column.metric.endswith("median_rank") or column.metric == "ties" else 100.0

@@ -51,7 +51,7 @@ Question = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
-class Curve:
+class ReportCurve:
     """A line over samples seen: x increasing, y without gaps (values that are not finite are left out and counted)."""
 
     x: tuple[float, ...]
@@ -85,9 +85,9 @@ class ReportedRun:
     retention: dict[tuple[str, Question], tuple[float, float | None, float | None]] = field(default_factory=dict)
     stale: list[Record] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    losses: dict[str, Curve] = field(default_factory=dict)
-    vitals: dict[str, Curve] = field(default_factory=dict)
-    evaluations: dict[str, Curve] = field(default_factory=dict)
+    losses: dict[str, ReportCurve] = field(default_factory=dict)
+    vitals: dict[str, ReportCurve] = field(default_factory=dict)
+    evaluations: dict[str, ReportCurve] = field(default_factory=dict)
     curve_images: tuple[int, ...] = ()
     bad_samples: dict[str, int] = field(default_factory=dict)
     bad_examples: list[tuple[str, str]] = field(default_factory=list)
@@ -244,7 +244,7 @@ def _read_bad_samples(run: ReportedRun) -> None:
     run.bad_samples = {kind: len(group) for kind, group in sorted(keys.items())}
 
 
-def thin(points: Sequence[tuple[float, float]]) -> Curve:
+def thin(points: Sequence[tuple[float, float]]) -> ReportCurve:
     """A curve of at most CURVE_POINTS points: means of equal stretches, both ends kept as they are."""
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     lost = len(points) - len(finite)
@@ -253,7 +253,7 @@ def thin(points: Sequence[tuple[float, float]]) -> Curve:
         chunks = [inner[int(i * size) : int((i + 1) * size)] for i in range(CURVE_POINTS - 2)]
         means = [tuple(sum(column) / len(chunk) for column in zip(*chunk)) for chunk in chunks if chunk]
         finite = [finite[0], *((x, y) for x, y in means), finite[-1]]
-    return Curve(tuple(x for x, _ in finite), tuple(y for _, y in finite), lost)
+    return ReportCurve(tuple(x for x, _ in finite), tuple(y for _, y in finite), lost)
 
 
 def _append(curves: dict[str, list[tuple[float, float]]], name: str, x: float, value: Any) -> None:

@@ -18,7 +18,7 @@ from clipdistill.statistics.verdicts import better_text, p_text
 
 
 @dataclass
-class Grid:
+class ReportGrid:
     """`texts`: columns that hold text. A row is (an entry or a name, cells of (text, small text below it))."""
 
     name: str
@@ -70,10 +70,10 @@ def score_cell(entry: Entry, column: ScoreColumn, table: ScoreTable) -> ScoreCel
     return ScoreCell(value_text(cell, column.is_share), interval, share, cell.seeds, best)
 
 
-def comparison_grid(comparisons: Sequence[PairComparison], table: ScoreTable) -> Grid:
+def comparison_grid(comparisons: Sequence[PairComparison], table: ScoreTable) -> ReportGrid:
     """Every comparison as a row."""
     titles = ["Student", "Against", "Measure", "Difference", "p", "p (Holm)", "Verdict"]
-    grid = Grid("Comparisons", titles, (0, 1, 2))
+    grid = ReportGrid("Comparisons", titles, (0, 1, 2))
     for c in comparisons:
         measure = metric_text(c.column, table)
         ps = ["" if p is None else p_text(p) for p in (c.verdict.p, c.verdict.p_holm)]
@@ -81,10 +81,10 @@ def comparison_grid(comparisons: Sequence[PairComparison], table: ScoreTable) ->
     return grid
 
 
-def speed_grid(device: BenchDevice) -> Grid:
+def speed_grid(device: BenchDevice) -> ReportGrid:
     """All speeds of one device, with the latency of a call."""
     titles = ["Model", "Setting", "Images/s", "Texts/s", "Pairs/s", "End to end images/s"]
-    grid = Grid(f"Speed on {device.label}", [*titles, "Latency of a call", "Peak memory"], (0, 1))
+    grid = ReportGrid(f"Speed on {device.label}", [*titles, "Latency of a call", "Peak memory"], (0, 1))
 
     def latency(speed: Speed, place: int) -> str:
         found = [(tower, speed.latency[tower][place]) for tower in ("image", "text") if tower in speed.latency]
@@ -105,10 +105,10 @@ def speed_grid(device: BenchDevice) -> Grid:
     return grid
 
 
-def size_grid(trade: Trade, table: ScoreTable) -> Grid:
+def size_grid(trade: Trade, table: ScoreTable) -> ReportGrid:
     """Parameters, bytes and FLOPs of each entry."""
     titles = ["Model", "Parameters", "Image tower", "Text tower", "On disk", "FLOPs per image", "FLOPs per text"]
-    grid = Grid("Size", titles)
+    grid = ReportGrid("Size", titles)
     for entry in table.entries:
         size = trade.sizes.get(entry.label)
         if size is not None:
@@ -118,10 +118,10 @@ def size_grid(trade: Trade, table: ScoreTable) -> Grid:
     return grid
 
 
-def cost_grid(table: ScoreTable) -> Grid:
+def cost_grid(table: ScoreTable) -> ReportGrid:
     """What each run took: time, samples, rate, waiting for data, device."""
     titles = ["Run", "Seed", "Time", "Samples seen", "Samples/s", "Waiting for data", "Device", "Status"]
-    grid = Grid("Cost of training", titles)
+    grid = ReportGrid("Cost of training", titles)
     for entry, run in _runs(table):
         wait = run.vitals.get("data_wait")
         grid.add(
@@ -137,19 +137,19 @@ def cost_grid(table: ScoreTable) -> Grid:
     return grid
 
 
-def bad_grid(table: ScoreTable) -> Grid:
+def bad_grid(table: ScoreTable) -> ReportGrid:
     """Samples that could not be used, by reason."""
-    grid = Grid("Bad samples", ["Run", "Reason", "Distinct samples"], (0, 1))
+    grid = ReportGrid("Bad samples", ["Run", "Reason", "Distinct samples"], (0, 1))
     for entry, run in _runs(table):
         for reason, count in run.bad_samples.items():
             grid.add(entry, reason, f"{count:,}")
     return grid
 
 
-def geometry_grid(found: Sequence[Geometry]) -> Grid:
+def geometry_grid(found: Sequence[Geometry]) -> ReportGrid:
     """The numbers of the embeddings' geometry, a column for each that somebody has."""
     titles = list(dict.fromkeys(title for one in found for title in one.values))
-    grid = Grid("Geometry", ["Model", *titles])
+    grid = ReportGrid("Geometry", ["Model", *titles])
     for one in found if titles else ():
         grid.add(one.entry, *(f"{one.values[title]:.3g}" if title in one.values else "" for title in titles))
     return grid

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from markupsafe import escape as escape_html
 
 from clipdistill.report.context import Report, page_variables, variables
-from clipdistill.report.grids import Grid, score_cell
+from clipdistill.report.grids import ReportGrid, score_cell
 from clipdistill.report.svg import legend_mark
 from clipdistill.runtime.console import TextTable
 from clipdistill.version import __version__
@@ -53,7 +53,7 @@ def to_markdown(report: Report) -> str:
 
     def scores(number: int) -> Markup:
         columns = [column for column in report.table.columns if column.number == number]
-        grid = Grid("Scores", ["Model", *(column.title for column in columns)])
+        grid = ReportGrid("Scores", ["Model", *(column.title for column in columns)])
         for entry in report.table.entries:
             cells = [score_cell(entry, column, report.table) for column in columns]
             grid.add(entry, *(cell.text() if cell else "" for cell in cells))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from clipdistill.report.data import Curve
+from clipdistill.report.data import ReportCurve
 from clipdistill.report.svg import HEIGHT, SMALL_HEIGHT, SMALL_WIDTH, WIDTH, Axis, Chart, compact, rate
 from clipdistill.report.tables import Entry, Estimate, PairComparison, ScoreColumn, ScoreTable, is_share, metric_name
 from clipdistill.report.trade import BenchDevice, Trade, pareto
@@ -119,7 +119,7 @@ def loss_charts(table: ScoreTable) -> list[tuple[str, str]]:
 
 
 def _curves(table: ScoreTable, name: str, source: str, title: str) -> str:
-    lines: list[tuple[Entry, str, Curve]] = []
+    lines: list[tuple[Entry, str, ReportCurve]] = []
     for entry in table.students:
         for run in entry.runs:
             curve = getattr(run, source).get(name)
