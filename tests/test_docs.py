@@ -238,6 +238,103 @@ def test_choosing_and_search_run(
                 continue
             assert main(words) == 0, f"{command}\n{capsys.readouterr().err}"
     assert (workplace / "ablation.html").is_file()
+    for page in ("report.html", "ablation.html"):  # what was trained is in the table
+        assert '<section id="scores"' in (workplace / page).read_text()
+
+
+STANDS_FOR = {
+    r"ViT-B-16/(laion400m_e32|openai)": "scenes-teacher",
+    r"ViT-L-14/datacomp_xl_s13b_b90k,ViT-L-14/openai": "scenes-teacher",
+    r"'cc3m/\{00000\.\.00331\}\.tar'": "captions.json",
+    r"\b(dataset_coco|dataset_flickr8k|flickr8k|flickr8k_half)\.json\b": "captions.json",
+    r"coco_mini/annotations/captions_\w+\.json": "captions.json",
+    r"(--data|--validation) (F|\.\.\.)(?= |$)": r"\1 captions.json",
+    r"torchvision:fasterrcnn_resnet50_fpn_v2|coco_mini/annotations/instances_\w+\.json": "grid:1+2",
+    r"torchvision:CIFAR10|cifar10_test_a\.npz": "scenes:zeroshot",
+    r"bench runs/rd ViT-B-16": "bench runs/rd scenes-teacher",
+    r"held_out\.data=captions\.json": "held_out.data=captions.json held_out.split=val",
+    r"\bViT-[TB]-16\b": "scenes-student",
+    r"--synthetic \S+": "",
+    r"--recipe mobileclip --teacher cache:dr": "--recipe mobileclip --teacher cache:dr --validation captions.json",
+    r"--backend \S*(onnx|openvino)\S*( --dtype \S+)?": "",
+    r"--push \S+": "",
+    r"benchmarks/(ablation_\w+\.yaml)": rf"{REPOSITORY}/benchmarks/\1",
+    r"--size (20000|6000)": "--size 64",
+    r"\bruns/(rd|kd)\.seed-\*": r"runs/\1-0 runs/\1-1",
+}
+"""What the pages name, and what stands for it where they are run."""
+
+NEEDS = {  # runs that a page takes as given, by name and recipe
+    "ablation.md": {
+        "a": "clip",
+        "b": "clip-kd",
+        "rd-0": "clip-rd",
+        "rd-1": "clip-rd",
+        "kd-0": "clip-kd",
+        "kd-1": "clip-kd",
+    },
+    "benchmarking.md": {"rd": "clip-rd"},
+    "deployment.md": {"rd": "clip-rd"},
+    "cache.md": {},
+    "scenes.md": {},
+    "dclip.md": {},
+    "tinyclip.md": {},
+    "diary.md": {},
+    "results.md": {},
+}
+LEFT_OUT = {
+    "mine.yaml": "the reader's own claims (tests/statistics)",
+    "runs/ablation": "results of the page's own ablations (tests/ablate)",
+    "--to openvino": "an optional package (tests/export)",
+    "onnx:": "an optional package (tests/export)",
+    "--to onnx": "an optional package (tests/export)",
+    "runs/dclip-coco": "the same training with boxes of a file (tests/regions)",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("page", NEEDS)
+def test_the_commands_of_the_other_pages_run(
+    page: str, tmp_path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for entry in workplace.iterdir():
+        if entry.name in ("captions.json", "photographs"):
+            (tmp_path / entry.name).symlink_to(entry)
+    monkeypatch.chdir(tmp_path)
+    for number, (name, recipe) in enumerate(NEEDS[page].items()):
+        teacher = [] if recipe == "clip" else ["--teacher", "scenes-teacher"]
+        given = ["--recipe", recipe, *teacher, "--student", "scenes-student", "--data", "captions.json"]
+        given += [
+            "--validation",
+            "captions.json",
+            "--out",
+            f"runs/{name}",
+            "--quiet",
+            *SMALL,
+            f"train.seed={number % 2}",
+        ]
+        assert main(["train", *given]) == 0, capsys.readouterr().err
+    for command in commands(DOCS / page):
+        if command.clipdistill is None or any(part in command.text for part in LEFT_OUT):
+            continue
+        for text in dict.fromkeys(command.text.replace("$R", recipe) for recipe in ("clip-kd", "clip-rd")):
+            words = small_words(text)
+            assert main(words) == 0, f"{command}\n{shlex.join(words)}\n{capsys.readouterr().err}"
+
+
+def small_words(text: str) -> list[str]:
+    """The arguments of a page's command at a small size, with what is there in place of what the page names."""
+    for pattern, replacement in STANDS_FOR.items():
+        text = re.sub(pattern, replacement, text)
+    words = smaller([word for word in shlex.split(text, comments=True)[1:] if not word.startswith("train.")])
+    if words[0] == "train" and "--student" not in words and "--size" not in words:
+        words += ["--student", "scenes-student"]
+    if words[0] == "train" and not any(stages in words for stages in ("dclip-stages", "tinyclip-auto-stages")):
+        words += ["data.bad_sample_budget=0", "preflight.allow_weak_teacher=true"]
+    if words[0] == "ablate":
+        words += ["--seeds", "1", "data.size=64", "validation.size=24", *SMALL[:3], "train.evaluate_every=2"]
+    return words
 
 
 @pytest.mark.slow
