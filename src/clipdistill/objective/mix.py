@@ -63,7 +63,8 @@ class Mix:
             own = {f"{name}:{scale}": start for scale, start in term.scales.items()}
             known = published | {pairing.name: _resolved(pairing, name, own) for pairing in term.pairings}
             with TERMS.blaming(name):
-                primitives[name] = _checked(term.primitives(setting), known)
+                given = term.primitives
+                primitives[name] = _checked(given(setting) if callable(given) else given, known)
             for primitive in primitives[name]:
                 for logits in named_logits(primitive):
                     pairing = known[logits]

@@ -77,8 +77,9 @@ class LocalBatch:
 class Term:
     """One loss term. Exactly one of these three computes it:
 
-    primitives: a similarity term, on the pairings of `plan.published_pairings` or on `pairings` of its own; any engine
-        computes it. scales: multipliers of its own that are trained, by name, with the effective value they start at.
+    primitives: a similarity term, a tuple, or a function where they depend on the setting, on the pairings of
+        `plan.published_pairings` or on `pairings` of its own; any engine computes it. scales: multipliers of its own
+        that are trained, by name, with the effective value they start at.
     feature_loss: this rank's share of the value, 0-dimensional; the shares of all ranks add up to it.
     row_loss: a value for each of the own rows, (n_local,); the term is their mean over the rows of all ranks.
 
@@ -96,7 +97,7 @@ class Term:
     source: str = ""
     default_weight: float = 1.0
     differs: str = ""
-    primitives: Callable[[Setting], tuple[Primitive, ...]] | None = None
+    primitives: tuple[Primitive, ...] | Callable[[Setting], tuple[Primitive, ...]] | None = None
     feature_loss: Callable[[LocalBatch], Tensor] | None = None
     row_loss: Callable[[LocalBatch], Tensor] | None = None
     reads: tuple[str, ...] = ()

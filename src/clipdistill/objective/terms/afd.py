@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from clipdistill.objective.plan import CrossEntropy, Primitive
-from clipdistill.objective.term import Setting, Term
-
-
-def primitives(setting: Setting) -> tuple[Primitive, ...]:
-    """Cross-entropy over rows and columns of the fused similarities."""
-    return (CrossEntropy("fusion", "rows", 0.5), CrossEntropy("fusion", "columns", 0.5))
-
+from clipdistill.objective.plan import CrossEntropy
+from clipdistill.objective.term import Term
 
 TERM = Term(
     name="afd",
@@ -19,5 +13,5 @@ TERM = Term(
     source="CLIP-KD, arXiv 2307.12732",
     default_weight=1.0,
     differs="the released code fails for unequal sizes; its script never switches the term on",
-    primitives=primitives,
+    primitives=(CrossEntropy("fusion", "rows", 0.5), CrossEntropy("fusion", "columns", 0.5)),
 )

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-from clipdistill.objective.plan import Divergence, Primitive
-from clipdistill.objective.term import Setting, Term
-
-
-def primitives(setting: Setting) -> tuple[Primitive, ...]:
-    """Soft cross-entropy over rows and columns."""
-    return (
-        Divergence("teacher", "student", "rows", 0.5, entropy=False),
-        Divergence("teacher", "student", "columns", 0.5, entropy=False),
-    )
-
+from clipdistill.objective.plan import Divergence
+from clipdistill.objective.term import Term
 
 TERM = Term(
     name="affinity",
@@ -22,5 +13,8 @@ TERM = Term(
     source="TinyCLIP, arXiv 2309.12314; open_clip DistillClipLoss",
     default_weight=1.0,
     differs="TinyCLIP's scripts fix s = t = 50",
-    primitives=primitives,
+    primitives=(
+        Divergence("teacher", "student", "rows", 0.5, entropy=False),
+        Divergence("teacher", "student", "columns", 0.5, entropy=False),
+    ),
 )

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from clipdistill.objective.plan import Divergence, Primitive
-from clipdistill.objective.term import Setting, Term
-
-
-def primitives(setting: Setting) -> tuple[Primitive, ...]:
-    """Kullback-Leibler divergence from the teacher's to the student's distribution, over rows and columns."""
-    return (Divergence("teacher", "student", "rows", 0.5), Divergence("teacher", "student", "columns", 0.5))
-
+from clipdistill.objective.plan import Divergence
+from clipdistill.objective.term import Term
 
 TERM = Term(
     name="crd",
@@ -19,5 +13,5 @@ TERM = Term(
     source="CLIP-KD, arXiv 2307.12732; CLIP-RD, arXiv 2603.25383",
     default_weight=1.0,
     differs="CLIP-RD projects the features first when the sizes differ (projection='before-task')",
-    primitives=primitives,
+    primitives=(Divergence("teacher", "student", "rows", 0.5), Divergence("teacher", "student", "columns", 0.5)),
 )

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from clipdistill.objective.plan import Divergence, Primitive
-from clipdistill.objective.term import Setting, Term
-
-
-def primitives(setting: Setting) -> tuple[Primitive, ...]:
-    """Divergence over the teacher's texts for each student image, and over its images for each student text."""
-    # a row of k_c B u^T is a column of P = k_c u B^T, and a row of T^T a column of T
-    return (
-        Divergence("teacher", "student_image_teacher_text", "rows", 0.5),
-        Divergence("teacher", "image_text", "columns", 0.5),
-    )
-
+from clipdistill.objective.plan import Divergence
+from clipdistill.objective.term import Term
 
 TERM = Term(
     name="cross_kd",
@@ -22,5 +12,9 @@ TERM = Term(
     gradient="student image, student text, k_c; T detached",
     source="CLIP-KD release, arXiv 2307.12732",
     default_weight=1.0,
-    primitives=primitives,
+    # a row of k_c B u^T is a column of P = k_c u B^T, and a row of T^T a column of T
+    primitives=(
+        Divergence("teacher", "student_image_teacher_text", "rows", 0.5),
+        Divergence("teacher", "image_text", "columns", 0.5),
+    ),
 )

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from clipdistill.objective.plan import CrossEntropy, Primitive
-from clipdistill.objective.term import Setting, Term
-
-
-def primitives(setting: Setting) -> tuple[Primitive, ...]:
-    """Cross-entropy of each student row over the teacher's rows of the other modality."""
-    # a column of Q = v A^T is one student image against every teacher text
-    return (CrossEntropy("text_image", "columns", 0.5), CrossEntropy("image_text", "columns", 0.5))
-
+from clipdistill.objective.plan import CrossEntropy
+from clipdistill.objective.term import Term
 
 TERM = Term(
     name="icl",
@@ -20,5 +13,6 @@ TERM = Term(
     source="CLIP-KD, arXiv 2307.12732",
     default_weight=1.0,
     differs="k_c multiplies cosines directly although it is initialised as a logarithm (scales='released')",
-    primitives=primitives,
+    # a column of Q = v A^T is one student image against every teacher text
+    primitives=(CrossEntropy("text_image", "columns", 0.5), CrossEntropy("image_text", "columns", 0.5)),
 )

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from clipdistill.objective.plan import CrossEntropy, Primitive
-from clipdistill.objective.term import Setting, Term
-
-
-def primitives(setting: Setting) -> tuple[Primitive, ...]:
-    """Cross-entropy over rows and columns within each modality."""
-    return tuple(CrossEntropy(name, axis, 0.5) for name in ("image", "text") for axis in ("rows", "columns"))
-
+from clipdistill.objective.plan import CrossEntropy
+from clipdistill.objective.term import Term
 
 TERM = Term(
     name="vrd_ce",
@@ -19,5 +13,5 @@ TERM = Term(
     source="CLIP-RD, arXiv 2603.25383",
     default_weight=1.0,
     differs="one flag scales vrd_kl and vrd_ce; here each has its weight",
-    primitives=primitives,
+    primitives=tuple(CrossEntropy(name, axis, 0.5) for name in ("image", "text") for axis in ("rows", "columns")),
 )

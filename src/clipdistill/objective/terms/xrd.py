@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from clipdistill.objective.plan import Divergence, Primitive
-from clipdistill.objective.term import Setting, Term
-
-
-def primitives(setting: Setting) -> tuple[Primitive, ...]:
-    """Divergence both ways, over rows and columns."""
-    return tuple(
-        Divergence(target, trained, axis, 0.25)
-        for axis in ("rows", "columns")
-        for target, trained in (("text_image", "image_text"), ("image_text", "text_image"))
-    )
-
+from clipdistill.objective.plan import Divergence
+from clipdistill.objective.term import Term
 
 TERM = Term(
     name="xrd",
@@ -23,5 +13,9 @@ TERM = Term(
     source="CLIP-RD, arXiv 2603.25383",
     default_weight=1.0,
     differs="k_c, shared with icl, multiplies cosines directly (scales='released')",
-    primitives=primitives,
+    primitives=tuple(
+        Divergence(target, trained, axis, 0.25)
+        for axis in ("rows", "columns")
+        for target, trained in (("text_image", "image_text"), ("image_text", "text_image"))
+    ),
 )
