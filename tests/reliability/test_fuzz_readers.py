@@ -29,12 +29,13 @@ from clipdistill.models.tokenizers import ClipBpeTokenizer
 from tests.data.helpers import FakeModel, MemoryPairs, encoded, write_tar
 from tests.fuzz import seeds
 from tests.fuzz.__main__ import read_files
+from tests.fuzz.cache_targets import cache_targets
 from tests.fuzz.coverage import Coverage
 from tests.fuzz.engine import fuzz, replay
 from tests.fuzz.mutate import mangle
 from tests.fuzz.targets import Target, targets
 
-TARGETS = {target.name: target for target in targets()}
+TARGETS = {target.name: target for target in (*targets(), *cache_targets())}
 
 
 @pytest.mark.parametrize("name", TARGETS)
