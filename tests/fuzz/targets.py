@@ -6,6 +6,7 @@ promise about good samples was not kept.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -22,9 +23,11 @@ from clipdistill.data import captions as caption_rules
 from clipdistill.data.images import decode
 from clipdistill.data.labelled import LabelledSource, read_class_file
 from clipdistill.data.ledger import BadSampleLedger
+from clipdistill.data.objects import as_pairs
 from clipdistill.data.open import is_labelled_name, open_labelled, open_pairs
 from clipdistill.data.pairs import BadSample, DataConfig, PairSource
 from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, View, ViewPolicy, render_pixels, sample_view
+from clipdistill.errors import InputError
 from tests.fuzz import seeds
 from tests.fuzz.mutate import Repair, mangle_json, repair_png, repair_tar
 
@@ -328,15 +331,39 @@ def run_name(data: bytes, folder: Path) -> None:
             source.key(0)
 
 
+def _json_or_none(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+
+
 def run_ledger(data: bytes, folder: Path) -> None:
     path = folder / "bad_samples.jsonl"
     path.write_bytes(data)
     ledger = BadSampleLedger(path, 0.5, lambda key: None)
     ledger.record([("k\udcff\n", "empty image file"), ("k", "corrupt image: x")], 100)
+    with contextlib.suppress(InputError):
+        ledger.restore(_json_or_none(data))
     lines = path.read_bytes()[len(data) :].decode().strip("\n").split("\n")
     for line in lines:
         if line:
             require(set(json.loads(line)) >= {"key", "reason"}, f"line {line!r:.80}")
+
+
+def run_object(data: bytes, folder: Path) -> None:
+    """An object of a user's program that gives whatever JSON can say, beside two good items."""
+    try:
+        rows = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    good = [(_GOOD[name], f"good {name}") for name in ("a.jpg", "b.png")]
+    source = as_pairs([*good, *(rows if isinstance(rows, list) else [rows])])
+    check_pairs(source)
+    check_good(source, {"0": ("good a.jpg",), "1": ("good b.png",)})
+    require(
+        len(source) + source.problems.dropped == 2 + (len(rows) if isinstance(rows, list) else 1), "uncounted items"
+    )
 
 
 def run_any(data: bytes, folder: Path) -> None:
@@ -434,6 +461,8 @@ def targets() -> list[Target]:
         Target("name", name_seeds, run_name, name_words),
         Target("ledger", [b'{"key": "a", "reason": "b"}\n'], run_ledger, json_words, structured=(mangle_json,),
                weight=3),
+        Target("object", [b'[["a.jpg", "x"], {"image": "a.jpg", "captions": ["y"], "key": "k"}, {"text": 3}, [1]]'],
+               run_object, json_words, structured=(mangle_json,)),
         Target("any", everything, run_any, words, (repair_tar,), weight=6),
     ]  # fmt: skip
 

@@ -34,14 +34,6 @@ CHUNK = 64
 """Samples that a worker prepares at a time: a step's batch is shared out among the workers."""
 
 
-class Tokenizes(Protocol):
-    """What the loader needs of a tokenizer."""
-
-    def __call__(self, captions: Sequence[str]) -> Tensor: ...
-
-    def lengths(self, captions: Sequence[str]) -> list[int]: ...
-
-
 class FedModel(Protocol):
     """What the loader needs of a model (clipdistill.models.ClipModel has it): how it wants images and captions."""
 
@@ -195,20 +187,19 @@ class PairLoader:
             same = shared and cut.shape == student_tokens.shape
             teacher_tokens = student_tokens if same else self._on_device(cut)
         cut_student = sum(c["truncated_student"] for c in chunks)
+        cut_teacher = sum(c.get("truncated_teacher", 0) for c in chunks)
+        joined: dict[str, Any] = {
+            **{name: torch.cat([c[name] for c in chunks]) for name in ("indices", "caption_indices")},
+            **{name: [row for c in chunks for row in c[name]] for name in ("keys", "captions", "problems")},
+        }
         return Batch(
-            indices=torch.cat([c["indices"] for c in chunks]),
-            keys=[key for c in chunks for key in c["keys"]],
-            caption_indices=torch.cat([c["caption_indices"] for c in chunks]),
+            **joined,
             student_images=student_images,
             student_tokens=student_tokens,
             teacher_images=teacher_images,
             teacher_tokens=teacher_tokens,
-            captions=[caption for c in chunks for caption in c["captions"]],
-            problems=[problem for c in chunks for problem in c["problems"]],
             truncated_student=cut_student,
-            truncated_teacher=cut_student
-            if self._preparation.share_tokens
-            else sum(c.get("truncated_teacher", 0) for c in chunks),
+            truncated_teacher=cut_student if self._preparation.share_tokens else cut_teacher,
             views=[View.from_json(view) for c in chunks for view in c["views"]],
             step=step,
             epoch=self.sampler.epoch(step),

@@ -15,7 +15,6 @@ from importlib import resources
 
 from clipdistill.scenes.world import COLOURS, SHAPES, TEXTURES, Dice, Scene, Thing
 
-CAPTIONS_PER_SCENE = 5
 MAX_WORDS = 38
 """Words and commas in the longest caption: with start and end it fits a context of 40."""
 
