@@ -21,7 +21,7 @@ import torch
 
 from clipdistill.bench.cost import sample_inputs
 from clipdistill.bench.device import busy_warning, describe_device, describe_libraries
-from clipdistill.bench.timing import Task, measure, median_interval, ratio_interval
+from clipdistill.bench.timing import TimedTask, measure, median_interval, ratio_interval
 from clipdistill.errors import MissingExtraError
 from clipdistill.export.accuracy import open_calibration, open_test
 from clipdistill.export.backends import make_graphs
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 tasks = []
                 for name, towers in variants.items():
                     values = inputs[name.partition(",")[0]]
-                    tasks.append(Task(name, functools.partial(towers[tower], values), batch))
+                    tasks.append(TimedTask(name, functools.partial(towers[tower], values), batch))
                 session = measure(tasks, seconds=arguments.seconds, rounds=arguments.rounds)
                 result["warnings"] += [f"{tower}, batch {batch}: {text}" for text in session.warnings]
                 rates = {name: timing.rates() for name, timing in session.timings.items()}

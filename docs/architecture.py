@@ -37,7 +37,8 @@ ORDER = (
     ("report",),
     ("ablate", "search"),
     ("listing", "doctor", "demo"),
-    ("cli", "__main__", "__init__"),
+    ("cli", "__init__"),
+    ("__main__",),
 )
 """Floors from the lowest up; rooms of one floor do not know each other."""
 

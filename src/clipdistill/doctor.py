@@ -26,7 +26,7 @@ EXTRAS = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class Examined:
     """One line of the report: state is "ok", "note" or "problem"."""
 
     state: str
@@ -49,9 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     return int(any(f.state == "problem" for f in findings))
 
 
-def examine(folder: Path, *, load: bool = False) -> list[Finding]:
+def examine(folder: Path, *, load: bool = False) -> list[Examined]:
     """Everything doctor looks at: versions, files and the system; with `load` also whether torch works."""
-    python = Finding("ok", f"Python {platform.python_version()}")
+    python = Examined("ok", f"Python {platform.python_version()}")
     loaded = [_loaded()] if load else []
     return [python, *_torch(), *loaded, *_core(), _device(), _disk(folder), _memory(), *_extras(), _network()]
 
@@ -63,55 +63,55 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _torch() -> list[Finding]:
+def _torch() -> list[Examined]:
     torch_version, vision_version = _version("torch"), _version("torchvision")
     repair = "reinstall both together from one index:  pip install --force-reinstall torch torchvision"
     if torch_version is None or vision_version is None:
         missing = "torch" if torch_version is None else "torchvision"
-        return [Finding("problem", f"{missing} is not installed", "pip install torch torchvision")]
+        return [Examined("problem", f"{missing} is not installed", "pip install torch torchvision")]
     pair = f"torch {torch_version} with torchvision {vision_version}"
     release = re.match(r"2\.(\d+)\.", torch_version)
     expected = None if release is None else f"0.{int(release[1]) + 15}"  # 2.6 with 0.21, 2.7 with 0.22 and so on
     if expected is not None and not vision_version.startswith(f"{expected}."):
-        return [Finding("problem", f"{pair}: this torch needs torchvision {expected}", repair)]
+        return [Examined("problem", f"{pair}: this torch needs torchvision {expected}", repair)]
     builds = [version.partition("+")[2] for version in (torch_version, vision_version)]
     if all(builds) and builds[0] != builds[1]:
-        return [Finding("problem", f"{pair}: built for different devices", repair)]
-    return [Finding("ok", pair)]
+        return [Examined("problem", f"{pair}: built for different devices", repair)]
+    return [Examined("ok", pair)]
 
 
-def _loaded() -> Finding:
+def _loaded() -> Examined:
     """Whether the operators of both packages are there; they are missing where two builds do not match."""
     code = "import torch, torchvision; torchvision.ops.nms; torch.cuda.is_available() and torch.zeros(1).cuda()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode == 0:
-        return Finding("ok", "torch and torchvision load")
+        return Examined("ok", "torch and torchvision load")
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return Finding("problem", f"torch and torchvision do not load ({last:.200})", "reinstall both from one index")
+    return Examined("problem", f"torch and torchvision do not load ({last:.200})", "reinstall both from one index")
 
 
-def _core() -> list[Finding]:
+def _core() -> list[Examined]:
     needed = ("open_clip_torch", "timm", "safetensors", "numpy", "pillow", "pyarrow", "pydantic")
     missing = [p for p in needed if _version(p) is None]
     if missing:
-        return [Finding("problem", f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")]
-    return [Finding("ok", ", ".join(f"{p} {_version(p)}" for p in needed))]
+        return [Examined("problem", f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")]
+    return [Examined("ok", ", ".join(f"{p} {_version(p)}" for p in needed))]
 
 
-def _device() -> Finding:
+def _device() -> Examined:
     """The CUDA devices that the driver lists, else the processor; torch is not asked, which takes seconds to load."""
     names = [] if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") else _cuda_devices()
     if names and (_version("torch") or "").endswith("+cpu"):
-        return Finding(
+        return Examined(
             "problem", f"device: {', '.join(names)}, which this torch cannot use", "pip install torch for CUDA"
         )
     if names:
-        return Finding("ok", f"device: {', '.join(names)}")
+        return Examined("ok", f"device: {', '.join(names)}")
     try:
         amx = "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         amx = False
-    return Finding(
+    return Examined(
         "note",
         f"device: CPU, {cpu_count()} processors ({'amx' if amx else 'no AMX'})",
         "no CUDA device is visible: small students train in minutes to hours; large ones need a GPU",
@@ -131,38 +131,38 @@ def _cuda_devices() -> list[str]:
     return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
 
 
-def _disk(folder: Path) -> Finding:
+def _disk(folder: Path) -> Examined:
     place = folder.resolve()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free / 1e9
     what = f"disk: {free:.0f} GB free at {place}"
     if free < 5:
-        return Finding("problem", what, "a run writes checkpoints and a cache of embeddings: make at least 5 GB free")
-    return Finding("ok", what)
+        return Examined("problem", what, "a run writes checkpoints and a cache of embeddings: make at least 5 GB free")
+    return Examined("ok", what)
 
 
-def _memory() -> Finding:
+def _memory() -> Examined:
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     except (ValueError, AttributeError, OSError):
-        return Finding("note", "memory: cannot be told on this system")
-    return Finding("ok" if total >= 8 else "note", f"memory: {total:.0f} GB", "" if total >= 8 else "8 GB are advised")
+        return Examined("note", "memory: cannot be told on this system")
+    return Examined("ok" if total >= 8 else "note", f"memory: {total:.0f} GB", "" if total >= 8 else "8 GB are advised")
 
 
-def _extras() -> list[Finding]:
+def _extras() -> list[Examined]:
     findings = []
     for extra, packages in EXTRAS.items():
         missing = [p for p in packages if importlib.util.find_spec(p) is None]
         if missing:
             advice = f"pip install 'clipdistill[{extra}]'"
-            findings.append(Finding("note", f"extra '{extra}': not installed ({', '.join(missing)})", advice))
+            findings.append(Examined("note", f"extra '{extra}': not installed ({', '.join(missing)})", advice))
         else:
-            findings.append(Finding("ok", f"extra '{extra}': {', '.join(f'{p} {_version(p)}' for p in packages)}"))
+            findings.append(Examined("ok", f"extra '{extra}': {', '.join(f'{p} {_version(p)}' for p in packages)}"))
     return findings
 
 
-def _network() -> Finding:
+def _network() -> Examined:
     if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
-        return Finding("note", "HF_HUB_OFFLINE is set: model and data hubs are not asked; local files are used")
-    return Finding("ok", "hubs may be asked for weights (set HF_HUB_OFFLINE=1 to forbid it)")
+        return Examined("note", "HF_HUB_OFFLINE is set: model and data hubs are not asked; local files are used")
+    return Examined("ok", "hubs may be asked for weights (set HF_HUB_OFFLINE=1 to forbid it)")

@@ -12,7 +12,7 @@ from scipy import stats
 from clipdistill.bench.timing import (
     MINIMUM_ROUNDS,
     Session,
-    Task,
+    TimedTask,
     drift,
     machine_probe,
     measure,
@@ -29,12 +29,12 @@ def run(
     """Measure tasks whose calls cost what `costs` says; also the order of all calls."""
     order: list[str] = []
 
-    def task(name: str) -> Task:
+    def task(name: str) -> TimedTask:
         def call() -> None:
             order.append(name)
             clock.spend(costs[name]())
 
-        return Task(name, call, 4)
+        return TimedTask(name, call, 4)
 
     settings = {"seconds": 1.0, "rounds": 10, **options}
     tasks = [task(name) for name in costs]

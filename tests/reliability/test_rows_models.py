@@ -209,10 +209,10 @@ def test_row_32_out_of_memory(launcher: Launcher, models: Path, undisturbed: Pat
 
 
 def test_row_33_throttling() -> None:
-    from clipdistill.bench.timing import Task, measure
+    from clipdistill.bench.timing import TimedTask, measure
 
     clock = Clock()
-    task = Task("a", lambda: clock.spend(0.01 * (1 + clock.now / 5)), 4)
+    task = TimedTask("a", lambda: clock.spend(0.01 * (1 + clock.now / 5)), 4)
     found = measure(
         [task],
         seconds=1.0,

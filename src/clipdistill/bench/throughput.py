@@ -20,7 +20,7 @@ from clipdistill.bench import endtoend
 from clipdistill.bench.backends import DTYPES, Backend, Loaded, find_dtype
 from clipdistill.bench.cost import describe_model, peak_activation_bytes, sample_inputs
 from clipdistill.bench.device import busy_warning, describe_device, describe_libraries
-from clipdistill.bench.timing import UNTRUSTED, Session, Task, measure, median_interval, pair_rates, ratio_interval
+from clipdistill.bench.timing import UNTRUSTED, Session, TimedTask, measure, median_interval, pair_rates, ratio_interval
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError, first_line, nearest
 from clipdistill.models.clip_model import ClipModel
@@ -140,7 +140,7 @@ class _Bench:
                     one.close()
 
     def _batch(self, batch: int, loaded: dict[_Setting, dict[str, Loaded]], visible: Mapping[str, bool]) -> None:
-        tasks: list[Task] = []
+        tasks: list[TimedTask] = []
         peaks: dict[str, int | None] = {}
         parts: dict[str, endtoend.Pipeline] = {}
         with torch.inference_mode():
@@ -159,7 +159,7 @@ class _Bench:
                             pipeline()
                             parts[f"{name}|end-to-end{end}"] = pipeline
                             call = self._synchronised(pipeline)
-                            tasks.append(Task(f"{name}|end-to-end{end}", call, pipeline.batch))
+                            tasks.append(TimedTask(f"{name}|end-to-end{end}", call, pipeline.batch))
                     except InputError:
                         raise
                     except Exception as error:  # compilation and unsupported operations fail on the first call
@@ -203,7 +203,7 @@ class _Bench:
 
     def _tower_tasks(
         self, name: str, loaded: Loaded, batch: int, dtype: str, visible: bool
-    ) -> list[tuple[Task, int | None]]:
+    ) -> list[tuple[TimedTask, int | None]]:
         found = []
         for tower in self.towers:
             inputs = sample_inputs(self.models[name], tower, batch, self.device, DTYPES.get(dtype, torch.float32))
@@ -211,7 +211,7 @@ class _Bench:
             call()
             measurable = visible or self.device.type == "cuda"
             peak = peak_activation_bytes(call, self.device) if measurable else None
-            found.append((Task(f"{name}|{tower}", self._synchronised(call), batch), peak))
+            found.append((TimedTask(f"{name}|{tower}", self._synchronised(call), batch), peak))
         return found
 
     def _synchronised(self, call: Any) -> Any:

@@ -30,7 +30,7 @@ _STEADY_WINDOW = 3
 
 
 @dataclass
-class Task:
+class TimedTask:
     """Something to time: `call` processes `items` items and returns when they are done (synchronised)."""
 
     name: str
@@ -52,7 +52,7 @@ class WarmUp:
 class Timing:
     """Durations in seconds of every call of one task, by round, with how the warm-up went."""
 
-    task: Task
+    task: TimedTask
     rounds: list[list[float]] = field(default_factory=list)
     warm_up: WarmUp = field(default_factory=lambda: WarmUp(0.0, 0.0, 0, True))
 
@@ -88,7 +88,7 @@ class Session:
 
 
 def measure(
-    tasks: Sequence[Task],
+    tasks: Sequence[TimedTask],
     *,
     seconds: float,
     rounds: int = 10,
@@ -171,7 +171,7 @@ def machine_probe(size: int = 192, repeats: int = 6) -> Callable[[], object]:
 
 
 def _session(
-    tasks: Sequence[Task],
+    tasks: Sequence[TimedTask],
     warm: Mapping[str, WarmUp],
     seconds: float,
     rounds: int,
@@ -205,7 +205,7 @@ def _session(
     return Session(timings, probes, 0, [], [])
 
 
-def _warm_up(task: Task, limit: float, clock: Callable[[], float]) -> WarmUp:
+def _warm_up(task: TimedTask, limit: float, clock: Callable[[], float]) -> WarmUp:
     """Call until the last few calls take as long as the few before, or `limit` seconds have passed."""
     start = clock()
     task.call()

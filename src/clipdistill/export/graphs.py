@@ -17,7 +17,7 @@ from clipdistill.errors import InputError, first_line, needing
 from clipdistill.export.accuracy import Accuracy, accuracy, calibration_arrays, embed
 from clipdistill.export.folder import export_folder
 from clipdistill.export.gate import Parity, Tolerance, compare, require, summary
-from clipdistill.export.int8 import Choice, quantise_onnx, quantise_openvino, within_budget
+from clipdistill.export.int8 import Chosen, quantise_onnx, quantise_openvino, within_budget
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.tokenizer_json import differing, tokenizer_json
 from clipdistill.export.towers import INPUTS, OPSET, OUTPUTS, write_onnx
@@ -41,7 +41,7 @@ class Exported:
     parities: list[Parity]
     before: Accuracy | None = None
     after: Accuracy | None = None
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[Chosen] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

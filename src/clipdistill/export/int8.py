@@ -162,7 +162,7 @@ _OPENVINO_PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
 
 
 @dataclass
-class Choice:
+class Chosen:
     """What became of one tower: "int8" or "float32", points of R@1 lost by it alone, and how it was quantised."""
 
     tower: str
@@ -183,7 +183,7 @@ Quantise = Callable[[str, str], EncodedPairs]
 """(tower, attempt) -> the test pairs encoded with that tower quantised so; what it wrote stays until the next call."""
 
 
-def within_budget(quantise: Quantise, full: EncodedPairs, data: str, budget: float) -> tuple[list[Choice], Accuracy]:
+def within_budget(quantise: Quantise, full: EncodedPairs, data: str, budget: float) -> tuple[list[Chosen], Accuracy]:
     """Quantise each tower on its own, then both; every combination that is kept loses at most `budget` points of R@1.
 
     Returns the choices and the accuracy of the result. A loss is the drop of the mean of both directions' R@1.
@@ -192,7 +192,7 @@ def within_budget(quantise: Quantise, full: EncodedPairs, data: str, budget: flo
         raise InputError(f"the budget is a number of points that may be lost, at least 0, got {budget:g}")
     before = accuracy(full, full, data)
     encoded: dict[str, EncodedPairs] = {}
-    choices: dict[str, Choice] = {}
+    choices: dict[str, Chosen] = {}
     for tower in ("image", "text"):
         tried: list[dict[str, Any]] = []
         for attempt in ATTEMPTS:
@@ -201,17 +201,17 @@ def within_budget(quantise: Quantise, full: EncodedPairs, data: str, budget: flo
             lost = before.mean - after.mean
             tried.append({"attempt": attempt, "lost": round(lost, 4)})
             if lost <= budget:
-                choices[tower] = Choice(tower, "int8", lost, attempt, tried)
+                choices[tower] = Chosen(tower, "int8", lost, attempt, tried)
                 encoded[tower] = candidate
                 break
         else:
-            choices[tower] = Choice(tower, "float32", tried[-1]["lost"], attempt, tried)
+            choices[tower] = Chosen(tower, "float32", tried[-1]["lost"], attempt, tried)
     result = accuracy(encoded.get("image", full), encoded.get("text", full), data)
     if before.mean - result.mean > budget and len(encoded) == 2:
         # each alone is within the budget and both together are not: the one that loses more goes back
         worse = max(choices.values(), key=lambda choice: choice.lost)
         both = {"attempt": "both towers", "lost": round(before.mean - result.mean, 4)}
-        choices[worse.tower] = Choice(worse.tower, "float32", worse.lost, worse.attempt, [*worse.tried, both])
+        choices[worse.tower] = Chosen(worse.tower, "float32", worse.lost, worse.attempt, [*worse.tried, both])
         del encoded[worse.tower]
         result = accuracy(encoded.get("image", full), encoded.get("text", full), data)
     return list(choices.values()), result

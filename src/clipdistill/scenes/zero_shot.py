@@ -40,7 +40,7 @@ DEFAULT_TASK = "shape-colour"
 
 
 @dataclass(frozen=True)
-class Task:
+class ClassTask:
     """Class names, templates, and which classes the pictures show (all, but for the task with distractors)."""
 
     names: tuple[str, ...]
@@ -49,13 +49,13 @@ class Task:
     what: str
 
 
-def _task(names: tuple[str, ...], templates: str, what: str, shown: tuple[int, ...] | None = None) -> Task:
-    return Task(
+def _task(names: tuple[str, ...], templates: str, what: str, shown: tuple[int, ...] | None = None) -> ClassTask:
+    return ClassTask(
         names, tuple(TEMPLATES["prompt"][templates]), tuple(range(len(names))) if shown is None else shown, what
     )
 
 
-TASKS: dict[str, Task] = {
+TASKS: dict[str, ClassTask] = {
     "shape-colour": _task(
         tuple(with_article(f"{colour} {shape}") for shape, colour in _NEW_COLOURS),
         "thing",

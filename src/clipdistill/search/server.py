@@ -69,7 +69,7 @@ _ALWAYS = {
 _BUSY = b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 5\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
-class Kept:
+class KeptUploads:
     """The newest pictures by name: at most `most`, of at most `size` bytes together."""
 
     def __init__(self, most: int, size: int) -> None:
@@ -112,7 +112,7 @@ class SearchServer(ThreadingHTTPServer):
     def __init__(self, collection: Collection, host: str = "127.0.0.1", port: int = 0, top: int = 10) -> None:
         self.collection = collection
         self.top = top
-        self.thumbnails, self.queries = Kept(1000, 64 << 20), Kept(16, 64 << 20)
+        self.thumbnails, self.queries = KeptUploads(1000, 64 << 20), KeptUploads(16, 64 << 20)
         self._connections, self._workers = BoundedSemaphore(CONNECTIONS), BoundedSemaphore(WORKING)
         self._uploading, self._lock = 0, Lock()
         self.host = host

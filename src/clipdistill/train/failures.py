@@ -20,7 +20,7 @@ _RESUME = "the newest checkpoint is whole: run the same command again to go on"
 
 
 @dataclass
-class Place:
+class Whereabouts:
     """Where a run is, for the sentences."""
 
     step: int = 0
@@ -34,7 +34,7 @@ class Place:
 
 
 @contextlib.contextmanager
-def explained(place: Place) -> Iterator[None]:
+def explained(place: Whereabouts) -> Iterator[None]:
     """Turn the failures of a run into errors of one sentence, with exit codes of their own."""
     try:
         yield
@@ -51,7 +51,7 @@ def explained(place: Place) -> Iterator[None]:
         raise told from error
 
 
-def explain(error: Exception, place: Place) -> Exception:
+def explain(error: Exception, place: Whereabouts) -> Exception:
     """The error to raise for `error`: one sentence where its cause is known, else itself."""
     full = storage_error(error, f"disk full while {place}; make room: {_RESUME}")
     if full is not None:

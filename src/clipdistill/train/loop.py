@@ -22,7 +22,7 @@ from clipdistill.runtime.signals import Interrupted, StopSignal
 from clipdistill.train.callbacks import Callbacks, RunView, Say
 from clipdistill.train.checkpoint import save_checkpoint
 from clipdistill.train.config import RunConfig, TrainConfig
-from clipdistill.train.failures import Place
+from clipdistill.train.failures import Whereabouts
 from clipdistill.train.task import Point, Task
 
 
@@ -55,7 +55,7 @@ class Loop:
     callbacks: Callbacks
     say: Say
     stop: StopSignal
-    place: Place
+    place: Whereabouts
     view: RunView
 
     def tell(self, event: str, **changes: Any) -> None:

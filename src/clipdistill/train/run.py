@@ -34,7 +34,7 @@ from clipdistill.train.callbacks import Callbacks, Curve, Log, RunView, choose
 from clipdistill.train.checkpoint import Checkpoint, newest_checkpoint, restore
 from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.display import Display
-from clipdistill.train.failures import Place, explained
+from clipdistill.train.failures import Whereabouts, explained
 from clipdistill.train.loop import Loop, Progress, train
 from clipdistill.train.opening import check_identity, opened
 from clipdistill.train.sources import Sources
@@ -86,7 +86,7 @@ def distill(
     if config.train.deterministic:
         torch.use_deterministic_algorithms(True)
     chosen = choose(config, callbacks)
-    place = Place(rows=_rows(config))
+    place = Whereabouts(rows=_rows(config))
     limit = timedelta(seconds=config.train.rank_timeout)
     with (
         StopSignal() as stop,
