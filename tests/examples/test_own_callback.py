@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import clipdistill
-from clipdistill import cli
+from clipdistill import cli, registry
 from clipdistill.errors import InputError
 from clipdistill.registry import CALLBACKS, load_plugin
 from tests.conftest import REPOSITORY
@@ -43,8 +43,12 @@ def test_by_name_from_the_shell(plugin, tmp_path, capsys):
     totals = [float(value) for _, name, value in rows if name == "total"]
     assert totals == [line["total"] for line in logged]  # a line for each step: the mean is the value
     assert "finished after 4 steps" in capsys.readouterr().out
-    # the run remembers its plug-in
+    # the run remembers its plug-in: going on and evaluating load it again
     assert str(plugin) in (out / "recipe.yaml").read_text()
+    registry._loaded.clear()
+    CALLBACKS._values.pop("csv")
+    assert cli.main(["eval", str(out), "--data", "scenes:val?size=8", "--quiet", "--device", "cpu"]) == 0
+    assert "csv" in CALLBACKS
 
 
 class Noted:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
+from clipdistill.runs.folder import RunFolder
 from clipdistill.runtime.console import say
 from clipdistill.runtime.files import make_folder, write_json
 from clipdistill.statistics.protocol import RETRIEVAL_PROTOCOLS
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
     for name in filter(None, (arguments.model, arguments.teacher)):
+        RunFolder(Path(name)).load_plugins()
         check_model_name(name)
     try:
         ks = tuple(int(k) for k in arguments.k.split(","))

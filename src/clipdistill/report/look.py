@@ -68,6 +68,7 @@ def look(
             source = Subset(source, images)
 
         def encoded(name: str, source: PairSource = source) -> EncodedPairs:
+            RunFolder(Path(name)).load_plugins()
             model = load_model(name, teacher=True)
             return encode_pairs(model, source, batch_size=batch_size, device=device, progress=progress)
 
