@@ -252,7 +252,7 @@ def resolve_values(values: Mapping[str, Any], recipe: str | Path) -> RunConfig:
 
 def check_names(config: RunConfig) -> None:
     """Raise InputError for a student, teacher, checkpoint or data set that cannot be there, before torch is loaded."""
-    if config.meta_teacher is None:
+    if config.meta_teacher is None and config.student_weights is None:  # with weights it is what reports call it
         check_student_name(config.student)
     check_teacher_names(config.teachers)
     if config.evaluation.teacher is not None:
