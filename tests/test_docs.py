@@ -330,8 +330,9 @@ def small_words(text: str) -> list[str]:
     words = smaller([word for word in shlex.split(text, comments=True)[1:] if not word.startswith("train.")])
     if words[0] == "train" and "--student" not in words and "--size" not in words:
         words += ["--student", "scenes-student"]
-    if words[0] == "train" and not any(stages in words for stages in ("dclip-stages", "tinyclip-auto-stages")):
-        words += ["data.bad_sample_budget=0", "preflight.allow_weak_teacher=true"]
+    if words[0] == "train":  # the stages draw their own pairs
+        staged = any(word.endswith("-stages") for word in words)
+        words += ["data.size=64", "validation.size=48"] if staged else ["preflight.allow_weak_teacher=true"]
     if words[0] == "ablate":
         words += ["--seeds", "1", "data.size=64", "validation.size=24", *SMALL[:3], "train.evaluate_every=2"]
     return words
