@@ -149,7 +149,9 @@ def _read_state(path: Path) -> dict[str, Any]:
     stored, recorded = state.get("format"), state.pop("sha256", None)
     if (recorded is not None or stored == FORMAT) and recorded != digest_of(state):
         raise InputError(f"{path}: damaged (its content is not what was written), so the checkpoint is not used")
-    if stored not in (1, FORMAT) or isinstance(stored, bool):
+    if not isinstance(stored, int) or isinstance(stored, bool):
+        raise InputError(f"{path}: not a complete checkpoint (it says no format), so it is not used")
+    if stored not in (1, FORMAT):
         raise UnknownFormatError(
             f"{path.parent}: checkpoint format {stored}, this version reads {FORMAT}; "
             "resume it with the version that wrote it"
