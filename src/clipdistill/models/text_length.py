@@ -55,6 +55,7 @@ def reads_only_text(module: Any, tokenizer: Any) -> bool:
     device = parameter.device if parameter is not None else torch.device("cpu")
     if device.type == "meta":
         return False
+    modes = {part: part.training for part in module.modules()} if training else {}
     if training:
         module.eval()
     try:
@@ -68,8 +69,8 @@ def reads_only_text(module: Any, tokenizer: Any) -> bool:
     except Exception:  # towers of any origin: one that cannot take other lengths is left alone
         return False
     finally:
-        if training:
-            module.train()
+        for part, mode in modes.items():  # each its own: parts that do not train stay as they were
+            part.training = mode
     if whole.shape != cut.shape or not bool(torch.isfinite(whole).all()):
         return False
     scale = whole.norm(dim=-1)
