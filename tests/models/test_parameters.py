@@ -6,10 +6,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
-from clipdistill.models.parameters import decays, freeze, hold_frozen_statistics, parameter_groups, tower_of
+from clipdistill.models.parameters import (
+    decays,
+    evaluation_mode,
+    freeze,
+    hold_frozen_statistics,
+    parameter_groups,
+    tower_of,
+)
 
 Make = Callable[..., ClipModel]
 TIMM = {"image_size": 160, "timm_model_name": "test_resnet", "timm_pool": "", "timm_proj": "linear"}
@@ -135,3 +143,14 @@ def test_frozen_batch_norm_statistics_stand_still(make_tiny: Make) -> None:
     hold_frozen_statistics(trainable.train())
     trainable.encode_image(torch.rand(4, 3, 160, 160))
     assert any(not torch.equal(tensor, before[name]) for name, tensor in trainable.visual.named_buffers())
+
+
+def test_evaluation_mode_puts_every_part_back_as_it_was():
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout())
+    module.train()[1].eval()  # held, as a frozen tower's statistics are
+    with evaluation_mode(module):
+        assert not any(part.training for part in module.modules())
+    assert [part.training for part in module] == [True, False, True]
+    with pytest.raises(KeyError), evaluation_mode(module):
+        raise KeyError
+    assert [part.training for part in module] == [True, False, True]

@@ -6,6 +6,7 @@ model measured by another runtime only has to offer the same `load`, and to be r
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.parameters import evaluation_mode
 from clipdistill.registry import BACKENDS
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,21 +111,11 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(seen.values())
 
 
-def evaluation_mode(module: nn.Module) -> Callable[[], None]:
-    """Put a module in evaluation mode; the result puts every part of it back as it was."""
-    training = [child for child in module.modules() if child.training]
-    module.eval()
-
-    def restore() -> None:
-        for child in training:
-            child.training = True
-
-    return restore
-
-
 def _ready(module: nn.Module, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], None]]:
     """The module in evaluation mode on a device in a dtype, and how to undo it; a copy if it must be converted."""
     floating = [p for p in module.parameters() if p.is_floating_point()]
     if all(p.dtype == dtype for p in floating) and all(p.device == device for p in module.parameters()):
-        return module, evaluation_mode(module)
+        stack = contextlib.ExitStack()
+        stack.enter_context(evaluation_mode(module))
+        return module, stack.close
     return copy.deepcopy(module).to(device=device, dtype=dtype).eval(), lambda: None

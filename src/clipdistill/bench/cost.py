@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipdistill.bench.backends import evaluation_mode, tensor_bytes
+from clipdistill.bench.backends import tensor_bytes
 from clipdistill.bench.device import architecture_fingerprint
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.parameters import evaluation_mode
 
 
 def describe_model(model: ClipModel) -> dict[str, Any]:
@@ -45,14 +46,13 @@ def count_flops(model: ClipModel, tower: str) -> int:
     dtype = next(module.parameters()).dtype
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    restore = evaluation_mode(module)
     inputs = sample_inputs(model, tower, 1, device, dtype)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        evaluating, math = evaluation_mode(module), sdpa_kernel(SDPBackend.MATH)
+        with evaluating, torch.no_grad(), math, FlopCounterMode(display=False) as counter:
             module.encode_image(inputs) if tower == "image" else module.encode_text(inputs)  # type: ignore[operator]
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        restore()
     return int(counter.get_total_flops())
 
 

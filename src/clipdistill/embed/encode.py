@@ -30,6 +30,7 @@ from clipdistill.data.views import normalise
 from clipdistill.embed.prepare import Item, Pictures, Preparation
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.parameters import evaluation_mode
 from clipdistill.models.text_length import by_length
 from clipdistill.models.tokenizers import as_captions
 
@@ -258,17 +259,10 @@ class Encoder:
     @contextlib.contextmanager
     def _forward(self) -> Iterator[None]:
         module = self.model.module
-        training = getattr(module, "training", False)
         if hasattr(module, "to"):
             module.to(self.device)
-        if training:
-            module.eval()
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            if training:
-                module.train()
+        with evaluation_mode(module), torch.inference_mode():
+            yield
 
     def _run(self, function: Any, batch: Tensor) -> Tensor:
         number_format = DTYPES[self.dtype]

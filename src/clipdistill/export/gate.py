@@ -15,6 +15,7 @@ import torch
 
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.parameters import evaluation_mode
 from clipdistill.models.tokenizers import WordsTokenizer
 
 BATCHES = (1, 7)
@@ -73,10 +74,8 @@ def compare(
 ) -> list[Parity]:
     """Run the gate's inputs through torch and through `runners` (tower -> function on arrays)."""
     module = model.module
-    training = module.training
-    module.eval()
     found = []
-    try:
+    with evaluation_mode(module):
         for (tower, case, batch), values in gate_inputs(model, seed).items():
             if tower not in runners:
                 continue
@@ -90,8 +89,6 @@ def compare(
             if given.shape != expected.shape:
                 raise InputError(f"the exported {tower} tower gives {given.shape} instead of {expected.shape}")
             found.append(_parity(tower, case, batch, expected, given))
-    finally:
-        module.train(training)
     return found
 
 

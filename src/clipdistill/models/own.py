@@ -23,6 +23,7 @@ from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.known import HELD, OWN_EMBEDDINGS, held, offered
+from clipdistill.models.parameters import evaluation_mode
 from clipdistill.models.tokenizers import (
     CLIP_CONTEXT_LENGTH,
     ClipBpeTokenizer,
@@ -213,15 +214,13 @@ def _try(
     """(image specification, width of each tower's rows, parameter counts), by encoding two pictures and captions."""
     spec, size = _spec(module, label, said)
     device = next((tensor.device for tensor in module.state_dict().values() if isinstance(tensor, Tensor)), "cpu")
-    training = module.training
     trained = [p for p in module.parameters() if not isinstance(p, nn.parameter.UninitializedParameter)]
     flags = [p.requires_grad for p in trained]
     rows: dict[str, Tensor] = {}
     try:
-        module.eval()
         for parameter in trained:
             parameter.requires_grad_(parameter.is_floating_point())
-        with torch.inference_mode(False), torch.enable_grad():
+        with evaluation_mode(module), torch.inference_mode(False), torch.enable_grad():
             if hasattr(module, "encode_image"):
                 rows["image"], size = _image_rows(module, label, size, device, said)
             if hasattr(module, "encode_text") and "image" in rows:
@@ -229,7 +228,6 @@ def _try(
                 rows["text"] = _rows(lambda: module.encode_text(ids), label, "encode_text", f"ids {tuple(ids.shape)}")
             counts = _counts(module, rows)
     finally:
-        module.train(training)
         for parameter, flag in zip(trained, flags, strict=True):
             parameter.requires_grad_(flag)
     image = build(ImageSpec, {**as_dict(ImageSpec()), **spec, "size": size or 224}, f"'{label}': images")

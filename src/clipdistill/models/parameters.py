@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -66,6 +67,19 @@ def hold_frozen_statistics(module: nn.Module) -> nn.Module:
             if parameters and not any(p.requires_grad for p in parameters):
                 part.eval()
     return module
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: Any) -> Iterator[None]:
+    """Within, the module is in evaluation mode; afterwards each part is as it was, held batch statistics included."""
+    training = [part for part in module.modules() if part.training] if isinstance(module, nn.Module) else []
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

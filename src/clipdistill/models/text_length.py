@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipdistill.models.parameters import evaluation_mode
+
 STEP = 8
 """Lengths are rounded up to multiples of this, so that compiled graphs and GPU kernels see few different ones."""
 _PROBES = ("a", "two words", "a longer caption of several more words")
@@ -50,16 +52,12 @@ def reads_only_text(module: Any, tokenizer: Any) -> bool:
 
     False as well for a tower that takes no other length, or whose captions leave no padding.
     """
-    training = getattr(module, "training", False)
     parameter = next(iter(getattr(module, "parameters", list)()), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     if device.type == "meta":
         return False
-    modes = {part: part.training for part in module.modules()} if training else {}
-    if training:
-        module.eval()
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with evaluation_mode(module), torch.no_grad(), torch.autocast(device.type, enabled=False):
             tokens = tokenizer(list(_PROBES)).to(device)
             if int(needed_lengths(tokens).max()) >= tokens.shape[1]:
                 return False
@@ -68,9 +66,6 @@ def reads_only_text(module: Any, tokenizer: Any) -> bool:
             cut = torch.cat([module.encode_text(row[None, :n]) for row, n in zip(tokens, lengths)]).double()
     except Exception:  # towers of any origin: one that cannot take other lengths is left alone
         return False
-    finally:
-        for part, mode in modes.items():  # each its own: parts that do not train stay as they were
-            part.training = mode
     if whole.shape != cut.shape or not bool(torch.isfinite(whole).all()):
         return False
     scale = whole.norm(dim=-1)

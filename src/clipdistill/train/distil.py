@@ -13,7 +13,6 @@ import torch
 from clipdistill.data.loader import Batch, PairLoader
 from clipdistill.data.pairs import PairSource, Subset
 from clipdistill.models import ClipModel, save_model
-from clipdistill.models.parameters import hold_frozen_statistics
 from clipdistill.objective import Embeddings, ObjectiveOutput
 from clipdistill.runtime.distributed import average_gradients, rank
 from clipdistill.runtime.files import digest_of
@@ -117,25 +116,19 @@ class Distillation:
             return None
         if len(source) > config.evaluation.curve_images:
             source = Subset(source, config.evaluation.curve_images)
-        module = setup.student.module
-        training = module.training
-        module.eval()
         masks: AbstractContextManager[object] = nullcontext()
         if setup.masking is not None:
             masks = setup.masking.masks.acting(sampled=False)
-        try:
-            with masks:
-                encoded = encode_pairs(
-                    setup.student,
-                    source,
-                    batch_size=config.evaluation.batch_size,
-                    captions="first" if config.evaluation.protocol == "first-caption" else "all",
-                    device=self.device,
-                    workers=config.train.workers,
-                    progress=False,
-                )
-        finally:
-            hold_frozen_statistics(module.train(training))
+        with masks:
+            encoded = encode_pairs(
+                setup.student,
+                source,
+                batch_size=config.evaluation.batch_size,
+                captions="first" if config.evaluation.protocol == "first-caption" else "all",
+                device=self.device,
+                workers=config.train.workers,
+                progress=False,
+            )
         found = retrieval(encoded.image, encoded.text, encoded.text_to_image)
         return Point({name: float(value) for name, value in found.items()}, len(source))
 
