@@ -21,7 +21,7 @@ PACKAGE = "clipdistill"
 
 ORDER = (
     ("errors", "version"),
-    ("config", "registry"),
+    ("commands", "config", "registry"),
     ("recipes", "runtime"),
     ("runs",),
     ("data",),
@@ -36,6 +36,7 @@ ORDER = (
     ("export",),
     ("report",),
     ("ablate", "search"),
+    ("reference",),
     ("listing", "doctor", "demo"),
     ("cli", "__init__"),
     ("__main__",),

@@ -68,6 +68,7 @@ CASES = {
     "scenes": (["scenes", "--out", "{tmp}/s", "--splits", "vla"], "vla"),
     "demo": (["demo", "--recipes", "clip-dr", "--out", "{tmp}/d"], "did you mean 'clip-rd'"),
     "list": (["list", "student"], "students"),
+    "completion": (["completion", "fish"], "zsh"),
     "plug-in": (["list", "recipes", "--plugin", "absent.py"], "absent.py"),
 }
 
@@ -90,7 +91,7 @@ def test_a_mistake_is_told_before_anything_heavy_is_loaded(case: str, tmp_path: 
     assert loaded in (["LOADED []"], [])  # none where argparse itself refused
 
 
-@pytest.mark.parametrize("what", ["recipes", "students", "datasets"])
+@pytest.mark.parametrize("what", ["recipes", "students", "datasets", "settings"])
 def test_lists_load_nothing_heavy(what: str, tmp_path: Path) -> None:
     done = watched(["list", what], tmp_path)
     assert done.returncode == 0

@@ -1,45 +1,18 @@
-"""The command line: parse, hand over, report errors in one sentence. Each sub-command lives in the module named here.
-
-A command module has `add_arguments(parser)` and `run(arguments) -> int | None`. It imports torch and what needs it only
-where something is computed: names, keys and files are looked at first, so that a mistake is told at once.
-"""
+"""The command line: parse, hand over, report errors in one sentence. The sub-commands are listed in commands.py."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Sequence
 
+from clipdistill.commands import COMMANDS, command_parser
 from clipdistill.errors import ClipdistillError, InputError, nearest, storage_error, worker_lost
 from clipdistill.registry import load_plugin
 from clipdistill.version import __version__
 
-COMMANDS = {
-    "demo": ("clipdistill.demo", "the whole way on built-in data: three students, measured and reported, in minutes"),
-    "train": ("clipdistill.train.command", "distil a student from a teacher on your image-caption pairs"),
-    "replay": ("clipdistill.train.replay_command", "run a captured non-finite step again and say where it begins"),
-    "ablate": ("clipdistill.ablate.command", "variants of recipes times seeds, compared in pairs with intervals"),
-    "regions": ("clipdistill.regions.command", "boxes and region teachers (DCLIP): detect, embed, measure, export"),
-    "cache": ("clipdistill.cache.command", "compute a teacher's embeddings once, for any number of runs"),
-    "eval": ("clipdistill.evaluate.command", "measure retrieval and zero-shot classification under a named protocol"),
-    "export": ("clipdistill.export.command", "write a model as ONNX, OpenVINO, int8, open_clip or Hugging Face files"),
-    "compare": (
-        "clipdistill.statistics.compare_command",
-        "two models, or seeds of two methods, on the same queries",
-    ),
-    "claims": (
-        "clipdistill.statistics.claims_command",
-        "claims judged: supported, contradicted or undecided",
-    ),
-    "bench": ("clipdistill.bench.command", "measure throughput, latency and size"),
-    "report": ("clipdistill.report.command", "one HTML page from any number of runs"),
-    "search": ("clipdistill.search.command", "search a folder of photographs, student beside teacher"),
-    "scenes": ("clipdistill.scenes.command", "write the built-in image-caption set to disk"),
-    "list": ("clipdistill.listing", "recipes, students and data sets"),
-    "doctor": ("clipdistill.doctor", "check this machine and say what to do"),
-}
+__all__ = ["COMMANDS", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +48,7 @@ def _dispatch(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="clipdistill",
         description="Distil large CLIP models into small, fast ones, prove what was kept, and ship them.",
-        epilog="commands:\n" + "\n".join(f"  {name:<8} {summary}" for name, (_, summary) in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="clipdistill COMMAND [options]   (clipdistill COMMAND --help explains one)",
     )
@@ -88,16 +61,10 @@ def _dispatch(arguments: list[str]) -> int:
     if known.command not in COMMANDS:
         print(f"clipdistill: unknown command '{known.command}'{nearest(known.command, COMMANDS)}", file=sys.stderr)
         return 2
-    module_name, summary = COMMANDS[known.command]
     rest, plugins = _without_plugins(rest + arguments[1:])
     for path in plugins:
         load_plugin(path)
-    module = importlib.import_module(module_name)
-    command = argparse.ArgumentParser(
-        prog=f"clipdistill {known.command}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    module.add_arguments(command)
-    command.add_argument("--plugin", metavar="FILE.py", help="run a file first: it registers terms, formats, students")
+    module, command = command_parser(known.command)
     parsed = command.parse_intermixed_args(rest)
     parsed.plugins = plugins
     return int(module.run(parsed) or 0)

@@ -1,21 +1,38 @@
-"""`clipdistill list recipes|students|datasets`: what can be named on the command line."""
+"""`clipdistill list recipes|students|datasets|settings [PATTERN]`: what can be named on the command line."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 from clipdistill.recipes import about, load_recipe, recipe_names
 from clipdistill.runtime.console import TextTable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One word: what to list."""
-    parser.add_argument("what", choices=("recipes", "students", "datasets"))
+    """What to list, and for settings which."""
+    parser.add_argument("what", choices=("recipes", "students", "datasets", "settings"))
+    parser.add_argument("pattern", nargs="?", default="", help="settings: only those whose key or meaning holds this")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print one table."""
+    if arguments.what == "settings":
+        return settings(arguments.pattern)
     {"recipes": recipes, "students": students, "datasets": datasets}[arguments.what]().print()
+    return 0
+
+
+def settings(pattern: str) -> int:
+    """Every setting, or those that `pattern` finds; 1 when it finds none."""
+    from clipdistill.reference.settings import settings as known
+
+    table = TextTable(["setting", "type", "default", "range", "meaning", "command"], text=range(6))
+    table.rows += [[row.key, row.kind, row.default, row.range, row.meaning, row.commands] for row in known(pattern)]
+    if not table.rows:
+        print(f"clipdistill: no setting has '{pattern}' in its name or meaning", file=sys.stderr)
+        return 1
+    table.print()
     return 0
 
 

@@ -29,21 +29,26 @@ _NAME = re.compile(r"^[\w][\w.%+=@-]{0,79}$")
 
 
 class Variant(Config):
-    """One way of training.
-
-    drop: terms switched off (`vrd` stands for vrd_kl and vrd_ce); add: terms switched on, with their weights; weights:
-    weights of terms that the recipe has; settings: any settings of the run, nested or as 'train.view.flip'.
-    """
+    """One way of training."""
 
     recipe: str
+    """The recipe it starts from."""
     drop: tuple[str, ...] = ()
+    """Terms switched off (vrd stands for vrd_kl and vrd_ce)."""
     add: dict[str, float] = pydantic.Field(default_factory=dict)
+    """Terms switched on, with their weights."""
     weights: dict[str, float] = pydantic.Field(default_factory=dict)
+    """Weights of terms that the recipe has."""
     student: str | None = None
+    """Another student than the plan's."""
     teacher: str | None = None
+    """Another teacher than the plan's."""
     batch_size: int | None = pydantic.Field(default=None, ge=1)
+    """Another batch size than the plan's."""
     settings: dict[str, Any] = pydantic.Field(default_factory=dict)
+    """Any settings of the run, nested or as train.view.flip."""
     about: str | None = None
+    """A line for the report."""
 
     @pydantic.field_validator("drop", mode="before")
     @classmethod
@@ -52,21 +57,24 @@ class Variant(Config):
 
 
 class AblationPlan(Config):
-    """The grid: each variant with each seed.
-
-    seeds: a number n (seeds 0 to n - 1) or the seeds; size, settings: of every run; baseline: what the others are
-    compared with (default: the first variant); metrics: the compared metrics (default: the headline ones); claims:
-    lines or entries of the claim language (docs/ablation.md), judged from the results.
-    """
+    """The grid: each variant with each seed."""
 
     variants: dict[str, Variant] = pydantic.Field(min_length=1)
+    """The variants by name."""
     baseline: str | None = None
+    """What the others are compared with (None: the first variant)."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """A number n (seeds 0 to n - 1) or the seeds themselves."""
     size: str | None = None
+    """Size of every run (debug, demo, ...)."""
     settings: dict[str, Any] = pydantic.Field(default_factory=dict)
+    """Settings of every run."""
     metrics: tuple[str, ...] = ()
+    """Metrics compared (none named: the headline ones)."""
     claims: tuple[Claim, ...] = ()
+    """Lines or entries of the claim language (docs/ablation.md), judged from the results."""
     title: str | None = None
+    """Heading of the report."""
 
     @pydantic.field_validator("seeds", mode="before")
     @classmethod

@@ -14,30 +14,40 @@ from clipdistill.data.views import ViewPolicy
 
 
 class CacheConfig(Config):
-    """Settings of `clipdistill cache`.
-
-    views: stored augmented views beside the evaluation view, drawn as `view` says with `view_seed`; captions: all of an
-    image's or its first; synthetic: a file of added captions; block: samples a file (None: from the size of the data);
-    batch_size: pictures a forward pass; precision: of the teacher's forward pass ("auto": bf16 on a GPU, else fp32);
-    part: "1/4" fills only the second of four static shares; allow_versions: go on although libraries have changed.
-    """
+    """Settings of `clipdistill cache`."""
 
     teacher: str | tuple[str, ...]
+    """Model to embed with; several, separated by commas, for an ensemble."""
     data: DataConfig
+    """The pairs to embed; a plain name stands for `data.path`."""
     out: Path
+    """Folder of the store."""
     dtype: Dtype = "fp16"
+    """Number format of the stored rows."""
     views: int = pydantic.Field(default=0, ge=0, le=255)
+    """Augmented views stored beside the evaluation view."""
     view: ViewPolicy = ViewPolicy(kind="crop")
+    """How the stored views are drawn."""
     view_seed: int = pydantic.Field(default=0, ge=0)
+    """Of the stored views."""
     captions: Literal["all", "first"] = "all"
+    """All of an image's captions, or its first."""
     synthetic: Path | None = None
+    """A file of added captions by key: JSON, JSON lines or Parquet."""
     block: int | None = pydantic.Field(default=None, ge=1, le=65_536)
+    """Samples a file (None: from the size of the data)."""
     batch_size: int = pydantic.Field(default=64, ge=1)
+    """Pictures a forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of the teacher's forward pass (auto: bf16 on a GPU, else fp32)."""
     workers: int | None = pydantic.Field(default=None, ge=0)
+    """Processes that decode (None: up to 8 with a GPU, else none)."""
     device: str | None = None
+    """cpu, cuda, cuda:1 (None: CUDA when there is one)."""
     part: str | None = pydantic.Field(default=None, pattern=r"^\d+/\d+$")
+    """A static share of the blocks: 1/4 fills only the second of four."""
     allow_versions: bool = False
+    """Go on although libraries have changed since the store was begun."""
 
     @pydantic.field_validator("data", mode="before")
     @classmethod

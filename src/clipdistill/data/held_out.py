@@ -30,17 +30,16 @@ SAME_PICTURE = 0.985
 
 
 class HeldOutConfig(Config):
-    """A split that training data must not contain.
-
-    data: its pairs, a Karpathy file whose pictures need not be there, or a text file of image names, one a line;
-    split: of the data; compare: "names", or "pictures" too (bytes and thumbnails; reads every image of both once);
-    action: what an image in both does: "error", or "drop" (left out of training and counted).
-    """
+    """A split that training data must not contain."""
 
     data: str
+    """Its pairs, a Karpathy file whose pictures need not be there, or a text file of image names, one a line."""
     split: str = "test"
+    """Split of that data."""
     compare: Literal["names", "pictures"] = "names"
+    """File names, or pictures too (bytes and thumbnails; reads every image of both once)."""
     action: Literal["error", "drop"] = "error"
+    """What an image in both does: stop, or drop it from training and count it."""
 
 
 def without_held_out(source: PairSource, config: HeldOutConfig) -> PairSource:

@@ -32,26 +32,30 @@ def __getattr__(name: str) -> Any:
 
 
 class DataConfig(Config):
-    """Which pairs to open and how.
-
-    path: a file or folder, a brace pattern of tars, `hf:owner/name`, or `scenes`, `scenes:val`, ...;
-    image_root: folder of the images, where it is not found by itself; image_column, caption_column: of tables;
-    separator: of CSV/TSV files (None: found from the header); missing_captions: what a table's blank caption does;
-    size, seed: of `scenes`; bad_sample_budget: fraction of samples seen that may be bad before the run stops;
-    max_pixels: images with more are refused before they are decoded.
-    """
+    """Which pairs to open and how."""
 
     path: str
+    """A file or folder, a brace pattern of tars, hf:owner/name, scenes, scenes:val, ..."""
     split: str | None = None
+    """Split to read, where the format has splits (None: that of the purpose, train or val)."""
     image_root: str | None = None
+    """Folder of the images, where it is not found by itself."""
     image_column: str = "filepath"
+    """Column of a table with the image's path."""
     caption_column: str = "title"
+    """Column of a table with the caption."""
     separator: str | None = None
+    """Of CSV and TSV files (None: found from the header)."""
     missing_captions: Literal["error", "skip"] = "error"
+    """What a table's blank caption does: stop, or be skipped and counted."""
     size: int | None = Field(default=None, gt=0)
+    """Number of images of scenes."""
     seed: int = Field(default=0, ge=0)
+    """Of scenes."""
     bad_sample_budget: float = Field(default=0.001, ge=0, le=1)
+    """Share of the samples seen that may be bad before the run stops."""
     max_pixels: int = Field(default=64_000_000, gt=0)
+    """Images with more pixels are refused before they are decoded."""
 
 
 class Strings:

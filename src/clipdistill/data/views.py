@@ -47,20 +47,22 @@ class ImageSpec(Config):
 
 
 class ViewPolicy(Config):
-    """How training views are drawn. `evaluation` is the deterministic view; `crop` draws a region and colours.
-
-    scale: area of the crop as a fraction of the image; ratio: width / height; flip: probability of mirroring;
-    color_jitter: strength s of brightness, contrast and saturation (factors in [1 - s, 1 + s]) and hue (+- s / 4);
-    randaugment_ops, randaugment_magnitude (0 to 30): RandAugment's operations (Cubuk et al. 2020).
-    """
+    """How training views are drawn."""
 
     kind: Literal["evaluation", "crop"] = "evaluation"
+    """The deterministic evaluation view, or random crops with the changes below."""
     scale: tuple[float, float] = (0.9, 1.0)
+    """Area of the crop as a fraction of the image, from and to."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Width / height of the crop, from and to."""
     flip: float = Field(default=0.0, ge=0, le=1)
+    """Probability of mirroring."""
     color_jitter: float = Field(default=0.0, ge=0, le=1)
+    """Strength s: brightness, contrast, saturation times [1 - s, 1 + s], hue +- s / 4."""
     randaugment_ops: int = Field(default=0, ge=0, le=16)
+    """Operations of RandAugment on each picture (Cubuk et al. 2020)."""
     randaugment_magnitude: int = Field(default=9, ge=0, le=30)
+    """Strength of RandAugment's operations."""
 
     @model_validator(mode="after")
     def _ranges(self) -> ViewPolicy:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--k", default="1,5,10", help="the K of R@K, separated by commas")
     add("--templates", help="prompt templates: a set's name or a file (default: what fits the set)")
     add("--classes", help="file with the class names of a labelled set")
-    add("--batch-size", type=int, default=256)
+    add("--batch-size", type=int, default=256, help="images or captions a forward pass (default 256)")
     add("--workers", type=int, default=0, help="processes that decode images")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
     add("--dtype", default="float32", help="float32, bfloat16 or float16")

@@ -19,10 +19,15 @@ class ObjectiveConfig(Config):
     model_config = pydantic.ConfigDict(extra="allow")
 
     weights: dict[str, float]
+    """Weight of each term by name; 0 switches a term off."""
     scales: Literal["released", "exponential"] = "released"
+    """Own scales of the terms: the multipliers themselves as in the released codes, or their logarithms."""
     projection: Literal["after-task", "before-task"] = "after-task"
+    """Where widths differ: the task sees the student's own features, or all terms the projected ones."""
     engine: Literal["dense", "tiled", "auto"] = "auto"
+    """Whole N x N matrices, tiles in memory linear in the batch, or chosen by size."""
     products: Literal["exact", "bfloat16"] = "exact"
+    """Number format of the tiled engine's matrix products."""
 
     @pydantic.model_validator(mode="before")
     @classmethod

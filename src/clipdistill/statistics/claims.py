@@ -70,14 +70,18 @@ class Statement:
 
 
 class Claim(Config):
-    """One claim of a YAML file. claim: the text to judge; source: who made it; published: the figures as printed;
-    note: what to know when reading them."""
+    """One claim of a YAML file."""
 
     id: str
+    """Name of the claim in reports."""
     claim: str
+    """The text to judge, in the claim language (docs/ablation.md)."""
     source: str | None = None
+    """Who made it."""
     published: dict[str, Any] = Field(default_factory=dict)
+    """The figures as printed."""
     note: str | None = None
+    """What to know when reading them."""
 
     @field_validator("claim")
     @classmethod

@@ -32,25 +32,41 @@ class TrainConfig(Config):
     """How to train. Counts are optimiser steps unless the name says otherwise; batch_size is global (all ranks)."""
 
     batch_size: int = pydantic.Field(default=1024, ge=1)
+    """Pairs a step over all ranks: how many negatives the contrastive terms see."""
     micro_batch: int | None = pydantic.Field(default=None, ge=1)
     """Pairs a rank encodes at a time; smaller ones keep the whole batch's negatives by gradient caching."""
     epochs: float | None = pydantic.Field(default=None, gt=0)
+    """Length of the run in passes over the training images; give this or `steps`."""
     steps: int | None = pydantic.Field(default=None, ge=1)
+    """Length of the run in optimiser steps; give this or `epochs`."""
     learning_rate: float = pydantic.Field(default=1e-3, gt=0)
+    """Highest rate of AdamW, reached after the warm-up."""
     final_learning_rate: float = pydantic.Field(default=0.0, ge=0)
+    """Rate at the last step of the cosine schedule."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """How the rate goes after the warm-up: down a cosine to `final_learning_rate`, or constant."""
     warmup_steps: int = pydantic.Field(default=0, ge=0)
+    """Steps over which the rate rises linearly from 0."""
     weight_decay: float = pydantic.Field(default=0.1, ge=0)
+    """AdamW's decay of matrices; biases, norms and scales have none."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """AdamW's decay of the first and second moments."""
     epsilon: float = pydantic.Field(default=1e-6, gt=0)
+    """AdamW's term that keeps the denominator from 0."""
     clip_grad_norm: float | None = pydantic.Field(default=None, gt=0)
+    """Largest norm of the whole gradient; larger ones are scaled down to it (None: never)."""
     layer_decay: float | None = pydantic.Field(default=None, gt=0, le=1)
+    """Factor of the rate from each layer to the one below it (None: one rate for all)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the encoders. auto: bf16 on CUDA and on CPUs with matrix units for it (AMX), else fp32 (faster there)."""
     compile: bool = False
+    """Compile the student's towers with torch.compile."""
     deterministic: bool = False
+    """Only deterministic kernels, at some cost in speed: the same command gives the same bits."""
     seed: int = pydantic.Field(default=0, ge=0, lt=2**63)
+    """Of the starting weights, the order of the data and the views."""
     workers: int = pydantic.Field(default=0, ge=0)
+    """Processes a rank that decode pictures (0: in the training process)."""
     keep_in_memory: bool = False
     """Decode each picture once per process (small sets that are passed many times)."""
     pixels: Literal["exact", "fast"] = "exact"
@@ -66,6 +82,7 @@ class TrainConfig(Config):
     cache_allow_versions: bool = False
     """Use a cache although library versions have changed since it was filled."""
     caption: Literal["random", "first"] = "random"
+    """Which of an image's captions a step takes."""
     mask_ratio: float | None = pydantic.Field(default=None, gt=0, lt=1)
     """Share of the student's image patches hidden (masked feature distillation)."""
     freeze: tuple[str, ...] = ()
@@ -73,16 +90,23 @@ class TrainConfig(Config):
     masks: MaskConfig | None = None
     """Automatic inheritance: trained masks over the student's parts, then pruning (TinyCLIP)."""
     max_logit_scale: float = pydantic.Field(default=100.0, ge=1)
+    """The learned multiplier of the student's logits is kept at or below this."""
     logit_scale_init: float | None = pydantic.Field(default=None, gt=0)
+    """Start of the student's logit multiplier (None: the model's own)."""
     logit_bias_init: float | None = None
+    """Start of the student's logit bias (SigLIP; None: the model's own)."""
     fixed_logit_scale: float | None = pydantic.Field(default=None, gt=0)
     """Multiplier of teacher and student at every step, instead of the learned ones (TinyCLIP: 50)."""
     teacher_logit_scale: Scale | tuple[Scale, ...] | None = None
     """Multiplier of the teacher (one each for several teachers) instead of its own."""
     log_every: int = pydantic.Field(default=10, ge=1)
+    """Steps between two lines of the log."""
     evaluate_every: int | None = pydantic.Field(default=None, ge=1)
+    """Steps between two points of the validation curve (None: only at the end)."""
     checkpoint_every: int | None = pydantic.Field(default=None, ge=1)
+    """Steps between two checkpoints (None: at the end and when stopped)."""
     keep_checkpoints: int = pydantic.Field(default=2, ge=1)
+    """How many of the newest checkpoints stay on disk."""
     max_skipped_steps: int = pydantic.Field(default=3, ge=0)
     """Steps with a non-finite loss or gradient that are skipped before the run stops."""
     rank_timeout: float = pydantic.Field(default=300.0, gt=0, le=10_000_000)
@@ -93,7 +117,9 @@ class EvaluationConfig(Config):
     """What is measured during and after training."""
 
     protocol: Literal["standard", "first-caption"] = "standard"
+    """What counts as found and how ties rank (docs/protocols.md)."""
     batch_size: int = pydantic.Field(default=256, ge=1)
+    """Images or captions a forward pass."""
     curve_images: int = pydantic.Field(default=1000, ge=2)
     """At most so many images of the validation set for the curve during training; the final evaluation uses all."""
     zero_shot: tuple[str, ...] = ()
@@ -106,7 +132,9 @@ class PreflightConfig(Config):
     """The checks before step 0."""
 
     enabled: bool = True
+    """Check data, teacher and transforms on a sample before step 0."""
     samples: int = pydantic.Field(default=256, ge=8)
+    """Pairs the checks look at."""
     allow_weak_teacher: bool = False
     """Go on even when the teacher does not beat chance on the data (a wrong transform, tokenizer or pairing)."""
 
@@ -115,15 +143,23 @@ class RunConfig(Config):
     """Everything a run depends on."""
 
     recipe: str
+    """Name of a shipped recipe or a YAML file of your own."""
     student: str
+    """Name of a student or any open_clip architecture; in Python a module too."""
     data: DataConfig
+    """The training pairs; a plain name stands for `data.path`."""
     out: Path
+    """Folder of the run; a second call with the same settings continues it."""
     name: str | None = None
+    """What reports call the run (None: the folder's name)."""
     method: str | None = None
     """What reports and claims call the way of training; by default the recipe's name."""
     teacher: str | tuple[str, ...] | None = None
+    """Model to learn from, several for an ensemble, or cache:DIR; None for recipes without one."""
     student_weights: str | None = None
+    """Model whose weights the student starts from (None: random)."""
     validation: DataConfig | None = None
+    """Pairs measured during and after training (None: nothing is measured)."""
     held_out: HeldOutConfig | None = None
     """A test split whose images must not be trained on; looked for in the training data before step 0."""
     regions: RegionsConfig | None = None
@@ -131,10 +167,15 @@ class RunConfig(Config):
     meta_teacher: MetaTeacherConfig | None = None
     """Train a region teacher on the frozen `teacher` instead of a student."""
     objective: ObjectiveConfig
+    """The terms and their weights; see below."""
     train: TrainConfig = TrainConfig()
+    """How to train."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured."""
     preflight: PreflightConfig = PreflightConfig()
+    """The checks before step 0."""
     tensorboard: bool = False
+    """Write the curves for TensorBoard too."""
     wandb: str | None = None
     """Project name on Weights & Biases; None for none."""
     mlflow: str | None = None
@@ -144,6 +185,7 @@ class RunConfig(Config):
     plugins: tuple[str, ...] = ()
     """Python files that register what the run names; loaded again when it is continued or evaluated."""
     device: str | None = None
+    """cpu, cuda, cuda:1 (None: CUDA when there is one)."""
 
     @pydantic.field_validator("data", "validation", mode="before")
     @classmethod

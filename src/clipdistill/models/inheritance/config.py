@@ -27,9 +27,13 @@ class MaskConfig(Config):
     learning_rate: float = pydantic.Field(default=0.02, gt=0)
     """Of the masks and, upwards, of the multipliers; constant, whatever the schedule of the weights."""
     initial_log_alpha: float = 10.0
+    """Start of the masks' logits: 10 is a mask of 1 to four digits."""
     initial_multiplier: float = pydantic.Field(default=10.0, ge=0)
+    """Start of the Lagrange multipliers that hold the target."""
     towers: tuple[str, ...] = ("image", "text")
+    """Towers that have masks."""
     parts: tuple[str, ...] = ("width", "heads", "mlp")
+    """What is masked: channels of the residual stream, attention heads, neurons of the MLPs."""
 
     @pydantic.field_validator("towers", "parts")
     @classmethod
