@@ -31,7 +31,7 @@ COMMANDS = {
     "report": ("clipdistill.report.command", "one HTML page from any number of runs"),
     "search": ("clipdistill.search.command", "search a folder of photographs, student beside teacher"),
     "scenes": ("clipdistill.scenes.command", "write the built-in image-caption set to disk"),
-    "list": ("clipdistill.listing", "recipes, students, data sets and settings"),
+    "list": ("clipdistill.listing", "recipes, students, towers, data sets and settings"),
     "completion": ("clipdistill.reference.completion", "completion of commands and options for bash and zsh"),
     "doctor": ("clipdistill.doctor", "check this machine and say what to do"),
 }

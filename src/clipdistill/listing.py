@@ -1,4 +1,4 @@
-"""`clipdistill list recipes|students|datasets|settings [PATTERN]`: what can be named on the command line."""
+"""`clipdistill list recipes|students|towers|datasets|settings [PATTERN]`: what can be named on the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clipdistill.runtime.console import TextTable
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to list, and for settings which."""
-    parser.add_argument("what", choices=("recipes", "students", "datasets", "settings"))
+    parser.add_argument("what", choices=("recipes", "students", "towers", "datasets", "settings"))
     parser.add_argument("pattern", nargs="?", default="", help="settings: only those whose key or meaning holds this")
 
 
@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print one table."""
     if arguments.what == "settings":
         return settings(arguments.pattern)
-    {"recipes": recipes, "students": students, "datasets": datasets}[arguments.what]().print()
+    {"recipes": recipes, "students": students, "towers": towers, "datasets": datasets}[arguments.what]().print()
     return 0
 
 
@@ -56,6 +56,29 @@ def students() -> TextTable:
     for row in list_students():
         counts = (row.image_parameters, row.text_parameters, row.total_parameters)
         table.rows.append([row.name, *(f"{n / 1e6:.2f}" for n in counts), str(row.embed_dim), row.source])
+    return table
+
+
+def towers() -> TextTable:
+    """What an image tower and a text tower can be, and the settings of a name that joins them."""
+    from clipdistill.models.known import timm_networks
+    from clipdistill.models.towers.names import HEADS, POOLINGS, TEXT_KINDS
+
+    table = TextTable(["part", "what"], title="towers:image=...,text=...,key=value", text=(0, 1))
+    for name, what in (
+        ("image=timm:NETWORK@FILE", f"one of timm's {len(timm_networks())} networks, weights from a .safetensors file"),
+        ("image=timm:NETWORK.TAG", "the same with timm's own weights, from the hub or its cache"),
+        ("image=A+B", "networks side by side: their features are concatenated"),
+        ("text=hf:FOLDER", f"a text encoder of transformers: {', '.join(TEXT_KINDS)}"),
+        ("text=hf:owner/name", "the same from the hub or its cache; sentence-transformers' pooling is read"),
+        ("dim=256", "width of the joint embedding"),
+        (f"head={HEADS[0]}", f"{' or '.join(HEADS)}; hidden=1024 units in the mlp"),
+        ("size=96", "side of the pictures in pixels (default: the network's own)"),
+        ("text_layers=2", "only the first layers of the text encoder"),
+        ("pooling=mean", f"{', '.join(POOLINGS)}, instead of what the encoder was trained with"),
+        ("context=64", "longest caption in tokens (default: the encoder's own, at most 77)"),
+    ):
+        table.rows.append([name, what])
     return table
 
 

@@ -11,6 +11,7 @@ from clipdistill.cache.names import Dtype
 from clipdistill.config import Config
 from clipdistill.data.pairs import DataConfig
 from clipdistill.data.views import ViewPolicy
+from clipdistill.models.towers.names import split_models
 
 
 class CacheConfig(Config):
@@ -67,7 +68,7 @@ class CacheConfig(Config):
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        names = self.teacher.split(",") if isinstance(self.teacher, str) else self.teacher
+        names = split_models(self.teacher) if isinstance(self.teacher, str) else self.teacher
         return tuple(name.strip() for name in names)
 
     @property

@@ -22,6 +22,7 @@ from clipdistill.export.gate import Runner, Tolerance, compare, require
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.tokenizer_json import tokenizer_json
 from clipdistill.models import sized
+from clipdistill.models.architecture import JOINED
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.hugging_face import rename_back
 from clipdistill.models.known import HUGGING_FACE_CONFIG as CONFIG
@@ -95,8 +96,14 @@ def _check_foreign(model: ClipModel, folder: Path, to: str, out: Path) -> None:
     _require_equal(model, dataclasses.replace(model, module=Towers()), f"{out}, loaded by transformers")
 
 
+def _require_open_clip(model: ClipModel) -> None:
+    if JOINED in model.architecture:
+        raise InputError(f"'{model.name}' is joined of towers that no other library builds: export it with --to onnx")
+
+
 def write_open_clip(model: ClipModel, folder: Path) -> None:
     """open_clip_config.json and weights, for  open_clip.create_model_and_transforms("local-dir:...")."""
+    _require_open_clip(model)
     if sized.KEY in model.architecture:
         raise InputError(f"'{model.name}' has blocks of different sizes ('{sized.KEY}'), which open_clip cannot build")
     architecture = copy.deepcopy(model.architecture)
@@ -143,6 +150,7 @@ def write_hugging_face(model: ClipModel, folder: Path) -> None:
 def hugging_face_config(model: ClipModel) -> dict[str, Any]:
     """config.json of the equal transformers.CLIPModel. Raises InputError naming what CLIPModel has not."""
     architecture = model.architecture
+    _require_open_clip(model)
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
     refused = f"'{model.name}' cannot be a Hugging Face CLIPModel"
     for key in (sized.KEY, "multimodal_cfg", "init_logit_bias"):

@@ -3,7 +3,8 @@
 The dictionary is open_clip's own model configuration (`embed_dim`, `vision_cfg`, `text_cfg`, ...) with `quick_gelu`
 always written out, because a wrong activation changes every result and raises no error. It may come from a file of
 unknown origin, so it can name values only: sizes are bounded, keys are known ones, nothing in it downloads or runs
-code. One key is not open_clip's: `block_sizes`, for towers whose layers differ in size (see models/sized.py).
+code. One key is not open_clip's: `block_sizes`, for towers whose layers differ in size (see models/sized.py). Joined
+towers of other libraries are described by a dictionary of their own (models/towers/modules.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from clipdistill.models import sized
 from clipdistill.models.known import near, table
 from clipdistill.models.text_length import any_length
 
+JOINED = "towers"
+"""The key of an architecture that joins towers of other libraries."""
 _TABLES = table("architecture")
 _TOP_KEYS = {*_TABLES["keys"]}
 _LIMITS: dict[str, int] = _TABLES["limits"]
@@ -38,6 +41,10 @@ def check_architecture(values: Mapping[str, Any], where: str = "architecture") -
 
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: expected a mapping with embed_dim, vision_cfg and text_cfg, got {values!r:.200}")
+    if JOINED in values:
+        from clipdistill.models.towers.modules import check_towers
+
+        return check_towers(values, where)
     result: dict[str, Any] = copy.deepcopy(dict(values))
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in result:
@@ -100,6 +107,10 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
     only. Returns a CLIP, CustomTextCLIP or CoCa; encode_image and encode_text give raw (not normalised) embeddings (B,
     embed_dim).
     """
+    if JOINED in architecture:
+        from clipdistill.models.towers.modules import build_joined
+
+        return build_joined(architecture, seed=seed, device=device)
     if "vision_cfg" not in architecture:
         raise InputError(
             "only open_clip's architectures can be built, cut or pruned, not an export or a module of your own"
@@ -169,6 +180,14 @@ def _module_class(custom_text: bool, multimodal: bool) -> Any:
             return super().encode_text(text, normalize=normalize)
 
     return RawCoCa
+
+
+def text_sizes(architecture: Mapping[str, Any]) -> tuple[int, int | None]:
+    """(size of the vocabulary, context length) of the text tower; None: it takes tokens of any length."""
+    if JOINED in architecture:
+        return int(architecture[JOINED]["text"]["config"].get("vocab_size", 1 << 20)), None
+    text = architecture["text_cfg"]
+    return text.get("vocab_size", 49_408), text.get("context_length", 77)
 
 
 def shapes(architecture: Mapping[str, Any]) -> dict[str, torch.Size]:

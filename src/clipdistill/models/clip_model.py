@@ -121,7 +121,8 @@ def _text_blocks(module: nn.Module) -> nn.Module:
         blocks: nn.Module = transformer.resblocks
         return blocks
     encoder: Any = getattr(transformer, "encoder", transformer)  # a Hugging Face text tower
-    blocks = getattr(encoder, "layer", encoder)
+    encoder = getattr(encoder, "transformer", encoder)  # DistilBERT
+    blocks = getattr(encoder, "layer", getattr(encoder, "block", encoder))
     return blocks
 
 

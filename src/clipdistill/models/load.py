@@ -11,6 +11,7 @@ timm:name                   a timm image tower with the default text tower; weig
 runs/x                      a run, its student/, its checkpoints/step-00000100; any model folder;
                             a Hugging Face CLIP folder; an open_clip folder
 inherit:SIZES,from=MODEL    a smaller model cut out of another one (models/inheritance/names.py)
+towers:image=X,text=Y       an image and a text tower of any origin, joined (models/towers/names.py)
 module:NAME                 a module that the program holds; `load_model` takes the module itself too
 """
 
@@ -154,6 +155,12 @@ def _inherited(sizes: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
     return inherit(load_model(wanted.source, tokenizer=tokenizer, seed=seed), wanted, seed=seed)
 
 
+def _joined(towers: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
+    from clipdistill.models.towers.read import read_towers
+
+    return read_towers(f"towers:{towers}", seed=seed)
+
+
 _PREFIXES: dict[str, Callable[[str, Tokenizer | None, int], ClipModel]] = {
     "hf": _from_hub,
     "local-dir": lambda folder, tokenizer, seed: read_folder(Path(folder).expanduser(), f"local-dir:{folder}"),
@@ -161,6 +168,7 @@ _PREFIXES: dict[str, Callable[[str, Tokenizer | None, int], ClipModel]] = {
     "onnx": _exported("onnx"),
     "openvino": _exported("openvino"),
     "inherit": _inherited,
+    "towers": _joined,
     HELD[:-1]: lambda name, tokenizer, seed: held_model(HELD + name),
 }
 

@@ -16,11 +16,13 @@ from clipdistill.models.known import (
     shipped_models,
     timm_networks,
 )
+from clipdistill.models.towers.names import PREFIX as TOWERS
+from clipdistill.models.towers.names import check_towers_name
 from clipdistill.registry import STUDENTS, TEACHERS
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 KINDS = ("hf", "timm", "onnx", "openvino", "local-dir")
-"""Words before the colon of a name, besides inherit: and module: and those that plug-ins register for teachers."""
+"""Words before the colon of a name, besides inherit:, towers:, module: and those of plug-ins' teachers."""
 
 
 def check_model_name(name: str | Path) -> None:
@@ -33,6 +35,8 @@ def check_model_name(name: str | Path) -> None:
         source = parse(name).source
         if source is not None:
             check_model_name(source)
+    elif name.startswith(TOWERS):
+        check_towers_name(name)
     elif colon and (kind in KINDS or kind in TEACHERS):
         _check_kind(kind, rest, name)
     elif "@" in name:
@@ -56,8 +60,8 @@ def check_model_name(name: str | Path) -> None:
 
 
 def check_student_name(name: str) -> None:
-    """The same for a student that starts with random weights, is inherited, or is a module that the program holds."""
-    if name.startswith((HELD, PREFIX)) or name in STUDENTS:
+    """The same for a student with random weights, one inherited or joined, or a module that the program holds."""
+    if name.startswith((HELD, PREFIX, TOWERS)) or name in STUDENTS:
         check_model_name(name)
     elif name not in known_architectures():
         raise _unknown(name)

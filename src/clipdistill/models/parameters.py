@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from clipdistill.errors import InputError, nearest
 from clipdistill.models.known import near
 
 _TOWERS = ("image", "text")
+_JOINED_HEADS = ("visual.head.", "text.head.")
 _SCALES = ("logit_scale", "logit_bias")
 
 
@@ -56,15 +57,60 @@ def _matches(pattern: str, name: str) -> bool:
     return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
 
 
+def lock(module: nn.Module, tower: str, groups: int) -> int:
+    """Lock a tower but for its last `groups` layer groups; returns how many of its numbers are frozen.
+
+    Groups are timm's own for its networks, blocks of a transformer or stages of a ResNet else; a CLIP's projection and
+    final norm are a group. The heads of joined towers are new, so they always train. Raises InputError for a module
+    without towers and when more groups are to train than there are.
+    """
+    if not hasattr(module, "visual"):
+        raise InputError(f"train.lock_{tower}: this module has no towers to lock: name its parts in train.freeze")
+    depths = {
+        name: depth
+        for name, depth in _depths(module).items()
+        if tower_of(name) == tower and not (is_joined(module) and name.startswith(_JOINED_HEADS))
+    }
+    order = sorted(set(depths.values()))
+    if groups >= len(order):
+        raise InputError(
+            f"train.lock_{tower}={groups}: the {tower} tower has {len(order)} groups: give a smaller number, or none"
+        )
+    kept = set(order[len(order) - groups :])
+    frozen = 0
+    for name, parameter in module.named_parameters():
+        if name in depths and depths[name] not in kept:
+            parameter.requires_grad_(False)
+            frozen += parameter.numel()
+    module.train(module.training)  # a locked tower of joined ones goes into evaluation mode
+    return frozen
+
+
+def is_joined(module: nn.Module) -> bool:
+    """Whether the module is a pair of joined towers (models/towers), whose heads start from nothing."""
+    return hasattr(getattr(module, "visual", None), "trunks")
+
+
+def freeze_statistics(module: nn.Module) -> int:
+    """Keep the running statistics of all batch normalisations, trained or not; returns how many layers have them."""
+    layers = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    for part in layers:
+        part.statistics_frozen = True  # type: ignore[assignment]
+    return len(layers)
+
+
 def hold_frozen_statistics(module: nn.Module) -> nn.Module:
-    """Put batch normalisations whose parameters are all frozen into evaluation mode; call it after `module.train()`.
+    """Put batch normalisations that are frozen, or all of whose parameters are, into evaluation mode.
+
+    Call it after `module.train()`.
 
     A frozen network whose running statistics go on moving is not frozen: its outputs drift with the training data.
     """
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             parameters = list(part.parameters(recurse=False))
-            if parameters and not any(p.requires_grad for p in parameters):
+            locked = parameters and not any(p.requires_grad for p in parameters)
+            if locked or getattr(part, "statistics_frozen", False):
                 part.eval()
     return module
 
@@ -91,30 +137,42 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(
-    module: nn.Module, *, weight_decay: float, learning_rate: float, layer_decay: float | None = None
+    module: nn.Module,
+    *,
+    weight_decay: float,
+    learning_rate: float,
+    layer_decay: float | None = None,
+    tower_rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimiser over the trainable parameters: {"name", "params", "weight_decay", "lr"}.
 
     Two groups, decayed and not (see `decays`). With `layer_decay` d in (0, 1], one pair per depth of each tower: the
     learning rate of a layer k steps below the output of its tower is learning_rate * d**k; the logit scale has the full
-    rate.
+    rate. `tower_rates`: factors of the rate by tower ("image", "text"); the new heads of joined towers keep the full
+    one.
     """
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise InputError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
     below = _layers_below_output(module) if layer_decay is not None else None
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    joined, rates = is_joined(module), tower_rates or {}
+    groups: dict[tuple[int, str, bool], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         depth = below(name) if below is not None else 0
         decayed = decays(name, parameter)
+        new = joined and name.startswith(_JOINED_HEADS)
+        factor = 1.0 if new else rates.get(tower_of(name), 1.0)
+        tower = "" if factor == 1.0 else tower_of(name)
         group = groups.setdefault(
-            (depth, not decayed),
+            (depth, tower, not decayed),
             {
-                "name": ("decay" if decayed else "no decay") + (f", {depth} below output" if depth else ""),
+                "name": ("decay" if decayed else "no decay")
+                + (f", {tower}" if tower else "")
+                + (f", {depth} below output" if depth else ""),
                 "params": [],
                 "weight_decay": weight_decay if decayed else 0.0,
-                "lr": learning_rate * (layer_decay or 1.0) ** depth,
+                "lr": learning_rate * factor * (layer_decay or 1.0) ** depth,
             },
         )
         group["params"].append(parameter)
@@ -123,8 +181,7 @@ def parameter_groups(
 
 def _layers_below_output(module: nn.Module) -> Callable[[str], int]:
     """A function from parameter name to its number of layers below its tower's output."""
-    depth = {name: _depth(name) for name, _ in module.named_parameters()}
-    depth.update(_timm_depths(module))
+    depth = _depths(module)
     deepest = {
         tower: max((d for n, d in depth.items() if tower_of(n) == tower and d < _OUTPUT), default=0)
         for tower in _TOWERS
@@ -139,11 +196,16 @@ def _layers_below_output(module: nn.Module) -> Callable[[str], int]:
     return below
 
 
+def _depths(module: nn.Module) -> dict[str, int]:
+    """Depth of every parameter: 0 for the input, 1... for the blocks, _OUTPUT for what follows them."""
+    return {name: _depth(name) for name, _ in module.named_parameters()} | _timm_depths(module)
+
+
 _OUTPUT = 1_000_000
-_BLOCK = re.compile(r"(?:resblocks|layers?)\.(\d+)\.")
+_BLOCK = re.compile(r"(?:resblocks|block|layers?)\.(\d+)\.")
 _RESNET_STAGE = re.compile(r"^visual\.layer(\d)\.")
 _OUTPUT_PARTS = re.compile(
-    r"(^|\.)(ln_post|proj|attn_pool\w*|attnpool|ln_final|text_projection|head|cls_emb|text_decoder)(\.|$)"
+    r"(^|\.)(ln_post|proj|attn_pool\w*|attnpool|ln_final|final_layer_norm|text_projection|head|cls_emb|text_decoder)(\.|$)"
 )
 
 
@@ -160,10 +222,17 @@ def _depth(name: str) -> int:
 
 def _timm_depths(module: nn.Module) -> dict[str, int]:
     """Depths inside a timm trunk, by the grouping that timm defines for each network."""
-    trunk = getattr(getattr(module, "visual", None), "trunk", None)
-    if trunk is None:
-        return {}
-    from timm.models import group_parameters
+    visual = getattr(module, "visual", None)
+    trunks = {"visual.trunk": getattr(visual, "trunk", None)}
+    trunks |= {f"visual.trunks.{number}": part for number, part in enumerate(getattr(visual, "trunks", ()))}
+    depths: dict[str, int] = {}
+    for prefix, trunk in trunks.items():
+        if trunk is not None:
+            from timm.models import group_parameters
 
-    groups = group_parameters(trunk, trunk.group_matcher(coarse=False))
-    return {f"visual.trunk.{name}": int(layer) for layer, names in groups.items() for name in names}
+            groups = group_parameters(trunk, trunk.group_matcher(coarse=False))
+            # counted back from the output, so that networks side by side of other depths meet there
+            last = max((int(layer) for layer in groups), default=0)
+            shift = 0 if prefix == "visual.trunk" else 1000 - last
+            depths |= {f"{prefix}.{name}": int(layer) + shift for layer, names in groups.items() for name in names}
+    return depths

@@ -8,7 +8,7 @@ from typing import Any
 
 from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError
-from clipdistill.models.architecture import build_module, check_architecture
+from clipdistill.models.architecture import JOINED, build_module, check_architecture
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.weights import resize_positions
 
@@ -21,6 +21,8 @@ def with_image_size(model: ClipModel, size: int) -> ClipModel:
     """
     if size == model.image.size:
         return model
+    if JOINED in model.architecture:
+        return _joined_at(model, size)
     if "vision_cfg" not in model.architecture:
         raise InputError(f"'{model.name}': its image size, {model.image.size}, is fixed, so it cannot be {size}")
     values = copy.deepcopy(model.architecture)
@@ -46,3 +48,17 @@ def with_image_size(model: ClipModel, size: int) -> ClipModel:
         module.load_state_dict(tensors)
     image = ImageSpec(**{**model.image.model_dump(), "size": size})
     return dataclasses.replace(model, module=module, image=image, architecture=architecture)
+
+
+def _joined_at(model: ClipModel, size: int) -> ClipModel:
+    """Joined towers, every image network at `size`: for networks whose weights do not depend on it."""
+    values = copy.deepcopy(model.architecture)
+    for part in (values[JOINED]["image"], *values[JOINED]["image"]["trunks"]):
+        part["size"] = size
+    module = build_module(check_architecture(values, f"{model.name} at {size} pixels"))
+    tensors = {name: tensor.cpu() for name, tensor in model.module.state_dict().items()}
+    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in module.state_dict().items()}:
+        raise InputError(f"{model.name}: its weights are for its own size: name the towers with  size={size}  instead")
+    module.load_state_dict(tensors)
+    image = ImageSpec(**{**model.image.model_dump(), "size": size})
+    return dataclasses.replace(model, module=module, image=image, architecture=values)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from clipdistill.config import as_dict, build
 from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError, MissingExtraError
-from clipdistill.models.architecture import build_module, check_architecture, image_size, shapes
+from clipdistill.models.architecture import build_module, check_architecture, image_size, shapes, text_sizes
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.known import is_own_module
 from clipdistill.models.own import plugin_of, rebuilt
@@ -115,11 +115,8 @@ def read_model(folder: Path) -> ClipModel:
     image = build(ImageSpec, values["image"], f"{where}: image")
     module = build_module(architecture)
     module.load_state_dict(tensors)
-    text = architecture["text_cfg"]
-    if (
-        text.get("vocab_size", 49_408) < tokenizer.vocab_size
-        or text.get("context_length", 77) != tokenizer.context_length
-    ):
+    vocabulary, context_length = text_sizes(architecture)
+    if vocabulary < tokenizer.vocab_size or context_length not in (None, tokenizer.context_length):
         raise InputError(f"{where}: the tokenizer does not fit the text tower (vocabulary or context length differ)")
     if image.size != image_size(module):
         raise InputError(f"{where}: the image size {image.size} is not that of the image tower, {image_size(module)}")

@@ -18,6 +18,7 @@ from clipdistill.errors import InputError
 from clipdistill.models.inheritance.config import MaskConfig
 from clipdistill.models.known import hold
 from clipdistill.models.names import check_model_name, check_student_name, check_teacher_names
+from clipdistill.models.towers.names import split_models
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import lay, load_recipe
 from clipdistill.regions.config import MetaTeacherConfig, RegionsConfig
@@ -26,6 +27,7 @@ from clipdistill.runs.folder import RunFolder
 
 Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
 Scale = Annotated[float, pydantic.Field(gt=0)]
+Lock = Literal["none", "all"] | Annotated[int, pydantic.Field(ge=1)]
 
 
 class TrainConfig(Config):
@@ -87,6 +89,15 @@ class TrainConfig(Config):
     """Share of the student's image patches hidden (masked feature distillation)."""
     freeze: tuple[str, ...] = ()
     """Parameter name patterns of the student that do not train ('visual.*', 'text', ...)."""
+    lock_image: Lock = "none"
+    """What of the image tower does not train: none, all, or a number: all but its last so many layer groups."""
+    lock_text: Lock = "none"
+    learning_rate_image: float = pydantic.Field(default=1.0, gt=0)
+    """Factor of the learning rate of the image tower; the new heads of joined towers keep the full rate."""
+    learning_rate_text: float = pydantic.Field(default=1.0, gt=0)
+    batch_statistics: Literal["auto", "frozen", "live"] = "auto"
+    """Running statistics of batch normalisations. auto: frozen in pretrained image towers that were joined, else live
+    (a locked layer's are always frozen)."""
     masks: MaskConfig | None = None
     """Automatic inheritance: trained masks over the student's parts, then pruning (TinyCLIP)."""
     max_logit_scale: float = pydantic.Field(default=100.0, ge=1)
@@ -209,7 +220,7 @@ class RunConfig(Config):
     def teachers(self) -> tuple[str, ...]:
         if self.teacher is None:
             return ()
-        return tuple(self.teacher.split(",")) if isinstance(self.teacher, str) else self.teacher
+        return split_models(self.teacher) if isinstance(self.teacher, str) else self.teacher
 
 
 def resolve(

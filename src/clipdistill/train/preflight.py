@@ -27,6 +27,15 @@ def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, 
         + (f"; teacher {setup.teacher.name}" if setup.teacher else "")
         + f"; {setup.total_steps} steps of {config.train.batch_size}"
     )
+    parameters = list(setup.student.module.parameters())
+    total, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
+    layers = [m for m in setup.student.module.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    still = sum(not layer.training for layer in layers)
+    if trained < total or still:
+        say(
+            f"{trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters train"
+            + (f"; {still} of {len(layers)} batch normalisations keep their statistics" if still else "")
+        )
     for note in setup.teacher.notes if setup.teacher else []:
         say(note)
     if setup.source.problems.total:

@@ -19,7 +19,13 @@ from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, build_student, load_model
 from clipdistill.models.known import needs_vocabulary
 from clipdistill.models.own import takes_tokenizer
-from clipdistill.models.parameters import freeze, hold_frozen_statistics, parameter_groups
+from clipdistill.models.parameters import (
+    freeze,
+    freeze_statistics,
+    hold_frozen_statistics,
+    lock,
+    parameter_groups,
+)
 from clipdistill.objective import Objective
 from clipdistill.runtime.distributed import broadcast_module, rank, world_size
 from clipdistill.train.config import RunConfig, TrainConfig
@@ -149,6 +155,13 @@ def _make_trainable(student: ClipModel, config: RunConfig, device: torch.device,
     """The student's towers as the loop calls them: frozen where asked, on the device, the same on every rank."""
     train, module = config.train, student.module
     freeze(module, train.freeze)
+    for tower, wanted in (("image", train.lock_image), ("text", train.lock_text)):
+        if wanted != "none":
+            lock(module, tower, 0 if wanted == "all" else wanted)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise InputError("train.lock_image and train.lock_text: nothing is left to train: unlock some groups")
+    if statistics_frozen(student, train):
+        freeze_statistics(module)
     hold_frozen_statistics(module.to(device).train())
     masks = None if masking is None else masking.masks
     towers: nn.Module = Towers(module, train.fixed_logit_scale, train.mask_ratio, masks)
@@ -163,6 +176,14 @@ def _make_trainable(student: ClipModel, config: RunConfig, device: torch.device,
         images = torch.zeros(2, 3, student.image.size, student.image.size, device=device)
         settle_buckets(towers, images, student.tokenizer(["a"] * 2).to(device))
     return towers
+
+
+def statistics_frozen(student: ClipModel, train: TrainConfig) -> bool:
+    """Whether the student's batch normalisations keep their running statistics (train.batch_statistics)."""
+    towers = student.architecture.get("towers")
+    return train.batch_statistics == "frozen" or (
+        train.batch_statistics == "auto" and towers is not None and bool(towers["image"]["pretrained"])
+    )
 
 
 def _mask_reference(config: RunConfig, teacher: Teacher | None) -> ClipModel | None:
@@ -234,7 +255,11 @@ def build_optimiser(
     may say "scheduled": False to keep their rate, and "clipped": False to stay out of gradient clipping.
     """
     groups: list[dict[str, Any]] = parameter_groups(
-        module, weight_decay=config.weight_decay, learning_rate=config.learning_rate, layer_decay=config.layer_decay
+        module,
+        weight_decay=config.weight_decay,
+        learning_rate=config.learning_rate,
+        layer_decay=config.layer_decay,
+        tower_rates={"image": config.learning_rate_image, "text": config.learning_rate_text},
     )
     for group in objective.parameter_groups(weight_decay=config.weight_decay):
         groups.append({"lr": config.learning_rate, **group})
