@@ -92,9 +92,11 @@ class TrainConfig(Config):
     lock_image: Lock = "none"
     """What of the image tower does not train: none, all, or a number: all but its last so many layer groups."""
     lock_text: Lock = "none"
+    """The same for the text tower."""
     learning_rate_image: float = pydantic.Field(default=1.0, gt=0)
     """Factor of the learning rate of the image tower; the new heads of joined towers keep the full rate."""
     learning_rate_text: float = pydantic.Field(default=1.0, gt=0)
+    """The same for the text tower."""
     batch_statistics: Literal["auto", "frozen", "live"] = "auto"
     """Running statistics of batch normalisations. auto: frozen in pretrained image towers that were joined, else live
     (a locked layer's are always frozen)."""
