@@ -38,6 +38,7 @@ ORDER = (
     ("ablate", "search"),
     ("reference",),
     ("listing", "doctor", "demo"),
+    ("api",),
     ("cli", "__init__"),
     ("__main__",),
 )

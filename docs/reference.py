@@ -7,10 +7,14 @@ python docs/reference.py --check    # writes nothing; exit code 1 when a page is
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
+import re
 import sys
 from itertools import groupby
 from pathlib import Path
 
+import clipdistill
 from clipdistill.commands import COMMANDS, command_parser
 from clipdistill.reference.settings import SettingRow, settings
 from clipdistill.runtime.console import TextTable
@@ -35,6 +39,111 @@ codes are in [Runs that survive](reliability.md). Completion of commands, option
 `source <(clipdistill completion bash)` in `~/.bashrc`, or with `zsh` in `~/.zshrc`.
 
 Every command takes `--plugin FILE.py`, a file that is run first ([Extending](extending.md))."""
+
+
+PYTHON = """# Python
+
+`import clipdistill as cd` takes milliseconds; torch is loaded when something is computed. What the commands do,
+functions do; what they return shows its numbers with intervals, in a notebook as tables. Mistakes raise
+`clipdistill.errors.InputError` with the sentence that the command would print.
+
+```python
+import clipdistill as cd
+
+run = cd.distill({"recipe": "clip-rd", "teacher": "scenes-teacher", "student": "scenes-student",
+                  "data": "scenes", "validation": "scenes:val", "out": "runs/python", "train": {"steps": 200}})
+run.scores                                        # tables; run.scores.to_frame() with pandas
+scores = cd.evaluate(run.student, "scenes:val", teacher="scenes-teacher")
+embeddings = cd.embed(run.student, "scenes:val")  # embeddings.image (N, D), embeddings.text (M, D)
+cd.export(run.student, "onnx", "export/python", data="scenes:val")
+cd.bench([run.student, "scenes-teacher"])
+```"""
+
+
+def python_page() -> str:
+    """Signature and docstring of everything public, functions first, then what they take and return."""
+    import torch
+
+    from clipdistill.api import Measurements, SearchResult
+    from clipdistill.cache.fill import FillReport
+    from clipdistill.embed.encode import EncodedPairs
+    from clipdistill.export.graphs import Exported
+    from clipdistill.statistics.compare import MetricComparison, ModelComparison
+    from clipdistill.statistics.scores import Score
+
+    public = {name: getattr(clipdistill, name) for name in clipdistill.__all__ if name != "__version__"}
+    functions = {name: value for name, value in public.items() if not inspect.isclass(value)}
+    parts = [PYTHON, "## Functions"]
+    for name, value in functions.items():
+        parts.append(f"### `{name}`\n\n```py\n{signature(f'cd.{name}', value)}\n```\n\n{text(documented(value))}")
+    parts.append("## Classes")
+    more = (Score, ModelComparison, MetricComparison, Exported, FillReport, EncodedPairs, SearchResult, Measurements)
+    for cls in dict.fromkeys([value for value in public.values() if inspect.isclass(value)] + list(more)):
+        name = f"cd.{cls.__name__}" if cls in public.values() else cls.__name__
+        parts.append(f"### `{cls.__name__}`\n\n{text(cls)}")
+        own = [name for name in vars(cls) if not name.startswith("_")]
+        fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+        if fields or issubclass(cls, torch.nn.Module):
+            parts.append(f"```py\n{signature(name, cls)}\n```")
+        lines = []
+        for method in own:
+            value = inspect.getattr_static(cls, method)
+            value = getattr(value, "__func__", value)
+            if isinstance(value, property):
+                lines.append(f"- `.{method}`: {first(value.fget)}")
+            elif inspect.isfunction(value) and value.__doc__:
+                names = [p for p in inspect.signature(value).parameters if p not in ("self", "cls")]
+                lines.append(f"- `.{method}({', '.join(names)})`: {first(value)}")
+        if lines:
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def documented(value: object) -> object:
+    """The function that a package stands for when it is called, else the value itself."""
+    return getattr(value, "function", value) if inspect.ismodule(value) else value
+
+
+def signature(name: str, value: object) -> str:
+    """As it stands in the code, over several lines where it is long."""
+    found = inspect.signature(value)  # type: ignore[arg-type]
+    words, starred = [], False
+    for parameter in found.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            starred = True
+            words.append("*")
+        kind = parameter.annotation if isinstance(parameter.annotation, str) else ""
+        default = "" if parameter.default is parameter.empty else f" = {shown(parameter.default)}"
+        star = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        words.append(f"{star}{parameter.name}{f': {kind}' if kind else ''}{default}")
+    back = f" -> {found.return_annotation}" if isinstance(found.return_annotation, str) else ""
+    line = f"{name}({', '.join(words)}){back}"
+    return line if len(line) <= 100 else f"{name}(\n    " + ",\n    ".join(words) + f",\n){back}"
+
+
+def shown(value: object) -> str:
+    """A default without addresses in memory."""
+    if isinstance(value, type) or inspect.isfunction(value):
+        return value.__name__
+    return "..." if type(value).__repr__ is object.__repr__ or " object at " in repr(value) else repr(value)
+
+
+def text(value: object) -> str:
+    """The docstring in Markdown; a line that begins with names and a colon is an item."""
+    lines: list[str] = []
+    for line in map(str.strip, (inspect.getdoc(value) or "").splitlines()):
+        item = re.match(r"((?:\w+)(?:, \w+)*): (?=\S)", line)
+        if item and not line.startswith(("Raises", "Returns")):
+            lines += [""] if lines and lines[-1] and not any(known.startswith("- ") for known in lines) else []
+            names = ", ".join(f"`{name}`" for name in item[1].split(", "))
+            line = f"- {names}: {line[item.end() :]}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def first(value: object) -> str:
+    """The first paragraph of a docstring in one line."""
+    return " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split()) or "see its annotation."
 
 
 def settings_page() -> str:
@@ -91,7 +200,7 @@ def commands_page() -> str:
     return "\n\n".join(parts)
 
 
-PAGES = {"settings.md": settings_page, "commands.md": commands_page}
+PAGES = {"settings.md": settings_page, "commands.md": commands_page, "python.md": python_page}
 
 
 def main(arguments: list[str] | None = None) -> int:

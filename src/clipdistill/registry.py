@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -102,6 +104,34 @@ def describe(error: BaseException) -> str:
         trace = trace.tb_next
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}{': ' + text if text else ''}{place}"
+
+
+def callable_package(package: str, function: str) -> None:
+    """Let the package be called: it stands for the function "module:attribute", which is imported when it is called.
+
+    A public function and a package may share their name (`clipdistill.evaluate`), and Python lets the package take it
+    as soon as a module inside it is imported. `inspect.signature` shows the function's own.
+    """
+
+    def found() -> Any:
+        module, _, attribute = function.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    class CallablePackage(types.ModuleType):
+        def __call__(self, *arguments: Any, **settings: Any) -> Any:
+            return found()(*arguments, **settings)
+
+        @property
+        def function(self) -> Any:
+            """The function it stands for."""
+            return found()
+
+        @property
+        def __signature__(self) -> inspect.Signature:
+            return inspect.signature(found())
+
+    CallablePackage.__call__.__doc__ = f"See {function}."
+    sys.modules[package].__class__ = CallablePackage
 
 
 def load_plugin(path: str | Path) -> Any:

@@ -55,21 +55,20 @@ def run(arguments: argparse.Namespace) -> int:
         batch_sizes = [int(part) for part in arguments.batch.split(",")]
     except ValueError as error:
         raise InputError(f"--batch {arguments.batch}: expected whole numbers separated by commas") from error
-    run_bench(arguments.models, **settings, batch_sizes=batch_sizes, out=arguments.json)
+    show(measured(arguments.models, **settings, batch_sizes=batch_sizes, out=arguments.json))
     return 0
 
 
-def run_bench(
+def measured(
     models: Sequence[str],
     *,
     backend: Sequence[str] = ("eager",),
     data: str | None = None,
     split: str | None = None,
     out: Path | None = None,
-    file: TextIO | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Load the named models, measure them against each other, print a table and write JSON to `out` if given.
+    """Load the named models, measure them against each other, and write JSON to `out` if given.
 
     settings: those of `throughput`. The last model is the one that ratios refer to. Raises InputError for a name that
     is nothing known and for a place that cannot be written, before anything is measured.
@@ -89,7 +88,6 @@ def run_bench(
     result = throughput(loaded, backends=backend, source=source, reference=models[-1], **settings)
     if out is not None:
         write_json(out, result)
-    show(result, file)
     return result
 
 

@@ -50,6 +50,12 @@ class FillReport:
     bad: int = 0
     truncated: int = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"{self.store.folder}: {self.samples:,} images embedded in {self.seconds:.1f} s "
+            f"({self.rate:,.1f} images/s); {self.bad} could not be read; {self.truncated} captions cut"
+        )
+
     @property
     def rate(self) -> float:
         """Images a second."""

@@ -28,15 +28,14 @@ _OF_SOME = ("image_root", "image_column", "caption_column", "separator", "size",
 def register_format(
     name: str, matches: Callable[[str], bool], open: Callable[[Any], Any], *, labelled: bool = False
 ) -> None:
-    """Add a data format: `clipdistill.register_format`.
+    """Add a data format.
 
-    Args:
-        name: of the format, for messages.
-        matches: whether a data set's name (what was given as `data`) is of this format; asked before the built-in ones.
-        open: from the DataConfig to the data: a PairSource, or any object that `as_pairs` takes. Its `split` is the
-            asked one, or what a run takes where none is named ('train', 'val', 'test').
-        labelled: the format is of classification sets; `open` returns a LabelledSource from a LabelledConfig.
-    Raises: InputError for a name that is taken.
+    name: of the format, for messages.
+    matches: whether a data set's name (what was given as `data`) is of this format; asked before the built-in ones.
+    open: from the DataConfig to the data: a PairSource, or any object that `as_pairs` takes. Its `split` is the
+    asked one, or what a run takes where none is named ('train', 'val', 'test').
+    labelled: the format is of classification sets; `open` returns a LabelledSource from a LabelledConfig.
+    Raises InputError for a name that is taken.
     """
 
     def open_checked(place: Place, config: Any, default_split: str | None = None) -> Any:

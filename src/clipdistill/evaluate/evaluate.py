@@ -72,7 +72,8 @@ def evaluate(
     and CLIP-RD: one caption an image, one positive both ways); only retrieval is concerned.
     ks: K of R@K. templates, classes: prompt templates and class-name file of labelled sets (None: the set's own).
     split: of data sets that have splits (None: test, else val). intervals: 95 % bootstrap intervals, clustered by
-    image. dtype: "float32", "bfloat16" or "float16". captions: overrides the protocol's rule ("all", "first",
+    image. dtype: "float32", "bfloat16" or "float16". batch_size: images or captions a forward pass; workers: processes
+    that decode; progress: a bar on the error stream. captions: overrides the protocol's rule ("all", "first",
     "first 5"). device: None is where a loaded model is, and for names CUDA where there is one, else the CPU.
     strict_counts: a published set with other than its published counts is an error, not a note.
     distributed: share the work between the ranks of torch.distributed; every rank must call and gets everything.
@@ -84,10 +85,10 @@ def evaluate(
     check_retrieval_protocol(protocol)
     if captions is not None and (captions in ("first", "first 1")) != (protocol == "first-caption"):
         raise InputError(f"captions='{captions}' contradicts the protocol '{protocol}': one caption is 'first-caption'")
-    sources = [_open(item, split, classes) for item in _listed(data)]
-    models: dict[str, ClipModel] = {"student": _loaded(model, device)}
+    sources = [opened_data(item, split, classes) for item in _listed(data)]
+    models: dict[str, ClipModel] = {"student": loaded_model(model, device)}
     if teacher is not None:
-        models["teacher"] = _loaded(teacher, device)
+        models["teacher"] = loaded_model(teacher, device)
     result = Scores()
     measured: dict[str, Scores] = {}
     for name, one in models.items():
@@ -269,7 +270,8 @@ def _listed(data: Data | Sequence[Data]) -> list[Data]:
     return items
 
 
-def _open(item: Data, split: str | None, classes: str | Path | None) -> PairSource | LabelledSource:
+def opened_data(item: Data, split: str | None, classes: str | Path | None) -> PairSource | LabelledSource:
+    """What `evaluate` takes as data, opened: the test split, else val, where none is named."""
     if isinstance(item, PairSource | LabelledSource):
         return item
     if not isinstance(item, str | Path | DataConfig):
@@ -286,7 +288,8 @@ def _open(item: Data, split: str | None, classes: str | Path | None) -> PairSour
         return open_pairs(config, split=split, default_split="val")
 
 
-def _loaded(model: str | Path | nn.Module | ClipModel, device: str | torch.device | None) -> ClipModel:
+def loaded_model(model: str | Path | nn.Module | ClipModel, device: str | torch.device | None) -> ClipModel:
+    """What `evaluate` takes as a model, loaded, ready to embed."""
     if isinstance(model, str | Path):
         return load_model(model, device=pick_device(device), teacher=True)
     loaded = model if isinstance(model, ClipModel) else clip_model_of(model)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
 from clipdistill.runtime.console import say
 from clipdistill.runtime.files import require_new_folder
+
+if TYPE_CHECKING:
+    from clipdistill.export.graphs import Exported
 
 TARGETS = ("onnx", "openvino", "open_clip", "hf")
 
@@ -64,11 +69,13 @@ def run_export(
     opset: int | None = None,
     push: str | None = None,
     private: bool = False,
-) -> Path:
-    """Export the model called `model` to the folder `out`; returns it. InputError for what cannot be exported.
+    quiet: bool = False,
+) -> Exported:
+    """Export the model called `model` to the folder `out`, and say what was kept unless quiet.
 
-    Settings and places are checked before anything is loaded.
+    Raises InputError for what cannot be exported. Settings and places are checked before anything is loaded.
     """
+    tell: Callable[[str], None] = (lambda _: None) if quiet else say
     check_model_name(model)
     if to not in TARGETS:
         raise InputError(f"unknown form '{to}': one of {', '.join(TARGETS)}")
@@ -96,12 +103,12 @@ def run_export(
     require_new_folder(out, is_export, "export")
     if push is not None:
         hub.check_push(push)
+    from clipdistill.export.graphs import Exported, export_graphs
     from clipdistill.models.load import load_model
 
     if graphs:
         from clipdistill.export.accuracy import open_calibration, open_test
         from clipdistill.export.gate import Tolerance
-        from clipdistill.export.graphs import export_graphs
         from clipdistill.export.towers import OPSET
 
         test = open_test(data, split, limit) if data is not None else None
@@ -122,22 +129,23 @@ def run_export(
         )
         for tower in ("image", "text"):
             own = [p for p in exported.parities if p.tower == tower]
-            say(
+            tell(
                 f"{tower} tower: {len(own)} comparisons with the model, largest difference "
                 f"{max(p.difference for p in own):.1e}, least cosine {min(p.cosine for p in own):.7f}"
             )
         if exported.before is not None and exported.after is not None:
-            say(
+            tell(
                 f"R@1 on {exported.before.data} (image to text / text to image): "
                 f"{exported.before.text()} before, {exported.after.text()} after"
             )
         for line in (*(choice.text() for choice in exported.choices), *exported.notes):
-            say(line)
+            tell(line)
     else:
         from clipdistill.export.foreign import export_foreign
 
         export_foreign(load_model(model, teacher=True), out, to)
-    say(f"written: {out}")
+        exported = Exported(out, [])
+    tell(f"written: {out}")
     if push is not None:
-        say(f"uploaded: {hub.push_to_hub(out, push, source=Path(model), private=private)}")
-    return out
+        tell(f"uploaded: {hub.push_to_hub(out, push, source=Path(model), private=private)}")
+    return exported

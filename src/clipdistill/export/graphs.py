@@ -26,6 +26,7 @@ from clipdistill.export.transform import write_transform
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import SUFFIX, TOWERS, load_graph, read_exported
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
+from clipdistill.runtime.console import html_page
 from clipdistill.runtime.files import sha256, write_json
 from clipdistill.version import __version__
 
@@ -43,6 +44,18 @@ class Exported:
     after: Accuracy | None = None
     choices: list[Chosen] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        lines = [f"export in {self.folder}"]
+        if self.parities:
+            worst = max(parity.difference for parity in self.parities)
+            lines.append(f"{len(self.parities)} comparisons with the model, largest difference {worst:.1e}")
+        if self.before is not None and self.after is not None:
+            lines.append(f"R@1 on {self.before.data}: {self.before.text()} before, {self.after.text()} after")
+        return "\n".join([*lines, *(choice.text() for choice in self.choices), *self.notes])
+
+    def _repr_html_(self) -> str:
+        return html_page(text=repr(self))
 
 
 def export_graphs(

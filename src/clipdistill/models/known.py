@@ -93,7 +93,7 @@ def register_student(name: str, build: Callable[..., Any]) -> Callable[..., Any]
 
     `build` returns an nn.Module (see own.clip_model_of), a ClipModel or an open_clip architecture. Of the keyword
     arguments `seed`, `tokenizer` (the teacher's or a stored one, or None) and `captions` it gets those that it
-    declares; torch's generator is seeded around it. Raises InputError for a name that is taken.
+    declares; torch's generator is seeded around it. Returns `build`. Raises InputError for a name that is taken.
     """
     if name in students() or name in open_clip_architectures():
         raise InputError(f"the student '{name}' is taken already, by clipdistill itself: choose another name")

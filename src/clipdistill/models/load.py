@@ -59,7 +59,7 @@ def load_model(
     tokenizer: Tokenizer | None = None,
     seed: int = 0,
 ) -> ClipModel:
-    """The model called `name` (see the module's docstring for the forms), weights in fp32, on `device`.
+    """Returns the model called `name` (docs/models.md has the forms), weights in fp32, on `device`.
 
     `name` may be an nn.Module with encode_image and encode_text, which is used itself and not a copy (models/own.py).
     `teacher` True: in evaluation mode and without gradients. `image_size`: another resolution in pixels than the
@@ -236,9 +236,10 @@ def load_student(
 ) -> tuple[nn.Module, Preprocess, Tokenizer]:
     """A trained model ready for use: (module in evaluation mode, preprocess, tokenizer). `path` may be any model name.
 
+    device: where its weights go.
     module: filled with the weights of a folder whose model is a module of your own that no registered name builds.
     module.encode_image(preprocess(picture)[None]) and module.encode_text(tokenizer(["a caption"])) give (1, embed_dim),
-    not normalised.
+    not normalised. Returns the three; raises InputError as `load_model`.
     """
     with offering(module):
         model = load_model(path, device=device, teacher=True)

@@ -121,6 +121,8 @@ class Term:
 def register_term(term: Term) -> Term:
     """Add a term of your own; it can then be named in weights, recipes and on the command line. Returns it.
 
+    term: a clipdistill.objective.Term.
+
     Raises InputError, one sentence, for a name that is taken and for a declaration that does not hold together.
     """
     if not isinstance(term, Term):

@@ -6,6 +6,7 @@ has its heads and text columns wrapped at blanks; where that is not enough, each
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import shutil
@@ -30,6 +31,12 @@ class Coloured(str):
         made = super().__new__(cls, text)
         made.colour = colour
         return made
+
+
+def html_page(tables: Sequence[TextTable] = (), text: str = "") -> str:
+    """Tables and text as notebooks show them."""
+    parts = [table.html() for table in tables] + ([f"<pre>{html.escape(text)}</pre>"] if text else [])
+    return "\n".join(parts)
 
 
 @dataclass
@@ -69,6 +76,18 @@ class TextTable:
         marks = ["---" if i in self.text else "---:" for i in range(len(self.heads))]
         cells = [[re.sub(r"(?<!\\)\|", r"\|", _bold(_clean(cell))) for cell in row] for row in (self.heads, *self.rows)]
         return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], marks, *cells[1:]))
+
+    def html(self) -> str:
+        """The table for a notebook."""
+
+        def line(tag: str, cells: Sequence[str]) -> str:
+            side = ["left" if i in self.text else "right" for i in range(len(cells))]
+            shown = [f'<{tag} style="text-align:{a}">{html.escape(_clean(c))}</{tag}>' for a, c in zip(side, cells)]
+            return f"<tr>{''.join(shown)}</tr>"
+
+        title, caption = html.escape(self.title), html.escape(self.caption)
+        rows = "".join(line("td", row) for row in self.rows)
+        return f"<table><caption>{title}</caption>{line('th', self.heads)}{rows}</table><p>{caption}</p>"
 
     def _widths(self, rows: Sequence[Sequence[str]], width: int | None) -> list[int] | None:
         """Columns of each column; None when even wrapped cells do not fit into `width`."""

@@ -15,11 +15,13 @@ import numpy as np
 
 from clipdistill.errors import InputError
 from clipdistill.runs.folder import RunFolder
+from clipdistill.runtime.console import Coloured, TextTable, html_page
 from clipdistill.statistics.bootstrap import mcnemar
 from clipdistill.statistics.judge import Verdict, adjust, decide
 from clipdistill.statistics.protocol import Protocol, difference
 from clipdistill.statistics.records import Record, records_of
 from clipdistill.statistics.scores import FILE, Scores
+from clipdistill.statistics.verdicts import basis_text, better_text, bounds_text, more_seeds, p_text
 
 _TESTED = ("t2i_R@1", "i2t_R@1", "t2i_R@5", "i2t_R@5", "t2i_R@10", "i2t_R@10", "t2i_MRR", "i2t_MRR", "top1", "top5")
 """Metrics compared unless others are named: where there are per-query results, and a mean of them is the score."""
@@ -76,6 +78,24 @@ class ModelComparison:
             return 0
         return len({s for s in self.a.seeds if s is not None} & {s for s in self.b.seeds if s is not None})
 
+    def tables(self) -> list[TextTable]:
+        """A table a protocol: a row a metric, the difference in points with its 95 % interval, p, which is better."""
+        found = []
+        for label in dict.fromkeys(t.protocol.label() for t in self.differences):
+            rows = [t for t in self.differences if t.protocol.label() == label]
+            reasons = dict.fromkeys(t.verdict.reason for t in rows if t.verdict.p is None)
+            found.append(replace(_table(rows), title=label, caption=" ".join(reasons)))
+        return found
+
+    def __repr__(self) -> str:
+        lines = [line for table in self.tables() for line in table.lines()]
+        basis = basis_text([t.verdict for t in self.differences])
+        return "\n".join([f"a: {self.a.name}", f"b: {self.b.name}", *lines, basis])
+
+    def _repr_html_(self) -> str:
+        basis = basis_text([t.verdict for t in self.differences])
+        return html_page(self.tables(), f"a: {self.a.name}\nb: {self.b.name}\n{basis}")
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
@@ -100,14 +120,22 @@ class ModelComparison:
 
 
 def compare(
-    a: Sequence[Path], b: Sequence[Path], *, metrics: Sequence[str] = (), model: str = "student"
+    a: str | Path | Sequence[str | Path],
+    b: str | Path | Sequence[str | Path],
+    *,
+    metrics: Sequence[str] = (),
+    model: str = "student",
 ) -> ModelComparison:
-    """Compare the models of two lists of run folders (or files of scores): a list holds the seeds of one method.
+    """Compare two models on the same queries, or two ways of training with several seeds each.
 
+    a, b: run folders, or files of scores; a list holds the seeds of one method.
     metrics: which (default: R@K, MRR, top-1, top-5). model: whose scores in the files, "student" or "teacher".
-    Raises InputError when the two were measured on the same data under different protocols, or share no measurement.
+
+    Returns a ModelComparison: a difference a metric, in fractions, with 95 % interval, p and verdict. Raises InputError
+    when the two were measured on the same data under different protocols, or share no measurement.
     """
-    sides = read_side(a, model), read_side(b, model)
+    first, second = ([Path(one) for one in ([side] if isinstance(side, str | Path) else side)] for side in (a, b))
+    sides = read_side(first, model), read_side(second, model)
     found = []
     for protocol in _shared_protocols(*sides):
         question = protocol.question()
@@ -192,3 +220,26 @@ def _compared(metric: str, protocol: Protocol, a: ComparedSide, b: ComparedSide)
         ours, theirs = ([r for r in side if r.seed in shared] or side for side in (ours, theirs))
     means = [float(np.mean([record.value for record in side])) for side in (ours, theirs)]
     return MetricComparison(metric, protocol, means[0], means[1], verdict, exact)
+
+
+def _table(rows: list[MetricComparison]) -> TextTable:
+    heads = ["metric", "a", "b", "a - b in points (95 % interval)", "p", "p (Holm)", "better"]
+    table = TextTable(heads, text=(0, 6))
+    for row in rows:
+        scale = 1 if row.metric.endswith("median_rank") else 100
+        verdict, bounds = row.verdict, bounds_text(row.verdict, scale)
+        more = f" ({more_seeds(verdict)} more seeds)" if verdict.seeds_needed else ""
+        change = f"{scale * row.value:+.2f}" + (f" ({bounds})" if bounds else "")
+        if verdict.effect is None:
+            change = "stale" if verdict.left_out else ""
+        table.rows.append(
+            [
+                row.metric,
+                f"{scale * row.a:.1f}",
+                f"{scale * row.b:.1f}",
+                change,
+                *("" if p is None else p_text(p) for p in (verdict.p, verdict.p_holm)),
+                Coloured(better_text(verdict, "a", "b") + more, {"undecided": ""}.get(verdict.better, "bold")),
+            ]
+        )
+    return table

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from clipdistill.errors import InputError
-from clipdistill.runtime.console import Coloured, TextTable, say
+from clipdistill.runtime.console import say
 from clipdistill.runtime.files import make_folder, write_json
-from clipdistill.statistics.compare import MetricComparison, compare
-from clipdistill.statistics.verdicts import basis_text, better_text, bounds_text, more_seeds, p_text
+from clipdistill.statistics.compare import compare
+from clipdistill.statistics.verdicts import basis_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,34 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         make_folder(arguments.json.parent, "comparison")
         write_json(arguments.json, result.to_dict())
     say(f"a: {result.a.name}\nb: {result.b.name}")
-    for label in dict.fromkeys(t.protocol.label() for t in result.differences):
-        say(label, colour="bold")
-        rows = [t for t in result.differences if t.protocol.label() == label]
-        _table(rows).print()
-        for reason in dict.fromkeys(t.verdict.reason for t in rows if t.verdict.p is None):
-            say(reason)
+    for table in result.tables():
+        table.print()
     say(basis_text([t.verdict for t in result.differences]))
     return 0
-
-
-def _table(rows: list[MetricComparison]) -> TextTable:
-    heads = ["metric", "a", "b", "a - b in points (95 % interval)", "p", "p (Holm)", "better"]
-    table = TextTable(heads, text=(0, 6))
-    for row in rows:
-        scale = 1 if row.metric.endswith("median_rank") else 100
-        verdict, bounds = row.verdict, bounds_text(row.verdict, scale)
-        more = f" ({more_seeds(verdict)} more seeds)" if verdict.seeds_needed else ""
-        change = f"{scale * row.value:+.2f}" + (f" ({bounds})" if bounds else "")
-        if verdict.effect is None:
-            change = "stale" if verdict.left_out else ""
-        table.rows.append(
-            [
-                row.metric,
-                f"{scale * row.a:.1f}",
-                f"{scale * row.b:.1f}",
-                change,
-                *("" if p is None else p_text(p) for p in (verdict.p, verdict.p_holm)),
-                Coloured(better_text(verdict, "a", "b") + more, {"undecided": ""}.get(verdict.better, "bold")),
-            ]
-        )
-    return table

@@ -15,7 +15,7 @@ import numpy as np
 
 from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
-from clipdistill.runtime.console import TextTable, say
+from clipdistill.runtime.console import TextTable, html_page, say
 from clipdistill.runtime.files import digest_of, make_folder, new_file, parse_json, read_json, sha256, write_text
 from clipdistill.statistics.bootstrap import bootstrap_ratio
 from clipdistill.statistics.protocol import Protocol, comparable, difference
@@ -81,9 +81,26 @@ class Scores:
         return len(self.scores)
 
     def __repr__(self) -> str:
-        return (
-            f"Scores({len(self.scores)} scores, {len(self.protocols())} protocols, models {', '.join(self.models())})"
-        )
+        return "\n".join([line for table in self.table() for line in table.lines()] + self.notes) or "no scores"
+
+    def _repr_html_(self) -> str:
+        return html_page(self.table(), "\n".join(self.notes))
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame: a row a score; model, dataset, metric, value, low, high (95 %), n, protocol.
+
+        Values are fractions, ranks and counts. Raises InputError where pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise InputError("to_frame needs pandas, which is not installed: pip install pandas") from error
+        rows = [
+            {"model": s.model, "dataset": s.protocol.dataset, "metric": s.metric, "value": s.value, "low": s.low,
+             "high": s.high, "n": s.n, "protocol": s.protocol.label()}
+            for s in self.scores
+        ]  # fmt: skip
+        return pandas.DataFrame(rows)
 
     def add(self, scores: Scores) -> None:
         """Append everything another list holds."""

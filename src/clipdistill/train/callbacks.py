@@ -80,7 +80,7 @@ EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 def register_callback(name: str, make: Callable[[], Any]) -> None:
     """Give a callback a name for `--callback NAME` and recipes' `callbacks: [NAME]`.
 
-    make: a class, or a function without arguments that makes one.
+    make: a class, or a function without arguments that makes one. Raises InputError for a `name` that is taken.
     """
     CALLBACKS.register(name, make)
 

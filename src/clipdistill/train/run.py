@@ -18,6 +18,7 @@ import torch
 from clipdistill.errors import InputError, Preempted
 from clipdistill.registry import TASKS
 from clipdistill.runs.folder import CHECKPOINTS, SCORES, STUDENT, RunFolder
+from clipdistill.runtime.console import html_page
 from clipdistill.runtime.distributed import (
     ProcessGroup,
     agree,
@@ -56,6 +57,13 @@ class Run:
         """The folder of the trained student, for `load_student`."""
         return self.folder / STUDENT
 
+    def __repr__(self) -> str:
+        return f"{self.folder}: {self.status}, {self.steps:,} steps" + (f"\n{self.scores!r}" if self.scores else "")
+
+    def _repr_html_(self) -> str:
+        shown = "" if self.scores is None else self.scores._repr_html_()
+        return html_page(text=f"{self.folder}: {self.status}, {self.steps:,} steps") + shown
+
 
 def distill(
     config: RunConfig | Mapping[str, Any],
@@ -76,8 +84,10 @@ def distill(
     them. `explain` stops after the pre-flight and prints the objective with its initial magnitudes.
     callbacks: objects with methods of `Callback`, or registered names (see clipdistill.train.callbacks).
     sources: data and teacher shared with other runs of this process; show: makes the progress display from
-    (name, steps, first step, shown). Raises InputError for unusable input or a changed configuration, Preempted after a
-    stop signal.
+    (name, steps, first step, shown). quiet: no progress on the terminal.
+
+    Returns the Run: folder, status, steps, student (for `load_student`), scores in fractions with intervals.
+    Raises InputError for unusable input or a changed configuration, Preempted after a stop signal.
     """
     if not isinstance(config, RunConfig):
         config = _from_mapping(config)
