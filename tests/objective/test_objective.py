@@ -316,9 +316,9 @@ def test_scales_and_weights_that_are_no_usable_numbers(value: float) -> None:
     with pytest.raises(InputError, match="scale is"):
         Objective({"icl": 1}, 4, 4).set_scales(cross=value)
     if value != 0:
-        with pytest.raises(InputError, match="the weight of 'icl' is"):
+        with pytest.raises(InputError, match=r"weight.*icl"):
             build(ObjectiveConfig, {"weights": {"task": 1, "icl": value}})
-    with pytest.raises(InputError, match="the weight of 'icl' is True"):
+    with pytest.raises(InputError, match=r"weight.*icl.*True"):
         build(ObjectiveConfig, {"weights": {"task": 1, "icl": True}})
     with pytest.raises(InputError, match="reinforced_lambda"):
         Objective({"reinforced": 1}, 4, 4, reinforced_lambda=value if value != 0 else 2.0)

@@ -223,7 +223,7 @@ def test_more_connections_than_are_answered_are_told_so(server: SearchServer) ->
 
 
 def test_kept_pictures_are_bounded_by_number_and_size() -> None:
-    kept = servers.Kept(3, 100)
+    kept = servers.KeptUploads(3, 100)
     for number in range(5):
         kept.put(number, b"a")
     assert [kept.get(number) is not None for number in range(5)] == [False, False, True, True, True]
