@@ -61,8 +61,11 @@ class TrainConfig(Config):
     """Factor of the rate from each layer to the one below it (None: one rate for all)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the encoders. auto: bf16 on CUDA and on CPUs with matrix units for it (AMX), else fp32 (faster there)."""
-    compile: bool = False
-    """Compile the student's towers with torch.compile."""
+    attention: Literal["auto", "math", "default"] = "auto"
+    """Of the student's training passes. math: plain products; default: torch's fused kernel. auto: the faster one,
+    timed before step 0 on a CPU in runs of 100 steps and more; the run's record keeps it."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the student's towers. auto: in runs long enough to pay for it, where it is found to be faster."""
     deterministic: bool = False
     """Only deterministic kernels, at some cost in speed: the same command gives the same bits."""
     seed: int = pydantic.Field(default=0, ge=0, lt=2**63)
@@ -340,7 +343,7 @@ def _check(config: RunConfig) -> None:
             f"recipe {config.recipe}: several teachers are only for the term 'reinforced'; "
             f"name one teacher instead of {len(config.teachers)}"
         )
-    if train.masks is not None and train.compile:
+    if train.masks is not None and train.compile is True:
         raise InputError("train.compile: masks change the model at every step; compile a run without train.masks")
     if train.views == "stored" and not cached:
         raise InputError("train.views=stored: only a cache holds views; name one, for example  --teacher cache:DIR")

@@ -44,6 +44,11 @@ class Distillation:
 
         inspect(self.setup, say, explain, check)
 
+    def tune(self, known: dict[str, Any] | None, say: Say) -> dict[str, Any]:
+        from clipdistill.train.tune import tune
+
+        return tune(self.setup, known, say)
+
     def loader(self, start_step: int, steps: int | None = None) -> PairLoader:
         return self.setup.loader(start_step, steps)
 
@@ -69,6 +74,7 @@ class Distillation:
             micro_batch=train.micro_batch,
             precision=train.precision,
             seed=(train.seed, step, rank()),
+            attention=setup.attention,
         )
         average_gradients(setup.objective.parameters())
         if setup.masking is not None:

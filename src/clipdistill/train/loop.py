@@ -43,6 +43,8 @@ class Progress:
     """Counters of the bad-sample ledger."""
     evaluation_due: bool = False
     """The curve's point of this step is still to be measured: a signal came before or while it was."""
+    towers: dict[str, Any] = field(default_factory=dict)
+    """How the towers are computed (train.tune), so that a resumed run rounds as before."""
 
 
 @dataclass

@@ -31,6 +31,8 @@ _FREE_TRAIN = {
     "keep_checkpoints",
     "max_skipped_steps",
     "micro_batch",
+    "attention",
+    "compile",
     "rank_timeout",
 }
 """Settings that a resumed run may change: none of them changes what is learned."""

@@ -103,6 +103,9 @@ class RegionTeaching:
         if explain:
             say(self.objective.explain(self.config.train.batch_size, self.device, world_size()))
 
+    def tune(self, known: dict[str, Any] | None, say: Say) -> dict[str, Any]:
+        return {}  # no tower is trained
+
     def loader(self, start_step: int, steps: int | None = None) -> Iterator[Batch]:
         """Batches without pixels: regions are looked up by sample."""
         sampler, nothing = self.parts.sampler, torch.empty(0)

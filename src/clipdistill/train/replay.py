@@ -76,7 +76,7 @@ def replay(folder: Path, step: int | None = None, *, device: str | None = None, 
     if checkpoint is None:
         say(f"the state before step {step} was not kept: weights are those the run began with")
     else:
-        resume(task, checkpoint)
+        task.tune(resume(task, checkpoint).towers, say)
     batch = next(iter(task.loader(step, step + 1)))
     _require_same_samples(folder, step, batch, records)
     say(

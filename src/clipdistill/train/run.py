@@ -133,6 +133,8 @@ def distill(
                     agree(lambda: _preflight(config, task, display.say, explain))
             if explain:
                 return Run(config.out, "explained", 0, None)
+            with stop.at_once():
+                progress.towers = task.tune(None if checkpoint is None else progress.towers, display.say)
             own = [display, Log(), Curve(display.say)]
             view = RunView(config, config.out, progress.step, task.total_steps, validation=task.validation_name or "")
             told = Callbacks(own, chosen, display.say)
@@ -258,6 +260,7 @@ def _describe(loop: Loop, status: str, fingerprint: str | None) -> None:
         "seconds": round(progress.seconds, 2),
         "bad_samples": progress.bad_samples,
         "skipped_steps": progress.skipped_steps,
+        **({"towers": progress.towers} if progress.towers else {}),
         "truncated": {"student": progress.truncated_student, "teacher": progress.truncated_teacher},
         **task.facts(),
         "student_fingerprint": fingerprint,

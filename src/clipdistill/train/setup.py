@@ -57,6 +57,8 @@ class Setup:
     """Fingerprint of the student before its first step: runs that start alike can be told."""
     masking: Masking | None = None
     """Masks over the student's parts, until they are pruned."""
+    attention: str = "default"
+    """Of the student's training passes (train.step.attention_by)."""
 
     @property
     def bare_towers(self) -> Towers:
@@ -166,9 +168,6 @@ def _make_trainable(student: ClipModel, config: RunConfig, device: torch.device,
     masks = None if masking is None else masking.masks
     towers: nn.Module = Towers(module, train.fixed_logit_scale, train.mask_ratio, masks)
     broadcast_module(towers)
-    if train.compile:
-        module.encode_image = torch.compile(module.encode_image)
-        module.encode_text = torch.compile(module.encode_text)
     if world_size() > 1:
         if masking is not None:
             masking.before_step(train.seed, 0)

@@ -40,8 +40,37 @@ class Towers(nn.Module):
         self.masks = masks
         self.fixed_logit_scale = fixed_logit_scale
         self.mask_ratio = mask_ratio
+        self._compiled: tuple[int, Any, Any] | None = None
         if fixed_logit_scale is not None:
             module.logit_scale.requires_grad_(False)
+
+    def compile_for(self, rows: int | None) -> None:
+        """Compile the towers for passes of `rows` images and captions of any length; None: not at all.
+
+        Passes of other sizes (bad samples, the last micro-batch) stay eager: what a batch is computed with must not
+        depend on the batches before it.
+        """
+        if rows is None:
+            self._compiled = None
+        elif self._compiled is None or self._compiled[0] != rows:
+            ways = (torch.compile(self.module.encode_image), torch.compile(self.module.encode_text))
+            self._compiled = (rows, *ways)
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Within, nothing compiled is used."""
+        kept, self._compiled = self._compiled, None
+        try:
+            yield
+        finally:
+            self._compiled = kept
+
+    def _encoders(self, images: Tensor, tokens: Tensor) -> tuple[Any, Any]:
+        if self._compiled is None or not self.training or len(images) != self._compiled[0]:
+            return self.module.encode_image, self.module.encode_text
+        # one graph for all lengths where the tower takes any, from the first batch on
+        torch._dynamo.maybe_mark_dynamic(tokens, 1)
+        return self._compiled[1:]
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """images (B, 3, H, W), tokens (B, L) -> raw features (B, D), (B, D), the logit multiplier, the logit bias.
@@ -54,9 +83,11 @@ class Towers(nn.Module):
 
             hiding = masked_image_tokens(self.module, self.mask_ratio)
         masks = nullcontext() if self.masks is None else self.masks.acting(sampled=self.training)
+        captions = tokens.flatten(0, -2)
+        encode_image, encode_text = self._encoders(images, captions)
         with hiding, masks:
-            image = self.module.encode_image(images)
-            text = self.module.encode_text(tokens.flatten(0, -2))
+            image = encode_image(images)
+            text = encode_text(captions)
         if tokens.ndim == 3:
             text = text.reshape(*tokens.shape[:2], text.shape[-1])
         if self.fixed_logit_scale is not None:
@@ -88,6 +119,15 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def attention_by(way: str) -> AbstractContextManager[object]:
+    """default: torch's choice of attention; math: plain products, whose backward pass is faster on some CPUs."""
+    if way == "default":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 def step_seed(seed: int, step: int, rank: int, part: int) -> int:
     """The seed of all randomness on the device in one part of one step, so that no generator state needs saving."""
     mixed = (seed * 1_000_003 + step) * 1_000_003 + rank
@@ -104,13 +144,28 @@ def forward_backward(
     micro_batch: int | None,
     precision: str,
     seed: tuple[int, int, int],
+    attention: str = "default",
 ) -> ObjectiveOutput:
     """Accumulate the gradients of one step's objective into the parameters.
 
     images (B, 3, H, W) and tokens (B, L) are this rank's rows, `teacher` its embeddings of the same rows; tokens
     (B, 2, L) are a real and a synthetic caption each. `seed` is (run seed, step, rank). B may differ between ranks and
-    may be 0.
+    may be 0. `attention` is that of `attention_by`.
     """
+    with attention_by(attention):
+        return _forward_backward(towers, objective, images, tokens, teacher, micro_batch, precision, seed)
+
+
+def _forward_backward(
+    towers: nn.Module,
+    objective: Objective,
+    images: Tensor,
+    tokens: Tensor,
+    teacher: Embeddings | None,
+    micro_batch: int | None,
+    precision: str,
+    seed: tuple[int, int, int],
+) -> ObjectiveOutput:
     rows = len(images)
     if micro_batch is None or micro_batch >= rows:
         torch.manual_seed(step_seed(*seed, 0))

@@ -38,6 +38,12 @@ class Task(Protocol):
         """
         ...
 
+    def tune(self, known: dict[str, Any] | None, say: Say) -> dict[str, Any]:
+        """Choose how the towers are computed (attention, compiled), or take up what `known`, a checkpoint's record of
+        it, says. Returns the record; empty where there is nothing to choose.
+        """
+        ...
+
     def loader(self, start_step: int, steps: int | None = None) -> Iterable[Batch]:
         """This rank's batches of steps `start_step` to `steps` - 1 (None: the last)."""
         ...

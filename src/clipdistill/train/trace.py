@@ -72,6 +72,7 @@ def _gradients(
     output = forward_backward(
         towers, setup.objective, images, tokens, teacher,
         micro_batch=train.micro_batch, precision=precision, seed=(train.seed, step, 0),
+        attention=setup.attention,
     )  # fmt: skip
     for name, buffer in towers.named_buffers():
         buffer.copy_(kept[name])
