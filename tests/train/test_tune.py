@@ -40,7 +40,7 @@ def faster(monkeypatch):
             value = 1.0 if attention == way else 2.0
             return value * (0.5 if compiled and trial.towers._compiled is not None else 1.0)
 
-        monkeypatch.setattr(tuning._Trial, "_pass", seconds)
+        monkeypatch.setattr(tuning._Timing, "_pass", seconds)
         return passes
 
     return choose
@@ -65,7 +65,7 @@ def test_the_faster_attention_is_taken_and_said(tmp_path, faster, way):
 
 
 def test_a_gain_within_noise_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuning._Trial, "_pass", lambda *given: 0.97 if given[-1] == "math" else 1.0)
+    monkeypatch.setattr(tuning._Timing, "_pass", lambda *given: 0.97 if given[-1] == "math" else 1.0)
     assert tune(long_setup(tmp_path, "train.compile=false"), None, print)["attention"] == "default"
 
 

@@ -34,14 +34,14 @@ COMPILE_SECONDS = 180.0
 REPEATS = 3
 
 
-class Sample(NamedTuple):
+class NoisePairs(NamedTuple):
     """Images (B, 3, H, W) of noise and real captions (B, L), cut as the run's are."""
 
     images: Tensor
     tokens: Tensor
 
-    def first(self, rows: int) -> Sample:
-        return Sample(self.images[:rows], self.tokens[:rows])
+    def first(self, rows: int) -> NoisePairs:
+        return NoisePairs(self.images[:rows], self.tokens[:rows])
 
 
 def tune(setup: Setup, known: dict[str, Any] | None, say: Say) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def _rows(setup: Setup) -> int:
 def _tried(setup: Setup, chosen: dict[str, Any], say: Say, timed: bool) -> dict[str, Any]:
     """`chosen` with what the trial decides, on rank 0. Weights, gradients, statistics and generators are left alone."""
     with _nothing_changed(setup) as towers:
-        trial = _Trial(setup, towers)
+        trial = _Timing(setup, towers)
         seconds: dict[str, float] = {}
         if timed and setup.config.train.attention == "auto" and setup.device.type == "cpu":
             seconds = trial.attention()
@@ -110,7 +110,7 @@ def _nothing_changed(setup: Setup) -> Iterator[Towers]:
             statistics.restore()
 
 
-class _Trial:
+class _Timing:
     """Passes forward and backward through the towers, timed."""
 
     def __init__(self, setup: Setup, towers: Towers) -> None:
@@ -126,7 +126,7 @@ class _Trial:
         by_index = dict(zip(order, student.tokenizer(captions)))
         (tokens,) = student.shorten(torch.stack([by_index[i] for i in repeated]))
         images = torch.randn(self.rows, 3, student.image.size, student.image.size, generator=generator)
-        self.sample = Sample(images.to(setup.device), tokens.to(setup.device))
+        self.sample = NoisePairs(images.to(setup.device), tokens.to(setup.device))
         self.step_seconds = 0.0
 
     def attention(self) -> dict[str, float]:
@@ -185,7 +185,7 @@ class _Trial:
         name = f"{attention} attention"
         return chosen, {f"{name}, compiled": seconds * self.passes, name: eager * self.passes}
 
-    def _pass(self, sample: Sample, attention: str = "default") -> float:
+    def _pass(self, sample: NoisePairs, attention: str = "default") -> float:
         """Seconds of a pass forward and backward; no parameter's gradient is touched, DDP's hooks are not called."""
         torch.manual_seed(0)
         parameters = [p for p in self.towers.module.parameters() if p.requires_grad]
