@@ -194,7 +194,7 @@ class _Timing:
             with autocast(self.setup.device, self.setup.config.train.precision):
                 image, text, _, _ = self.towers(*sample)
             total = image.square().sum() + text.square().sum()
-            if parameters:
+            if total.requires_grad:  # not where both towers are frozen
                 torch.autograd.grad(total, parameters, allow_unused=True)
         return self._now() - began
 
