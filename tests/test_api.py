@@ -16,6 +16,7 @@ import pytest
 import clipdistill as cd
 from clipdistill.errors import InputError
 from clipdistill.scenes.pairs import open_scenes
+from tests.conftest import REPOSITORY
 
 FUNCTIONS = [n for n in cd.__all__ if n != "__version__" and not inspect.isclass(getattr(cd, n))]
 
@@ -132,3 +133,20 @@ def test_export_writes_a_folder_and_shows_what_was_kept(tmp_path: Path, capsys: 
     assert (made.folder / "image.onnx").is_file()
     assert "before" in repr(made)
     assert "written" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs the extra export")
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (REPOSITORY / "docs" / "python.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code = code.replace('"steps": 200', '"steps": 2, "batch_size": 16, "precision": "fp32", "warmup_steps": 1')
+    code = code.replace('"data": "scenes"', '"data": {"path": "scenes", "size": 64}, "device": "cpu"')
+    code = code.replace("scenes:val", "scenes:val?size=16").replace(
+        '"scenes-teacher"])', '"scenes-teacher"], seconds=0.05)'
+    )
+    names: dict[str, Any] = {}
+    exec(compile(code, "python.md", "exec"), names)
+    assert "[" in repr(names["run"])
+    assert len(names["embeddings"].image) == 16

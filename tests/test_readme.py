@@ -54,6 +54,10 @@ def test_the_readme_names_only_known_commands():
     assert {"train", "eval", "report", "compare", "ablate", "export", "bench", "search"} <= used <= set(COMMANDS)
 
 
+def test_the_readme_stays_short():
+    assert README.count("\n") <= 130, "tables belong to the pages in docs/"
+
+
 def test_make_targets_exist():
     for line in COMMAND_LINES:
         if line.startswith("make"):
