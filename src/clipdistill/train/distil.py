@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from clipdistill.data.loader import Batch, PairLoader
+from clipdistill.data.loader import Batch
 from clipdistill.data.pairs import PairSource, Subset
 from clipdistill.models import ClipModel, save_model
 from clipdistill.objective import Embeddings, ObjectiveOutput
@@ -49,7 +49,7 @@ class Distillation:
 
         return tune(self.setup, known, say)
 
-    def loader(self, start_step: int, steps: int | None = None) -> PairLoader:
+    def loader(self, start_step: int, steps: int | None = None) -> Iterable[Batch]:
         return self.setup.loader(start_step, steps)
 
     def before_step(self, step: int) -> str | None:

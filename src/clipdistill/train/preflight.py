@@ -36,6 +36,8 @@ def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, 
             f"{trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters train"
             + (f"; {still} of {len(layers)} batch normalisations keep their statistics" if still else "")
         )
+    if setup.features is not None:
+        say(setup.features.sentence())
     for note in setup.teacher.notes if setup.teacher else []:
         say(note)
     if setup.source.problems.total:

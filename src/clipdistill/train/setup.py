@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipdistill.cache.names import is_cached
-from clipdistill.data.loader import PairLoader
+from clipdistill.data.loader import Batch, PairLoader
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.sampler import steps_per_epoch
 from clipdistill.data.views import ViewPolicy
@@ -35,6 +35,7 @@ from clipdistill.train.teacher import Teacher
 
 if TYPE_CHECKING:
     from clipdistill.models.inheritance.training import Masking
+    from clipdistill.train.features import LockedFeatures
 
 
 @dataclass
@@ -59,6 +60,8 @@ class Setup:
     """Masks over the student's parts, until they are pruned."""
     attention: str = "default"
     """Of the student's training passes (train.step.attention_by)."""
+    features: LockedFeatures | None = None
+    """Of locked towers, where they stay the same through the run."""
 
     @property
     def bare_towers(self) -> Towers:
@@ -66,9 +69,14 @@ class Setup:
         assert isinstance(wrapped, Towers)
         return wrapped
 
-    def loader(self, start_step: int, steps: int | None = None) -> PairLoader:
+    def loader(self, start_step: int, steps: int | None = None) -> Iterable[Batch]:
         """Batches of this rank from optimiser step `start_step` on."""
         train = self.config.train
+        if self.features is not None:
+            from clipdistill.train.features import FeatureLoader
+
+            last = self.total_steps if steps is None else steps
+            return FeatureLoader(self.features, self.source, self.student, self.config, start_step, last)
         return PairLoader(
             self.source,
             batch_size=train.batch_size,
@@ -132,6 +140,12 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
 
         student, masking = start_masking(student, train.masks, _mask_reference(config, teacher), device)
     towers = _make_trainable(student, config, device, masking)
+    features = None
+    if train.lock_image == "all":
+        from clipdistill.train.features import can_keep, locked_features
+
+        if can_keep(student, config, source):
+            features = locked_features(student, source, train.workers, device)
     broadcast_module(objective)
     groups = () if masking is None else masking.parameter_groups()
     optimiser = build_optimiser(student.module, objective, train, groups)
@@ -150,6 +164,7 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
         sources,
         initial,
         masking,
+        features=features,
     )
 
 

@@ -66,6 +66,8 @@ def tune(setup: Setup, known: dict[str, Any] | None, say: Say) -> dict[str, Any]
 
 
 def _worth_timing(setup: Setup) -> bool:
+    if setup.features is not None:  # what a step computes is the heads alone
+        return False
     return not setup.config.train.deterministic and setup.total_steps >= LEAST_STEPS
 
 

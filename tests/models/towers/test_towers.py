@@ -17,6 +17,7 @@ from clipdistill.errors import InputError, Preempted
 from clipdistill.models import build_student, load_model, save_model
 from clipdistill.models.names import check_model_name, check_student_name
 from clipdistill.models.towers.names import TEXT_KINDS, parse, split_models
+from clipdistill.train import features
 from clipdistill.train.config import resolve
 from clipdistill.train.distil import Distillation
 from clipdistill.train.run import distill
@@ -239,6 +240,26 @@ def test_last_groups_train_at_their_own_rate(name, tmp_path):
     assert all(part.training for part in live.modules() if isinstance(part, torch.nn.BatchNorm2d))
     with pytest.raises(InputError, match=r"train.lock_text=40: the text tower has \d+ groups"):
         build(config(name(), tmp_path / "none", lock_text=40), "cpu")
+
+
+@pytest.mark.parametrize("text", ["all", "none"])
+def test_features_of_locked_towers_are_computed_once_and_change_nothing(text, name, tmp_path, monkeypatch, capsys):
+    def trained(out):
+        settings = {"steps": 5, "batch_size": 16, "lock_text": text, "views": "fixed", "learning_rate_text": 1.0}
+        return load_model(distill(config(name(), out, **settings), quiet=False).student).module.state_dict()
+
+    calls = []
+    whole = timm.models.EfficientNet.forward
+    monkeypatch.setattr(timm.models.EfficientNet, "forward", lambda self, x: calls.append(len(x)) or whole(self, x))
+    once = trained(tmp_path / "once")
+    assert sum(n for n in calls if n > 1) == 48, "each picture is encoded once; single ones tell a width"
+    said = capsys.readouterr()
+    towers = "image and text towers" if text == "all" else "image tower"
+    assert f"features of the locked {towers} computed once" in said.out + said.err
+    monkeypatch.setattr(features, "can_keep", lambda *_: False)
+    each = trained(tmp_path / "each")
+    for key, tensor in once.items():
+        torch.testing.assert_close(tensor, each[key], atol=1e-4, rtol=1e-3, msg=key)
 
 
 def test_a_run_is_resumed_and_evaluated_by_name(name, tmp_path, monkeypatch):
