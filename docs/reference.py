@@ -116,7 +116,11 @@ def signature(name: str, value: object) -> str:
         default = "" if parameter.default is parameter.empty else f" = {shown(parameter.default)}"
         star = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
         words.append(f"{star}{parameter.name}{f': {kind}' if kind else ''}{default}")
-    back = f" -> {found.return_annotation}" if isinstance(found.return_annotation, str) else ""
+    back = (
+        f" -> {found.return_annotation}"
+        if isinstance(found.return_annotation, str) and not inspect.isclass(value)
+        else ""
+    )
     line = f"{name}({', '.join(words)}){back}"
     return line if len(line) <= 100 else f"{name}(\n    " + ",\n    ".join(words) + f",\n){back}"
 
@@ -125,20 +129,37 @@ def shown(value: object) -> str:
     """A default without addresses in memory."""
     if isinstance(value, type) or inspect.isfunction(value):
         return value.__name__
+    if repr(value) == "<factory>":  # of a dataclass
+        return "..."
     return "..." if type(value).__repr__ is object.__repr__ or " object at " in repr(value) else repr(value)
 
 
 def text(value: object) -> str:
-    """The docstring in Markdown; a line that begins with names and a colon is an item."""
-    lines: list[str] = []
-    for line in map(str.strip, (inspect.getdoc(value) or "").splitlines()):
-        item = re.match(r"((?:\w+)(?:, \w+)*): (?=\S)", line)
-        if item and not line.startswith(("Raises", "Returns")):
-            lines += [""] if lines and lines[-1] and not any(known.startswith("- ") for known in lines) else []
-            names = ", ".join(f"`{name}`" for name in item[1].split(", "))
-            line = f"- {names}: {line[item.end() :]}"
-        lines.append(line)
-    return "\n".join(lines)
+    """The docstring in Markdown: what it says of parameters and fields by name becomes a list."""
+    parts = []
+    for paragraph in (inspect.getdoc(value) or "").split("\n\n"):
+        words = " ".join(paragraph.split())
+        words = re.sub(r"(?<=[.)]) (?=(?:Returns|Raises|raises) )", "\n\n", words)
+        for part in words.split("\n\n"):
+            pieces = re.split(rf"(?:^|(?<=[;.:)] ))((?:{names(value)})(?:, (?:{names(value)}))*): ", part)
+            parts.append(pieces[0].strip())
+            items = zip(pieces[1::2], pieces[2::2], strict=True)
+            parts.append("\n".join(f"- {coded(which)}: {said.strip().rstrip(';.')}." for which, said in items))
+    return "\n\n".join(filter(None, parts))
+
+
+def names(value: object) -> str:
+    """What a docstring may describe by name, as a regular expression: parameters, and fields of a class."""
+    try:
+        found = [*inspect.signature(value).parameters]  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        found = []
+    return "|".join(map(re.escape, found)) or "(?!)"
+
+
+def coded(which: str) -> str:
+    """'`a`, `b`' of 'a, b'."""
+    return ", ".join(f"`{name}`" for name in which.split(", "))
 
 
 def first(value: object) -> str:
