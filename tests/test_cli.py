@@ -7,6 +7,7 @@ import pytest
 
 from clipdistill import __version__
 from clipdistill.cli import COMMANDS, main
+from tests.conftest import REPOSITORY
 
 
 def test_help_lists_every_command(capsys):
@@ -90,6 +91,28 @@ def test_a_place_that_nobody_looked_at_is_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "clipdistill: /some/where: cannot be read or written (Permission denied): choose another place\n"
     )
+
+
+def test_an_option_with_a_nul_is_one_sentence(capsys):
+    assert main(["eval", "run\0", "--data", "scenes"]) == 2
+    assert "NUL" in capsys.readouterr().err
+
+
+def test_places_of_results_are_looked_at_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("keep me")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "x")
+    run = str(REPOSITORY / "tests" / "kept" / "run")
+    commands = (
+        ["compare", run, run, "--json"], ["claims", "published", run, "--json"], ["bench", run, "--json"],
+        ["eval", run, "--data", "scenes", "--json"], ["eval", run, "--data", "scenes", "--geometry"],
+    )  # fmt: skip
+    for command in commands:
+        for place in (tmp_path, tmp_path / "file" / "x", tmp_path / "link", tmp_path / ("n" * 300)):
+            assert main([*command, str(place)]) == 2, command
+            said = capsys.readouterr().err
+            assert said.startswith(f"clipdistill: {place if place.name != 'x' else place.parent}"), said
+            assert len(said.splitlines()) == 1
+    assert (tmp_path / "link").is_symlink()
 
 
 CONTENT = {

@@ -19,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 unusable input, others in docs/reliability.md)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        for argument in arguments:
+            if "\0" in argument:
+                raise InputError(f"{argument!r:.200}: an option with a NUL: no file or setting has one in it")
         return _dispatch(arguments)
     except ClipdistillError as error:
         print(f"clipdistill: {error}", file=sys.stderr)

@@ -17,13 +17,15 @@ from pathlib import Path
 import clipdistill.data
 from tests.fuzz.cache_targets import cache_targets
 from tests.fuzz.engine import fuzz, replay, write_result
+from tests.fuzz.run_targets import run_targets
 from tests.fuzz.targets import targets
 
 
 def read_files() -> list[Path]:
     """The modules whose coverage guides the fuzzer."""
     folder = Path(clipdistill.data.__file__).parent
-    return sorted([*folder.rglob("*.py"), *(folder.parent / "cache").glob("*.py")])
+    others = ("cache/*.py", "runs/*.py", "report/data.py", "statistics/scores.py", "search/store.py")
+    return sorted([*folder.rglob("*.py"), *(path for name in others for path in folder.parent.glob(name))])
 
 
 def main() -> int:
@@ -35,7 +37,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replay", type=Path, help="try one kept input again and say what happens")
     arguments = parser.parse_args()
-    every = {target.name: target for target in (*targets(), *cache_targets())}
+    every = {target.name: target for target in (*targets(), *cache_targets(), *run_targets())}
     if arguments.replay is not None:
         name = arguments.replay.stem.rpartition("-")[0]
         kind, detail = replay(every[name], arguments.replay.read_bytes())

@@ -36,6 +36,19 @@ def test_every_named_test_exists() -> None:
             assert f"test_{name}" in functions(path), f"row {number}: {path} has no test_{name}"
 
 
+def test_every_kind_of_fault_has_tests_that_exist() -> None:
+    part = DOCUMENT.read_text(encoding="utf-8").partition("## Nothing silent")[2].partition("## The table")[0]
+    rows = [line for line in part.splitlines() if line.startswith("| ") and not line.startswith("| kind |")]
+    assert len(rows) >= 19
+    for row in rows:
+        links = LINK.findall(row)
+        assert links, row
+        assert len(links) == row.count("]("), row
+        for name, path in links:  # a test, or all of a file
+            found = functions(path)
+            assert f"test_{name}" in found or path.endswith(f"/test_{name}.py"), f"{path} has no test_{name}"
+
+
 def test_every_row_test_of_this_folder_is_in_the_table() -> None:
     named = {name for _, tests in table() for name, _ in LINK.findall(tests)}
     for path in sorted((REPOSITORY / "tests" / "reliability").glob("test_rows_*.py")):

@@ -134,3 +134,24 @@ def test_places_of_files_are_looked_at_before_the_work(tmp_path: Path) -> None:
     for name, reason in ((".", "this is a folder"), ("dangling", "in the way"), ("x" * 256, "too long")):
         with pytest.raises(InputError, match=reason):
             files.require_place(tmp_path / name, "scores")
+
+
+def test_two_writers_of_one_folder_do_not_take_each_others_work_for_a_leftover(tmp_path: Path) -> None:
+    with files.new_folder(tmp_path / "made", lambda _: True, "export") as first:
+        (first / "a").write_text("first")
+        with files.new_folder(tmp_path / "made", lambda _: True, "export") as second:
+            assert first.is_dir()
+            (second / "a").write_text("second")
+        assert (tmp_path / "made" / "a").read_text() == "second"
+    assert (tmp_path / "made" / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_name_with_a_nul_is_one_sentence(tmp_path: Path) -> None:
+    for check in (files.make_folder, files.require_place):
+        with pytest.raises(InputError, match="NUL"):
+            check(f"{tmp_path}/a\0b", "export")
+
+
+def test_text_that_is_no_unicode_has_a_digest() -> None:
+    assert files.digest_of({"name": "\ud800"}) != files.digest_of({"name": "\ud801"})

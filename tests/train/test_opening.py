@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from clipdistill import cli
@@ -65,7 +66,9 @@ def test_another_teacher_at_the_same_path_is_refused_and_recorded_when_let_throu
     config = settings(tmp_path / "run", **given)
     run = stopped(config, monkeypatch)
     first = json.loads((run / "identity.json").read_text())
-    assert set(first["parts"]) == {"training data", "validation data", "teacher", "starting student", "tokenizer"}
+    assert set(first["parts"]) == {
+        "training data", "training images", "validation data", "teacher", "starting student", "tokenizer"
+    }  # fmt: skip
     shutil.rmtree(models / "teacher")
     shutil.copytree(models / "other", models / "teacher")
     with pytest.raises(InputError, match="the teacher is not what the run began with"):
@@ -84,6 +87,24 @@ def test_another_starting_student_is_refused(models, tmp_path, monkeypatch):
     shutil.rmtree(models / "start")
     shutil.copytree(models / "other", models / "start")
     with pytest.raises(InputError, match="the starting student is not what the run began with"):
+        distill(config, quiet=True)
+
+
+def test_other_pictures_and_another_plug_in_under_the_same_names_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "plugin.py").write_text("SIZE = 1\n")
+    rows = "".join(f"{i}.png,a red circle {i}\n" for i in range(16))
+    (tmp_path / "table.csv").write_text(f"filepath,title\n{rows}")
+    for i in range(16):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    given = {"data": {"path": str(tmp_path / "table.csv")}, "plugins": [str(tmp_path / "plugin.py")]}
+    config = settings(tmp_path / "run", "train.batch_size=8", teacher="scenes-teacher", **given)
+    stopped(config, monkeypatch)
+    Image.new("RGB", (40, 40), (0, 99, 0)).save(tmp_path / "2.png")
+    with pytest.raises(InputError, match="the training images are not what the run began with"):
+        distill(config, quiet=True)
+    Image.new("RGB", (40, 40), (2, 0, 0)).save(tmp_path / "2.png")
+    (tmp_path / "plugin.py").write_text("SIZE = 2\n")
+    with pytest.raises(InputError, match=r"the plug-in plugin\.py is not what the run began with"):
         distill(config, quiet=True)
 
 
@@ -228,6 +249,10 @@ def test_a_lock_that_cannot_be_read_is_taken_over_after_a_moment(tmp_path, conte
 @pytest.mark.parametrize(
     "setting",
     [
+        "data.size=99999999999999999999",
+        "plugins=-1",
+        "plugins=0",
+        "plugins=[1]",
         "train.seed=-1",
         "train.seed=18446744073709551616",
         "train.betas=[0.9, 1.5]",

@@ -48,7 +48,7 @@ class DataConfig(Config):
     """Of CSV and TSV files (None: found from the header)."""
     missing_captions: Literal["error", "skip"] = "error"
     """What a table's blank caption does: stop, or be skipped and counted."""
-    size: int | None = Field(default=None, gt=0)
+    size: int | None = Field(default=None, gt=0, lt=2**63)
     """Number of images of scenes."""
     seed: int = Field(default=0, ge=0)
     """Of scenes."""
@@ -134,6 +134,17 @@ class PairSource(ABC):
         captions = [one_or_several(self.captions(i)) for i in range(len(self))]
         keys = Strings.pack(self.key(i) for i in range(len(self)))
         return fingerprint(keys, Strings.pack(c for group in captions for c in group), [len(c) for c in captions])
+
+    def images_fingerprint(self, count: int = 8) -> str:
+        """SHA-256 over the stored images of `count` samples, evenly spread: enough to notice that a set was exchanged
+        for another under the same names and captions, without reading all of it."""
+        digest = hashlib.sha256()
+        for i in sorted({k * len(self) // count for k in range(count)}):
+            try:
+                digest.update(hashlib.sha256(self.image_bytes(i)).digest())
+            except BadSample:
+                digest.update(b"no image")
+        return digest.hexdigest()
 
 
 def one_or_several(captions: str | Sequence[str]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
 from clipdistill.runs.folder import RunFolder
 from clipdistill.runtime.console import say
-from clipdistill.runtime.files import make_folder, write_json
+from clipdistill.runtime.files import require_place, write_json
 from clipdistill.statistics.protocol import RETRIEVAL_PROTOCOLS
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
+    geometry_path = None if arguments.geometry is None else geometry_file(arguments.geometry, arguments.model)
+    for path, what in ((arguments.json, "scores"), (geometry_path, "geometry")):
+        if path is not None:
+            require_place(path, what)
     for name in filter(None, (arguments.model, arguments.teacher)):
         RunFolder(Path(name)).load_plugins()
         check_model_name(name)
@@ -65,7 +69,6 @@ def run(arguments: argparse.Namespace) -> int:
     from clipdistill.runtime.distributed import ProcessGroup, is_main, world_size
     from clipdistill.runtime.machine import pick_device
 
-    geometry_path = None if arguments.geometry is None else geometry_file(arguments.geometry, arguments.model)
     embeddings: dict[tuple[str, str], EncodedPairs] = {}
     device = pick_device(arguments.device)
     same = ("teacher", "protocol", "split", "templates", "classes", "batch_size", "workers", "dtype", "strict_counts")
@@ -115,5 +118,4 @@ def write_geometry(embeddings: dict[tuple[str, str], EncodedPairs], path: Path) 
         listed = ", ".join(sets) or "none"
         raise InputError(f"--geometry describes one set of image-caption pairs, and --data names {listed}")
     shape = geometry(embeddings["student", sets[0]], embeddings.get(("teacher", sets[0])))
-    make_folder(path.parent, "geometry")
     write_json(path, shape | {"data": sets[0]})

@@ -12,7 +12,7 @@ from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.errors import InputError
 from clipdistill.regions.config import RegionsConfig
 from clipdistill.runtime.console import say
-from clipdistill.runtime.files import make_folder, write_json
+from clipdistill.runtime.files import require_place, write_json
 
 _USAGE = """
 clipdistill regions boxes --detector X --data D --out DIR          what a detector finds, once for every image
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Dispatch; returns the exit code."""
     actions = {"boxes": _boxes, "embed": _embed, "measure": _measure, "export": _export, "compare": _compare}
     if arguments.json is not None:
-        make_folder(arguments.json.parent, "numbers")
+        require_place(arguments.json, "numbers")
     actions[arguments.action](arguments)
     return 0
 

@@ -63,7 +63,7 @@ def write_report(
     write_text(csv, to_csv(report))
     write_text(out, html)
     sentences = "\n".join(sentence.text for sentence in report.headline)
-    return ReportSummary(out, markdown, csv, sentences, tuple(report.notices), len(html.encode()))
+    return ReportSummary(out, markdown, csv, sentences, tuple(report.notices), out.stat().st_size)
 
 
 def collect(folders: Sequence[Path], title: str | None = None, claims: str | Path | None = None) -> Report:

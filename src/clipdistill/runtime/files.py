@@ -79,7 +79,8 @@ def new_folder(path: Path | str, replaces: Callable[[Path], bool], what: str) ->
     remove_leftovers(path.parent, path.name)
     temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), dir=path.parent))
     try:
-        yield temporary
+        with _held(temporary):
+            yield temporary
         for part in sorted(temporary.rglob("*"), reverse=True):
             part.chmod((0o777 if part.is_dir() else 0o666) & ~_umask())
             sync(part)
@@ -97,9 +98,29 @@ def new_folder(path: Path | str, replaces: Callable[[Path], bool], what: str) ->
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[bool]:
+    """False where a living process is writing `folder`; others see it held until the block ends."""
+    descriptor, free = None, True
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        free = False
+    except (ImportError, OSError):  # a system or a disk without such locks
+        pass
+    try:
+        yield free
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def require_new_folder(path: Path | str, replaces: Callable[[Path], bool], what: str) -> Path:
     """See that `new_folder` may make `path`, before the work whose result it is for; makes the folders above it."""
-    path = Path(path)
+    path = _named(path)
     try:
         if path.is_symlink() and not path.exists():
             raise InputError(f"{path}: is a link that leads nowhere: choose another place for the {what}")
@@ -117,7 +138,7 @@ def make_folder(path: Path | str, what: str) -> Path:
     Raises InputError, naming `what` it is for, when a file or a dead link is in the way, a name is too long, or the
     place cannot be written; StorageError when the disk is full.
     """
-    path = Path(path)
+    path = _named(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -132,7 +153,7 @@ def require_place(path: Path | str, what: str) -> Path:
 
     Raises InputError where a folder or a dead link is in the way, the name is too long, or the place cannot be written.
     """
-    path = Path(path)
+    path = _named(path)
     try:
         if path.lstat() and path.is_symlink() and not path.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -144,6 +165,12 @@ def require_place(path: Path | str, what: str) -> Path:
         raise cannot_write(path, what, error) from error
     make_folder(path.parent, what)
     return path
+
+
+def _named(path: Path | str) -> Path:
+    if "\0" in str(path):
+        raise InputError(f"{str(path)!r}: not the name of a file (it holds a NUL): choose another place")
+    return Path(path)
 
 
 def cannot_write(path: Path | str, what: str, error: OSError) -> Exception:
@@ -167,8 +194,8 @@ def cannot_write(path: Path | str, what: str, error: OSError) -> Exception:
 def remove_leftovers(folder: Path | str, name: str | None = None, *, older_than: float = 0.0) -> None:
     """Take away what a killed writer left of `name` (default: of anything) in `folder`.
 
-    Only for folders with one writer at a time: what another process is writing looks the same. older_than: seconds
-    since the last change, for places where others may be writing.
+    A folder that a living process of this machine is writing (`new_folder`) is left alone; files are for places with
+    one writer at a time. older_than: seconds since the last change, for places where others may be writing.
     """
     folder = Path(folder)
     now = disk_time(folder)
@@ -176,8 +203,14 @@ def remove_leftovers(folder: Path | str, name: str | None = None, *, older_than:
         if name is not None and not path.name.startswith(temporary_prefix(folder / name)):
             continue
         with contextlib.suppress(OSError):
-            if now - path.lstat().st_mtime >= older_than:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if now - path.lstat().st_mtime < older_than:
+                continue
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
+            else:
+                with _held(path) as free:
+                    if free:
+                        shutil.rmtree(path)
 
 
 def sync(path: Path | str) -> None:
@@ -246,7 +279,8 @@ def sha256(path: Path | str) -> str:
 
 def digest_of(values: Mapping[str, Any]) -> str:
     """sha256 (hex) of plain values, the same for equal content in any order of keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _after(hint: str) -> str:

@@ -78,6 +78,10 @@ class ScenePairs(PairSource):
         text = f"clipdistill scenes {WORLD_VERSION} {self.split} {self.size} {self.seed} {self.pixels}"
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def images_fingerprint(self, count: int = 8) -> str:
+        """The same as of the pairs: the pictures follow from it, too, whatever compresses them."""
+        return self.fingerprint()
+
     def _check(self, i: int) -> None:
         if not 0 <= i < self.size:
             raise IndexError(f"sample {i} of {self.size}")
@@ -117,8 +121,8 @@ def open_scenes(
 def check_settings(size: int, seed: int | None, pixels: int | None) -> tuple[int, int, int]:
     """(size, seed, pixels) with defaults filled in, each within its range; raises InputError."""
     seed, pixels = seed or 0, DEFAULT_PIXELS if pixels is None else pixels
-    if size < 1:
-        raise InputError(f"scenes: size is the number of samples and must be at least 1, got {size}")
+    if not 1 <= size < 2**63:
+        raise InputError(f"scenes: size is the number of samples and must be at least 1 and fit 63 bits, got {size}")
     if seed < 0:
         raise InputError(f"scenes: seed must be 0 or more, got {seed}")
     if not _SMALLEST <= pixels <= _LARGEST:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from clipdistill.errors import InputError
 from clipdistill.runs.folder import run_folders
+from clipdistill.runtime.files import require_place
 from clipdistill.statistics.claims import PUBLISHED, is_measured, judge, read_claims
 from clipdistill.statistics.records import read_records
 from clipdistill.statistics.verdicts import FILE, verdict_table, verdicts_markdown, write_verdicts
@@ -33,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Judge, print, write. The exit code is 0 whatever the verdicts are."""
     if not 0.5 <= arguments.level < 1:
         raise InputError(f"--level {arguments.level}: give a confidence level from 0.5 to below 1, for example 0.95")
+    if arguments.json is not None:
+        require_place(arguments.json, "verdicts")
     claims = read_claims(arguments.claims)
     runs = [folder for path in arguments.runs for folder in run_folders(path)]
     if not runs:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clipdistill.errors import InputError
 from clipdistill.runtime.console import say
-from clipdistill.runtime.files import make_folder, write_json
+from clipdistill.runtime.files import require_place, write_json
 from clipdistill.statistics.compare import compare
 from clipdistill.statistics.verdicts import basis_text
 
@@ -34,9 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
         if len(first) != 2:
             raise InputError("compare: name two runs, or the seeds of two methods:  compare A1 A2 --against B1 B2")
         first, second = first[:1], first[1:]
+    if arguments.json is not None:
+        require_place(arguments.json, "comparison")
     result = compare(first, second, metrics=arguments.metric, model=arguments.model)
     if arguments.json is not None:
-        make_folder(arguments.json.parent, "comparison")
         write_json(arguments.json, result.to_dict())
     say(f"a: {result.a.name}\nb: {result.b.name}")
     for table in result.tables():

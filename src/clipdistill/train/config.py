@@ -293,8 +293,10 @@ def resolve_values(values: Mapping[str, Any], recipe: str | Path) -> RunConfig:
     Plug-ins that the settings name, or that the run in `out` was begun with, are loaded first.
     """
     values = {**values, "recipe": str(recipe)}
-    named = values.get("plugins") or ()
-    plugins: list[Any] = [named] if isinstance(named, str | Path) else list(named)
+    named = values.get("plugins")
+    plugins: list[Any] = [named] if isinstance(named, str | Path) else [] if named is None else named
+    if not isinstance(plugins, list | tuple) or not all(isinstance(name, str | Path) for name in plugins):
+        raise InputError(f"recipe {recipe}: 'plugins' must be a list of files, found {named!r:.200}")
     if not plugins and isinstance(values.get("out"), (str, Path)):
         plugins = RunFolder(Path(values["out"])).load_plugins()
     for name in plugins:

@@ -152,14 +152,15 @@ def check_identity(run: RunFolder, parts: Mapping[str, str], step: int, allow_ch
     differing = [part for part in sorted({*now, *parts}) if now.get(part) != parts.get(part)]
     if differing and not allow_changes:
         part = differing[0]
+        verb = "is" if len(differing) == 1 and not part.endswith("images") else "are"
         raise InputError(
-            f"{run.path}: the {' and the '.join(differing)} {'is' if len(differing) == 1 else 'are'} not what the run "
+            f"{run.path}: the {' and the '.join(differing)} {verb} not what the run "
             f"began with ({part}: fingerprint {str(now.get(part))[:12]}, now {str(parts.get(part))[:12]}): bring the "
             "old back, give another --out, or --allow-changes to go on with the new, which is recorded"
         )
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     for part in differing:
-        said.append(f"the {part} is not what the run began with; recorded in {IDENTITY}")
+        said.append(f"another {part} than the run began with; recorded in {IDENTITY}")
         known["changes"].append(
             {"part": part, "step": step, "time": when, "before": now.get(part), "after": parts.get(part)}
         )

@@ -28,6 +28,7 @@ from clipdistill.runtime.distributed import (
     on_main,
     world_size,
 )
+from clipdistill.runtime.files import sha256
 from clipdistill.runtime.machine import pick_device
 from clipdistill.runtime.signals import Interrupted, StopSignal
 from clipdistill.statistics.scores import Scores
@@ -120,7 +121,8 @@ def distill(
             progress = Progress() if checkpoint is None else resume(task, checkpoint)
             notes += [f"passed over: {sentence}" for sentence in rejected]
             if not explain:
-                parts = task.identity()
+                parts = {**task.identity(), "training images": task.source.images_fingerprint()}
+                parts |= {f"plug-in {Path(plugin).name}": sha256(plugin) for plugin in config.plugins}
                 run = RunFolder(config.out)
                 notes += agree(lambda: check_identity(run, parts, progress.step, allow_changes) if is_main() else [])
         with show(config.run_name, task.total_steps, progress.step, is_main() and not quiet) as display:
