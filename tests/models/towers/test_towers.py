@@ -160,6 +160,9 @@ def test_weights_that_do_not_fit_are_refused(name, files, tmp_path):
     save_file({n: t for n, t in tensors.items() if "layer.1." not in n}, folder / "model.safetensors")
     with pytest.raises(InputError, match="the weights are not those of the encoder"):
         load_model(name(text=f"hf:{folder}"))
+    save_file(tensors | {"encoder.layer.0.attention.self.extra.weight": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match="which is no part of a bert encoder"):
+        load_model(name("text_layers=2", text=f"hf:{folder}"))
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="the weights of a text tower are read from"):
         load_model(name(text=f"hf:{folder}"))

@@ -167,8 +167,10 @@ def _describe_text(folder: Path, wanted: TowersName) -> tuple[dict[str, Any], in
     kind = str(values["model_type"])
     config = {key: values[key] for key in CONFIG_KEYS if key in values}
     layers = LAYERS.get(kind, "num_hidden_layers")
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise InputError(f"{folder}: an encoder with {config['position_embedding_type']} positions cannot be a tower")
+    whole = config.setdefault(layers, 6 if kind in ("distilbert", "t5") else 12)  # where the file leaves it out
     if wanted.text_layers is not None:
-        whole = config.get(layers, 12)
         if not isinstance(whole, int) or wanted.text_layers > whole:
             raise InputError(f"{folder}: the encoder has {whole} layers, and text_layers={wanted.text_layers}")
         config[layers] = wanted.text_layers
@@ -223,9 +225,8 @@ def _fill_text(module: JoinedTowers, folder: Path, text: Mapping[str, Any]) -> N
         found["encoder.embed_tokens.weight"] = found["shared.weight"]
     kept = {name: tensor for name, tensor in found.items() if name in expected}
     left = [name for name in found if name not in expected and not name.startswith(_UNUSED)]
-    foreign = [
-        name for name in left if not any(part.isdigit() for part in name.split(".")) and "position_ids" not in name
-    ]
+    layers = int(text["config"][LAYERS.get(text["kind"], "num_hidden_layers")])
+    foreign = [name for name in left if "position_ids" not in name and not _beyond(name, layers)]
     if foreign:
         raise InputError(f"{path}: holds {foreign[0]}, which is no part of a {text['kind']} encoder")
     require_equal_shapes(
@@ -235,3 +236,9 @@ def _fill_text(module: JoinedTowers, folder: Path, text: Mapping[str, Any]) -> N
         "the encoder in config.json",
     )
     encoder.load_state_dict({n: t.to(expected[n].dtype) for n, t in kept.items()})
+
+
+def _beyond(name: str, layers: int) -> bool:
+    """Whether a tensor belongs to a layer that `text_layers` leaves out."""
+    number = next((int(part) for part in name.split(".") if part.isdigit()), -1)
+    return number >= layers
