@@ -152,7 +152,7 @@ def test_the_curve_and_the_identity_of_a_region_teacher(folder: Path, tmp_path: 
     one, two = (load_file(run / "student" / "meta_teacher.safetensors") for run in (folder / "free", out))
     assert all(torch.equal(one[name], two[name]) for name in one)
     identity = json.loads((out / "identity.json").read_text())
-    assert set(identity["parts"]) == {"training data", "teacher", "regions", "starting student"}
+    assert set(identity["parts"]) == {"training data", "training images", "teacher", "regions", "starting student"}
 
 
 def test_a_training_that_an_older_version_stopped_is_refused_in_one_sentence(tmp_path: Path) -> None:
