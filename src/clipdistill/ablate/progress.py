@@ -35,10 +35,10 @@ class GridDisplay(AbstractContextManager["GridDisplay"]):
         self._grid: TaskID | None = None
         if self.interactive:
             self._progress = Progress(
-                TextColumn("[bold]{task.description}"),
+                TextColumn("{task.description}", style="bold", markup=False),
                 BarColumn(bar_width=24),
                 TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.fields[numbers]}", markup=False),
                 console=console,
             )
             self._grid = self._progress.add_task("grid", total=self.total, completed=done, numbers="")

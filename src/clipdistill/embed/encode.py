@@ -324,7 +324,8 @@ def progress_bar(shown: bool, what: str, total: int | None = None) -> Iterator[A
     if not shown:
         yield lambda count, total=None: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    name = TextColumn("{task.description}", markup=False)  # holds names of the user's data
+    columns = (name, BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count, total=None: bar.update(task, advance=count, total=total)
