@@ -68,9 +68,11 @@ def towers() -> TextTable:
     for name, what in (
         ("image=timm:NETWORK@FILE", f"one of timm's {len(timm_networks())} networks, weights from a .safetensors file"),
         ("image=timm:NETWORK.TAG", "the same with timm's own weights, from the hub or its cache"),
-        ("image=A+B", "networks side by side: their features are concatenated"),
+        ("image=clip:MODEL", "the image tower of any model, its projection included: a CLIP, a run, a model folder"),
+        ("image=A+B", "towers side by side: their features are concatenated"),
         ("text=hf:FOLDER", f"a text encoder of transformers: {', '.join(TEXT_KINDS)}"),
         ("text=hf:owner/name", "the same from the hub or its cache; sentence-transformers' pooling is read"),
+        ("text=clip:MODEL", "the text tower of any model with its tokenizer"),
         ("dim=256", "width of the joint embedding"),
         (f"head={HEADS[0]}", f"{' or '.join(HEADS)}; hidden=1024 units in the mlp"),
         ("size=96", "side of the pictures in pixels (default: the network's own)"),

@@ -44,7 +44,7 @@ def check_architecture(values: Mapping[str, Any], where: str = "architecture") -
     if JOINED in values:
         from clipdistill.models.towers.modules import check_towers
 
-        return check_towers(values, where)
+        return check_towers(values, where, check_architecture)
     result: dict[str, Any] = copy.deepcopy(dict(values))
     for key in ("embed_dim", "vision_cfg", "text_cfg"):
         if key not in result:
@@ -110,7 +110,7 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
     if JOINED in architecture:
         from clipdistill.models.towers.modules import build_joined
 
-        return build_joined(architecture, seed=seed, device=device)
+        return build_joined(architecture, build_module, seed=seed, device=device)
     if "vision_cfg" not in architecture:
         raise InputError(
             "only open_clip's architectures can be built, cut or pruned, not an export or a module of your own"
@@ -185,7 +185,10 @@ def _module_class(custom_text: bool, multimodal: bool) -> Any:
 def text_sizes(architecture: Mapping[str, Any]) -> tuple[int, int | None]:
     """(size of the vocabulary, context length) of the text tower; None: it takes tokens of any length."""
     if JOINED in architecture:
-        return int(architecture[JOINED]["text"]["config"].get("vocab_size", 1 << 20)), None
+        own = architecture[JOINED]["text"]
+        return text_sizes(own["config"])[0] if own["kind"] == "clip" else int(
+            own["config"].get("vocab_size", 1 << 20)
+        ), None
     text = architecture["text_cfg"]
     return text.get("vocab_size", 49_408), text.get("context_length", 77)
 

@@ -117,6 +117,8 @@ def count_parameters(module: nn.Module) -> dict[str, int]:
 def _text_blocks(module: nn.Module) -> nn.Module:
     """The stack of transformer blocks of the text tower."""
     transformer: Any = text_tower(module).transformer
+    if hasattr(transformer, "tower"):  # of a CLIP, in joined towers
+        return _text_blocks(transformer.tower)
     if hasattr(transformer, "resblocks"):
         blocks: nn.Module = transformer.resblocks
         return blocks

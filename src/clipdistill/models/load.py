@@ -158,7 +158,7 @@ def _inherited(sizes: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
 def _joined(towers: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
     from clipdistill.models.towers.read import read_towers
 
-    return read_towers(f"towers:{towers}", seed=seed)
+    return read_towers(f"towers:{towers}", load_model, seed=seed)
 
 
 _PREFIXES: dict[str, Callable[[str, Tokenizer | None, int], ClipModel]] = {

@@ -36,7 +36,8 @@ def check_model_name(name: str | Path) -> None:
         if source is not None:
             check_model_name(source)
     elif name.startswith(TOWERS):
-        check_towers_name(name)
+        for model in check_towers_name(name):
+            check_model_name(model)
     elif colon and (kind in KINDS or kind in TEACHERS):
         _check_kind(kind, rest, name)
     elif "@" in name:

@@ -197,20 +197,28 @@ def _layers_below_output(module: nn.Module) -> Callable[[str], int]:
 
 
 def _depths(module: nn.Module) -> dict[str, int]:
-    """Depth of every parameter: 0 for the input, 1... for the blocks, _OUTPUT for what follows them."""
-    return {name: _depth(name) for name, _ in module.named_parameters()} | _timm_depths(module)
+    """Depth of every parameter: 0 for the input (stem, embeddings), 1... for the blocks, _OUTPUT for what follows them.
+
+    Towers side by side, of depths of their own, are counted back from their output, so that they meet there.
+    """
+    depths = {name: _depth(name) for name, _ in module.named_parameters()} | _timm_depths(module)
+    for number in range(len(getattr(getattr(module, "visual", None), "trunks", ()))):
+        own = {n: depth for n, depth in depths.items() if n.startswith(f"visual.trunks.{number}.")}
+        last = max((depth for depth in own.values() if depth < _OUTPUT), default=0) + (_OUTPUT in own.values())
+        depths |= {n: (last if depth >= _OUTPUT else depth) - last + _MEETING for n, depth in own.items()}
+    return depths
 
 
+_MEETING = 1000
 _OUTPUT = 1_000_000
 _BLOCK = re.compile(r"(?:resblocks|block|layers?)\.(\d+)\.")
-_RESNET_STAGE = re.compile(r"^visual\.layer(\d)\.")
+_RESNET_STAGE = re.compile(r"^visual\.(?:trunks\.\d+\.)?layer(\d)\.")
 _OUTPUT_PARTS = re.compile(
     r"(^|\.)(ln_post|proj|attn_pool\w*|attnpool|ln_final|final_layer_norm|text_projection|head|cls_emb|text_decoder)(\.|$)"
 )
 
 
 def _depth(name: str) -> int:
-    """0 for the input (stem, embeddings), 1... for the blocks, _OUTPUT for final norm and projection."""
     stage = _RESNET_STAGE.match(name)
     if stage:
         return int(stage.group(1))
@@ -221,18 +229,14 @@ def _depth(name: str) -> int:
 
 
 def _timm_depths(module: nn.Module) -> dict[str, int]:
-    """Depths inside a timm trunk, by the grouping that timm defines for each network."""
-    visual = getattr(module, "visual", None)
-    trunks = {"visual.trunk": getattr(visual, "trunk", None)}
-    trunks |= {f"visual.trunks.{number}": part for number, part in enumerate(getattr(visual, "trunks", ()))}
+    """Depths inside timm networks, by the grouping that timm defines for each."""
     depths: dict[str, int] = {}
-    for prefix, trunk in trunks.items():
-        if trunk is not None:
+    found: list[str] = []
+    for prefix, part in module.named_modules():
+        if prefix.startswith("visual.") and hasattr(part, "group_matcher") and not prefix.startswith(tuple(found)):
             from timm.models import group_parameters
 
-            groups = group_parameters(trunk, trunk.group_matcher(coarse=False))
-            # counted back from the output, so that networks side by side of other depths meet there
-            last = max((int(layer) for layer in groups), default=0)
-            shift = 0 if prefix == "visual.trunk" else 1000 - last
-            depths |= {f"{prefix}.{name}": int(layer) + shift for layer, names in groups.items() for name in names}
+            found.append(f"{prefix}.")
+            groups = group_parameters(part, part.group_matcher(coarse=False))
+            depths |= {f"{prefix}.{name}": int(layer) for layer, names in groups.items() for name in names}
     return depths

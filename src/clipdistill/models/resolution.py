@@ -53,6 +53,8 @@ def with_image_size(model: ClipModel, size: int) -> ClipModel:
 def _joined_at(model: ClipModel, size: int) -> ClipModel:
     """Joined towers, every image network at `size`: for networks whose weights do not depend on it."""
     values = copy.deepcopy(model.architecture)
+    if any("clip" in trunk for trunk in values[JOINED]["image"]["trunks"]):
+        raise InputError(f"{model.name}: holds a CLIP's image tower: name the towers with  size={size}  instead")
     for part in (values[JOINED]["image"], *values[JOINED]["image"]["trunks"]):
         part["size"] = size
     module = build_module(check_architecture(values, f"{model.name} at {size} pixels"))

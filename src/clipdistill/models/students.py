@@ -63,18 +63,14 @@ def build_student(
     """A student with random weights from a generator of its own: equal for equal arguments, whatever ran before.
 
     `name_or_architecture`: a student's name, an architecture name of open_clip, an architecture dictionary, or the name
-    of joined towers or of a module that the program holds, which keep their weights. `tokenizer`: a Tokenizer, its
-    dictionary or "clip-bpe"; it sets the vocabulary size and context length of the text tower. `captions`: read only
-    for a student with a vocabulary of its own (see `needs_vocabulary`) and no `tokenizer`: the words come from them.
+    of a module that the program holds, which keeps its weights. `tokenizer`: a Tokenizer, its dictionary or "clip-bpe";
+    it sets the vocabulary size and context length of the text tower. `captions`: read only for a student with a
+    vocabulary of its own (see `needs_vocabulary`) and no `tokenizer`: the words come from them.
     Raises InputError for an unknown name, a missing tokenizer, or an architecture that cannot be built.
     """
     name, given = "custom", name_or_architecture
     if isinstance(given, str):
         name = given
-        if name.startswith("towers:"):
-            from clipdistill.models.towers.read import read_towers
-
-            return read_towers(name, seed=seed)
         if name.startswith(HELD) or name in STUDENTS:
             own = held_model(name) if name.startswith(HELD) else None
             if own is None:

@@ -227,6 +227,8 @@ def _student(
     train = config.train
     if config.student_weights is not None:
         student = load_model(config.student_weights)
+    elif config.student.startswith("towers:"):
+        student = load_model(config.student, seed=train.seed)
     elif config.student.startswith("inherit:"):
         from clipdistill.models.inheritance.cut import inherit
         from clipdistill.models.inheritance.names import parse

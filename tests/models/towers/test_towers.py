@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from clipdistill.cli import main
 from clipdistill.errors import InputError, Preempted
-from clipdistill.models import build_student, load_model, save_model
+from clipdistill.models import load_model, save_model
 from clipdistill.models.names import check_model_name, check_student_name
 from clipdistill.models.towers.names import TEXT_KINDS, parse, split_models
 from clipdistill.train import features
@@ -147,7 +147,7 @@ def test_image_towers_side_by_side_each_see_their_own_pixels(name, files, tmp_pa
 
 
 def test_heads_are_a_function_of_the_seed(name):
-    models = [build_student(name(), seed=seed) for seed in (0, 0, 1)]
+    models = [load_model(name(), seed=seed) for seed in (0, 0, 1)]
     assert models[0].fingerprint() == models[1].fingerprint() != models[2].fingerprint()
     check_student_name(name())
 
@@ -214,7 +214,7 @@ def changed(before, run):
 
 
 def test_lit_trains_the_heads_and_the_text_tower_alone(name, tmp_path, capsys):
-    before = build_student(name(), seed=0).module.state_dict()
+    before = load_model(name(), seed=0).module.state_dict()
     distill(config(name(), tmp_path / "run"), quiet=False)
     assert changed(before, tmp_path / "run") == {"visual.head", "text.head", "text.transformer"}
     said = capsys.readouterr()

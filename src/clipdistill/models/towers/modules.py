@@ -6,15 +6,17 @@
                   "size": 224, "mean": [...], "std": [...]}], "pretrained": true},
         "text": {"kind": "bert", "config": {...}, "pooling": "mean", "padding": 0}}}
 
-It may come from a file of unknown origin: it names values only, networks that timm has and the text encoders below,
-with sizes that are bounded. Nothing is fetched and no code of theirs is run.
+A tower out of a CLIP has that model's own architecture: "clip" in the place of a trunk's network, "config" of a text
+tower of the kind "clip" (whose pooling is its own, "end" here). The dictionary may come from a file of unknown origin:
+it names values only, networks that timm has and the text encoders below, with sizes that are bounded. Nothing is
+fetched and no code of theirs is run.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +27,15 @@ from clipdistill.models.known import near
 from clipdistill.models.towers.names import HEADS, POOLINGS, TEXT_KINDS
 
 KEY = "towers"
+Build = Callable[..., nn.Module]
+"""architecture.build_module, which builds joined towers too and therefore hands itself down."""
+_SMALLEST: dict[str, dict[str, Any]] = {
+    "vision_cfg": {"image_size": 8, "patch_size": 8, "layers": 1, "width": 8, "head_width": 8},
+    "text_cfg": {"context_length": 3, "vocab_size": 4, "layers": 1, "width": 8, "heads": 1},
+}
+"""What is built in the place of a CLIP's other tower and dropped."""
+_DEEPEST = 8
+"""Towers out of joined towers out of joined towers: beyond, a description is hostile."""
 _CLASSES = {
     "bert": ("BertConfig", "BertModel"),
     "roberta": ("RobertaConfig", "RobertaModel"),
@@ -58,11 +69,11 @@ LAYERS = {"distilbert": "n_layers", "t5": "num_layers"}
 class JoinedTowers(nn.Module):
     """An image tower and a text tower of any origin, each with a head into one embedding of `embed_dim` numbers."""
 
-    def __init__(self, architecture: Mapping[str, Any]) -> None:
+    def __init__(self, architecture: Mapping[str, Any], build: Build) -> None:
         super().__init__()
         towers, dim = architecture[KEY], architecture["embed_dim"]
-        self.visual = JoinedImages(towers["image"], dim, towers["head"], towers["hidden"])
-        self.text = JoinedText(towers["text"], dim, towers["head"], towers["hidden"])
+        self.visual = JoinedImages(towers["image"], dim, towers["head"], towers["hidden"], build)
+        self.text = JoinedText(towers["text"], dim, towers["head"], towers["hidden"], build)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -93,14 +104,14 @@ class _Tower(nn.Module):
 
 
 class JoinedImages(_Tower):
-    """timm networks side by side, and a head over their features."""
+    """timm networks and image towers of CLIPs side by side, and a head over their features."""
 
-    def __init__(self, values: Mapping[str, Any], dim: int, head: str, hidden: int) -> None:
+    def __init__(self, values: Mapping[str, Any], dim: int, head: str, hidden: int, build: Build) -> None:
         super().__init__()
         self.image_size = int(values["size"])
-        self.trunks = nn.ModuleList(_trunk(trunk) for trunk in values["trunks"])
+        self.trunks = nn.ModuleList(_trunk(trunk, build) for trunk in values["trunks"])
         self._inputs = [_input_of(trunk, values) for trunk in values["trunks"]]
-        widths = [_feature_width(trunk, int(v["size"])) for trunk, v in zip(self.trunks, values["trunks"])]
+        widths = [_feature_width(trunk, v) for trunk, v in zip(self.trunks, values["trunks"])]
         self.head = Head(widths, dim, head, hidden)
 
     def backbone(self) -> nn.Module:
@@ -115,7 +126,7 @@ class JoinedImages(_Tower):
                 own = nn.functional.interpolate(own, (size, size), mode="bicubic", antialias=size < images.shape[-1])
             if factor is not None:
                 own = own * images.new_tensor(factor).view(3, 1, 1) + images.new_tensor(shift).view(3, 1, 1)
-            found.append(trunk(own))
+            found.append(_first(trunk(own)))
         return torch.cat(found, dim=-1) if len(found) > 1 else found[0]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -125,19 +136,26 @@ class JoinedImages(_Tower):
 
 
 class JoinedText(_Tower):
-    """A text encoder of transformers, its pooling, and a head."""
+    """A text encoder of transformers with its pooling, or the text tower of a CLIP, and a head."""
 
-    def __init__(self, values: Mapping[str, Any], dim: int, head: str, hidden: int) -> None:
+    def __init__(self, values: Mapping[str, Any], dim: int, head: str, hidden: int, build: Build) -> None:
         super().__init__()
         self.pooling, self.padding = values["pooling"], int(values["padding"])
-        self.transformer = _encoder(values["kind"], values["config"])
-        self.head = Head([int(self.transformer.config.hidden_size)], dim, head, hidden)
+        if values["kind"] == "clip":
+            self.transformer: Any = ClipText(clip_part(values["config"], "text", build))
+            width = values["config"]["embed_dim"]
+        else:
+            self.transformer = _encoder(values["kind"], values["config"])
+            width = self.transformer.config.hidden_size
+        self.head = Head([int(width)], dim, head, hidden)
 
     def backbone(self) -> nn.Module:
         return self.transformer
 
     def features(self, tokens: Tensor) -> Tensor:
         """(B, L) ids -> (B, F), pooled over the places that hold no padding."""
+        if isinstance(self.transformer, ClipText):
+            return self.transformer(tokens)
         mask = (tokens != self.padding).long()
         states: Tensor = self.transformer(input_ids=tokens, attention_mask=mask).last_hidden_state  # (B, L, F)
         if self.pooling == "cls":
@@ -185,9 +203,58 @@ def _input_of(trunk: Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[int,
     return int(trunk["size"]), [s / t for _, t, _, s in channels], [(m - n) / t for n, t, m, _ in channels]
 
 
-def _trunk(values: Mapping[str, Any]) -> nn.Module:
+class ClipText(nn.Module):
+    """The text tower of a CLIP, its projection included."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, L) ids -> (B, embed_dim of the CLIP)."""
+        call: Any = getattr(self.tower, "encode_text", self.tower)
+        return _first(call(tokens))
+
+
+def clip_part(architecture: Mapping[str, Any], tower: str, build: Build) -> nn.Module:
+    """The image or text tower of a CLIP's architecture, built alone. A text tower that lies flat in its model is that
+    model without the rest."""
+    values = copy.deepcopy(dict(architecture))
+    if KEY not in values:
+        other = "text_cfg" if tower == "image" else "vision_cfg"
+        values[other] = dict(_SMALLEST[other])
+        values.get("block_sizes", {}).pop("text" if tower == "image" else "image", None)
+        if values.pop("multimodal_cfg", None) is not None:
+            values["custom_text"] = True
+    device = torch.get_default_device().type
+    return take_part(build(values, device=device), tower)
+
+
+def take_part(module: Any, tower: str) -> nn.Module:
+    """The same, taken out of a model, which is of no use afterwards."""
+    if tower == "image":
+        visual: nn.Module = module.visual
+        return visual
+    if hasattr(module, "text"):
+        text: nn.Module = module.text
+        return text
+    for name in ("visual", "logit_scale", "logit_bias"):
+        if getattr(module, name, None) is not None:
+            delattr(module, name)
+    return module
+
+
+def _first(output: Any) -> Tensor:
+    """The pooled embedding; CoCa's towers give their tokens behind it."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _trunk(values: Mapping[str, Any], build: Build) -> nn.Module:
     import timm
 
+    if "clip" in values:
+        return clip_part(values["clip"], "image", build)
     settings: Any = timm.get_pretrained_cfg(values["network"])
     fixed = settings is not None and settings.fixed_input_size
     return timm.create_model(
@@ -195,8 +262,11 @@ def _trunk(values: Mapping[str, Any]) -> nn.Module:
     )
 
 
-def _feature_width(trunk: nn.Module, size: int) -> int:
+def _feature_width(trunk: nn.Module, values: Mapping[str, Any]) -> int:
     """Width of what the network returns, asked of it without computing."""
+    if "clip" in values:
+        return int(values["clip"]["embed_dim"])
+    size = int(values["size"])
     shadow = copy.deepcopy(trunk).to("meta").eval()
     with torch.no_grad():
         return int(shadow(torch.empty(1, 3, size, size, device="meta")).shape[-1])
@@ -212,10 +282,17 @@ def _encoder(kind: str, values: Mapping[str, Any]) -> Any:
     return model_class(config, **extra)
 
 
-def check_towers(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A checked deep copy of the architecture of joined towers. Raises InputError naming `where`."""
+def check_towers(
+    values: Mapping[str, Any], where: str, check: Callable[[Mapping[str, Any], str], dict[str, Any]]
+) -> dict[str, Any]:
+    """A checked deep copy of the architecture of joined towers. Raises InputError naming `where`.
+
+    `check` is architecture.check_architecture, for the CLIPs whose towers it holds.
+    """
     import timm
 
+    if where.count(": the CLIP of the ") > _DEEPEST:
+        raise InputError(f"{where[:100]}...: towers out of towers, more than {_DEEPEST} times")
     result: dict[str, Any] = copy.deepcopy(dict(values))
     _require_keys(result, {"embed_dim", "quick_gelu", KEY}, where)
     towers = _mapping(result[KEY], f"{where}: {KEY}")
@@ -229,13 +306,17 @@ def check_towers(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         (image["size"], 4096, "size"),
     ):
         _require_number(value, limit, f"{where}: {what}")
-    if towers["head"] not in HEADS or text["pooling"] not in POOLINGS or text["kind"] not in TEXT_KINDS:
+    if towers["head"] not in HEADS or text["pooling"] not in POOLINGS or text["kind"] not in (*TEXT_KINDS, "clip"):
         raise InputError(f"{where}: unknown head, pooling or kind of text encoder")
     if not isinstance(image["trunks"], list) or not 1 <= len(image["trunks"]) <= 16:
         raise InputError(f"{where}: image.trunks must list one to sixteen networks")
     for trunk in image["trunks"]:
-        _require_keys(_mapping(trunk, f"{where}: trunks"), {"network", "size", "mean", "std"}, f"{where}: trunks")
+        kind = "clip" if "clip" in _mapping(trunk, f"{where}: trunks") else "network"
+        _require_keys(trunk, {kind, "size", "mean", "std"}, f"{where}: trunks")
         _require_number(trunk["size"], 4096, f"{where}: size")
+        if kind == "clip":
+            trunk["clip"] = check(_mapping(trunk["clip"], f"{where}: clip"), f"{where}: the CLIP of the image tower")
+            continue
         name = trunk["network"]
         if not isinstance(name, str) or "." in name or ":" in name or not timm.is_model(name):
             raise InputError(f"{where}: timm has no architecture {name!r:.200}{near(str(name), timm.list_models())}")
@@ -247,6 +328,9 @@ def check_towers(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             if key == "std" and min(numbers) <= 0:
                 raise InputError(f"{where}: 'std' must be above 0, got {numbers!r:.200}")
     config = _mapping(text["config"], f"{where}: text.config")
+    if text["kind"] == "clip":
+        text["config"] = check(config, f"{where}: the CLIP of the text tower")
+        config = {}
     for key, value in config.items():
         if key not in CONFIG_KEYS:
             raise InputError(f"{where}: text.config: unknown key '{key!s:.100}'{nearest(str(key), CONFIG_KEYS)}")
@@ -280,13 +364,16 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def build_joined(architecture: Mapping[str, Any], *, seed: int | None, device: str) -> JoinedTowers:
-    """The module of a checked architecture, fp32, in training mode, its weights drawn under a generator of its own."""
+def build_joined(architecture: Mapping[str, Any], build: Build, *, seed: int | None, device: str) -> JoinedTowers:
+    """The module of a checked architecture, fp32, in training mode, its weights drawn under a generator of its own.
+
+    `build` is architecture.build_module, for the towers of CLIPs.
+    """
     try:
         with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.device(device):
             if seed is not None:
                 torch.manual_seed(seed)
-            module = JoinedTowers(architecture)
+            module = JoinedTowers(architecture, build)
             if device != "meta":
                 module.visual.to(memory_format=torch.channels_last)
             return module.train()

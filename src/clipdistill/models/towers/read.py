@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,14 @@ from torch import Tensor, nn
 from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError, first_line, nearest
 from clipdistill.models import hub
+from clipdistill.models.architecture import build_module, check_architecture
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.hugging_face import TOKENIZER_FILES, transformers_tokenizer
-from clipdistill.models.known import near
+from clipdistill.models.known import known_architectures, near, shipped_models
 from clipdistill.models.save import require_equal_shapes
-from clipdistill.models.tokenizers import CLIP_CONTEXT_LENGTH
-from clipdistill.models.towers.modules import (
-    CONFIG_KEYS,
-    KEY,
-    LAYERS,
-    JoinedTowers,
-    build_joined,
-    check_towers,
-)
-from clipdistill.models.towers.names import ImageTowerName, TowersName, parse, text_config
+from clipdistill.models.tokenizers import CLIP_CONTEXT_LENGTH, Tokenizer
+from clipdistill.models.towers.modules import CONFIG_KEYS, KEY, LAYERS, JoinedTowers, take_part
+from clipdistill.models.towers.names import CLIP, ImageTowerName, TowersName, parse, text_config
 from clipdistill.models.weights import load_safetensors
 from clipdistill.runtime.files import parse_json, read_json
 
@@ -44,50 +38,114 @@ _POOLINGS = {
 _UNUSED = ("pooler.", "cls.", "lm_head.", "decoder.", "vocab_", "qa_outputs.", "classifier.", "pre_classifier.")
 
 
-def read_towers(name: str, *, seed: int = 0) -> ClipModel:
+def read_towers(name: str, load: Callable[..., ClipModel], *, seed: int = 0) -> ClipModel:
     """The model `towers:...`: its pretrained towers, and heads with random weights under `seed`.
 
-    Raises InputError, one sentence, for towers that are not there or do not fit.
+    load: load_model, which reads the models whose towers are taken. Raises InputError, one sentence, for towers that
+    are not there or do not fit.
     """
     wanted = parse(name)
-    trunks, weights = zip(*(_read_image(image, wanted.size, name) for image in wanted.images), strict=True)
-    folder = _text_folder(wanted.text)
-    text, context = _describe_text(folder, wanted)
-    largest = max(trunks, key=lambda trunk: trunk["size"])
+    sources = {clip: load(clip) for clip in _clips(wanted)}
+    parts = [_read_image(image, wanted.size, name, sources, load) for image in wanted.images]
+    largest = max((description for description, _ in parts), key=lambda trunk: trunk["size"])
     image = {key: largest[key] for key in ("size", "mean", "std")}
-    plain = [{key: trunk[key] for key in ("network", "size", "mean", "std")} for trunk in trunks]
-    architecture = check_towers(
+    trunks = [{k: d[k] for k in ("clip", "network", "size", "mean", "std") if k in d} for d, _ in parts]
+    if wanted.text.startswith(CLIP):
+        folder, source = None, sources[wanted.text.removeprefix(CLIP)]
+        text, tokenizer = _describe_clip_text(source, wanted)
+    else:
+        folder, source = _text_folder(wanted.text), None
+        text, context = _describe_text(folder, wanted)
+        tokenizer = transformers_tokenizer(str(folder), context, local=True)
+        text["padding"] = tokenizer.to_dict()["padding"]
+        if tokenizer.vocab_size > text["config"].get("vocab_size", tokenizer.vocab_size):
+            raise InputError(
+                f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the encoder fewer: not one model"
+            )
+    random = {clip for clip in sources if clip in known_architectures() and clip not in shipped_models()}
+    for clip in sorted(random):
+        logger.warning("%s: %s has random weights: name a model with weights", name, clip)
+    pretrained = any(image.clip not in random and part[1] is not None for image, part in zip(wanted.images, parts))
+    architecture = check_architecture(
         {
             "embed_dim": wanted.dim,
             "quick_gelu": False,
             KEY: {
                 "head": wanted.head,
                 "hidden": wanted.hidden,
-                "image": {**image, "trunks": plain, "pretrained": any(w is not None for w in weights)},
+                "image": {**image, "trunks": trunks, "pretrained": pretrained},
                 "text": text,
             },
         },
         f"'{name}'",
     )
-    tokenizer = transformers_tokenizer(str(folder), context, local=True)
-    text["padding"] = architecture[KEY]["text"]["padding"] = tokenizer.to_dict()["padding"]
-    if tokenizer.vocab_size > text["config"].get("vocab_size", tokenizer.vocab_size):
-        raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the encoder fewer: not one model")
-    module = build_joined(architecture, seed=seed, device="cpu")
-    for trunk, description, tensors in zip(module.visual.trunks, trunks, weights, strict=True):
+    module: Any = build_module(architecture, seed=seed)
+    for trunk, (description, tensors) in zip(module.visual.trunks, parts, strict=True):
         if tensors is None:
             logger.warning("%s: %s starts from random weights: name a file or a tag", name, description["network"])
+        elif "clip" in description:
+            trunk.load_state_dict(tensors)
         else:
             _fill_trunk(trunk, tensors, description)
-    _fill_text(module, folder, text)
-    spec = ImageSpec(**image, interpolation=largest["interpolation"])
+    if folder is not None:
+        _fill_text(module, folder, text)
+    elif source is not None:
+        module.text.transformer.tower.load_state_dict(take_part(source.module, "text").state_dict())
+    spec = ImageSpec(**image, interpolation=largest["interpolation"], resize_mode=largest["resize_mode"])
     return ClipModel(name, module, spec, tokenizer, wanted.dim, tokenizer.context_length, architecture)
 
 
-def _read_image(image: ImageTowerName, size: int | None, name: str) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+def _clips(wanted: TowersName) -> set[str]:
+    """Names of the models whose towers are taken."""
+    named = {image.clip for image in wanted.images if image.clip is not None}
+    return named | ({wanted.text.removeprefix(CLIP)} if wanted.text.startswith(CLIP) else set())
+
+
+def _read_clip_image(model: ClipModel, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(description of the image tower of a model, its tensors)."""
+    if not (KEY in model.architecture or "vision_cfg" in model.architecture):
+        raise InputError(f"'{name}': no tower can be taken out of {model.name}, whose code is its own")
+    description = {
+        "clip": model.architecture,
+        "size": model.image.size,
+        "mean": list(model.image.mean),
+        "std": list(model.image.std),
+        "interpolation": model.image.interpolation,
+        "resize_mode": model.image.resize_mode,
+    }
+    return description, model.module.visual.state_dict()
+
+
+def _describe_clip_text(model: ClipModel, wanted: TowersName) -> tuple[dict[str, Any], Tokenizer]:
+    """(description of the text tower of a model, its tokenizer)."""
+    if not (KEY in model.architecture or "text_cfg" in model.architecture):
+        raise InputError(f"no tower can be taken out of {model.name}, whose code is its own")
+    tokenizer = model.tokenizer
+    if wanted.context is not None and wanted.context != model.context_length:
+        if wanted.context > model.context_length or not model.reads_only_text:
+            raise InputError(f"{model.name}: its captions have {model.context_length} tokens, not {wanted.context}")
+        tokenizer = tokenizer.with_context_length(wanted.context)
+    return {
+        "kind": "clip",
+        "config": model.architecture,
+        "pooling": "end",
+        "padding": tokenizer.to_dict().get("padding", 0),
+    }, tokenizer
+
+
+def _read_image(
+    image: ImageTowerName,
+    size: int | None,
+    name: str,
+    sources: Mapping[str, ClipModel],
+    load: Callable[..., ClipModel],
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """(description of one trunk, its tensors or None)."""
     import timm
 
+    if image.clip is not None:
+        source = sources[image.clip]
+        return _read_clip_image(source if size is None else load(source, image_size=size), name)
     base, _, tag = image.network.partition(".")
     if not timm.is_model(base):
         raise InputError(f"'{name}': timm has no architecture {base!r}{near(base, timm.list_models())}")
@@ -101,6 +159,7 @@ def _read_image(image: ImageTowerName, size: int | None, name: str) -> tuple[dic
         "mean": list(settings.mean),
         "std": list(settings.std),
         "interpolation": settings.interpolation if settings.interpolation in ("bicubic", "bilinear") else "bicubic",
+        "resize_mode": "shortest",
         "file": str(image.file or f"timm:{image.network}"),
     }
     if image.file is not None:
