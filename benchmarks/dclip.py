@@ -23,13 +23,13 @@ from typing import Any
 
 from clipdistill.data.open import open_labelled, open_pairs
 from clipdistill.data.pairs import DataConfig
-from clipdistill.regions.config import RegionsConfig
 from clipdistill.regions.measure import METRICS, measure
 from clipdistill.regions.meta_teacher import read_meta_teacher
 from clipdistill.regions.retention import before_after, to_json
 from clipdistill.regions.teacher import open_store
 from clipdistill.runtime.machine import pick_device
 from clipdistill.train.config import resolve
+from clipdistill.train.region_config import RegionsConfig
 from clipdistill.train.run import distill
 
 TEACHERS = {

@@ -1,7 +1,7 @@
 """The rooms of the package and what each imports, from the code itself: the picture and the table of architecture.md.
 
     python docs/architecture.py            # writes docs/images/architecture.svg and the table in docs/architecture.md
-    python docs/architecture.py --check    # writes nothing; exit code 1 for a circle or an arrow back up
+    python docs/architecture.py --check    # writes nothing; exit code 1 where an import breaks the rules
 
 A file imports from its own room and from lower ones only; every import counts, also inside functions and for types.
 """
@@ -30,8 +30,8 @@ ORDER = (
     ("cache",),
     ("statistics",),
     ("evaluate",),
-    ("regions",),
     ("train",),
+    ("regions",),
     ("bench",),
     ("export",),
     ("report",),
@@ -43,6 +43,9 @@ ORDER = (
     ("__main__",),
 )
 """Floors from the lowest up; rooms of one floor do not know each other."""
+
+WINGS = ("scenes", "demo", "bench", "export", "regions", "search", "reference", "listing", "doctor")
+"""Rooms that a run can do without; all others are the core, which finds these by name and never imports them."""
 
 BEGIN, END = "<!-- rooms -->", "<!-- end of rooms -->"
 
@@ -119,6 +122,17 @@ def back_up(arrows: dict[str, set[str]]) -> list[str]:
     ]
 
 
+def into_wings(arrows: dict[str, set[str]]) -> list[str]:
+    """'a -> b' for every import of a wing by the core. The package's own `__init__` names all types for checkers."""
+    core = [name for name in sorted(arrows) if room(name) not in (*WINGS, "__init__")]
+    return [f"{a} -> {b}" for a in core for b in sorted(arrows[a]) if room(b) in WINGS]
+
+
+def lines(files: dict[str, Path], wings: bool) -> int:
+    """Lines of code of the wings, or of the core."""
+    return sum(path.read_text(encoding="utf-8").count("\n") for n, path in files.items() if (room(n) in WINGS) == wings)
+
+
 def summary(files: dict[str, Path], name: str) -> str:
     """The first sentence of a room's own docstring."""
     path = files.get(f"{PACKAGE}.{name}") or files[PACKAGE]
@@ -128,12 +142,13 @@ def summary(files: dict[str, Path], name: str) -> str:
 
 def table(files: dict[str, Path]) -> str:
     """Markdown: a row a room, from the top floor down."""
-    rows = ["| room | files | what it is for |", "|---|---|---|"]
+    rows = ["| room | part | files | what it is for |", "|---|---|---|---|"]
     for names in reversed(ORDER):
         for name in names:
             inside = [module for module in files if room(module) == name]
             if inside:
-                rows.append(f"| `{name}` | {len(inside)} | {summary(files, name).replace('|', '/')} |")
+                kind = "wing" if name in WINGS else "core"
+                rows.append(f"| `{name}` | {kind} | {len(inside)} | {summary(files, name).replace('|', '/')} |")
     return "\n".join(rows)
 
 
@@ -188,13 +203,16 @@ def main(arguments: list[str] | None = None) -> int:
     arrows = imports(files)
     problems = ["in a circle: " + ", ".join(group) for group in circles(arrows)]
     problems += [f"back up: {arrow}" for arrow in back_up(arrows)]
+    problems += [f"from the core into a wing: {arrow}" for arrow in into_wings(arrows)]
     page = DOCS / "architecture.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     text = f"{before}{BEGIN}\n{table(files)}\n{END}{rest.split(END)[1]}"
     if not options.check:
         page.write_text(text, encoding="utf-8")
         (DOCS / "images" / "architecture.svg").write_text(picture(files, arrows), encoding="utf-8")
-    print("\n".join(problems) or f"{len(files)} files in {sum(map(len, ORDER))} rooms: no circle, no arrow back up")
+    core, rest = lines(files, wings=False), lines(files, wings=True)
+    print(f"{len(files)} files in {sum(map(len, ORDER))} rooms: {core:,} lines in the core, {rest:,} in the wings")
+    print("\n".join(problems) or "no circle, no arrow back up, none from the core into a wing")
     return 1 if problems else 0
 
 

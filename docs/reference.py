@@ -64,10 +64,11 @@ def python_page() -> str:
     """Signature and docstring of everything public, functions first, then what they take and return."""
     import torch
 
-    from clipdistill.api import Measurements, SearchResult
+    from clipdistill.bench.measure import Measurements
     from clipdistill.cache.fill import FillReport
     from clipdistill.embed.encode import EncodedPairs
     from clipdistill.export.graphs import Exported
+    from clipdistill.search.ask import SearchResult
     from clipdistill.statistics.compare import MetricComparison, ModelComparison
     from clipdistill.statistics.scores import Score
 

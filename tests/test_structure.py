@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import subprocess
+import sys
 from collections import defaultdict
 
 import pytest
+from PIL import Image
 
 from tests.conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "docs" / "architecture.py"
+
+
+WITHOUT_WINGS = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith({wings!r}):
+            raise ModuleNotFoundError(f"{{name}} is absent")
+
+sys.meta_path.insert(0, Absent())
+from clipdistill.cli import main
+
+for command in {commands!r}:
+    code = main(command)
+    if code:
+        sys.exit(code)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +59,47 @@ def test_no_files_import_each_other_in_a_circle(house, arrows):
 
 def test_no_room_imports_from_one_above_it(house, arrows):
     assert house.back_up(arrows) == []
+
+
+def test_the_core_imports_no_wing_also_not_inside_a_function(house, arrows):
+    assert house.into_wings(arrows) == []
+    known = {"clipdistill.data.a": {"clipdistill.search.b"}, "clipdistill.search.b": {"clipdistill.data.a"}}
+    assert house.into_wings(known) == ["clipdistill.data.a -> clipdistill.search.b"]
+
+
+def test_the_core_is_small_enough(house, files):
+    assert house.lines(files, wings=False) <= 34_000
+
+
+def test_every_wing_is_a_room(house):
+    assert set(house.WINGS) <= {name for names in house.ORDER for name in names}
+
+
+def test_the_core_trains_evaluates_and_reports_without_the_wings(house, tmp_path):
+    draw_pictures(tmp_path / "data", 8)
+    train = ["train", "--recipe", "clip-rd", "--size", "debug", "--teacher", "scenes-teacher"]
+    train += ["--student", "scenes-student", "--data", f"{tmp_path}/data", "--validation", f"{tmp_path}/data"]
+    train += ["--out", f"{tmp_path}/run", "train.steps=2", "train.batch_size=4", "device=cpu"]
+    train += ["preflight.allow_weak_teacher=true"]
+    commands = [
+        train,
+        ["eval", f"{tmp_path}/run", "--data", f"{tmp_path}/data", "--json", f"{tmp_path}/scores.json"],
+        ["report", f"{tmp_path}/run", "--out", f"{tmp_path}/report.html"],
+    ]
+    code = WITHOUT_WINGS.format(wings=tuple(f"clipdistill.{name}" for name in house.WINGS), commands=commands)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "absent" not in done.stderr
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"]
+
+
+def draw_pictures(folder, count):
+    folder.mkdir()
+    for number in range(count):
+        picture = Image.new("RGB", (40, 40), (30 * number, 200 - 20 * number, 90))
+        picture.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a square of colour {number}\n")
 
 
 def test_circles_and_arrows_back_up_are_found(house):

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 from clipdistill.version import __version__
 
 if TYPE_CHECKING:
-    from clipdistill.api import bench, cache, embed, export, search
+    from clipdistill.api import cache, embed
+    from clipdistill.bench.measure import bench
     from clipdistill.data.open import register_format
     from clipdistill.evaluate.evaluate import evaluate
     from clipdistill.evaluate.retrieval import retrieval
+    from clipdistill.export.command import export
     from clipdistill.models import load_model, load_student, register_student
     from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
     from clipdistill.objective.term import register_term
+    from clipdistill.search.ask import search
     from clipdistill.statistics.compare import compare
     from clipdistill.statistics.scores import Scores
     from clipdistill.train.callbacks import Callback, register_callback

@@ -8,6 +8,7 @@ package with an entry point in the group "clipdistill" (a module, or a function 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -53,7 +54,8 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All known names: built-in ones in their own order, then the others in the order of registration."""
         load_entry_points()
-        return [*self._builtin, *(name for name in self._values if name not in self._builtin)]
+        present = [name for name, place in self._builtin.items() if _is_here(place.partition(":")[0])]
+        return [*present, *(name for name in self._values if name not in self._builtin)]
 
     def __contains__(self, name: object) -> bool:
         return name in self._builtin or name in self._values or name in self.names()
@@ -62,6 +64,8 @@ class Registry(Generic[T]):
         """The entry called `name`. Raises InputError, with the nearest name, for an unknown one."""
         if name not in self._values and name in self._builtin:
             module, _, attribute = self._builtin[name].partition(":")
+            if not _is_here(module):
+                raise InputError(f"the {self.kind} '{name}' is part of {module}, which is not installed")
             loaded = importlib.import_module(module)
             self._values[name] = getattr(loaded, attribute)
         if name not in self:
@@ -203,6 +207,15 @@ def _as_plugin(origin: str) -> Iterator[None]:
         _loading.pop()
 
 
+@functools.cache
+def _is_here(module: str) -> bool:
+    """Whether the room of a built-in entry is installed: whoever wants the core alone may leave a wing away."""
+    try:
+        return importlib.util.find_spec(".".join(module.split(".")[:2])) is not None
+    except ImportError:
+        return False
+
+
 def _origin() -> str:
     return _loading[-1] if _loading else "this program"
 
@@ -268,6 +281,11 @@ STUDENTS: Registry[Any] = Registry("student")
 TEACHERS: Registry[Any] = Registry("teacher")
 """Functions that open a teacher of a kind of its own, by the word before the colon of its name."""
 
+TEACHER_FOLDERS: Registry[Any] = Registry(
+    "teacher folder", {"meta_teacher.json": "clipdistill.regions.teacher:open_region_teacher"}
+)
+"""Functions that open the teacher of a run from a folder that is no model, by the file that marks such folders."""
+
 CALLBACKS: Registry[Any] = Registry(
     "callback",
     {
@@ -282,7 +300,7 @@ TASKS: Registry[Any] = Registry(
     "training task",
     {
         "distillation": "clipdistill.train.distil:Distillation",
-        "region teacher": "clipdistill.train.region_teacher:RegionTeaching",
+        "region teacher": "clipdistill.regions.training:RegionTeaching",
     },
 )
 """What the training loop can train (clipdistill.train.task.Task)."""

@@ -9,8 +9,9 @@ from torch import nn
 from clipdistill.bench import device
 from clipdistill.bench.backends import tensor_bytes
 from clipdistill.bench.cost import count_flops, describe_model, peak_activation_bytes, sample_inputs
-from clipdistill.bench.device import architecture_fingerprint, describe_device, describe_libraries
+from clipdistill.bench.device import describe_device, describe_libraries
 from clipdistill.models import build_student, build_words_tokenizer
+from clipdistill.models.known import architecture_fingerprint
 from tests.bench.synthetic import tiny
 
 CPU = torch.device("cpu")

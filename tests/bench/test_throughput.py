@@ -18,6 +18,7 @@ from clipdistill.bench import command
 from clipdistill.bench import throughput as throughput_module
 from clipdistill.bench.backends import Eager, Loaded, find_backend, find_dtype
 from clipdistill.bench.endtoend import Pipeline
+from clipdistill.bench.measure import show
 from clipdistill.bench.throughput import throughput
 from clipdistill.bench.timing import UNTRUSTED
 from clipdistill.data.pairs import PairSource
@@ -216,7 +217,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(
         "clipdistill.models.load.load_model", lambda name, teacher: tiny(8 if name == "small" else 32, name)
     )
-    monkeypatch.setattr(command, "check_model_name", lambda name: None)
+    monkeypatch.setattr("clipdistill.bench.measure.check_model_name", lambda name: None)
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     out = tmp_path / "results" / "bench.json"
@@ -229,7 +230,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     file = io.StringIO()
     result["failures"] = [{"model": "small", "backend": "onnx", "dtype": "int8", "reason": "[no] file"}]
     result["warnings"] = ["throttling: slower"]
-    command.show(result, file)
+    show(result, file)
     printed = file.getvalue()
     assert "ratio to big[x]" in printed
     assert "not measured: small with onnx, int8: [no] file" in printed
@@ -280,7 +281,7 @@ def test_ratios_measured_amid_noise_are_withheld_everywhere(monkeypatch: pytest.
     assert all("longer in some rounds" in row["reason"] for row in result["withheld"])
     assert all(row["noisy"] for row in result["measurements"])
     shown = io.StringIO()
-    command.show(result, shown)
+    show(result, shown)
     assert "withheld: noise" in shown.getvalue()
     device = BenchDevice("x", "x", noisy={("eager", "float32", 2)})
     assert device.ratio(None, None, "pair", ("eager", "float32", 2)) is None  # type: ignore[arg-type]

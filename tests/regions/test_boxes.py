@@ -13,7 +13,7 @@ import pytest
 from clipdistill.errors import InputError
 from clipdistill.regions.box_file import BoxFile, write_rows
 from clipdistill.regions.boxes import Boxes
-from clipdistill.regions.config import BoxLimits
+from clipdistill.train.region_config import BoxLimits
 from tests.conftest import shared_folder
 
 FOUR = [[0, 0, 10, 10], [-5, 5, 25, 15], [18, 0, 18.5, 20], [2.4, 2.6, 7.5, 9.4]]

@@ -18,8 +18,8 @@ from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError
 from clipdistill.models import load_model
 from clipdistill.regions.box_file import BoxFile
-from clipdistill.regions.config import BoxLimits, MetaTeacherConfig
 from clipdistill.regions.store import RegionStore, fill_store
+from clipdistill.train.region_config import BoxLimits, MetaTeacherConfig
 
 KEPT = Path(__file__).parents[1] / "kept" / "regions"
 

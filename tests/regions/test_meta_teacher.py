@@ -16,15 +16,15 @@ from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import build_student, load_model
 from clipdistill.regions.command import add_arguments, run
-from clipdistill.regions.config import MetaTeacherConfig
 from clipdistill.regions.measure import matrix_scores, measure
 from clipdistill.regions.meta_teacher import MetaTeacher, read_meta_teacher, region_teacher_folder
 from clipdistill.regions.retention import before_after, table
 from clipdistill.regions.teacher import RegionTeacher
+from clipdistill.regions.training import RegionTeaching
 from clipdistill.runs.folder import read_rows as read_lines
 from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.opening import opened
-from clipdistill.train.region_teacher import RegionTeaching
+from clipdistill.train.region_config import MetaTeacherConfig
 from clipdistill.train.replay import replay
 from clipdistill.train.run import distill
 from clipdistill.train.setup import build
@@ -97,7 +97,7 @@ def test_only_the_network_trains(folder: Path) -> None:
 def test_steps_are_those_of_a_plain_loop(folder: Path) -> None:
     """The first logged loss, from the formula of InfoNCE at temperature 0.05."""
     config = settings(folder / "caption", "dclip-teacher", f"regions.store={folder / 'store'}")
-    one = RegionTeaching(config, CPU).parts
+    one = RegionTeaching(config, CPU)
     indices, captions = one.batch(0)
     assert len(set(indices)) == 16
     assert all(caption in one.source.captions(index) for index, caption in zip(indices, captions, strict=True))

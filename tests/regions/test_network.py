@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from clipdistill.errors import InputError
-from clipdistill.regions.config import MetaTeacherConfig
 from clipdistill.regions.network import MetaTeacherNetwork, attend, region_weights, similarity_pool
+from clipdistill.train.region_config import MetaTeacherConfig
 
 WIDTH, HEADS = 8, 2
 

@@ -19,8 +19,8 @@ from clipdistill.errors import InputError
 from clipdistill.models import load_model
 from clipdistill.regions import store as stores
 from clipdistill.regions.box_file import BoxFile
-from clipdistill.regions.config import BoxLimits, MetaTeacherConfig
 from clipdistill.regions.store import crop, fill_store
+from clipdistill.train.region_config import BoxLimits, MetaTeacherConfig
 
 SOURCE = "scenes:val?size=5"
 

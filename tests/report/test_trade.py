@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdistill.bench.device import architecture_fingerprint
+from clipdistill.models.known import architecture_fingerprint
 from clipdistill.report.data import read_runs
 from clipdistill.report.tables import build_table
 from clipdistill.report.trade import Trade, read_trade

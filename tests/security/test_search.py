@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import socket
@@ -19,7 +18,8 @@ from PIL import Image
 from clipdistill.cache.blocks import Block, write_block
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
-from clipdistill.search import HIDDEN, command
+from clipdistill.search import HIDDEN
+from clipdistill.search.ask import open_collection
 from clipdistill.search.collection import Collection
 from clipdistill.search.photographs import scan
 from clipdistill.search.server import SearchServer
@@ -207,12 +207,12 @@ def test_an_index_is_not_written_through_a_link(
     (folder / place).parent.mkdir(exist_ok=True)
     (folder / place).symlink_to(fence.outside / "folder")
     monkeypatch.setattr("clipdistill.search.encoder.SearchModel", lambda *_: Model())
-    arguments = argparse.Namespace(
-        model="x", teacher=None, index=None, folder=folder, device="cpu", no_update=False, quiet=True,
-        index_kind="exact", batch_size=8, workers=0,
-    )  # fmt: skip
+    settings = {
+        "model": "x", "teacher": None, "index": None, "folder": folder, "device": "cpu", "update": True, "quiet": True,
+        "index_kind": "exact", "rehash": False, "batch_size": 8, "workers": 0,
+    }  # fmt: skip
     with pytest.raises(InputError, match="is a link that leads out"):
-        command.open_collection(arguments, sys.stdout)
+        open_collection(**settings, out=sys.stdout)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipdistill.bench.backends import tensor_bytes
-from clipdistill.bench.device import architecture_fingerprint
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.known import architecture_fingerprint
 from clipdistill.models.parameters import evaluation_mode
 
 

@@ -110,8 +110,3 @@ def _processor_ticks() -> tuple[int, int] | None:
         return None
     values = [int(part) for part in path.read_text(encoding="ascii").splitlines()[0].split()[1:]]
     return values[3] + values[4], sum(values[:8])
-
-
-def architecture_fingerprint(architecture: Any) -> str:
-    """12 hexadecimal digits of an architecture dictionary, "" when there is none. Equal ones run equally fast."""
-    return digest_of(architecture)[:12] if isinstance(architecture, dict) else ""

@@ -1,4 +1,4 @@
-"""`clipdistill export`: a run or any model as files that other programs load."""
+"""`clipdistill export` and `clipdistill.export(...)`: a run or any model as files that other programs load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
@@ -47,15 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export and say what was kept."""
-    known = inspect.signature(run_export).parameters
-    run_export(**{name: value for name, value in vars(arguments).items() if name in known})
+    known = inspect.signature(export).parameters
+    export(**{name: value for name, value in vars(arguments).items() if name in known})
     return 0
 
 
-def run_export(
-    model: str,
-    to: str,
-    out: Path,
+def export(
+    model: str | Path,
+    to: Literal["onnx", "openvino", "open_clip", "hf"],
+    out: str | Path,
     *,
     data: str | None = None,
     split: str | None = None,
@@ -71,11 +71,20 @@ def run_export(
     private: bool = False,
     quiet: bool = False,
 ) -> Exported:
-    """Export the model called `model` to the folder `out`, and say what was kept unless quiet.
+    """Write a model in a form that other programs load, in the new folder `out`; it appears only if the checks pass.
 
-    Raises InputError for what cannot be exported. Settings and places are checked before anything is loaded.
+    model: a run, a model folder or any name. to: the form (docs/deployment.md). data: pairs on which R@1 is measured
+    before and after, of their split `split` (None: test, else val), at most `limit` images.
+    int8: quantise, calibrated on `calibration_size` pairs of `calibrate` (None: of data), losing at most `budget`
+    points of R@1. normalised: embeddings of unit length; tolerance: largest difference of an entry of these; opset:
+    ONNX operator set (None: 20). push: OWNER/NAME on the Hugging Face hub, to upload the folder with a model card to;
+    private: as a private repository. quiet: print nothing.
+
+    Returns an Exported: folder, parities with the model, R@1 before and after. Raises InputError for what cannot be
+    exported or misses the tolerance.
     """
     tell: Callable[[str], None] = (lambda _: None) if quiet else say
+    model, out = str(model), Path(out)
     check_model_name(model)
     if to not in TARGETS:
         raise InputError(f"unknown form '{to}': one of {', '.join(TARGETS)}")

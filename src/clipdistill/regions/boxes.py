@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from clipdistill.errors import InputError
-from clipdistill.regions.config import BoxLimits
+from clipdistill.train.region_config import BoxLimits
 
 
 @dataclass(frozen=True)

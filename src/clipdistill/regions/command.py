@@ -10,9 +10,9 @@ from clipdistill.config import build
 from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.errors import InputError
-from clipdistill.regions.config import RegionsConfig
 from clipdistill.runtime.console import say
 from clipdistill.runtime.files import require_place, write_json
+from clipdistill.train.region_config import RegionsConfig
 
 _USAGE = """
 clipdistill regions boxes --detector X --data D --out DIR          what a detector finds, once for every image

@@ -20,10 +20,10 @@ from clipdistill.errors import InputError
 from clipdistill.models.architecture import text_tower
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.save import read_model, read_safetensors, save_model
-from clipdistill.regions.config import MetaTeacherConfig
 from clipdistill.regions.network import MetaTeacherNetwork
 from clipdistill.regions.store import RegionBatch
 from clipdistill.runtime.files import new_folder, read_json, sha256, write_json
+from clipdistill.train.region_config import MetaTeacherConfig
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS, CLIP = "meta_teacher.json", "meta_teacher.safetensors", "clip"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipdistill.errors import InputError
-from clipdistill.regions.config import MetaTeacherConfig
+from clipdistill.train.region_config import MetaTeacherConfig
 
 
 class MetaTeacherNetwork(nn.Module):

@@ -29,7 +29,7 @@ from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel, hash_tensors
 from clipdistill.regions.box_file import BoxFile
 from clipdistill.regions.boxes import Boxes
-from clipdistill.regions.config import BoxLimits
+from clipdistill.train.region_config import BoxLimits
 
 FORMAT = 1
 MANIFEST = "regions.json"

@@ -6,7 +6,7 @@ Image embeddings come from regions (and captions), text embeddings from its CLIP
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,12 +18,13 @@ from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
 from clipdistill.objective import Embeddings
 from clipdistill.regions.box_file import BoxFile, detect
-from clipdistill.regions.config import MetaTeacherConfig, RegionsConfig
 from clipdistill.regions.detectors import is_detector, open_detector
 from clipdistill.regions.meta_teacher import MetaTeacher, read_meta_teacher, region_teacher_folder
 from clipdistill.regions.store import RegionStore, fill_store
 from clipdistill.runtime.distributed import on_main
 from clipdistill.runtime.files import make_folder, new_file
+from clipdistill.train.config import RunConfig
+from clipdistill.train.region_config import MetaTeacherConfig, RegionsConfig
 
 Say = Callable[[str], None]
 _EXPORTED = 128
@@ -111,20 +112,14 @@ def open_store(
 
 
 def open_region_teacher(
-    names: Sequence[str],
-    regions: RegionsConfig | None,
-    source: PairSource,
-    out: Path,
-    device: torch.device,
-    *,
-    logit_scale: float | tuple[float, ...] | None = None,
-    rank_timeout: float = 1800.0,
+    config: RunConfig, source: PairSource, device: torch.device, logit_scale: float | tuple[float, ...] | None = None
 ) -> RegionTeacher:
     """The region teacher that a run names, with the regions of its training images.
 
-    Rank 0 makes boxes and embeddings that are not there yet; the others wait `rank_timeout` seconds for them. Raises
-    InputError when no boxes are named, and for several teachers or a multiplier for each.
+    Rank 0 makes boxes and embeddings that are not there yet; the others wait `train.rank_timeout` seconds for them.
+    Raises InputError when no boxes are named, and for several teachers or a multiplier for each.
     """
+    names, regions = config.teachers, config.regions
     folder = region_teacher_folder(names[0])
     if len(names) != 1 or folder is None:
         raise InputError(f"teacher '{','.join(names)}': a region teacher stands alone")
@@ -138,9 +133,9 @@ def open_region_teacher(
     teacher = read_meta_teacher(folder)
 
     def store() -> RegionStore:
-        return open_store(regions, source, teacher.clip, teacher.config, out, device)
+        return open_store(regions, source, teacher.clip, teacher.config, config.out, device)
 
-    on_main(store, rank_timeout)  # the others find it made
+    on_main(store, config.train.rank_timeout)  # the others find it made
     return RegionTeacher(teacher, store(), device, logit_scale)
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipdistill.bench.device import architecture_fingerprint
 from clipdistill.errors import InputError
+from clipdistill.models.known import architecture_fingerprint
 from clipdistill.runs.folder import (
     BAD_SAMPLES,
     CURVE,

@@ -6,24 +6,19 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from clipdistill.data.files import read_image_file
-from clipdistill.data.problems import BadSample, Problems
+from clipdistill.data.problems import Problems
 from clipdistill.errors import InputError
-from clipdistill.models.names import check_model_name
 from clipdistill.runtime.console import TextTable, say
-from clipdistill.runtime.links import is_inside, refuse_links
-from clipdistill.runtime.signals import StopSignal
 from clipdistill.search import HIDDEN, KINDS
+from clipdistill.search.ask import ask, open_collection
 from clipdistill.search.photographs import printable
 
 if TYPE_CHECKING:
     from clipdistill.search.collection import Answer, Collection
-    from clipdistill.search.encoder import SearchModel
-    from clipdistill.search.store import SearchIndex
-    from clipdistill.search.update import Update
 
 PORT = 8765
 _LISTED = 10
@@ -43,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--host", default="127.0.0.1", help="address the page listens on (default: this machine only)")
     add("--index", type=Path, help=f"where the index is kept (default: {HIDDEN} inside the folder)")
     add("--index-kind", choices=KINDS, default="exact", help="exact, or approximate with an optional package")
-    add("--no-update", action="store_true", help="search the index as it is, without looking at the folder")
+    add(
+        "--no-update",
+        dest="update",
+        action="store_false",
+        help="search the index as it is, without looking at the folder",
+    )
     add("--rehash", action="store_true", help="compare the content of every file, also where size and time are equal")
     add("--batch-size", type=int, default=64, help="photographs a forward pass (default: 64)")
     add("--workers", type=int, default=4, help="threads that read and decode (default: 4)")
@@ -56,27 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Bring the index up to date, answer, say what was left out, serve."""
     if arguments.query is not None and arguments.image is not None:
         raise InputError("--query and --image are two questions: give one of them")
-    if arguments.top < 1 or arguments.batch_size < 1 or arguments.workers < 1:
-        raise InputError("--top, --batch-size and --workers must be at least 1")
     if not 0 <= arguments.port <= 65535:
         raise InputError(f"--port must be between 0 and 65535, got {arguments.port}")
-    if not arguments.folder.is_dir():
-        raise InputError(f"{arguments.folder}: no such folder")
-    for name in filter(None, (arguments.model, arguments.teacher)):
-        check_model_name(name)
-    picture = None
-    if arguments.image is not None:
-        try:
-            picture = read_image_file(arguments.image)
-        except BadSample as error:
-            raise InputError(f"{arguments.image}: {error.reason}") from error
     out = sys.stderr if arguments.json else sys.stdout
-    collection = open_collection(arguments, out)
-    if arguments.query is not None or picture is not None:
-        if picture is not None:
-            answers = collection.ask_image(picture, arguments.top)
-        else:
-            answers = collection.ask_text(arguments.query, arguments.top)
+    settings = {name: getattr(arguments, name) for name in signature(open_collection).parameters.keys() - {"out"}}
+    asked = arguments.query if arguments.image is None else arguments.image
+    collection, answers = ask(asked, arguments.top, out=out, **settings)
+    if asked is not None:
         if arguments.json:
             json.dump(as_json(arguments, collection, answers), sys.stdout, indent=1)
             print()
@@ -89,73 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
 
         serve(collection, arguments.host, arguments.port, arguments.top, out)
     return 0
-
-
-def open_collection(arguments: argparse.Namespace, out: TextIO) -> Collection:
-    """Load the models and index the folder with each; the student first."""
-    from clipdistill.search.collection import Collection
-    from clipdistill.search.encoder import SearchModel
-    from clipdistill.search.find import recall
-    from clipdistill.search.store import open_index
-
-    names = [("student", arguments.model)] + ([("teacher", arguments.teacher)] if arguments.teacher else [])
-    place = arguments.index or arguments.folder / HIDDEN
-    if arguments.index is None and place.is_symlink() and not is_inside(arguments.folder, place):
-        raise InputError(f"{place}: is a link that leads out of the folder: remove it, or name the index with --index")
-    refuse_links(place, "index")
-    sides: list[tuple[SearchModel, SearchIndex]] = []
-    unlisted: dict[str, str] = {}
-    for role, name in names:
-        model = SearchModel(name, role, arguments.device)
-        index = open_index(place, dict(model.description))
-        for notice in index.notices:
-            say(f"note: {notice}", out)
-        if not arguments.no_update:
-            done = _update(index, model, arguments)
-            unlisted |= dict(done.unlisted)
-            if not arguments.quiet:
-                say(summary(done, model), out)
-        elif not index.entries:
-            raise InputError(
-                f"{place}: no index of the {role} {name} in there: leave --no-update out once, which makes it"
-            )
-        sides.append((model, index))
-    collection = Collection(arguments.folder, sides, arguments.index_kind, unlisted)
-    if arguments.index_kind != "exact" and not arguments.quiet:
-        for side in collection.sides:
-            share = recall(side.finder, side.index)
-            say(
-                f"{side.model.role}: {arguments.index_kind} returns {share:.1%} of the exact ten nearest "
-                "(up to 100 photographs of the index as queries)",
-                out,
-            )
-    return collection
-
-
-def _update(index: SearchIndex, model: SearchModel, arguments: argparse.Namespace) -> Update:
-    from clipdistill.embed.encode import progress_bar
-    from clipdistill.search.update import update
-
-    with StopSignal() as signal, progress_bar(not arguments.quiet, f"{model.role}: photographs") as advance:
-        return update(
-            index,
-            arguments.folder,
-            model,
-            batch_size=arguments.batch_size,
-            workers=arguments.workers,
-            rehash=arguments.rehash,
-            progress=advance,
-            stop=lambda: signal.received is not None,
-        )
-
-
-def summary(done: Update, model: SearchModel) -> str:
-    """One line on what the index holds and what was done."""
-    parts = [f"{done.encoded:,} encoded ({done.rate:,.0f}/s on {model.device})"] if done.encoded else []
-    parts += [f"{done.recognised:,} recognised by content"] if done.recognised else []
-    parts += [f"{done.removed:,} removed"] if done.removed else []
-    parts = parts or ["nothing new"]
-    return f"{model.role} {model.name}: {done.photographs:,} photographs in the index; {', '.join(parts)}"
 
 
 def print_left_out(left_out: dict[str, str], out: TextIO) -> None:

@@ -21,9 +21,9 @@ from clipdistill.models.names import check_model_name, check_student_name, check
 from clipdistill.models.towers.names import split_models
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import lay, load_recipe
-from clipdistill.regions.config import MetaTeacherConfig, RegionsConfig
 from clipdistill.registry import is_loaded, load_plugin
 from clipdistill.runs.folder import RunFolder
+from clipdistill.train.region_config import MetaTeacherConfig, RegionsConfig
 
 Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
 Scale = Annotated[float, pydantic.Field(gt=0)]

@@ -19,7 +19,8 @@ from clipdistill.models import ClipModel, Tokenizer, load_model
 from clipdistill.models.clip_model import hash_tensors
 from clipdistill.models.known import OWN_EMBEDDINGS
 from clipdistill.objective import Embeddings
-from clipdistill.registry import describe
+from clipdistill.registry import TEACHER_FOLDERS, describe
+from clipdistill.runs.folder import STUDENT
 from clipdistill.runtime.distributed import agree, is_main
 from clipdistill.train.config import RunConfig
 
@@ -181,18 +182,11 @@ def open_teacher(config: RunConfig, source: PairSource, device: torch.device) ->
     """The run's teacher: models, a region teacher, or a cache of embeddings checked against data and models."""
     train = config.train
     scale = train.fixed_logit_scale if train.fixed_logit_scale is not None else train.teacher_logit_scale
-    if any(_is_region_teacher(name) for name in config.teachers):
-        from clipdistill.regions.teacher import open_region_teacher
-
-        return open_region_teacher(
-            config.teachers,
-            config.regions,
-            source,
-            config.out,
-            device,
-            logit_scale=scale,
-            rank_timeout=train.rank_timeout,
-        )
+    for mark in TEACHER_FOLDERS.names():
+        folders = [Path(name).expanduser() / inside for name in config.teachers for inside in ("", STUDENT)]
+        if any((folder / mark).is_file() for folder in folders):
+            opened: Teacher = TEACHER_FOLDERS.get(mark)(config, source, device, scale)
+            return opened
     if not is_cached(config.teachers):
         return load_teacher(config.teachers, device, train.precision, scale)
     from clipdistill.cache.teacher import CacheUse, open_cached_teacher
@@ -207,11 +201,6 @@ def open_teacher(config: RunConfig, source: PairSource, device: torch.device) ->
     )
     # one rank computes the sample of embeddings again; a cache that is wrong for one stops them all
     return agree(lambda: open_cached_teacher(config.teachers[0], source, device, use, check=is_main()))
-
-
-def _is_region_teacher(name: str) -> bool:
-    path = Path(name).expanduser()
-    return any((folder / "meta_teacher.json").is_file() for folder in (path, path / "student"))
 
 
 def fingerprint_of(teacher: Teacher, names: Sequence[str]) -> str:
