@@ -28,6 +28,7 @@ ORDER = (
     ("scenes", "models"),
     ("objective", "embed"),
     ("cache",),
+    ("bank",),
     ("statistics",),
     ("evaluate",),
     ("train",),
@@ -44,7 +45,7 @@ ORDER = (
 )
 """Floors from the lowest up; rooms of one floor do not know each other."""
 
-WINGS = ("scenes", "demo", "bench", "export", "regions", "search", "reference", "listing", "doctor")
+WINGS = ("scenes", "demo", "bank", "bench", "export", "regions", "search", "reference", "listing", "doctor")
 """Rooms that a run can do without; all others are the core, which finds these by name and never imports them."""
 
 BEGIN, END = "<!-- rooms -->", "<!-- end of rooms -->"

@@ -240,7 +240,8 @@ TERMS: Registry[Any] = Registry(
             "sigmoid",
             "reinforced",
         )
-    },
+    }
+    | {name: f"clipdistill.bank.{name}:TERM" for name in ("bank_cross", "bank_within", "bank_xrd")},
 )
 """Terms of the objective (clipdistill.objective.term.Term)."""
 
@@ -280,6 +281,9 @@ STUDENTS: Registry[Any] = Registry("student")
 
 TEACHERS: Registry[Any] = Registry("teacher")
 """Functions that open a teacher of a kind of its own, by the word before the colon of its name."""
+
+WHOLE_SET: Registry[Any] = Registry("teacher of a whole set", {"cache": "clipdistill.bank.teacher:BankTeacher"})
+"""Classes that give a stored teacher what it knows of all training data (a bank, cleaned targets)."""
 
 TEACHER_FOLDERS: Registry[Any] = Registry(
     "teacher folder", {"meta_teacher.json": "clipdistill.regions.teacher:open_region_teacher"}

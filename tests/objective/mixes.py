@@ -10,7 +10,7 @@ import torch
 from clipdistill.objective import TERMS, Embeddings, Objective
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import load_recipe, recipe_names
-from tests.objective.plain import random_embeddings
+from tests.objective.plain import random_bank, random_embeddings
 
 EVERYTHING = "every term"
 
@@ -20,10 +20,15 @@ def mix_names() -> list[str]:
     return [*recipe_names(), EVERYTHING]
 
 
+def batch_terms() -> list[str]:
+    """The terms that compare the rows of a batch alone: no bank is needed."""
+    return [name for name in TERMS.names() if not TERMS.get(name).bank]
+
+
 def settings_of(mix: str) -> dict[str, Any]:
     """The objective's settings under a mix's name."""
     if mix == EVERYTHING:
-        return {"weights": {name: 10.0 if name == "fd" else 1.0 for name in TERMS.names()}}
+        return {"weights": {name: 10.0 if name == "fd" else 1.0 for name in batch_terms()}}
     settings: dict[str, Any] = load_recipe(mix)["objective"]
     return settings
 
@@ -48,6 +53,8 @@ def make_input(
         theirs = replace(theirs, synthetic_text=random_embeddings(rows, teacher, 1.0, 4, dtype=dtype).text)
         if mix != EVERYTHING:
             theirs = replace(theirs, blocks=(teacher - 3, 3), logit_scale=(30.0, 20.0))
+    if ObjectiveConfig(**settings_of(mix)).needs_bank:
+        theirs = replace(theirs, bank=random_bank(rows, teacher, 5, dtype=dtype))
     return ours, theirs
 
 

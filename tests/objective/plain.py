@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clipdistill.bank.divergence import Bank
 from clipdistill.objective import Embeddings
 
 
@@ -42,3 +43,14 @@ def random_embeddings(
         text.to(dtype).requires_grad_(trained),
         torch.tensor(scale, dtype=dtype, requires_grad=trained),
     )
+
+
+def random_bank(rows: int, width: int, seed: int, *, dtype: torch.dtype = torch.float64) -> Bank:
+    """A bank of nine pictures with one to four captions, in which the rows of the batch have a place."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.tensor([2, 1, 4, 3, 1, 2, 2, 3, 1])
+    image = torch.randn(len(counts), width, generator=generator, dtype=torch.float64)
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    text = image[owner] + torch.randn(len(owner), width, generator=generator, dtype=torch.float64)
+    place = torch.randint(len(counts), (rows,), generator=generator)
+    return Bank(unit(image).to(dtype), unit(text).to(dtype), counts, place)

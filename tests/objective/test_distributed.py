@@ -40,6 +40,8 @@ def part(embeddings: Embeddings, start: int, stop: int) -> Embeddings:
         value = getattr(embeddings, name)
         if isinstance(value, torch.Tensor):
             rows[name] = value.detach().clone().requires_grad_(value.requires_grad)
+    if embeddings.bank is not None:
+        rows["bank"] = replace(embeddings.bank, place=embeddings.bank.place[start:stop])
     return replace(embeddings, **rows)
 
 

@@ -16,6 +16,9 @@ def on_gpu(embeddings: Embeddings) -> Embeddings:
         value = getattr(embeddings, name)
         if isinstance(value, torch.Tensor):
             moved[name] = value.detach().cuda().requires_grad_(value.requires_grad)
+    if embeddings.bank is not None:
+        parts = ("image", "text", "counts", "place")
+        moved["bank"] = replace(embeddings.bank, **{part: getattr(embeddings.bank, part).cuda() for part in parts})
     return replace(embeddings, **moved)
 
 

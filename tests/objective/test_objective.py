@@ -15,7 +15,7 @@ from clipdistill.config import build
 from clipdistill.errors import InputError
 from clipdistill.objective import TERMS, Embeddings, Objective, ObjectiveConfig
 from clipdistill.train.config import resolve
-from tests.objective.mixes import EVERYTHING, gradients, leaves, make_input, make_objective, mix_names
+from tests.objective.mixes import EVERYTHING, batch_terms, gradients, leaves, make_input, make_objective, mix_names
 from tests.objective.plain import random_embeddings
 from tests.objective.released import SETS, SIZES, assert_released, clip
 
@@ -193,7 +193,7 @@ def test_state_round_trip() -> None:
 
 def test_terms_hold_no_graph() -> None:
     output = make_objective(EVERYTHING, 5, 8, "dense")(*make_input(EVERYTHING, 4, 5, 8))
-    assert set(output.terms) == set(TERMS.names())
+    assert set(output.terms) == set(batch_terms())
     assert all(not value.requires_grad and value.ndim == 0 for value in output.terms.values())
     assert output.total.requires_grad
     assert output.total.ndim == 0
@@ -305,7 +305,8 @@ def test_rows_that_a_loss_needs() -> None:
     """One row says nothing to a term that compares pairs; a distance of rows is content with one."""
     assert ObjectiveConfig(weights={"fd": 1, "cosine": 2}).least_rows == 1
     for name in TERMS.names():
-        assert ObjectiveConfig(weights={"fd": 1, name: 1}).least_rows == (1 if name in ("fd", "cosine") else 2)
+        expected = 1 if name in ("fd", "cosine") or TERMS.get(name).bank else 2
+        assert ObjectiveConfig(weights={"fd": 1, name: 1}).least_rows == expected
     settings = {"student": "scenes-student", "data": {"path": "scenes"}, "out": "x", "teacher": "scenes-teacher"}
     with pytest.raises(InputError, match=r"train.batch_size=1: terms of the mix \(task, crd, .* at least 2"):
         resolve("clip-rd", settings, assignments=["train.batch_size=1"])

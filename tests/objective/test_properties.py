@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipdistill.objective import TERMS, Embeddings, Objective
-from tests.objective.mixes import EVERYTHING, make_input, make_objective
+from clipdistill.objective import Embeddings, Objective
+from tests.objective.mixes import EVERYTHING, batch_terms, make_input, make_objective
 from tests.objective.plain import random_embeddings
 
 ENGINES = st.sampled_from(["dense", "tiled"])
@@ -51,7 +51,7 @@ def test_length_of_a_row_does_not_matter(seed: int, engine: str, size: float) ->
 @few
 @given(seed=SEEDS, engine=ENGINES)
 def test_a_rotation_of_both_spaces_does_not_matter(seed: int, engine: str) -> None:
-    weights = {name: 1.0 for name in TERMS.names() if name != "afd"}  # afd's fusion layers are tied to the axes
+    weights = {name: 1.0 for name in batch_terms() if name != "afd"}  # afd's fusion layers are tied to the axes
     student, teacher = make_input(EVERYTHING, 6, 8, 8)
     generator = torch.Generator().manual_seed(seed)
     turn = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0]
@@ -63,7 +63,7 @@ def test_a_rotation_of_both_spaces_does_not_matter(seed: int, engine: str) -> No
 
 @few
 @given(
-    weights=st.dictionaries(st.sampled_from(sorted(TERMS.names())), st.floats(0.01, 100), min_size=1), engine=ENGINES
+    weights=st.dictionaries(st.sampled_from(sorted(batch_terms())), st.floats(0.01, 100), min_size=1), engine=ENGINES
 )
 def test_total_is_the_weighted_sum(weights: dict[str, float], engine: str) -> None:
     student, teacher = make_input(EVERYTHING, 5, 6, 6)
@@ -88,7 +88,7 @@ def test_divergences_are_never_negative(rows: int, seed: int, scale: float, engi
 def test_extreme_scales_stay_finite(engine: str, gap: float) -> None:
     """exp(100) squared overflows float32: only differences may be exponentiated."""
     student, teacher = make_input(EVERYTHING, 7, 8, 8, torch.float32)
-    weights = dict.fromkeys(TERMS.names(), 1.0)
+    weights = dict.fromkeys(batch_terms(), 1.0)
     objective = Objective(weights, 8, 8, engine=engine)
     objective.set_scales(image=gap, text=gap, cross=gap, fusion=gap)
     output = objective(replace(student, logit_scale=gap), replace(teacher, logit_scale=100.0))

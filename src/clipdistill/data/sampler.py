@@ -11,7 +11,7 @@ import numpy as np
 
 from clipdistill.errors import InputError
 
-_ORDER, _SAMPLE = 0, 1  # what a random stream is for
+_ORDER, _SAMPLE, _STEP = 0, 1, 2  # what a random stream is for
 
 
 def _philox(seed: int, epoch: int, purpose: int, index: int) -> np.random.Philox:
@@ -34,6 +34,19 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The random numbers of sample `index` in `epoch`: its caption and its view, whoever prepares it."""
     return np.random.Generator(_philox(seed, epoch, _SAMPLE, index))
+
+
+def step_sample(n: int, count: int, seed: int, step: int) -> np.ndarray:
+    """`count` of n numbers, sorted (int64), all different: a function of (seed, step), the same on every rank."""
+    stream = _philox(seed, step, _STEP, 0)
+    if n <= 1 << 16 or 2 * count > n:
+        return np.sort(np.argsort(stream.random_raw(n), kind="stable")[:count])
+    found = np.zeros(0, dtype=np.int64)
+    while len(found) < count:
+        # in the order of their drawing, so that none is preferred
+        drawn = np.concatenate([found, (stream.random_raw(2 * count) % n).astype(np.int64)])
+        found = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+    return np.sort(found[:count])
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:

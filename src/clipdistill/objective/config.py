@@ -72,6 +72,11 @@ class ObjectiveConfig(Config):
         return Mix.of(checked_weights(self.weights), Setting(options=self.options)).reads_teacher
 
     @property
+    def needs_bank(self) -> bool:
+        """Some term compares with the teacher's embeddings of the whole training set."""
+        return any(TERMS.get(name).bank for name in self.active_terms)
+
+    @property
     def accepts_ensemble(self) -> bool:
         """Every term has a meaning for several teachers, and one of them uses them."""
         return self.needs_teacher and not any(TERMS.get(name).single_teacher for name in self.active_terms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ class Embeddings:
     logit_scale: the multiplier itself (already exponentiated), a number or 0-dimensional tensor; for an ensemble (K,).
     logit_bias: added to the logits by sigmoid losses; a number or tensor of the shape of logit_scale.
     synthetic_text: (N, D), embeddings of one generated caption per image (MobileCLIP).
+    bank: a teacher's embeddings of the whole training set (clipdistill.bank), for the terms that compare with them.
     """
 
     image: Tensor
@@ -30,6 +31,7 @@ class Embeddings:
     logit_bias: Tensor | float | Sequence[float] | None = None
     synthetic_text: Tensor | None = None
     blocks: Sequence[int] | None = None
+    bank: Any = None
 
 
 @dataclass(frozen=True)

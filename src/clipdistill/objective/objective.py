@@ -272,7 +272,8 @@ class Objective(nn.Module):
         if engine == "dense":
             names.update(dict.fromkeys(gathered_names(mix.plan, world)))
         whole = dict(zip(names, gather_rows([features.matrices[name] for name in names], world)))
-        total, terms = self._feature_terms(mix, LocalBatch(features, whole, world, mix.setting), like)
+        bank = None if teacher is None else teacher.bank
+        total, terms = self._feature_terms(mix, LocalBatch(features, whole, world, mix.setting, bank), like)
         if mix.plan.primitives:
             if engine == "dense":
                 result = dense(features, mix.plan, world, self.options, whole)
@@ -307,6 +308,7 @@ class Objective(nn.Module):
         teacher_rows = check("teacher", teacher, self.teacher_dim)
         if teacher_rows != rows:
             raise InputError(f"objective: {rows} rows from the student and {teacher_rows} from the teacher")
+        self._check_bank(teacher)
         teachers = len(blocks_of(teacher))
         if teachers > 1:
             one.check_ensemble(teachers)
@@ -317,6 +319,22 @@ class Objective(nn.Module):
                 f"the terms {', '.join(self.weights)} need both"
             )
         return setting
+
+    def _check_bank(self, teacher: Embeddings) -> None:
+        needing = [name for name in self.weights if TERMS.get(name).bank]
+        if not needing:
+            return
+        if teacher.bank is None:
+            raise InputError(
+                f"objective: the term '{needing[0]}' compares with the teacher's embeddings of the whole training set; "
+                "these come with a cached teacher: fill a cache with `clipdistill cache` and name it, teacher=cache:DIR"
+            )
+        for part in (teacher.bank.image, teacher.bank.text):
+            if part.ndim != 2 or part.shape[1] != self.teacher_dim:
+                raise InputError(
+                    f"the teacher's bank has the shape {tuple(part.shape)}: teacher_dim of the objective is "
+                    f"{self.teacher_dim}"
+                )
 
     def extra_repr(self) -> str:
         listed = ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())

@@ -21,7 +21,7 @@ from clipdistill.models.names import check_model_name, check_student_name, check
 from clipdistill.models.towers.names import split_models
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import lay, load_recipe
-from clipdistill.registry import is_loaded, load_plugin
+from clipdistill.registry import TERMS, is_loaded, load_plugin
 from clipdistill.runs.folder import RunFolder
 from clipdistill.train.region_config import MetaTeacherConfig, RegionsConfig
 
@@ -115,6 +115,12 @@ class TrainConfig(Config):
     """Multiplier of teacher and student at every step, instead of the learned ones (TinyCLIP: 50)."""
     teacher_logit_scale: Scale | tuple[Scale, ...] | None = None
     """Multiplier of the teacher (one each for several teachers) instead of its own."""
+    teacher_targets: Literal["raw", "centred", "pca", "whitened"] = "raw"
+    """What of a cached teacher's rows is taught. centred: the set's mean row of each modality is taken away; pca: then
+    the axes of largest variance, as many as the student's embeddings are wide, in the place of a learned projection;
+    whitened: these axes scaled to equal variance."""
+    bank_samples: int | None = pydantic.Field(default=None, ge=1)
+    """Pictures in the bank of a step, drawn by (seed, step), with all their captions and each row's own (None: all)."""
     log_every: int = pydantic.Field(default=10, ge=1)
     """Steps between two lines of the log."""
     evaluate_every: int | None = pydantic.Field(default=None, ge=1)
@@ -345,6 +351,14 @@ def _check(config: RunConfig) -> None:
             f"recipe {config.recipe}: several teachers are only for the term 'reinforced'; "
             f"name one teacher instead of {len(config.teachers)}"
         )
+    if not cached:
+        banked = next((name for name in config.objective.active_terms if TERMS.get(name).bank), None)
+        wanted = f"the term '{banked}'" if banked else f"train.teacher_targets={train.teacher_targets}"
+        if banked or train.teacher_targets != "raw":
+            raise InputError(
+                f"recipe {config.recipe}: {wanted} needs the teacher's embeddings of the whole training set: "
+                "fill a cache with `clipdistill cache` and name it, --teacher cache:DIR"
+            )
     if train.masks is not None and train.compile is True:
         raise InputError("train.compile: masks change the model at every step; compile a run without train.masks")
     if train.views == "stored" and not cached:

@@ -31,7 +31,7 @@ from clipdistill.runtime.distributed import broadcast_module, rank, world_size
 from clipdistill.train.config import RunConfig, TrainConfig
 from clipdistill.train.sources import Sources
 from clipdistill.train.step import Towers, settle_buckets
-from clipdistill.train.teacher import Teacher
+from clipdistill.train.teacher import Teacher, prepare_teacher
 
 if TYPE_CHECKING:
     from clipdistill.models.inheritance.training import Masking
@@ -122,6 +122,7 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
     if config.objective.needs_teacher:
         teacher = sources.teacher(config, source, device)
     student = _student(config, source, teacher, sources, device)
+    teacher = prepare_teacher(teacher, config, source, student.embed_dim)
     initial = student.fingerprint()
     per_epoch = steps_per_epoch(len(source), train.batch_size)
     total = train.steps if train.steps is not None else max(round((train.epochs or 0) * per_epoch), 1)

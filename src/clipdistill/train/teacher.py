@@ -19,7 +19,7 @@ from clipdistill.models import ClipModel, Tokenizer, load_model
 from clipdistill.models.clip_model import hash_tensors
 from clipdistill.models.known import OWN_EMBEDDINGS
 from clipdistill.objective import Embeddings
-from clipdistill.registry import TEACHER_FOLDERS, describe
+from clipdistill.registry import TEACHER_FOLDERS, WHOLE_SET, describe
 from clipdistill.runs.folder import STUDENT
 from clipdistill.runtime.distributed import agree, is_main
 from clipdistill.train.config import RunConfig
@@ -201,6 +201,24 @@ def open_teacher(config: RunConfig, source: PairSource, device: torch.device) ->
     )
     # one rank computes the sample of embeddings again; a cache that is wrong for one stops them all
     return agree(lambda: open_cached_teacher(config.teachers[0], source, device, use, check=is_main()))
+
+
+def prepare_teacher(teacher: Teacher | None, config: RunConfig, source: PairSource, width: int) -> Teacher | None:
+    """The teacher with what the run wants of its rows of the whole set (a bank, cleaned targets of `width`)."""
+    train, bank = config.train, config.objective.needs_bank
+    if teacher is None or not (bank or train.teacher_targets != "raw"):
+        return teacher
+    made: Teacher = WHOLE_SET.get("cache")(
+        teacher,
+        source,
+        captions=train.caption,
+        targets=train.teacher_targets,
+        width=width,
+        bank=bank,
+        samples=train.bank_samples,
+        seed=train.seed,
+    )
+    return made
 
 
 def fingerprint_of(teacher: Teacher, names: Sequence[str]) -> str:
