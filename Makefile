@@ -7,7 +7,7 @@ OLDEST ?= build/oldest
 FUZZ_INPUTS ?= 100000
 FUZZ_OUT ?= build/fuzz
 
-.PHONY: demo test test-all test-oldest fuzz docs lint types install clean
+.PHONY: demo test test-all test-gpu test-oldest fuzz docs lint types install clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
@@ -33,6 +33,10 @@ test: lint types
 
 test-all: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not gpu"
+
+# on a machine with a GPU, within 8 minutes: tests, recipes, speeds and the objective's table
+test-gpu: install
+	$(BIN)/python benchmarks/gpu.py --json docs/performance/gpu.json
 
 # the lowest versions that pyproject.toml allows, in an environment of their own; not of Python's newest versions
 test-oldest:

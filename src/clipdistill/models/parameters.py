@@ -69,7 +69,7 @@ def lock(module: nn.Module, tower: str, groups: int) -> int:
     depths = {
         name: depth
         for name, depth in _depths(module).items()
-        if tower_of(name) == tower and not (is_joined(module) and name.startswith(_JOINED_HEADS))
+        if tower_of(name) == tower and not is_new_head(module, name)
     }
     order = sorted(set(depths.values()))
     if groups >= len(order):
@@ -89,6 +89,11 @@ def lock(module: nn.Module, tower: str, groups: int) -> int:
 def is_joined(module: nn.Module) -> bool:
     """Whether the module is a pair of joined towers (models/towers), whose heads start from nothing."""
     return hasattr(getattr(module, "visual", None), "trunks")
+
+
+def is_new_head(module: nn.Module, name: str) -> bool:
+    """Whether the parameter called `name` belongs to the new head of a joined tower."""
+    return is_joined(module) and name.startswith(_JOINED_HEADS)
 
 
 def freeze_statistics(module: nn.Module) -> int:
@@ -154,15 +159,14 @@ def parameter_groups(
     if layer_decay is not None and not 0 < layer_decay <= 1:
         raise InputError(f"layer_decay must be above 0 and at most 1, got {layer_decay}")
     below = _layers_below_output(module) if layer_decay is not None else None
-    joined, rates = is_joined(module), tower_rates or {}
+    rates = tower_rates or {}
     groups: dict[tuple[int, str, bool], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         depth = below(name) if below is not None else 0
         decayed = decays(name, parameter)
-        new = joined and name.startswith(_JOINED_HEADS)
-        factor = 1.0 if new else rates.get(tower_of(name), 1.0)
+        factor = 1.0 if is_new_head(module, name) else rates.get(tower_of(name), 1.0)
         tower = "" if factor == 1.0 else tower_of(name)
         group = groups.setdefault(
             (depth, tower, not decayed),

@@ -35,7 +35,8 @@ class RunView:
     step: finished optimiser steps (on_start: those a resumed run begins with); samples: pairs seen.
     losses: this step's "total" and each term, unweighted. line: the line of log.jsonl, where one is due at this step
     (means since the last one, learning rate, gradient norm, speed), else None.
-    scores, images: the last point of the learning curve ({"t2i_R@1": 0.31, ...}) and the images it was measured on.
+    scores, images: the last point of the learning curve ({"t2i_R@1": 0.31, ...}) and the images it was measured on;
+    top_share: the share of its captions that find one and the same picture first.
     checkpoint: the last checkpoint written. final_scores: {"dataset/metric": value} of the student, in on_end.
     status: "running"; in on_end "finished", "stopped" or "failed".
     """
@@ -49,6 +50,7 @@ class RunView:
     line: Mapping[str, Any] | None = None
     scores: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
     images: int = 0
+    top_share: float = 0.0
     validation: str = ""
     checkpoint: Path | None = None
     final_scores: Mapping[str, float] = field(default_factory=lambda: _NOTHING)
@@ -178,7 +180,7 @@ class Curve(Callback):
     def on_evaluation(self, run: RunView) -> None:
         if run.step not in self._written:  # a point put off by a signal may have been measured before a crash
             line = {"step": run.step, "samples": run.samples, "scores": dict(run.scores), "images": run.images}
-            RunFolder(run.folder).append(CURVE, line)
+            RunFolder(run.folder).append(CURVE, {**line, "top_share": run.top_share})
         shown = (("t2i_R@1", "text-to-image"), ("i2t_R@1", "image-to-text"))
         listed = ", ".join(f"{words} {run.scores[name]:.1%}" for name, words in shown if name in run.scores)
         self._say(f"  step {run.step}: R@1 {listed} among {run.images} images of {run.validation}")

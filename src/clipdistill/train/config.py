@@ -27,6 +27,10 @@ from clipdistill.train.region_config import MetaTeacherConfig, RegionsConfig
 
 Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
 Scale = Annotated[float, pydantic.Field(gt=0)]
+CurveMeasure = Literal[
+    "t2i_R@1", "t2i_R@5", "t2i_R@10", "t2i_mAP@10", "t2i_MRR",
+    "i2t_R@1", "i2t_R@5", "i2t_R@10", "i2t_mAP@10", "i2t_MRR",
+]  # fmt: skip
 Lock = Literal["none", "all"] | Annotated[int, pydantic.Field(ge=1)]
 
 
@@ -44,9 +48,12 @@ class TrainConfig(Config):
     learning_rate: float = pydantic.Field(default=1e-3, gt=0)
     """Highest rate of AdamW, reached after the warm-up."""
     final_learning_rate: float = pydantic.Field(default=0.0, ge=0)
-    """Rate at the last step of the cosine schedule."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """How the rate goes after the warm-up: down a cosine to `final_learning_rate`, or constant."""
+    """Rate at the last step of the schedules that fall."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """How the rate goes after the warm-up: down a cosine to `final_learning_rate`; constant; or constant and then, over
+    the last `decay_share` of the steps, down a line to `final_learning_rate` (WSD, arXiv 2404.06395)."""
+    decay_share: float = pydantic.Field(default=0.2, gt=0, le=1)
+    """Share of all steps over which `schedule=wsd` lets the rate fall."""
     warmup_steps: int = pydantic.Field(default=0, ge=0)
     """Steps over which the rate rises linearly from 0."""
     weight_decay: float = pydantic.Field(default=0.1, ge=0)
@@ -125,6 +132,11 @@ class TrainConfig(Config):
     """Steps between two lines of the log."""
     evaluate_every: int | None = pydantic.Field(default=None, ge=1)
     """Steps between two points of the validation curve (None: only at the end)."""
+    keep_best: CurveMeasure | None = None
+    """Measure of the validation curve by which the student is chosen; the last step's is kept beside
+    it as `last` (None: the last is the student)."""
+    patience: int | None = pydantic.Field(default=None, ge=1)
+    """Points of the curve in a row without a better `keep_best` after which the run ends early (None: never)."""
     checkpoint_every: int | None = pydantic.Field(default=None, ge=1)
     """Steps between two checkpoints (None: at the end and when stopped)."""
     keep_checkpoints: int = pydantic.Field(default=2, ge=1)
@@ -345,6 +357,19 @@ def _check(config: RunConfig) -> None:
             f"train.batch_size={train.batch_size}: terms of the mix ({', '.join(config.objective.active_terms)}) "
             f"compare the pairs of a batch with each other, which takes at least {config.objective.least_rows}"
         )
+    if train.keep_best is not None and (train.evaluate_every is None or config.validation is None):
+        raise InputError(
+            f"train.keep_best={train.keep_best}: the best is chosen on the curve; give --validation and "
+            "train.evaluate_every, the steps between its points"
+        )
+    if train.keep_best is not None and (train.masks is not None or config.meta_teacher is not None):
+        raise InputError(
+            "train.keep_best: not for runs with train.masks, whose student changes its size, or region teachers"
+        )
+    if train.patience is not None and train.keep_best is None:
+        raise InputError("train.patience: say by which measure, for example  train.keep_best=t2i_R@1")
+    if train.schedule != "wsd" and train.decay_share != TrainConfig.model_fields["decay_share"].default:
+        raise InputError(f"train.decay_share: only for train.schedule=wsd, and this is {train.schedule}")
     cached = is_cached(config.teachers)
     if len(config.teachers) > 1 and not config.objective.accepts_ensemble:
         raise InputError(

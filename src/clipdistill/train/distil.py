@@ -17,6 +17,7 @@ from clipdistill.objective import Embeddings, ObjectiveOutput
 from clipdistill.runtime.distributed import average_gradients, rank
 from clipdistill.runtime.files import digest_of
 from clipdistill.train.config import RunConfig
+from clipdistill.train.health import Movement
 from clipdistill.train.setup import build
 from clipdistill.train.sources import Sources
 from clipdistill.train.step import Statistics, captions_of, forward_backward
@@ -34,6 +35,8 @@ class Distillation:
         self.total_steps, self.steps_per_epoch = self.setup.total_steps, self.setup.steps_per_epoch
         self.validation_name = "" if self.setup.validation is None else self.setup.validation.name
         self._statistics = Statistics(self.setup.student.module)
+        pretrained = config.student_weights is not None or config.student.startswith(("towers:", "inherit:"))
+        self._movement = Movement(self.setup.student.module, pretrained)
 
     @property
     def optimiser(self) -> torch.optim.Optimizer:
@@ -105,9 +108,11 @@ class Distillation:
 
     def numbers(self, step: int) -> dict[str, Any]:
         masking = self.setup.masking
+        moved = self._movement(self.setup.student.module)
         return {
             "logit_scale": float(self.setup.student.module.logit_scale.detach().float().exp()),
             "scales": self.setup.objective.effective_scales(),
+            **({"moved": moved} if moved else {}),
             **({} if masking is None else {"sparsity": masking.log(step)}),
         }
 
@@ -136,7 +141,9 @@ class Distillation:
                 progress=False,
             )
         found = retrieval(encoded.image, encoded.text, encoded.text_to_image)
-        return Point({name: float(value) for name, value in found.items()}, len(source))
+        first = torch.cat([(rows @ encoded.image.T).argmax(1) for rows in encoded.text.split(4096)])  # (texts,)
+        share = int(first.bincount().max()) / len(first)
+        return Point({name: float(value) for name, value in found.items()}, len(source), round(share, 4))
 
     def end(self) -> None:
         """Masks that are still there (the run was only as long as they) are pruned: a new, smaller student."""

@@ -19,6 +19,7 @@ from clipdistill.objective import ObjectiveOutput
 from clipdistill.runs.folder import BAD_SAMPLES, CHECKPOINTS
 from clipdistill.runtime.distributed import any_rank, gather_lists, is_main, on_main, sum_over_ranks
 from clipdistill.runtime.signals import Interrupted, StopSignal
+from clipdistill.train.best import forget_before, judge, keep
 from clipdistill.train.callbacks import Callbacks, RunView, Say
 from clipdistill.train.checkpoint import save_checkpoint
 from clipdistill.train.config import RunConfig, TrainConfig
@@ -43,6 +44,8 @@ class Progress:
     """Counters of the bad-sample ledger."""
     evaluation_due: bool = False
     """The curve's point of this step is still to be measured: a signal came before or while it was."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """The best point of the curve so far (train.best), where train.keep_best asks for one."""
     towers: dict[str, Any] = field(default_factory=dict)
     """How the towers are computed (train.tune), so that a resumed run rounds as before."""
 
@@ -78,7 +81,7 @@ def train(loop: Loop) -> None:
     if progress.evaluation_due:
         _evaluate(loop)
     waiting = time.monotonic()
-    for batch in task.loader(progress.step):
+    for batch in task.loader(progress.step) if not _learns_no_more(loop) else ():
         waited = time.monotonic() - waiting
         if said := task.before_step(progress.step):
             loop.say(said)
@@ -111,8 +114,12 @@ def train(loop: Loop) -> None:
         if _due(progress.step, config.evaluate_every) or (finished and config.evaluate_every):
             _evaluate(loop)
         stopping = any_rank(stop.received is not None, device)
-        if _due(progress.step, config.checkpoint_every) or finished or stopping:
+        early = not finished and _due(progress.step, config.evaluate_every) and _learns_no_more(loop)
+        if _due(progress.step, config.checkpoint_every) or finished or stopping or early:
             _write_checkpoint(loop)
+        if early:
+            loop.say(f"no better {config.keep_best} in {config.patience} points: the run ends at step {progress.step}")
+            return
         if stopping and not finished:
             raise Preempted(
                 f"stopped by {stop.received or 'a signal on another rank'} after step {progress.step}; saved: "
@@ -151,6 +158,8 @@ def _write_checkpoint(loop: Loop) -> None:
     problems = gather_lists(problems)
     if problems:
         raise StorageError(problems[0])
+    if is_main() and loop.progress.best:
+        forget_before(loop.config.out, loop.progress.best)
     loop.tell("on_checkpoint", checkpoint=folder)
 
 
@@ -226,7 +235,19 @@ def _evaluate(loop: Loop) -> None:
     if point is None:
         loop.progress.evaluation_due = True
         return
-    loop.tell("on_evaluation", scores=MappingProxyType(point.scores), images=point.images)
+    scores, metric = MappingProxyType(point.scores), loop.config.train.keep_best
+    if metric is not None:
+        loop.progress.best = judge(loop.progress.best, scores, metric, loop.progress.step)
+        student, _ = loop.task.checkpoint()
+        if loop.progress.best["since"] == 0 and student is not None:
+            keep(student, loop.config.out, loop.progress.step)
+    loop.tell("on_evaluation", scores=scores, images=point.images, top_share=point.top_share)
+
+
+def _learns_no_more(loop: Loop) -> bool:
+    """Whether train.patience is over; rank 0 knows the curve, the others ask it."""
+    patience = loop.config.train.patience
+    return patience is not None and any_rank(loop.progress.best.get("since", 0) >= patience, loop.task.device)
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -234,13 +255,16 @@ def _due(step: int, every: int | None) -> bool:
 
 
 def learning_rate_factor(step: int, total: int, warmup: int, config: TrainConfig) -> float:
-    """The share of the peak learning rate at optimiser step `step` (0-based) of `total`: linear rise, then cosine."""
+    """The share of the peak learning rate at optimiser step `step` (0-based) of `total`: linear rise, then as set."""
     warmup = min(warmup, max(total - 1, 0))
     if step < warmup:
         return (step + 1) / warmup
     if config.schedule == "constant":
         return 1.0
     floor = config.final_learning_rate / config.learning_rate
+    if config.schedule == "wsd":
+        decay = max(round(total * config.decay_share), 1)
+        return 1 - (1 - floor) * min(max(step - (total - decay), 0) / decay, 1)
     progress = (step - warmup) / max(total - warmup, 1)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 

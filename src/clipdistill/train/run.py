@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,11 +33,13 @@ from clipdistill.runtime.files import sha256
 from clipdistill.runtime.machine import pick_device
 from clipdistill.runtime.signals import Interrupted, StopSignal
 from clipdistill.statistics.scores import Scores
+from clipdistill.train.best import BEST, take
 from clipdistill.train.callbacks import Callbacks, Curve, Log, RunView, choose
 from clipdistill.train.checkpoint import Checkpoint, newest_checkpoint, restore
 from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.display import Display
 from clipdistill.train.failures import Whereabouts, explained
+from clipdistill.train.health import Health
 from clipdistill.train.loop import Loop, Progress, train
 from clipdistill.train.opening import check_identity, opened
 from clipdistill.train.sources import Sources
@@ -137,7 +140,7 @@ def distill(
                 return Run(config.out, "explained", 0, None)
             with stop.at_once():
                 progress.towers = task.tune(None if checkpoint is None else progress.towers, display.say)
-            own = [display, Log(), Curve(display.say)]
+            own = [display, Log(), Curve(display.say), Health(display.say)]
             view = RunView(config, config.out, progress.step, task.total_steps, validation=task.validation_name or "")
             told = Callbacks(own, chosen, display.say)
             return _train_and_finish(Loop(config, task, progress, told, display.say, stop, place, view))
@@ -219,6 +222,8 @@ def _train_and_finish(loop: Loop) -> Run:
             loop.tell("on_end", status=status, final_scores=final)
             if is_main():
                 _describe(loop, status, outcome.fingerprint or None)
+                if status == "finished":
+                    shutil.rmtree(run / BEST, ignore_errors=True)
     barrier()
     return Run(run.path, status, progress.step, outcome.scores)
 
@@ -226,7 +231,10 @@ def _train_and_finish(loop: Loop) -> Run:
 def _finish(loop: Loop) -> Outcome:
     """The student's folder and the final scores. Nothing is lost when a signal ends this: resuming does it again."""
     with loop.stop.at_once():
-        outcome = loop.task.finish(loop.config.out, loop.say)
+        out, progress, (student, _) = loop.config.out, loop.progress, loop.task.checkpoint()
+        if progress.best and student is not None:
+            loop.say(take(student, out, progress.best, progress.step))
+        outcome = loop.task.finish(out, loop.say)
         if outcome.scores is not None:
             outcome.scores.save(loop.config.out / SCORES)  # per-query results beside it: paired tests need them
         return outcome
@@ -262,6 +270,7 @@ def _describe(loop: Loop, status: str, fingerprint: str | None) -> None:
         "seconds": round(progress.seconds, 2),
         "bad_samples": progress.bad_samples,
         "skipped_steps": progress.skipped_steps,
+        **({"best": progress.best} if progress.best else {}),
         **({"towers": progress.towers} if progress.towers else {}),
         "truncated": {"student": progress.truncated_student, "teacher": progress.truncated_teacher},
         **task.facts(),

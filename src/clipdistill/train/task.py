@@ -102,10 +102,14 @@ class Task(Protocol):
 
 
 class Point(NamedTuple):
-    """A point of the learning curve: scores (fractions) over so many images."""
+    """A point of the learning curve: scores (fractions) over so many images.
+
+    top_share: the share of captions that find one and the same picture first.
+    """
 
     scores: dict[str, float]
     images: int
+    top_share: float = 0.0
 
 
 class Outcome(NamedTuple):

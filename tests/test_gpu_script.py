@@ -1,0 +1,45 @@
+"""`benchmarks/gpu.py` runs on a CPU up to the device call, so that minutes on a GPU are not lost to a mistake."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("gpu_script", REPOSITORY / "benchmarks" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["recipes", "steps", "cache", "objective"])
+def test_every_part_runs_on_a_cpu(script, part, monkeypatch):
+    monkeypatch.setitem(script.LIMITS, part, 600)
+    *rows, whole = script.measure(part, "cpu", small=True)
+    assert whole["note"] == "passed"
+    assert rows
+    assert all(row["value"] > 0 for row in rows)
+
+
+def test_the_parts_take_less_than_nine_minutes_together(script):
+    assert sum(script.LIMITS.values()) <= 9 * 60
+
+
+def test_a_part_that_fails_or_hangs_is_a_row(script, monkeypatch):
+    ways = {"cache": ["-c", "raise SystemExit('no memory left')"], "steps": ["-c", "import time; time.sleep(60)"]}
+    monkeypatch.setattr(script, "command_of", lambda part, *_: [sys.executable, *ways[part]])
+    monkeypatch.setitem(script.LIMITS, "steps", 1)
+    assert script.measure("cache", "cpu", small=True)[-1]["note"] == "FAILED (1): no memory left"
+    assert script.measure("steps", "cpu", small=True)[-1]["note"].startswith("FAILED (124): over its limit of 1 s")
+
+
+def test_gpu_recipes_are_shipped_ones(script):
+    from clipdistill.recipes import recipe_names
+
+    assert set(script.RECIPES) <= set(recipe_names())
