@@ -261,7 +261,7 @@ def test_tars_beside_data_tars(tmp_path, teacher, student):
 @pytest.mark.parametrize(
     ("teacher_name", "assignment", "message"),
     [
-        ("live", "train.views=stored", "only a cache holds views"),
+        ("live", "train.views=stored", "a cache stores views"),
         ("cache", "train.views=stored", "holds the evaluation view only"),
         ("cache", "train.views=live", "need a live teacher"),
         ("first", "train.caption=random", "set train.caption=first"),

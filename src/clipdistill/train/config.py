@@ -88,7 +88,12 @@ class TrainConfig(Config):
     """How `live` views are drawn."""
     views: Literal["auto", "live", "fixed", "stored"] = "auto"
     """live: drawn anew by `view` for a live teacher; fixed: the evaluation view for teacher and student; stored: one of
-    the views in the teacher's cache. auto: live without a cache; with one, stored views if it has any, else fixed."""
+    the views in the teacher's cache, or of `stored_views` where the image tower is locked. auto: live without a cache;
+    with one, stored views if it has any, else fixed."""
+    stored_views: int = pydantic.Field(default=8, ge=2, le=255)
+    """Views of a picture that are drawn once, by `view`, for views=stored without a teacher."""
+    features_folder: Path | None = None
+    """Where features of locked towers are kept for other runs (None: computed for this one)."""
     cache_samples: int = pydantic.Field(default=32, ge=0)
     """Embeddings of a cache computed again at every start, where its teacher is on this machine (0: none)."""
     cache_allow_versions: bool = False
@@ -386,8 +391,11 @@ def _check(config: RunConfig) -> None:
             )
     if train.masks is not None and train.compile is True:
         raise InputError("train.compile: masks change the model at every step; compile a run without train.masks")
-    if train.views == "stored" and not cached:
-        raise InputError("train.views=stored: only a cache holds views; name one, for example  --teacher cache:DIR")
+    if train.views == "stored" and not cached and (config.objective.needs_teacher or train.lock_image != "all"):
+        raise InputError(
+            "train.views=stored: a cache stores views (--teacher cache:DIR); or, without a teacher, features of "
+            "a locked image tower (train.lock_image=all)"
+        )
     if (
         not cached
         and isinstance(train.teacher_logit_scale, tuple)

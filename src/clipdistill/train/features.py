@@ -1,29 +1,41 @@
 """Features of locked towers, computed once: only heads are left to train, at the speed of matrix products.
 
-A locked tower of joined ones (models/towers) is a fixed function of its picture or caption. Where the views are fixed
-too, its features are computed before the first step and kept in memory, and the batches hold them in the place of
-pictures and ids; the towers' encoders take either.
+A locked tower of joined ones (models/towers) is a fixed function of its picture or caption. Where the views are known
+beforehand too (the evaluation view, those of a cached teacher, or a few drawn once), its features are computed before
+the first step and kept in memory, and for other runs in `train.features_folder`; the batches hold them in the place of
+pictures and ids: the towers' encoders take either.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clipdistill.data.loader import Batch, prepared, truncated
-from clipdistill.data.pairs import PairSource, one_or_several
+from clipdistill.cache.blocks import Block, write_block
+from clipdistill.cache.stored import StoredRows
+from clipdistill.config import as_dict
+from clipdistill.data.loader import Batch, Choice, prepared, truncated
+from clipdistill.data.pairs import PairSource, Subset, one_or_several
+from clipdistill.data.problems import BadSample
 from clipdistill.data.sampler import StepSampler, sample_generator
-from clipdistill.data.views import EVALUATION_VIEW, ViewPolicy, normalise
+from clipdistill.data.views import EVALUATION_VIEW, normalise
 from clipdistill.embed.prepare import Item, Preparation
 from clipdistill.models import ClipModel
+from clipdistill.models.clip_model import hash_tensors
 from clipdistill.models.parameters import evaluation_mode, is_joined
 from clipdistill.models.text_length import by_length
-from clipdistill.runtime.distributed import rank, world_size
+from clipdistill.runtime.distributed import is_main, rank, world_size
+from clipdistill.runtime.files import digest_of
 from clipdistill.train.config import RunConfig
+from clipdistill.train.step import autocast
+from clipdistill.train.teacher import Teacher
 
 LARGEST = 4 << 30
 """Bytes of features that are kept; a larger set is encoded step by step, as without locks."""
@@ -32,7 +44,8 @@ _PART = 64
 
 @dataclass
 class LockedFeatures:
-    """Rows by sample: image (N, F); text (captions of all samples, F), those of sample i from first[i] on, or None."""
+    """Rows by sample: image (views, N, F); text (captions of all samples, F), those of sample i from first[i] on, or
+    None."""
 
     image: Tensor
     text: Tensor | None
@@ -44,52 +57,140 @@ class LockedFeatures:
         """What was computed, for the terminal."""
         size = sum(part.numel() * 4 for part in (self.image, self.text) if part is not None)
         towers = "image tower" if self.text is None else "image and text towers"
-        return f"features of the locked {towers} computed once: {size / 1e6:.0f} MB in {self.seconds:.0f} s"
+        views = f", {len(self.image)} views a picture" if len(self.image) > 1 else ""
+        return f"features of the locked {towers} computed once: {size / 1e6:.0f} MB in {self.seconds:.0f} s{views}"
 
 
-def can_keep(student: ClipModel, config: RunConfig, source: PairSource) -> bool:
+def view_count(config: RunConfig, teacher: Teacher | None) -> int | None:
+    """How many known views a picture has beside the evaluation view: 0 for that view alone, None for new ones at each
+    step."""
+    train = config.train
+    if teacher is not None:
+        rows = teacher.stored
+        if not isinstance(rows, StoredRows) or rows.embeddings.has_synthetic:
+            return None
+        return 0 if rows.views == "fixed" else rows.embeddings.view_count
+    if train.views == "stored":
+        return train.stored_views
+    return 0 if train.views == "fixed" or not train.view.random else None
+
+
+def can_keep(student: ClipModel, config: RunConfig, source: PairSource, teacher: Teacher | None = None) -> bool:
     """Whether what the student's image tower makes of each picture stays the same through the run, and fits."""
-    train, module = config.train, student.module
-    view = ViewPolicy() if train.views == "fixed" else train.view
-    fixed = not config.objective.needs_teacher and train.mask_ratio is None and not view.random
-    if not is_joined(module) or not module.visual.locked or not fixed:
+    module, views = student.module, view_count(config, teacher)
+    if views is None or not is_joined(module) or not module.visual.locked or config.train.mask_ratio is not None:
         return False
-    rows = len(source) * sum(module.visual.head.widths)
+    rows = max(views, 1) * len(source) * sum(module.visual.head.widths)
     if module.text.locked:
         rows += sum(len(one_or_several(source.captions(i))) for i in range(len(source))) * sum(module.text.head.widths)
     return 4 * rows <= LARGEST
 
 
-def locked_features(student: ClipModel, source: PairSource, workers: int, device: torch.device) -> LockedFeatures:
-    """Features of every picture, and of every caption where the text tower is locked too, in float32 on the CPU."""
+def locked_features(
+    student: ClipModel, source: PairSource, config: RunConfig, device: torch.device, teacher: Teacher | None = None
+) -> LockedFeatures:
+    """Features of every picture's views, and of every caption where the text tower is locked too: float32, on the CPU.
+
+    They are read from `train.features_folder` where another run left them. A part of a larger set takes its rows of
+    the whole set's.
+    """
     start = time.perf_counter()
-    module, count = student.module, len(source)
-    image = torch.zeros(count, sum(module.visual.head.widths))
-    problems: dict[int, str] = {}
-    tasks = [[Item(i) for i in range(begin, min(begin + _PART, count))] for begin in range(0, count, _PART)]
-    first: list[int] = []
-    texts: list[str] = []
-    for i in range(count):
-        first.append(len(texts))
-        texts += one_or_several(source.captions(i))
+    module, train, views = student.module, config.train, view_count(config, teacher) or 0
+    whole, rows = (source.source, source.indices.tolist()) if isinstance(source, Subset) else (source, None)
+    data = [whole.fingerprint(), whole.images_fingerprint()] if train.features_folder is not None else []
+    drawn: list[object] = [views]
+    if views:
+        drawn += [as_dict(train.view), 0] if teacher is None else [teacher.stored.embeddings.fingerprint()]  # type: ignore[union-attr]
+    looks = [*data, *drawn, student.architecture["towers"]["image"], as_dict(student.image), train.precision]
+    found = _kept(
+        train.features_folder,
+        looks,
+        module.visual.backbone(),
+        lambda: _image_features(student, whole, views, config, device, teacher),
+    )
+    image, bad = found["image"], [i for i, valid in enumerate(found["valid"].tolist()) if not valid]
     text = None
-    with evaluation_mode(module), torch.no_grad():
-        for chunk in prepared(Preparation(source, [student.image]), tasks, workers, ahead=4):
-            good = [row for row, problem in enumerate(chunk.problems) if problem is None]
-            rows = [item.index for item in chunk.items]
-            problems |= {rows[row]: why for row, why in enumerate(chunk.problems) if why is not None}
-            if good:
-                pixels = normalise(chunk.pixels[0][good].to(device), student.image)
-                image[[rows[row] for row in good]] = module.visual.features(pixels).float().cpu()
-        if module.text.locked:
-            text = torch.zeros(len(texts), sum(module.text.head.widths))
-            for begin in range(0, len(texts), 64 * _PART):
-                tokens = student.tokenizer(texts[begin : begin + 64 * _PART])
-                for group in by_length(tokens) if student.reads_only_text else [torch.arange(len(tokens))]:
-                    for part in group.split(4 * _PART):
-                        (cut,) = student.shorten(tokens[part])
-                        text[begin + part] = module.text.features(cut.to(device)).float().cpu()
+    if module.text.locked:
+        reads = [*data, student.tokenizer.to_dict(), student.architecture["towers"]["text"]["pooling"]]
+        text = _kept(
+            train.features_folder,
+            reads,
+            module.text.backbone(),
+            lambda: {"text": _text_features(student, whole, device)},
+        )["text"]
+    first, count = [], 0
+    for i in range(len(whole)):
+        first.append(count)
+        count += len(one_or_several(whole.captions(i)))
+    problems = dict.fromkeys(bad, "the image could not be read when its features were computed")
+    if rows is not None:
+        image, first = image[:, rows], [first[i] for i in rows]
+        problems = {n: problems[i] for n, i in enumerate(rows) if i in problems}
     return LockedFeatures(image, text, first, problems, time.perf_counter() - start)
+
+
+def _kept(
+    folder: Path | None, what: list[object], tower: nn.Module, make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """What `make` returns, from the block of the folder that holds it; written there if it does not yet."""
+    if folder is None:
+        return make()
+    weights = hashlib.sha256()
+    hash_tensors(tower.state_dict(), weights)
+    path = folder / f"{digest_of({'what': what, 'weights': weights.hexdigest()})[:32]}.safetensors"
+    if path.exists():
+        block = Block(path, "delete it, and it is made again")
+        block.verify()
+        return {name: torch.from_numpy(values.copy()) for name, values in block.arrays.items()}
+    made = make()
+    if is_main():
+        write_block(path, made, {"what": json.dumps(what)})
+    return made
+
+
+def _image_features(
+    student: ClipModel, source: PairSource, views: int, config: RunConfig, device: torch.device, teacher: Teacher | None
+) -> dict[str, Tensor]:
+    """image (views or 1, N, F), valid (N,)."""
+    module, count = student.module, len(source)
+    image, valid = (
+        torch.zeros(max(views, 1), count, sum(module.visual.head.widths)),
+        torch.ones(count, dtype=torch.uint8),
+    )
+
+    def item(i: int) -> Item:
+        known = None if teacher is None else teacher.stored.embeddings  # type: ignore[union-attr]
+        usable = known is None or known.valid(i)
+        return Item(i, None if known is None or not usable else tuple(known.view(i, n) for n in range(1, views + 1)))
+
+    tasks = [[item(i) for i in range(begin, min(begin + _PART, count))] for begin in range(0, count, _PART)]
+    preparation = Preparation(source, [student.image], policy=config.train.view, views=views)
+    with evaluation_mode(module), torch.no_grad(), autocast(device, config.train.precision):
+        for chunk in prepared(preparation, tasks, config.train.workers, ahead=4):
+            pixels = chunk.pixels[0].unflatten(0, (len(chunk.items), 1 + views))
+            good = [row for row, problem in enumerate(chunk.problems) if problem is None]
+            rows = [chunk.items[row].index for row in good]
+            valid[[chunk.items[row].index for row in range(len(chunk.items)) if row not in good]] = 0
+            for number in range(1, views + 1) if views else (0,):
+                if good:
+                    batch = normalise(pixels[good, number].to(device), student.image)
+                    image[max(number - 1, 0), rows] = module.visual.features(batch).float().cpu()
+    return {"image": image, "valid": valid}
+
+
+def _text_features(student: ClipModel, source: PairSource, device: torch.device) -> Tensor:
+    """Of all captions, one sample after the other: (captions, F)."""
+    module = student.module
+    texts = [caption for i in range(len(source)) for caption in one_or_several(source.captions(i))]
+    text = torch.zeros(len(texts), sum(module.text.head.widths))
+    with evaluation_mode(module), torch.no_grad():
+        for begin in range(0, len(texts), 64 * _PART):
+            tokens = student.tokenizer(texts[begin : begin + 64 * _PART])
+            for group in by_length(tokens) if student.reads_only_text else [torch.arange(len(tokens))]:
+                for part in group.split(4 * _PART):
+                    (cut,) = student.shorten(tokens[part])
+                    text[begin + part] = module.text.features(cut.to(device)).float().cpu()
+    return text
 
 
 class FeatureLoader:
@@ -101,10 +202,12 @@ class FeatureLoader:
         source: PairSource,
         student: ClipModel,
         config: RunConfig,
+        teacher: Teacher | None,
         start_step: int,
         steps: int,
     ) -> None:
         train = config.train
+        self.stored = None if teacher is None else teacher.stored
         self.features, self.source, self.student, self.caption = features, source, student, train.caption
         self.start_step, self.steps = start_step, steps
         self.sampler = StepSampler(len(source), train.batch_size, train.seed, rank(), world_size())
@@ -119,13 +222,23 @@ class FeatureLoader:
     def _batch(self, step: int) -> Batch:
         epoch, features = self.sampler.epoch(step), self.features
         kept: list[tuple[int, int, str]] = []
+        choices: list[Choice] = []
         problems: list[tuple[str, str]] = []
         for index in self.sampler.indices(step).tolist():
             captions = one_or_several(self.source.captions(index))
-            drawn = int(sample_generator(self.sampler.seed, epoch, index).integers(len(captions)))
+            rng = sample_generator(self.sampler.seed, epoch, index)
+            drawn = int(rng.integers(len(captions)))
             chosen = drawn if self.caption == "random" else 0
-            if index in features.problems:
-                problems.append((self.source.key(index), features.problems[index]))
+            try:
+                if index in features.problems:
+                    raise BadSample(features.problems[index])
+                if self.stored is not None:
+                    choices.append(self.stored.choose(index, rng))
+                else:
+                    views = len(features.image)
+                    choices.append(Choice(index, 1 + int(rng.integers(views)) if views > 1 else 0, EVALUATION_VIEW))
+            except BadSample as error:
+                problems.append((self.source.key(index), error.reason))
             else:
                 kept.append((index, chosen, captions[chosen]))
         indices = torch.tensor([index for index, *_ in kept], dtype=torch.int64)
@@ -141,14 +254,15 @@ class FeatureLoader:
             indices=indices,
             keys=[self.source.key(index) for index, *_ in kept],
             caption_indices=places,
-            student_images=features.image[indices],
+            student_images=features.image[[max(choice.view_number - 1, 0) for choice in choices], indices],
             student_tokens=tokens,
             teacher_images=None,
             teacher_tokens=None,
             captions=texts,
             problems=problems,
             truncated_student=truncated(self.student.tokenizer, texts),
-            views=[EVALUATION_VIEW] * len(kept),
+            views=[choice.view for choice in choices],
             step=step,
             epoch=epoch,
+            stored=None if self.stored is None else self.stored.read(choices, places.tolist()),
         )

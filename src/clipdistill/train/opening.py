@@ -26,6 +26,7 @@ _FREE = {
 _FREE_TRAIN = {
     "workers",
     "keep_in_memory",
+    "features_folder",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",

@@ -76,7 +76,7 @@ class Setup:
             from clipdistill.train.features import FeatureLoader
 
             last = self.total_steps if steps is None else steps
-            return FeatureLoader(self.features, self.source, self.student, self.config, start_step, last)
+            return FeatureLoader(self.features, self.source, self.student, self.config, self.teacher, start_step, last)
         return PairLoader(
             self.source,
             batch_size=train.batch_size,
@@ -145,8 +145,13 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
     if train.lock_image == "all":
         from clipdistill.train.features import can_keep, locked_features
 
-        if can_keep(student, config, source):
-            features = locked_features(student, source, train.workers, device)
+        if can_keep(student, config, source, teacher):
+            features = locked_features(student, source, config, device, teacher)
+    if features is None and teacher is None and train.views == "stored":
+        raise InputError(
+            "train.views=stored without a cache: features of the views are kept, which takes a joined image tower, "
+            "locked (train.lock_image=all), and at most 4 GB: take fewer train.stored_views, or train.views=live"
+        )
     broadcast_module(objective)
     groups = () if masking is None else masking.parameter_groups()
     optimiser = build_optimiser(student.module, objective, train, groups)

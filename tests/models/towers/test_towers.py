@@ -12,13 +12,18 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from clipdistill.cache.config import CacheConfig
+from clipdistill.cache.fill import fill
 from clipdistill.cli import main
+from clipdistill.config import as_dict, build
+from clipdistill.data.open import open_pairs
+from clipdistill.data.pairs import Subset
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_model, save_model
 from clipdistill.models.names import check_model_name, check_student_name
 from clipdistill.models.towers.names import TEXT_KINDS, parse, split_models
 from clipdistill.train import features
-from clipdistill.train.config import resolve
+from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.distil import Distillation
 from clipdistill.train.run import distill
 from tests.conftest import shared_folder
@@ -263,6 +268,43 @@ def test_features_of_locked_towers_are_computed_once_and_change_nothing(text, na
     each = trained(tmp_path / "each")
     for key, tensor in once.items():
         torch.testing.assert_close(tensor, each[key], atol=1e-4, rtol=1e-3, msg=key)
+
+
+@pytest.mark.parametrize("views", ["fixed", "stored"])
+def test_a_locked_student_of_a_cached_teacher_is_encoded_once(views, name, tmp_path, monkeypatch):
+    values = {"teacher": name(), "data": {"path": "scenes:train", "size": 48}, "out": tmp_path / "cache", "views": 2}
+    fill(build(CacheConfig, values, "cache"))
+
+    def trained(out, **train):
+        settings = as_dict(config(name(), tmp_path / out, lock_text="all", **train))
+        settings |= {"teacher": f"cache:{tmp_path / 'cache'}", "preflight": {"allow_weak_teacher": True}}
+        settings["objective"]["weights"] = {"task": 1, "fd": 10, "vrd_kl": 1}
+        return load_model(distill(build(RunConfig, settings, "test"), quiet=True).student).module.state_dict()
+
+    once = trained("once", views=views, features_folder=str(tmp_path / "kept"))
+    assert len(list((tmp_path / "kept").glob("*.safetensors"))) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "prepared", None)  # what another run has left is not computed again
+        again = trained("again", views=views, features_folder=str(tmp_path / "kept"))
+    monkeypatch.setattr(features, "can_keep", lambda *_: False)
+    each = trained("each", views=views)
+    for key, tensor in once.items():
+        assert torch.equal(tensor, again[key]), key
+        torch.testing.assert_close(tensor, each[key], atol=1e-4, rtol=1e-3, msg=key)
+
+
+def test_views_of_a_locked_tower_are_drawn_once_and_a_part_takes_its_rows(name, tmp_path):
+    settings = config(name(), tmp_path / "run", views="stored", stored_views=3, features_folder=str(tmp_path / "kept"))
+    student, source = load_model(name()), open_pairs(settings.data)
+    student.module.visual.trunks.requires_grad_(False)
+    whole = features.locked_features(student, source, settings, torch.device("cpu"))
+    assert whole.image.shape[:2] == (3, 48)
+    assert not torch.equal(whole.image[0], whole.image[1])
+    part = features.locked_features(student, Subset(source, indices=[5, 40]), settings, torch.device("cpu"))
+    assert torch.equal(part.image, whole.image[:, [5, 40]])
+    distill(settings, quiet=True)
+    with pytest.raises(InputError, match="a cache stores views"):
+        config(name(), tmp_path / "open", views="stored", lock_image=1)
 
 
 def test_a_run_is_resumed_and_evaluated_by_name(name, tmp_path, monkeypatch):
