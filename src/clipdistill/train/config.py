@@ -112,6 +112,12 @@ class TrainConfig(Config):
     """Factor of the learning rate of the image tower; the new heads of joined towers keep the full rate."""
     learning_rate_text: float = pydantic.Field(default=1.0, gt=0)
     """The same for the text tower."""
+    feature_noise: float = pydantic.Field(default=0.0, ge=0, le=10)
+    """Deviation of the normal noise that joined towers' heads add to their features (of deviation 1) in training."""
+    feature_dropout: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    """Share of those features, and of the heads' hidden units, that is hidden in training."""
+    mean_captions: float = pydantic.Field(default=0.0, ge=0, le=1)
+    """Share of the pairs that take the mean of all the image's captions, as features of a locked text tower."""
     batch_statistics: Literal["auto", "frozen", "live"] = "auto"
     """Running statistics of batch normalisations. auto: frozen in pretrained image towers that were joined, else live
     (a locked layer's are always frozen)."""
@@ -395,6 +401,11 @@ def _check(config: RunConfig) -> None:
         raise InputError(
             "train.views=stored: a cache stores views (--teacher cache:DIR); or, without a teacher, features of "
             "a locked image tower (train.lock_image=all)"
+        )
+    if train.mean_captions and (config.objective.needs_teacher or train.lock_text != "all"):
+        raise InputError(
+            "train.mean_captions: features of captions are averaged, of a locked text tower (train.lock_text=all) and "
+            "without a teacher, which embeds single captions"
         )
     if (
         not cached

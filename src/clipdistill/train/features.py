@@ -209,6 +209,7 @@ class FeatureLoader:
         train = config.train
         self.stored = None if teacher is None else teacher.stored
         self.features, self.source, self.student, self.caption = features, source, student, train.caption
+        self.mean_captions = train.mean_captions
         self.start_step, self.steps = start_step, steps
         self.sampler = StepSampler(len(source), train.batch_size, train.seed, rank(), world_size())
 
@@ -223,6 +224,7 @@ class FeatureLoader:
         epoch, features = self.sampler.epoch(step), self.features
         kept: list[tuple[int, int, str]] = []
         choices: list[Choice] = []
+        means: list[bool] = []
         problems: list[tuple[str, str]] = []
         for index in self.sampler.indices(step).tolist():
             captions = one_or_several(self.source.captions(index))
@@ -241,15 +243,20 @@ class FeatureLoader:
                 problems.append((self.source.key(index), error.reason))
             else:
                 kept.append((index, chosen, captions[chosen]))
+                means.append(self.mean_captions > 0 and rng.random() < self.mean_captions)
         indices = torch.tensor([index for index, *_ in kept], dtype=torch.int64)
         places = torch.tensor([chosen for _, chosen, _ in kept], dtype=torch.int64)
         texts = [caption for *_, caption in kept]
         if features.text is None:
             (tokens,) = self.student.shorten(self.student.tokenizer(texts))
         else:
-            tokens = features.text[
-                torch.tensor([features.first[i] for i in indices.tolist()], dtype=torch.int64) + places
-            ]
+            rows = [features.first[i] + place for i, place in zip(indices.tolist(), places.tolist(), strict=True)]
+            tokens = features.text[rows]
+            for row in (row for row, mean in enumerate(means) if mean):
+                start = rows[row] - int(places[row])
+                tokens[row] = features.text[
+                    start : start + len(one_or_several(self.source.captions(kept[row][0])))
+                ].mean(0)
         return Batch(
             indices=indices,
             keys=[self.source.key(index) for index, *_ in kept],

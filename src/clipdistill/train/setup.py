@@ -23,6 +23,7 @@ from clipdistill.models.parameters import (
     freeze,
     freeze_statistics,
     hold_frozen_statistics,
+    is_joined,
     lock,
     parameter_groups,
 )
@@ -147,10 +148,10 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
 
         if can_keep(student, config, source, teacher):
             features = locked_features(student, source, config, device, teacher)
-    if features is None and teacher is None and train.views == "stored":
+    if features is None and (train.mean_captions or (teacher is None and train.views == "stored")):
         raise InputError(
-            "train.views=stored without a cache: features of the views are kept, which takes a joined image tower, "
-            "locked (train.lock_image=all), and at most 4 GB: take fewer train.stored_views, or train.views=live"
+            "train.views=stored without a cache, and train.mean_captions: features are kept for them, which takes "
+            "joined towers, locked (train.lock_image=all), views that are known beforehand and at most 4 GB"
         )
     broadcast_module(objective)
     groups = () if masking is None else masking.parameter_groups()
@@ -185,6 +186,11 @@ def _make_trainable(student: ClipModel, config: RunConfig, device: torch.device,
         raise InputError("train.lock_image and train.lock_text: nothing is left to train: unlock some groups")
     if statistics_frozen(student, train):
         freeze_statistics(module)
+    if train.feature_noise or train.feature_dropout:
+        if not is_joined(module):
+            raise InputError("train.feature_noise, train.feature_dropout: only joined towers have heads for them")
+        for tower in (module.visual, module.text):
+            tower.head.noise, tower.head.dropout = train.feature_noise, train.feature_dropout
     hold_frozen_statistics(module.to(device).train())
     masks = None if masking is None else masking.masks
     towers: nn.Module = Towers(module, train.fixed_logit_scale, train.mask_ratio, masks)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy
 import pytest
 import timm
 import torch
@@ -16,8 +17,9 @@ from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.fill import fill
 from clipdistill.cli import main
 from clipdistill.config import as_dict, build
+from clipdistill.data.objects import hold
 from clipdistill.data.open import open_pairs
-from clipdistill.data.pairs import Subset
+from clipdistill.data.pairs import DataConfig, Subset
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_model, save_model
 from clipdistill.models.names import check_model_name, check_student_name
@@ -212,6 +214,10 @@ def config(name, out, **train):
     return resolve("lit", settings)
 
 
+def data_of(pairs):
+    return DataConfig(path=hold(pairs))
+
+
 def changed(before, run):
     after = load_model(run).module.state_dict()
     return {key.split(".")[0] + "." + key.split(".")[1] for key, old in before.items()
@@ -305,6 +311,34 @@ def test_views_of_a_locked_tower_are_drawn_once_and_a_part_takes_its_rows(name, 
     distill(settings, quiet=True)
     with pytest.raises(InputError, match="a cache stores views"):
         config(name(), tmp_path / "open", views="stored", lock_image=1)
+
+
+def test_heads_hear_noise_in_training_alone_and_some_pairs_take_the_mean_caption(name, tmp_path):
+    from clipdistill.train.setup import build
+
+    pairs = [(numpy.full((32, 32, 3), 20 * i, dtype="uint8"), ["a square", "a red circle"]) for i in range(8)]
+    settings = {
+        "lock_text": "all",
+        "views": "fixed",
+        "batch_size": 8,
+        "mean_captions": 0.5,
+        "feature_noise": 0.5,
+        "seed": 1,
+    }
+    made = build(config(name(), tmp_path / "run", **settings).model_copy(update={"data": data_of(pairs)}), "cpu")
+    (batch,) = made.loader(0, 1)
+    first, second = made.features.text[:2]
+    wanted = {"single": (first, second), "mean": ((first + second) / 2,)}
+    found = {
+        kind: sum(any(torch.allclose(row, one, atol=1e-5) for one in ones) for row in batch.student_tokens)
+        for kind, ones in wanted.items()
+    }
+    assert found == {"single": 4, "mean": 4}
+    head, features_ = made.student.module.visual.head, batch.student_images
+    assert not torch.equal(head(features_), head(features_))
+    assert torch.equal(head.eval()(features_), head(features_))
+    with pytest.raises(InputError, match=r"train.mean_captions: .*lock_text=all"):
+        config(name(), tmp_path / "open", mean_captions=0.5)
 
 
 def test_a_run_is_resumed_and_evaluated_by_name(name, tmp_path, monkeypatch):

@@ -175,8 +175,11 @@ class JoinedText(_Tower):
 class Head(nn.Module):
     """Features to the joint embedding: a linear map, or one with a two-layer perceptron beside it.
 
-    Each network's features are brought to mean 0 and deviation 1 first, so that none drowns another.
+    Each network's features are brought to mean 0 and deviation 1 first, so that none drowns another. While training,
+    normal `noise` is added to them, and a share `dropout` of them and of the hidden units is hidden.
     """
+
+    noise = dropout = 0.0
 
     def __init__(self, widths: list[int], dim: int, kind: str, hidden: int) -> None:
         super().__init__()
@@ -191,8 +194,14 @@ class Head(nn.Module):
         """(B, sum of widths) -> (B, dim)."""
         parts = features.split(self.widths, dim=-1)
         even = torch.cat([nn.functional.layer_norm(part, part.shape[-1:]) for part in parts], dim=-1)
+        if self.training and self.noise:
+            even = even + self.noise * torch.randn_like(even)
+        even = nn.functional.dropout(even, self.dropout, self.training)
         output: Tensor = self.linear(even)
-        return output if self.mlp is None else output + self.mlp(even)
+        if self.mlp is None:
+            return output
+        first, activation, last = self.mlp
+        return output + last(nn.functional.dropout(activation(first(even)), self.dropout, self.training))
 
 
 def _input_of(trunk: Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[int, list[float] | None, list[float]]:
