@@ -25,6 +25,12 @@ def test_every_variant_gets_every_seed_and_the_same_budget(tmp_path):
     assert grid[0].config.teacher == grid[1].config.teacher == "scenes-teacher"
 
 
+def test_a_variant_may_have_more_seeds_than_the_others(tmp_path):
+    variants = {"clip": {"recipe": "clip"}, "kd": {"recipe": "clip-kd", "seeds": 3}}
+    grid = build_grid(plan_of(variants, seeds=[0, 1]), tmp_path)
+    assert [run.name for run in grid] == ["clip.seed-0", "kd.seed-0", "clip.seed-1", "kd.seed-1", "kd.seed-2"]
+
+
 def test_shards_cover_the_grid_and_share_no_run(tmp_path, monkeypatch):
     grid = build_grid(plan_of(VARIANTS, seeds=5), tmp_path)
     parts = [shard(grid, f"{i}/3") for i in (1, 2, 3)]

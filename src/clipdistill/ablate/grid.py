@@ -65,10 +65,11 @@ def build_grid(
     bases = {recipe: base_settings(recipe, plan, settings or {}) for recipe in recipes}
     runs = [
         GridRun(name, seed, _config(plan, name, seed, out, bases, assignments))
-        for seed in plan.seeds
+        for seed in dict.fromkeys(seed for name in plan.variants for seed in plan.seeds_of(name))
         for name in plan.variants
+        if seed in plan.seeds_of(name)
     ]
-    for run in runs[: len(plan.variants)]:  # seeds differ in nothing that can be missing
+    for run in {run.variant: run for run in runs}.values():  # seeds differ in nothing that can be missing
         check_names(run.config)
     from clipdistill.train.run import (
         with_precision,  # needs torch, which waits until every setting is known to be right

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
@@ -25,6 +25,18 @@ from clipdistill.recipes import lay
 from clipdistill.registry import TERMS
 from clipdistill.statistics.claims import Claim
 
+
+def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError("at least one seed is needed, each once and none below 0")
+    return seeds
+
+
+Seeds = Annotated[
+    tuple[int, ...],
+    pydantic.BeforeValidator(lambda v: tuple(range(v)) if isinstance(v, int) and not isinstance(v, bool) else v),
+    pydantic.AfterValidator(_distinct),
+]
 _NAME = re.compile(r"^[\w][\w.%+=@-]{0,79}$")
 
 
@@ -47,6 +59,8 @@ class Variant(Config):
     """Another batch size than the plan's."""
     settings: dict[str, Any] = pydantic.Field(default_factory=dict)
     """Any settings of the run, nested or as train.view.flip."""
+    seeds: Seeds | None = None
+    """Seeds of this variant, where they are not the plan's."""
     about: str | None = None
     """A line for the report."""
 
@@ -63,7 +77,7 @@ class AblationPlan(Config):
     """The variants by name."""
     baseline: str | None = None
     """What the others are compared with (None: the first variant)."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: Seeds = (0, 1, 2, 3, 4)
     """A number n (seeds 0 to n - 1) or the seeds themselves."""
     size: str | None = None
     """Size of every run (debug, demo, ...)."""
@@ -75,18 +89,6 @@ class AblationPlan(Config):
     """Lines or entries of the claim language (docs/ablation.md), judged from the results."""
     title: str | None = None
     """Heading of the report."""
-
-    @pydantic.field_validator("seeds", mode="before")
-    @classmethod
-    def _counted(cls, value: Any) -> Any:
-        return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    @pydantic.field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-            raise ValueError("at least one seed is needed, each once and none below 0")
-        return seeds
 
     @pydantic.field_validator("claims", mode="before")
     @classmethod
@@ -103,6 +105,10 @@ class AblationPlan(Config):
         if self.baseline is not None and self.baseline not in self.variants:
             raise ValueError(f"the baseline '{self.baseline}' is no variant{nearest(self.baseline, self.variants)}")
         return self
+
+    def seeds_of(self, name: str) -> tuple[int, ...]:
+        """The seeds of a variant."""
+        return self.variants[name].seeds or self.seeds
 
     @property
     def reference(self) -> str:
