@@ -102,6 +102,15 @@ def test_python_blocks_compile() -> None:
                 compile(block.text, f"{block.page}:{block.line}", "exec")
 
 
+def test_the_warnings_of_the_troubleshooting_page_are_those_of_the_code() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for path in (REPOSITORY / "src").rglob("*.py"))
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `([^`]+)` \|", page, flags=re.MULTILINE)
+    assert len(told) > 5
+    for words in told:
+        assert words in code, words
+
+
 def test_links_and_anchors_lead_somewhere() -> None:
     for page in pages():
         for path, anchor in links(page):
