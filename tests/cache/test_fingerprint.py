@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from clipdistill.cache import check
+from clipdistill.cache.blocks import Block, write_block
 from clipdistill.cache.fill import fill
 from clipdistill.cache.fingerprint import version_differences
 from clipdistill.cache.store import CacheStore
@@ -259,10 +260,10 @@ def test_the_fingerprint_of_a_cache_is_that_of_what_it_serves(tmp_path, teacher,
     def fingerprint(name, choice="", size=16):
         return open_cached_teacher(
             f"cache:{tmp_path / name}{choice}", scenes(size), torch.device("cpu"), CacheUse(samples=0)
-        ).fingerprint()
+        ).fingerprint
 
     first = filled(tmp_path / "a", teacher, 16)
-    filled(tmp_path / "b", teacher, 16, block=4)
+    filled(tmp_path / "b", teacher, 16)
     assert fingerprint("a") == fingerprint("b")
     filled(tmp_path / "c", second_teacher, 16)
     filled(tmp_path / "d", teacher, 16, dtype="int8")
@@ -272,6 +273,17 @@ def test_the_fingerprint_of_a_cache_is_that_of_what_it_serves(tmp_path, teacher,
     found |= {fingerprint("f", "?teacher=0"), fingerprint("f", "?teacher=1")}
     assert len(found) == 7
     assert first.fingerprint() == CacheStore(tmp_path / "b").fingerprint()
+
+
+def test_the_fingerprint_of_a_cache_sees_other_numbers_in_one_block(tmp_path, teacher):
+    before = filled(tmp_path / "c", teacher, 16).fingerprint()
+    path = tmp_path / "c" / "teacher-0" / "000001.safetensors"
+    block = Block(path)
+    arrays = {name: torch.from_numpy(array.copy()) for name, array in block.arrays.items()}
+    arrays["image"][0] = -arrays["image"][0]
+    fields = {name: text for name, text in block.metadata.items() if not name.endswith("crc32")}
+    write_block(path, arrays, fields)
+    assert CacheStore(tmp_path / "c").fingerprint() != before
 
 
 def test_a_changed_bit_of_a_block_is_found_at_the_start_of_training(tmp_path, teacher):

@@ -138,6 +138,11 @@ class CacheStore(DescribedEmbeddings):
         for place in self.blocks():
             self._open(*place).verify()
 
+    def contents(self) -> list[Any]:
+        """Size and metadata of every block that is filled: its checksum is in them."""
+        there = [self._open(*place) for place in self.blocks() if self.path(*place).exists()]
+        return [[block.path.stat().st_size, block.metadata] for block in there]
+
     # --- what a block must say ---------------------------------------------------------------------------------------
 
     def keys_digest(self, block: int) -> str:

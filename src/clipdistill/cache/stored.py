@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from clipdistill.data.loader import Choice
 from clipdistill.data.pairs import BadSample
 from clipdistill.data.views import EVALUATION_VIEW, View
 from clipdistill.errors import InputError
+from clipdistill.runtime.files import digest_of
 
 Views = Literal["fixed", "stored"]
 
@@ -70,8 +71,11 @@ class DescribedEmbeddings(StoredEmbeddings):
         self.has_synthetic = manifest.synthetic is not None
 
     def fingerprint(self) -> str:
-        """See Manifest.fingerprint."""
-        return self.manifest.fingerprint()
+        return digest_of({"manifest": self.manifest.fingerprint(), "files": self.contents()})
+
+    @abstractmethod
+    def contents(self) -> list[Any]:
+        """What tells the content of the files apart without reading all of it, in a fixed order."""
 
 
 class StoredRows:

@@ -11,9 +11,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import mmap
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -39,6 +41,7 @@ from clipdistill.runtime.files import make_folder, new_file, read_json
 
 SHARD_KIND = "clipdistill cache shards"
 _RECENT = 512  # decoded samples kept: a batch asks for each several times
+_END = 1 << 20
 _TENSORS, _DESCRIPTION = ".teacher.safetensors", ".teacher.json"
 
 
@@ -216,6 +219,16 @@ class ShardEmbeddings(DescribedEmbeddings):
         self._places = np.asarray(found, dtype=np.int64).reshape(-1, 5)  # shard, then offset and size of both members
         self._maps: dict[int, mmap.mmap] = {}
         self._recent: dict[int, ShardSample] = {}
+
+    def contents(self) -> list[Any]:
+        """Size and ends of every tar: these have no checksums."""
+        found = []
+        for shard in self._shards:
+            with Path(shard).open("rb") as file:
+                size, first = os.fstat(file.fileno()).st_size, file.read(_END)
+                file.seek(max(size - _END, 0))
+                found.append([size, hashlib.sha256(first + file.read()).hexdigest()])
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}, "_recent": {}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -66,9 +67,11 @@ class CachedTeacher:
     def blocks(self) -> tuple[int, ...]:
         return tuple(self.embeddings.dims[number] for number in self.stored.teachers)
 
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 (hex) of what this teacher serves; cheap. A run that goes on compares it."""
-        return digest_of({"embeddings": self.embeddings.fingerprint(), "teachers": list(self.stored.teachers)})
+        served = {"scales": self.scales, "teachers": list(self.stored.teachers)}
+        return digest_of({"embeddings": self.embeddings.fingerprint(), **served})
 
     def __call__(self, batch: Batch) -> Embeddings:
         """The stored rows that the loader read for this batch: (B, sum of D_k) each."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from clipdistill.data.loader import Batch
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
+from clipdistill.models.clip_model import hash_tensors
 from clipdistill.objective import Embeddings
 from clipdistill.regions.box_file import BoxFile, detect
 from clipdistill.regions.detectors import is_detector, open_detector
@@ -63,6 +65,13 @@ class RegionTeacher:
         if self.teacher.config.caption_free:
             return [found]
         return [found, "the image embeddings of this teacher contain the caption: its R@1 below is no measure of it"]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of network, CLIP, multiplier and regions (whose folder is named by content)."""
+        digest = hashlib.sha256(f"{self.logit_scale} {self.store.folder.name} {self.model.fingerprint()}".encode())
+        hash_tensors(self.teacher.network.state_dict(), digest)
+        return digest.hexdigest()
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Embeddings:

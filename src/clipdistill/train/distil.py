@@ -22,7 +22,6 @@ from clipdistill.train.setup import build
 from clipdistill.train.sources import Sources
 from clipdistill.train.step import Statistics, captions_of, forward_backward
 from clipdistill.train.task import Outcome, Point, Say, Traced
-from clipdistill.train.teacher import fingerprint_of
 
 
 class Distillation:
@@ -204,7 +203,7 @@ class Distillation:
         if setup.validation is not None:
             found["validation data"] = setup.validation.fingerprint()
         if setup.teacher is not None:
-            found["teacher"] = fingerprint_of(setup.teacher, self.config.teachers)
+            found["teacher"] = setup.teacher.fingerprint
         found["tokenizer"] = digest_of(setup.student.tokenizer.to_dict())
         return found
 

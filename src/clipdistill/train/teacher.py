@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +16,12 @@ from clipdistill.data.pairs import PairSource
 from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, Tokenizer, load_model
-from clipdistill.models.clip_model import hash_tensors
 from clipdistill.models.known import OWN_EMBEDDINGS
 from clipdistill.objective import Embeddings
 from clipdistill.registry import TEACHER_FOLDERS, WHOLE_SET, describe
 from clipdistill.runs.folder import STUDENT
 from clipdistill.runtime.distributed import agree, is_main
+from clipdistill.runtime.files import digest_of
 from clipdistill.train.config import RunConfig
 
 
@@ -39,6 +39,11 @@ class Teacher(Protocol):
     @property
     def notes(self) -> list[str]:
         """What was found when it was opened, for the terminal."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with whatever the embeddings depend on: weights, regions, the content of a cache."""
         ...
 
     def __call__(self, batch: Batch) -> Embeddings: ...
@@ -116,6 +121,10 @@ class LiveTeacher:
     @property
     def blocks(self) -> tuple[int, ...]:
         return tuple(m.embed_dim for m in self.models)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest_of({"scales": self.scales, "models": [model.fingerprint() for model in self.models]})
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Embeddings:
@@ -219,37 +228,3 @@ def prepare_teacher(teacher: Teacher | None, config: RunConfig, source: PairSour
         seed=train.seed,
     )
     return made
-
-
-def fingerprint_of(teacher: Teacher, names: Sequence[str]) -> str:
-    """Changes with whatever the teacher's embeddings depend on: weights, regions, the content of a cache."""
-    known = getattr(teacher, "known_fingerprint", None)
-    if known is None:
-        digest = hashlib.sha256(repr(getattr(teacher, "scales", None)).encode())
-        for model in getattr(teacher, "models", [teacher.model] if teacher.model is not None else []):
-            digest.update(model.fingerprint().encode())
-        if teacher.stored is not None:
-            for part in _cache_parts(Path(names[0].removeprefix("cache:").partition("?")[0]).expanduser()):
-                digest.update(part)
-        store = getattr(teacher, "store", None)
-        if store is not None:  # a region teacher: its network and the regions, whose folder is named by content
-            hash_tensors(teacher.teacher.network.state_dict(), digest)  # type: ignore[attr-defined]
-            digest.update(store.folder.name.encode())
-        known = digest.hexdigest()
-        teacher.known_fingerprint = known  # type: ignore[attr-defined]
-    return str(known)
-
-
-def _cache_parts(path: Path) -> Iterator[bytes]:
-    """What tells one cache from another, without reading all of a large one: its tables, sizes and checksums."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        if "locks" in file.parts or file.name.startswith("."):
-            continue
-        size = file.stat().st_size
-        yield f"{file.relative_to(path)} {size}".encode()
-        with file.open("rb") as content:
-            yield content.read(1 << 20)
-            if size > 1 << 21:
-                content.seek(-(1 << 20), 2)
-            yield content.read(1 << 20)
