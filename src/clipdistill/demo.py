@@ -77,18 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def fill_cache(config: RunConfig, folder: Path) -> Path:
     """The store of the teacher's embeddings of every training picture and caption."""
-    from rich.progress import Progress
-
     from clipdistill.cache.config import CacheConfig
     from clipdistill.cache.fill import fill
     from clipdistill.config import as_dict, build
+    from clipdistill.runtime.progress import Meter
 
     settings = {"teacher": TEACHER, "data": as_dict(config.data), "out": folder}
-    with Progress(transient=True) as bar:
-        task = bar.add_task("pictures", total=None)
-        fill(
-            build(CacheConfig, settings), progress=lambda done, total, _: bar.update(task, completed=done, total=total)
-        )
+    with Meter("pictures") as meter:
+        fill(build(CacheConfig, settings), progress=lambda done, total, _: meter.set(done, total))
     return folder
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipdistill.embed.encode import Encoder, encode_pairs, progress_bar
+from clipdistill.embed.encode import Encoder, encode_pairs
 from clipdistill.errors import InputError
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.models.clip_model import ClipModel
@@ -139,14 +139,3 @@ def test_ranks_share_the_work_and_all_get_the_whole_result(tmp_path: Path) -> No
     }
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
-
-
-@pytest.mark.parametrize("name", ["images of a[/b]", "images of [bold]x", "images of lr[/0.1]"])
-def test_a_name_on_the_bar_is_no_markup(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # drawn as on a terminal
-    monkeypatch.setenv("COLUMNS", "200")
-    with progress_bar(True, name, 2) as advance:
-        advance(2)
-    assert name in capsys.readouterr().err

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from clipdistill.cache.config import CacheConfig
 from clipdistill.config import build, override
@@ -86,12 +80,18 @@ def _fill(assignments: list[str], arguments: argparse.Namespace) -> int:
     config = build(CacheConfig, override(values, assignments), "cache")
     for name in config.teachers:
         check_model_name(name)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    say: Callable[[str], None] = (lambda _: None) if arguments.quiet else console.print
     from clipdistill.cache.fill import fill
+    from clipdistill.runtime.progress import Meter
 
-    with _Meter(console, enabled=not arguments.quiet) as meter:
-        report = fill(config, say=say, progress=meter.update)
+    with Meter("filling", enabled=not arguments.quiet) as meter:
+
+        def told(done: int, total: int, rate: float) -> None:
+            meter.set(done, total, f"{rate:.1f} images/s")
+            if meter.due(10):
+                meter.say(f"filling  {done}/{total} images  {rate:.1f} images/s  left {meter.left():.0f} s")
+
+        report = fill(config, say=meter.say, progress=told)
+    say = meter.say
     if report.samples:
         say(
             f"filled {report.samples} images in {report.seconds:.1f} s ({report.rate:.1f} images/s); {report.bad} "
@@ -100,38 +100,6 @@ def _fill(assignments: list[str], arguments: argparse.Namespace) -> int:
     missing = len(report.store.missing_blocks())
     say(f"{config.out}: " + ("complete" if not missing else f"{missing} blocks of other shares are not filled here"))
     return 0
-
-
-class _Meter:
-    """Progress of a fill: a live bar on a terminal, else a line every ten seconds."""
-
-    def __init__(self, console: Console, enabled: bool) -> None:
-        self.enabled = enabled
-        self.console = console
-        self.bar: Progress | None = None
-        self.last = time.monotonic()
-
-    def __enter__(self) -> _Meter:
-        if self.enabled and self.console.is_terminal:
-            columns = (TextColumn("filling"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"))
-            self.bar = Progress(
-                *columns, TimeRemainingColumn(compact=True), TextColumn("{task.fields[rate]}"), console=self.console
-            )
-            self.task = self.bar.add_task("filling", total=None, rate="")
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def update(self, done: int, total: int, rate: float) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=done, total=total, rate=f"{rate:.1f} images/s")
-        elif self.enabled and (now := time.monotonic()) - self.last > 10:
-            self.last = now
-            left = (total - done) / max(rate, 1e-9)
-            print(f"filling  {done}/{total} images  {rate:.1f} images/s  left {left:.0f} s", file=sys.stderr)
 
 
 def _folders(words: list[str], least: int, usage: str) -> list[Path]:

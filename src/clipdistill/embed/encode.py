@@ -19,9 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from torch import Tensor
 
 from clipdistill.data.loader import prepared, truncated
@@ -33,6 +30,7 @@ from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.parameters import evaluation_mode
 from clipdistill.models.text_length import by_length
 from clipdistill.models.tokenizers import as_captions
+from clipdistill.runtime.progress import Meter
 
 DTYPES = {
     "float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -164,13 +162,13 @@ class Encoder:
         found = torch.zeros(len(source), self.model.embed_dim)
         readable = torch.zeros(len(source), dtype=torch.int32)
         problems: list[tuple[str, str]] = []
-        with self._forward(), progress_bar(self.progress, f"images of {source.name}", len(mine)) as advance:
+        with self._forward(), Meter(f"images of {source.name}", len(mine), enabled=self.progress) as meter:
             for pixels, indices, bad in _batches(self._prepared(source, mine), self.batch_size):
                 problems += [(source.key(i), reason) for i, reason in bad]
                 if len(indices):
                     found[indices] = self.encode_images(pixels, source.name).cpu()
                     readable[indices] = 1
-                advance(len(indices) + len(bad))
+                meter.advance(len(indices) + len(bad))
         if self.world > 1:
             found, readable = self._summed(found), self._summed(readable)
             problems = self._gathered(problems)
@@ -191,11 +189,11 @@ class Encoder:
             mine = new[self.rank :: self.world]
             rows = torch.zeros(len(new), self.model.embed_dim)
             embedded: list[Tensor] = []
-            with self._forward(), progress_bar(self.progress, what, len(mine)) as advance:
+            with self._forward(), Meter(what, len(mine), enabled=self.progress) as meter:
                 for start in range(0, len(mine), self.batch_size):
                     batch = mine[start : start + self.batch_size]
                     embedded.append(self.encode_tokens(tokenizer(batch), what).cpu())
-                    advance(len(batch))
+                    meter.advance(len(batch))
             if mine:
                 rows[self.rank :: self.world] = torch.cat(embedded)
             if self.world > 1:
@@ -316,23 +314,3 @@ def _most_captions(rule: str) -> int | None:
     if word == "first" and (not number or (number.isdecimal() and int(number) > 0)):
         return int(number or 1)
     raise InputError(f"captions must be 'all', 'first' or 'first 5', got '{rule}'")
-
-
-@contextlib.contextmanager
-def progress_bar(shown: bool, what: str, total: int | None = None) -> Iterator[Any]:
-    """A bar on the terminal's error stream; gives a function of the items done since its last call (and the total)."""
-    if not shown:
-        yield lambda count, total=None: None
-        return
-    name = TextColumn("{task.description}", markup=False)  # holds names of the user's data
-    columns = (name, BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count, total=None: bar.update(task, advance=count, total=total)
-
-
-class _Rate(ProgressColumn):
-    """Items a second, in a progress bar."""
-
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f}/s" if task.speed else "")

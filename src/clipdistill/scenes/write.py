@@ -16,11 +16,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from rich.progress import Progress
-
 from clipdistill.errors import InputError, nearest
 from clipdistill.runtime.files import make_folder, new_file, read_json, write_bytes, write_json
 from clipdistill.runtime.machine import cpu_count
+from clipdistill.runtime.progress import Meter
 from clipdistill.scenes.pairs import ScenePairs, open_scenes
 
 Format = Literal["webdataset", "karpathy"]
@@ -63,11 +62,10 @@ def write_scenes(
     shards = [range(start, min(start + shard_size, len(source))) for start in range(0, len(source), shard_size)]
     write = _write_tar if format == "webdataset" else _write_images
     entries: list[list[dict[str, Any]]] = [[] for _ in shards]
-    with Progress(disable=not bar) as progress:
-        task = progress.add_task(f"{source.name} as {format}", total=len(source))
+    with Meter(f"{source.name} as {format}", len(source), enabled=bar) as meter:
         for number, result in enumerate(_spread(write, out, source, shards, workers or cpu_count())):
             entries[number] = result
-            progress.advance(task, len(shards[number]))
+            meter.advance(len(shards[number]))
     if format == "webdataset":
         return out
     document = {"dataset": source.name, "images": [entry for shard in entries for entry in shard]}

@@ -166,14 +166,14 @@ def open_collection(
 
 
 def _update(index: SearchIndex, model: SearchModel, quiet: bool, **settings: Any) -> Update:
-    from clipdistill.embed.encode import progress_bar
+    from clipdistill.runtime.progress import Meter
     from clipdistill.search.update import update
 
-    with StopSignal() as signal, progress_bar(not quiet, f"{model.role}: photographs") as advance:
+    with StopSignal() as signal, Meter(f"{model.role}: photographs", enabled=not quiet) as meter:
         return update(
             index,
             model=model,
-            progress=advance,
+            progress=meter.advance,
             stop=lambda: signal.received is not None,
             **settings,
         )
