@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from clipdistill.registry import lazy_package
 from clipdistill.version import __version__
 
 if TYPE_CHECKING:
@@ -22,26 +23,6 @@ if TYPE_CHECKING:
     from clipdistill.statistics.scores import Scores
     from clipdistill.train.callbacks import Callback, register_callback
     from clipdistill.train.run import Run, distill
-
-_WHERE = {
-    "Callback": "clipdistill.train.callbacks",
-    "Embeddings": "clipdistill.objective",
-    "Objective": "clipdistill.objective",
-    "ObjectiveOutput": "clipdistill.objective",
-    "Run": "clipdistill.train.run",
-    "Scores": "clipdistill.statistics.scores",
-    "compare": "clipdistill.statistics.compare",
-    "distill": "clipdistill.train.run",
-    "load_model": "clipdistill.models",
-    "load_student": "clipdistill.models",
-    "register_callback": "clipdistill.train.callbacks",
-    "register_format": "clipdistill.data.open",
-    "register_student": "clipdistill.models.known",
-    "register_term": "clipdistill.objective.term",
-    "retrieval": "clipdistill.evaluate.retrieval",
-}
-_PACKAGES = ("bench", "cache", "embed", "evaluate", "export", "search")
-"""Packages that can be called (registry.callable_package)."""
 
 __all__ = [
     "Callback",
@@ -68,13 +49,22 @@ __all__ = [
     "search",
 ]
 
+_attribute = lazy_package(
+    __name__,
+    {
+        "clipdistill.data.open": "register_format",
+        "clipdistill.evaluate.retrieval": "retrieval",
+        "clipdistill.models": "load_model load_student register_student",
+        "clipdistill.objective": "Embeddings Objective ObjectiveOutput register_term",
+        "clipdistill.statistics.compare": "compare",
+        "clipdistill.statistics.scores": "Scores",
+        "clipdistill.train.callbacks": "Callback register_callback",
+        "clipdistill.train.run": "Run distill",
+    },
+)
+
 
 def __getattr__(name: str) -> Any:
-    # imported on first use: `clipdistill --help` must not wait for torch and open_clip
-    if name in _PACKAGES:
+    if name in ("bench", "cache", "embed", "evaluate", "export", "search"):  # packages that can be called
         return importlib.import_module(f"clipdistill.{name}")
-    if name not in _WHERE:
-        raise AttributeError(f"module 'clipdistill' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
-    globals()[name] = value
-    return value
+    return _attribute(name)

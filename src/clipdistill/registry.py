@@ -15,7 +15,7 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -108,6 +108,23 @@ def describe(error: BaseException) -> str:
         trace = trace.tb_next
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}{': ' + text if text else ''}{place}"
+
+
+def lazy_package(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
+    """`__getattr__` of a package whose names are imported when one is first asked for: naming it loads no torch.
+
+    where: module -> the names it gives, separated by blanks.
+    """
+    homes = {name: module for module, names in where.items() for name in names.split()}
+
+    def find(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module '{package}' has no attribute '{name}'")
+        value = getattr(importlib.import_module(homes[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return find
 
 
 def callable_package(package: str, function: str) -> None:

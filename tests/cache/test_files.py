@@ -12,11 +12,12 @@ import torch
 from clipdistill import cli
 from clipdistill.cache.plain import PlainEmbeddings
 from clipdistill.cache.samples import SampleTable, write_samples
-from clipdistill.cache.sizes import readable, sample_bytes
+from clipdistill.cache.sizes import sample_bytes
 from clipdistill.cache.store import CacheStore
 from clipdistill.cache.synthetic import read_synthetic
 from clipdistill.embed.prepare import DIGEST_BYTES
 from clipdistill.errors import InputError
+from clipdistill.runtime.console import file_size
 from tests.cache.support import cache_config, filled, scenes
 from tests.cache.test_fill import fill
 
@@ -213,7 +214,7 @@ def test_sizes_are_what_is_written(tmp_path, teacher):
     assert sample_bytes([512], "fp16", 0, 1) == 2 * 1024 + 64
     assert sample_bytes([768, 768], "bf16", 30, 6) == 2 * 37 * 1536 + 30 * 35 + 64
     assert sample_bytes([512], "int8", 0, 5) == 6 * 528 + 64
-    assert readable(26_340_000_000) == "26.3 GB"
+    assert file_size(26_340_000_000) == "26.3 GB"
     store = filled(tmp_path / "c", teacher, 200, block=100, dtype="int8")
     rows = sum(p.stat().st_size for p in (tmp_path / "c" / "teacher-0").glob("0*.safetensors"))
     assert rows / 200 == pytest.approx(store.manifest.pair_bytes() - 64, rel=0.2)

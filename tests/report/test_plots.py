@@ -11,9 +11,10 @@ import pytest
 
 from clipdistill.report import plots
 from clipdistill.report.data import read_runs
-from clipdistill.report.svg import Axis, Chart, compact, marker, rate
+from clipdistill.report.svg import Axis, Chart, marker
 from clipdistill.report.tables import build_table, compare
 from clipdistill.report.trade import pareto, read_trade
+from clipdistill.runtime.console import compact, rate
 from tests.report.synthetic import write_bench, write_demo, write_run
 
 

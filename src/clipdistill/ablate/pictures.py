@@ -9,7 +9,8 @@ import numpy as np
 
 from clipdistill.ablate.results import MeasuredColumn, Results
 from clipdistill.ablate.tables import column_title
-from clipdistill.report.svg import Axis, Chart, compact, figure, text
+from clipdistill.report.svg import Axis, Chart, figure, text
+from clipdistill.runtime.console import compact
 
 WIDTH, ROW, PANEL, ACROSS = 1000.0, 24.0, 150.0, 4
 _OWN, _BASE, _SEED = 1, 3, 7  # colours of svg.py, of which 1 and 7 are drawn as circles

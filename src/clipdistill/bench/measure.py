@@ -11,7 +11,7 @@ from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.names import check_model_name
 from clipdistill.registry import BACKENDS
-from clipdistill.runtime.console import TextTable, html_page, say
+from clipdistill.runtime.console import TextTable, compact, file_size, html_page, say
 from clipdistill.runtime.files import require_place, write_json
 
 
@@ -84,7 +84,7 @@ def show(result: dict[str, Any], file: TextIO | None = None) -> None:
     sizes = TextTable(["model", "parameters", "FLOPs/image", "FLOPs/text", "on disk"], title="size")
     for name, facts in result["models"].items():
         counts = facts["parameters"]["total"], facts["flops"]["image"], facts["flops"]["text"]
-        sizes.rows.append([name, *map(_short, counts), _megabytes(facts["size_bytes"])])
+        sizes.rows.append([name, *map(compact, counts), file_size(facts["size_bytes"])])
     sizes.print(file)
     ratios = {_key(r): r for r in result["ratios"]}
     withheld = {_key(row) for row in result.get("withheld", [])}
@@ -104,7 +104,7 @@ def show(result: dict[str, Any], file: TextIO | None = None) -> None:
             f"{row['value']:,.1f} ({row['low']:,.1f} to {row['high']:,.1f})",
             f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else times,
             *(f"{row[name]:.2f} ms" if name in row else "" for name in ("median_ms", "p95_ms")),
-            _megabytes(row.get("peak_bytes")),
+            file_size(row["peak_bytes"]) if row.get("peak_bytes") else "",
         ]
         if first:
             cells.append(f"{others[_key(row)]['value']:.2f}" if _key(row) in others else times)
@@ -119,14 +119,3 @@ def show(result: dict[str, Any], file: TextIO | None = None) -> None:
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("model", "tower", "backend", "dtype", "batch"))
-
-
-def _short(value: float) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def _megabytes(value: float | None) -> str:
-    return f"{value / 1e6:,.1f} MB" if value else ""

@@ -12,13 +12,13 @@ import torch
 from clipdistill.cache.fingerprint import require_same_teacher, require_versions, teacher_entry
 from clipdistill.cache.rows import COSINE_FLOOR
 from clipdistill.cache.samples import find_difference
-from clipdistill.cache.sizes import readable
 from clipdistill.cache.store import CacheStore
 from clipdistill.data.pairs import BadSample, PairSource
 from clipdistill.data.views import render
 from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
 from clipdistill.models import load_model
+from clipdistill.runtime.console import file_size
 
 _BF16_FLOOR = 0.998
 """A bf16 forward pass differs between processors by more than the number formats round."""
@@ -55,7 +55,7 @@ def check_store(
         store.verify_blocks()
     else:
         notes.append(
-            f"cache: {readable(size)} were not compared with their checksums; `clipdistill cache verify` does it"
+            f"cache: {file_size(size)} were not compared with their checksums; `clipdistill cache verify` does it"
         )
     if samples:
         notes += [_recompute(store, source, number, device, samples) for number in range(len(store.dims))]

@@ -11,6 +11,7 @@ from clipdistill.config import build, override
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
 from clipdistill.recipes import load_recipe
+from clipdistill.runtime.console import file_size
 
 ACTIONS = ("verify", "info", "merge", "export")
 _USAGE = """
@@ -109,7 +110,6 @@ def _folders(words: list[str], least: int, usage: str) -> list[Path]:
 
 
 def _verify(words: list[str], arguments: argparse.Namespace) -> int:
-    from clipdistill.cache.sizes import readable
     from clipdistill.cache.verify import verify
 
     code = 0
@@ -120,7 +120,7 @@ def _verify(words: list[str], arguments: argparse.Namespace) -> int:
         state = "every byte is as it was written" if report.good else f"{len(report.problems)} damaged or foreign parts"
         if report.missing:
             state += f"; {report.missing} of {report.blocks} blocks are not filled"
-        size = f"{report.blocks} blocks, {readable(report.bytes)}, {report.invalid_samples} samples without image"
+        size = f"{report.blocks} blocks, {file_size(report.bytes)}, {report.invalid_samples} samples without image"
         print(f"{folder}: {size}: {state}")
         code = code or int(not report.good)
     return code
@@ -128,7 +128,6 @@ def _verify(words: list[str], arguments: argparse.Namespace) -> int:
 
 def _info(words: list[str], arguments: argparse.Namespace) -> int:
     from clipdistill.cache.fill import read_ledger
-    from clipdistill.cache.sizes import readable
     from clipdistill.cache.store import CacheStore
 
     for folder in _folders(words, 1, "info DIR"):
@@ -150,9 +149,8 @@ def _info(words: list[str], arguments: argparse.Namespace) -> int:
             )
         policy = "" if manifest.view_policy is None else f": {manifest.view_policy.model_dump_json()}"
         print(f"  views     the evaluation view and {manifest.views} stored{policy}")
-        print(
-            f"  size      {manifest.dtype}, {readable(size)} on disk, {readable(size / manifest.data.samples)} an image"
-        )
+        share = file_size(size / manifest.data.samples)
+        print(f"  size      {manifest.dtype}, {file_size(size)} on disk, {share} an image")
         print(f"  versions  {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
         bad = read_ledger(store)
         if bad:
@@ -177,7 +175,6 @@ def _export(words: list[str], arguments: argparse.Namespace) -> int:
     if arguments.data is None:
         raise InputError("cache export: name the data the cache was filled from with --data, whose tars set the names")
     from clipdistill.cache.check import require_data
-    from clipdistill.cache.sizes import readable
     from clipdistill.cache.store import CacheStore
     from clipdistill.cache.tars import export_shards
     from clipdistill.data.open import open_pairs
@@ -190,5 +187,5 @@ def _export(words: list[str], arguments: argparse.Namespace) -> int:
     require_data(store, source)
     written = export_shards(store, source, out)
     size = sum(path.stat().st_size for path in written)
-    print(f"{out}: {len(written)} tars beside the data's, {readable(size)}, {readable(size / len(store))} an image")
+    print(f"{out}: {len(written)} tars beside the data's, {file_size(size)}, {file_size(size / len(store))} an image")
     return 0

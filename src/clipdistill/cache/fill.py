@@ -22,7 +22,7 @@ from clipdistill.cache.blocks import write_block
 from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.create import open_for_filling
 from clipdistill.cache.rows import pack
-from clipdistill.cache.sizes import check_space, readable
+from clipdistill.cache.sizes import check_space
 from clipdistill.cache.store import CacheStore, Part
 from clipdistill.cache.stored_views import pack_views
 from clipdistill.data.ledger import BadSampleLedger
@@ -34,6 +34,7 @@ from clipdistill.embed.prepare import Item, Preparation, Prepared
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, load_model
 from clipdistill.runs.folder import read_lines
+from clipdistill.runtime.console import file_size
 from clipdistill.runtime.locks import Claims
 from clipdistill.runtime.machine import cpu_count, pick_device
 
@@ -115,8 +116,8 @@ def _announce(store: CacheStore, say: Say) -> None:
     say(
         f"{store.folder}: {manifest.data.samples} images, {manifest.data.captions} captions{extra}, "
         f"{1 + manifest.views} view{'s' if manifest.views else ''}, {manifest.dtype}, "
-        f"{' + '.join(f'{t.name} ({t.dim})' for t in manifest.teachers)}: {readable(size)} an image, "
-        f"{readable(size * manifest.data.samples)} in all"
+        f"{' + '.join(f'{t.name} ({t.dim})' for t in manifest.teachers)}: {file_size(size)} an image, "
+        f"{file_size(size * manifest.data.samples)} in all"
     )
     if len(missing) < len(store.layout):
         say(f"{len(store.layout) - len(missing)} of {len(store.layout)} blocks are there, {len(missing)} to fill")

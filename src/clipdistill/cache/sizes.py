@@ -9,6 +9,7 @@ from pathlib import Path
 from clipdistill.cache.names import Dtype
 from clipdistill.cache.rows import row_bytes
 from clipdistill.errors import ClipdistillError
+from clipdistill.runtime.console import file_size
 
 VIEW_BYTES = 4 * 4 + 1 + 2 * 9
 """One stored view with two colour operations: box, flip, and a name and magnitude for each operation."""
@@ -30,15 +31,6 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed * 1.02 + 1_000_000:
         raise ClipdistillError(
-            f"{folder}: the cache needs {readable(needed)} more and {readable(free)} are free: make room, choose "
+            f"{folder}: the cache needs {file_size(needed)} more and {file_size(free)} are free: make room, choose "
             "another disk, or store less (--dtype int8 halves it; fewer --views; --captions first)"
         )
-
-
-def readable(size: float) -> str:
-    """1_500_000 -> '1.5 MB' (decimal units)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

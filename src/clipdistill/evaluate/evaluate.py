@@ -166,12 +166,7 @@ def _retrieval_scores(
     clusters = {name: owner for name in queries if name.startswith("t2i")}
     scores = Scores(_with_intervals(found, queries, clusters, protocol, model, intervals))
     scores.queries[model, protocol.question()] = Queries(queries, clusters)
-    if encoded.problems:
-        key, reason = encoded.problems[0]
-        scores.notes.append(
-            f"{source.name}: {len(encoded.problems)} of {len(source)} images could not be read and were left out"
-            f" (first: {key}, {reason})"
-        )
+    scores.notes += _left_out(source, encoded.problems)
     if encoded.truncated:
         scores.notes.append(
             f"{source.name}: {encoded.truncated} of {len(encoded.captions)} captions are longer than the"
@@ -220,12 +215,7 @@ def _zero_shot_scores(
     queries = {name: queries[name] for name in values}
     scores = Scores(_with_intervals(values, queries, {}, protocol, model, intervals))
     scores.queries[model, protocol.question()] = Queries(queries, {})
-    if found.problems:
-        key, reason = found.problems[0]
-        scores.notes.append(
-            f"{source.name}: {len(found.problems)} of {len(source)} images could not be read and were left out"
-            f" (first: {key}, {reason})"
-        )
+    scores.notes += _left_out(source, found.problems)
     if found.indistinct:
         name, other = found.indistinct[0]
         scores.notes.append(
@@ -235,6 +225,13 @@ def _zero_shot_scores(
     if protocol.deviation:
         scores.notes.append(f"{source.name}: {protocol.deviation}; not comparable with published numbers")
     return scores
+
+
+def _left_out(source: PairSource | LabelledSource, problems: Sequence[tuple[str, str]]) -> list[str]:
+    if not problems:
+        return []
+    few = f"{len(problems)} of {len(source)} images could not be read and were left out"
+    return [f"{source.name}: {few} (first: {problems[0][0]}, {problems[0][1]})"]
 
 
 def _with_intervals(

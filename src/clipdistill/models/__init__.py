@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from clipdistill.registry import lazy_package
 
 if TYPE_CHECKING:
     from clipdistill.models.clip_model import ClipModel
@@ -13,17 +14,6 @@ if TYPE_CHECKING:
     from clipdistill.models.students import build_student
     from clipdistill.models.tokenizers import Tokenizer, build_words_tokenizer
 
-_WHERE = {
-    "ClipModel": "clip_model",
-    "Tokenizer": "tokenizers",
-    "build_student": "students",
-    "build_words_tokenizer": "tokenizers",
-    "list_students": "known",
-    "load_model": "load",
-    "load_student": "load",
-    "register_student": "known",
-    "save_model": "save",
-}
 __all__ = [
     "ClipModel",
     "Tokenizer",
@@ -36,10 +26,14 @@ __all__ = [
     "save_model",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'clipdistill.models' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"clipdistill.models.{_WHERE[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_package(
+    __name__,
+    {
+        "clipdistill.models.clip_model": "ClipModel",
+        "clipdistill.models.known": "list_students register_student",
+        "clipdistill.models.load": "load_model load_student",
+        "clipdistill.models.save": "save_model",
+        "clipdistill.models.students": "build_student",
+        "clipdistill.models.tokenizers": "Tokenizer build_words_tokenizer",
+    },
+)

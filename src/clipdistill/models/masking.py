@@ -58,15 +58,6 @@ def masked_image_tokens(
         setattr(owner, attribute, usual)
 
 
-def supports_masking(module: nn.Module) -> bool:
-    """Whether `masked_image_tokens` works on this model."""
-    try:
-        _dropping_place(module)
-    except InputError:
-        return False
-    return True
-
-
 def _dropping_place(module: nn.Module) -> tuple[nn.Module, str, int]:
     """Owner and name of the module that all tokens pass through, and the number of prefix tokens."""
     from open_clip.transformer import VisionTransformer

@@ -6,8 +6,9 @@ Knows nothing of models, data or files: it takes `Embeddings` of a student and a
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from clipdistill.registry import lazy_package
 
 if TYPE_CHECKING:
     from clipdistill.objective.config import ObjectiveConfig
@@ -16,15 +17,6 @@ if TYPE_CHECKING:
     from clipdistill.objective.plan import CrossEntropy, Divergence, Pairing, Sigmoid
     from clipdistill.objective.term import LocalBatch, Option, Setting, Term, register_term
     from clipdistill.registry import TERMS
-
-_WHERE = {
-    **dict.fromkeys(("CrossEntropy", "Divergence", "Pairing", "Sigmoid"), "clipdistill.objective.plan"),
-    **dict.fromkeys(("LocalBatch", "Option", "Setting", "Term", "register_term"), "clipdistill.objective.term"),
-    **dict.fromkeys(("Objective", "ObjectiveOutput"), "clipdistill.objective.objective"),
-    "Embeddings": "clipdistill.objective.features",
-    "ObjectiveConfig": "clipdistill.objective.config",
-    "TERMS": "clipdistill.registry",
-}
 
 __all__ = [
     "TERMS",
@@ -43,9 +35,14 @@ __all__ = [
     "register_term",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    # imported on first use: a recipe is checked without torch
-    if name not in _WHERE:
-        raise AttributeError(f"module 'clipdistill.objective' has no attribute '{name}'")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+__getattr__ = lazy_package(
+    __name__,
+    {
+        "clipdistill.objective.config": "ObjectiveConfig",
+        "clipdistill.objective.features": "Embeddings",
+        "clipdistill.objective.objective": "Objective ObjectiveOutput",
+        "clipdistill.objective.plan": "CrossEntropy Divergence Pairing Sigmoid",
+        "clipdistill.objective.term": "LocalBatch Option Setting Term register_term",
+        "clipdistill.registry": "TERMS",
+    },
+)

@@ -17,10 +17,11 @@ from clipdistill.report.data import ReportedRun
 from clipdistill.report.gallery import Gallery
 from clipdistill.report.geometry import Geometry
 from clipdistill.report.reproduce import eval_commands, run_facts, train_command
-from clipdistill.report.svg import SMALL_WIDTH, WIDTH, compact
+from clipdistill.report.svg import SMALL_WIDTH, WIDTH
 from clipdistill.report.tables import MAIN_METRICS, Entry, PairComparison, ScoreTable
 from clipdistill.report.trade import Trade
 from clipdistill.report.words import Sentence, value_text
+from clipdistill.runtime.console import compact, duration
 from clipdistill.statistics.verdicts import basis_text
 
 BADGES = {"win": "beats", "loss": "worse", "open": "undecided", "cost": "buys", "caution": "caution"}
@@ -171,7 +172,7 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
             (f"{100 * mine.parameters / theirs.parameters:.3g} %", f"of {table.whose(best)} parameters ({counts})")
         )
     if best.first.seconds:
-        tiles.append((grids.duration(best.first.seconds), f"of training on {best.first.device or 'one device'}"))
+        tiles.append((duration(best.first.seconds), f"of training on {best.first.device or 'one device'}"))
     return tiles[:4]
 
 

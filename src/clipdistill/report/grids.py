@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 from clipdistill.report.data import ReportedRun
 from clipdistill.report.geometry import Geometry
-from clipdistill.report.svg import compact
-from clipdistill.report.svg import rate as show
-from clipdistill.report.tables import Entry, Estimate, PairComparison, ScoreColumn, ScoreTable
+from clipdistill.report.tables import Entry, PairComparison, ScoreColumn, ScoreTable
 from clipdistill.report.trade import BenchDevice, Speed, Trade
 from clipdistill.report.words import interval_text, metric_text, points_text, value_text
-from clipdistill.runtime.console import TextTable
+from clipdistill.runtime.console import TextTable, compact, duration, file_size
+from clipdistill.runtime.console import rate as show
 from clipdistill.statistics.records import NOISY
 from clipdistill.statistics.verdicts import better_text, p_text
 
@@ -101,7 +100,8 @@ def speed_grid(device: BenchDevice) -> ReportGrid:
         rates = [s.rates.get(tower) for tower in ("image", "text", "pair", "end-to-end")]
         cells = ["" if rate is None else (show(rate.value), interval_text(rate, False)) for rate in rates]
         median, p95 = latency(s, 0), latency(s, 1)
-        grid.add(s.entry or s.name, setting, *cells, (median, p95 and f"p95 {p95}"), _bytes(s.peak_bytes))
+        memory = file_size(s.peak_bytes) if s.peak_bytes else ""
+        grid.add(s.entry or s.name, setting, *cells, (median, p95 and f"p95 {p95}"), memory)
     return grid
 
 
@@ -114,7 +114,7 @@ def size_grid(trade: Trade, table: ScoreTable) -> ReportGrid:
         if size is not None:
             counts = [size.parameters, size.image_parameters, size.text_parameters, size.image_flops, size.text_flops]
             cells = [compact(v) if v else "" for v in counts]
-            grid.add(entry, *cells[:3], _bytes(size.bytes), *cells[3:])
+            grid.add(entry, *cells[:3], file_size(size.bytes) if size.bytes else "", *cells[3:])
     return grid
 
 
@@ -155,32 +155,5 @@ def geometry_grid(found: Sequence[Geometry]) -> ReportGrid:
     return grid
 
 
-def duration(seconds: float) -> str:
-    """ "48 s", "3 min 20 s", "5 h 12 min"; "" for no time at all."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds > 0 else ""
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
-
-
-def estimates(trade: Trade) -> list[tuple[str, Speed, str, Estimate]]:
-    """(device, speed, measure, value) of everything that was measured in time."""
-    found = []
-    for device in trade.devices:
-        for speed in device.speeds:
-            found += [(device.label, speed, f"{tower} per second", rate) for tower, rate in speed.rates.items()]
-            for tower, (median, p95) in speed.latency.items():
-                found.append((device.label, speed, f"{tower} median ms", Estimate(median)))
-                found.append((device.label, speed, f"{tower} p95 ms", Estimate(p95)))
-    return found
-
-
 def _runs(table: ScoreTable) -> list[tuple[Entry, ReportedRun]]:
     return [(entry, run) for entry in table.students for run in entry.runs]
-
-
-def _bytes(value: float | None) -> str:
-    if not value:
-        return ""
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"

@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 
 from clipdistill.report.data import ReportCurve
-from clipdistill.report.svg import HEIGHT, SMALL_HEIGHT, SMALL_WIDTH, WIDTH, Axis, Chart, compact, rate
+from clipdistill.report.svg import HEIGHT, SMALL_HEIGHT, SMALL_WIDTH, WIDTH, Axis, Chart
 from clipdistill.report.tables import Entry, Estimate, PairComparison, ScoreColumn, ScoreTable, is_share, metric_name
 from clipdistill.report.trade import BenchDevice, Trade, pareto
 from clipdistill.report.words import interval_text, points_text, value_text
+from clipdistill.runtime.console import compact, rate
 
 
 def percent(value: float) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from clipdistill.runtime.console import compact
+
 WIDTH, HEIGHT = 400.0, 265.0
 SMALL_WIDTH, SMALL_HEIGHT = 320.0, 210.0
 COLOURS = 8
@@ -24,24 +26,6 @@ def number(value: float) -> str:
     """A coordinate with one decimal at most: "12", "12.5"."""
     text = f"{value:.1f}"
     return text[:-2] if text.endswith(".0") else text
-
-
-def compact(value: float) -> str:
-    """A number for an axis or a table: "0.05", "12", "1.5k", "40M"."""
-    if value == 0:
-        return "0"
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit * 0.9995:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def rate(value: float) -> str:
-    """A measured rate with three digits: "2.41", "48.6", "2,910"."""
-    if value == 0:
-        return "0"
-    digits = 2 - math.floor(math.log10(abs(value)))
-    return f"{round(value, digits):,.{max(0, digits)}f}"
 
 
 def colour_class(index: int) -> str:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clipdistill.report.svg import compact, rate
 from clipdistill.report.tables import Estimate, PairComparison, ScoreColumn, ScoreTable
 from clipdistill.report.trade import Trade
+from clipdistill.runtime.console import compact, rate
 from clipdistill.statistics.records import NOISY
 from clipdistill.statistics.verdicts import QUERIES_ALONE
 

@@ -7,6 +7,7 @@ has its heads and text columns wrapped at blanks; where that is not enough, each
 from __future__ import annotations
 
 import html
+import math
 import os
 import re
 import shutil
@@ -142,6 +143,42 @@ def say(text: str, file: TextIO | None = None, *, colour: str = "") -> None:
     """One line, never wrapped here; its characters as they are, except those that would steer the terminal."""
     file = sys.stdout if file is None else file
     print("\n".join(_paint(_clean(line), colour, _coloured(file)) for line in text.split("\n")), file=file, flush=True)
+
+
+def compact(value: float) -> str:
+    """A number in three digits: "0.05", "12", "1.5k", "40M"."""
+    if value == 0:
+        return "0"
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit * 0.9995:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def rate(value: float) -> str:
+    """A measured rate with three digits: "2.41", "48.6", "2,910"."""
+    if value == 0:
+        return "0"
+    digits = 2 - math.floor(math.log10(abs(value)))
+    return f"{round(value, digits):,.{max(0, digits)}f}"
+
+
+def file_size(size: float) -> str:
+    """1_500_000 -> '1.5 MB' (decimal units)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """ "48 s", "3 min 20 s", "5 h 12 min"; "" for no time at all."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds > 0 else ""
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
 
 
 def _coloured(file: TextIO) -> bool:

@@ -9,6 +9,7 @@ from importlib import resources
 
 import jinja2
 
+from clipdistill.runtime.console import compact, rate
 from clipdistill.search.collection import Answer, Collection, times_as_fast
 from clipdistill.search.photographs import printable
 
@@ -48,22 +49,11 @@ def _milliseconds(value: float) -> str:
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 1 else f"{value:.2f} ms"
 
 
-def _compact(count: int) -> str:
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= limit:
-            return f"{count / limit:.3g} {unit}"
-    return str(count)
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}" if value else ""
-
-
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"shown": printable, "ms": _milliseconds, "compact": _compact, "rate": _rate}
+    environment.filters |= {"shown": printable, "ms": _milliseconds, "compact": compact, "rate": rate}
     source = resources.files("clipdistill.search").joinpath("page.html.j2").read_text(encoding="utf-8")
     return environment.from_string(source)

@@ -71,11 +71,6 @@ class Inheritance:
     patch_size: int | None = None
 
 
-def is_inherited(student: str) -> bool:
-    """Whether the name of a student is one of this module."""
-    return student.startswith(PREFIX)
-
-
 def parse(student: str) -> Inheritance:
     """The parts of a name `inherit:...`. Raises InputError for unknown names and keys, and values that are no sizes."""
     body = student.removeprefix(PREFIX)
