@@ -12,9 +12,9 @@ import torch
 
 from clipdistill.cache import create
 from clipdistill.cache import fill as filling
+from clipdistill.cache.check import verify
 from clipdistill.cache.fill import fill
 from clipdistill.cache.store import CacheStore
-from clipdistill.cache.verify import verify
 from clipdistill.data.pairs import BadSample
 from clipdistill.data.views import EVALUATION_VIEW, render
 from clipdistill.errors import BudgetError, ClipdistillError, InputError

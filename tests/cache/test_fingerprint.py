@@ -9,11 +9,11 @@ import torch
 
 from clipdistill.cache import check
 from clipdistill.cache.blocks import Block, write_block
+from clipdistill.cache.check import verify
 from clipdistill.cache.fill import fill
 from clipdistill.cache.fingerprint import version_differences
 from clipdistill.cache.store import CacheStore
 from clipdistill.cache.teacher import CacheUse, open_cached_teacher
-from clipdistill.cache.verify import verify
 from clipdistill.data.pairs import Subset
 from clipdistill.errors import InputError
 from clipdistill.models import load_model, save_model

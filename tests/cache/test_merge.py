@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
+from clipdistill.cache.check import verify
 from clipdistill.cache.fill import fill
 from clipdistill.cache.merge import merge
 from clipdistill.cache.store import CacheStore
 from clipdistill.cache.teacher import CacheUse, open_cached_teacher
-from clipdistill.cache.verify import verify
 from clipdistill.data.pairs import Subset
 from clipdistill.errors import InputError
 from tests.cache.support import cache_config, contents, filled, scenes

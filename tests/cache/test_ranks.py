@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from clipdistill import cli
-from clipdistill.cache.verify import verify
+from clipdistill.cache.check import verify
 from tests.cache.support import contents, filled, saved_teacher
 from tests.cache.test_fill import VIEWS
 from tests.conftest import REPOSITORY

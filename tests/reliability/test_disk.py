@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clipdistill import cli
-from clipdistill.cache.verify import verify
+from clipdistill.cache.check import verify
 from clipdistill.errors import storage_error
 from clipdistill.train.checkpoint import newest_checkpoint
 from tests.reliability.support import Launcher, newest_step, require_same_run, training, wait_for

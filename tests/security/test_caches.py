@@ -20,7 +20,7 @@ from clipdistill.cache.tars import export_shards, read_shard
 from clipdistill.data.open import open_labelled, open_pairs
 from clipdistill.data.pairs import BadSample
 from clipdistill.errors import InputError
-from clipdistill.runtime.links import refuse_links
+from clipdistill.runtime.files import refuse_links
 from tests.cache.support import cache_config, filled, saved_teacher
 from tests.data.helpers import encoded, write_tar
 from tests.fuzz.mutate import mangle, mangle_json

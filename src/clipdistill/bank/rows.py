@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipdistill.bank.divergence import Bank
-from clipdistill.cache.sizes import readable
 from clipdistill.cache.stored import StoredEmbeddings
 from clipdistill.data.loader import Batch
 from clipdistill.data.pairs import PairSource, one_or_several
 from clipdistill.data.sampler import step_sample
 from clipdistill.errors import InputError
+from clipdistill.runtime.console import file_size
 
 LARGEST = 4 << 30
 """Bytes of rows that are kept in memory; of a larger set a sample is read at each step."""
@@ -140,7 +140,7 @@ class BankOfSet:
         count = len(rows.samples)
         if not rows.in_memory and (samples is None or samples >= count):
             raise InputError(
-                f"the teacher's embeddings of all {count:,} pictures and their captions take {readable(rows.bytes)}: "
+                f"the teacher's embeddings of all {count:,} pictures and their captions take {file_size(rows.bytes)}: "
                 f"set train.bank_samples, for example  train.bank_samples=65536, to compare with a sample at each step"
             )
         self._rows, self._cleaning, self._seed, self._device = rows, cleaning, seed, device
@@ -156,7 +156,7 @@ class BankOfSet:
         """What terms compare with, for the terminal."""
         rows = self._rows
         known = f"{len(rows.samples):,} pictures and {int(rows.counts.sum()):,} captions"
-        held = f"in memory, {readable(rows.bytes)}" if rows.in_memory else f"on disk, {readable(rows.bytes)}"
+        held = f"in memory, {file_size(rows.bytes)}" if rows.in_memory else f"on disk, {file_size(rows.bytes)}"
         step = "" if self._samples is None else f"; {self._samples:,} pictures and their captions at each step"
         return f"bank of the teacher's embeddings: {known} ({held}){step}"
 

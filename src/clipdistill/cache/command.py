@@ -110,7 +110,7 @@ def _folders(words: list[str], least: int, usage: str) -> list[Path]:
 
 
 def _verify(words: list[str], arguments: argparse.Namespace) -> int:
-    from clipdistill.cache.verify import verify
+    from clipdistill.cache.check import verify
 
     code = 0
     for folder in _folders(words, 1, "verify DIR"):

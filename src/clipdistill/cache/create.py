@@ -28,8 +28,7 @@ from clipdistill.data.pairs import PairSource
 from clipdistill.embed.prepare import sample_digest
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
-from clipdistill.runtime.files import make_folder, write_text
-from clipdistill.runtime.links import refuse_links
+from clipdistill.runtime.files import make_folder, refuse_links, write_text
 from clipdistill.runtime.locks import Claims
 
 _BLOCK_BYTES = 64_000_000

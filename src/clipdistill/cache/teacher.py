@@ -40,28 +40,18 @@ class CacheUse:
     allow_versions: bool = False
 
 
+@dataclass(eq=False)
 class CachedTeacher:
-    """The teacher of the training loop (train.setup.Teacher) over stored embeddings."""
+    """The teacher of the training loop (train.teacher.Teacher) over stored embeddings."""
 
+    name: str
+    embeddings: StoredEmbeddings
+    stored: StoredRows
+    scales: list[float]
+    device: torch.device
+    tokenizer: Tokenizer | None
+    notes: list[str]
     model = None  # nothing to render or tokenise for
-
-    def __init__(
-        self,
-        name: str,
-        embeddings: StoredEmbeddings,
-        stored: StoredRows,
-        scales: Sequence[float],
-        device: torch.device,
-        tokenizer: Tokenizer | None,
-        notes: list[str],
-    ) -> None:
-        self.name = name
-        self.embeddings = embeddings
-        self.stored = stored
-        self.scales = list(scales)
-        self.device = device
-        self.tokenizer = tokenizer
-        self.notes = notes
 
     @property
     def blocks(self) -> tuple[int, ...]:

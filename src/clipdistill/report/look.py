@@ -24,6 +24,7 @@ from clipdistill.data.pairs import DataConfig, PairSource, Subset
 from clipdistill.embed.encode import EncodedPairs, encode_pairs
 from clipdistill.errors import InputError
 from clipdistill.evaluate.geometry import geometry
+from clipdistill.evaluate.retrieval import retrieval_ranks
 from clipdistill.models import load_model
 from clipdistill.report.gallery import thumbnail
 from clipdistill.runs.folder import RunFolder
@@ -173,10 +174,11 @@ def build_gallery(
     texts = list(reference.captions)
     wanted_text = min(len(texts), max(1, (2 * queries + 2) // 3))
     wanted_image = min(len(keys), max(0, queries - wanted_text))
+    ranks = [retrieval_ranks(e.image, e.text, owner) for e in models.values()]
     generator = np.random.default_rng(seed)
     found: list[dict[str, Any]] = []
     used: set[str] = set()
-    for text, why in _choose(_ranks_of_images(models, owner), wanted_text, generator):
+    for text, why in _choose(np.stack([one.best_rank("t2i") for one in ranks]), wanted_text, generator):
         truth = int(owner[text])
         query: dict[str, Any] = {
             "kind": "t2i",
@@ -196,7 +198,7 @@ def build_gallery(
             used.update(keys[i] for i in best)
         used.add(keys[truth])
         found.append(query)
-    for image, why in _choose(_ranks_of_texts(models, owner, len(keys)), wanted_image, generator):
+    for image, why in _choose(np.stack([one.best_rank("i2t") for one in ranks]), wanted_image, generator):
         own = [int(t) for t in torch.nonzero(owner == image).flatten()]
         query = {"kind": "i2t", "image": keys[image], "why": why, "models": {}, "ranks": {}}
         for name, encoded in models.items():
@@ -214,34 +216,6 @@ def build_gallery(
         f"{len(keys):,} images, half are those on which the models disagree most."
     )
     return {"format": 1, "selection": selection, "queries": found, "thumbnails": thumbnails}
-
-
-def _ranks_of_images(models: Mapping[str, EncodedPairs], owner: Tensor) -> np.ndarray:
-    """(models, M): the rank of the right image for each caption."""
-    result = []
-    for encoded in models.values():
-        image, text, ranks = encoded.image.float(), encoded.text.float(), []
-        for start in range(0, len(text), 1024):  # stripes: the whole score matrix may be large
-            scores = text[start : start + 1024] @ image.T
-            own = scores.gather(1, owner[start : start + 1024, None].to(scores.device))
-            ranks.append(1 + (scores > own).sum(1).cpu())
-        result.append(torch.cat(ranks).numpy())
-    return np.stack(result)
-
-
-def _ranks_of_texts(models: Mapping[str, EncodedPairs], owner: Tensor, images: int) -> np.ndarray:
-    """(models, N): the rank of the best of an image's captions."""
-    result = []
-    for encoded in models.values():
-        image, text, ranks = encoded.image.float(), encoded.text.float(), []
-        for start in range(0, images, 256):
-            scores = image[start : start + 256] @ text.T
-            rows = torch.arange(start, start + len(scores))
-            mine = owner[None, :] == rows[:, None]
-            best = scores.masked_fill(~mine.to(scores.device), -2.0).amax(1, keepdim=True)
-            ranks.append(1 + (scores > best).sum(1).cpu())
-        result.append(torch.cat(ranks).numpy())
-    return np.stack(result)
 
 
 def _choose(ranks: np.ndarray, count: int, generator: np.random.Generator) -> list[tuple[int, str]]:

@@ -24,8 +24,7 @@ from typing import Any
 from clipdistill.config import read_yaml
 from clipdistill.errors import InputError
 from clipdistill.registry import load_plugin
-from clipdistill.runtime.files import read_json, write_json, write_text
-from clipdistill.runtime.links import is_inside
+from clipdistill.runtime.files import is_inside, read_json, write_json, write_text
 
 FORMAT = 1
 RUN, RECIPE, IDENTITY, LOCK = "run.json", "recipe.yaml", "identity.json", ".lock"

@@ -12,7 +12,7 @@ from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
 from clipdistill.runtime.console import TextTable, html_page, say
-from clipdistill.runtime.links import is_inside, refuse_links
+from clipdistill.runtime.files import is_inside, refuse_links
 from clipdistill.runtime.signals import StopSignal
 from clipdistill.search import HIDDEN
 

@@ -14,7 +14,7 @@ from clipdistill.data.files import read_image_file
 from clipdistill.data.images import decode
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
-from clipdistill.runtime.links import is_inside
+from clipdistill.runtime.files import is_inside
 from clipdistill.search.encoder import SearchModel
 from clipdistill.search.find import Finder, make_finder
 from clipdistill.search.photographs import printable

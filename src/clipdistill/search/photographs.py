@@ -9,7 +9,7 @@ from pathlib import Path
 from clipdistill.data.files import IMAGE_SUFFIXES, read_image_file
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
-from clipdistill.runtime.links import is_inside
+from clipdistill.runtime.files import is_inside
 
 NOT_DECODED = frozenset({
     ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jxr", ".dng", ".raw", ".cr2", ".cr3", ".crw", ".nef", ".nrw",

@@ -66,7 +66,7 @@ class Distillation:
         setup, train = self.setup, self.config.train
         setup.optimiser.zero_grad(set_to_none=True)
         if setup.masking is not None:
-            setup.masking.before_step(train.seed, step)
+            setup.masking.masks.draw(train.seed, step)
         output = forward_backward(
             setup.towers,
             setup.objective,
@@ -80,7 +80,7 @@ class Distillation:
         )
         average_gradients(setup.objective.parameters())
         if setup.masking is not None:
-            setup.masking.after_backward(step)
+            setup.masking.constraint.add_gradients(setup.masking.masks, step)
         # bf16 needs no loss scaling, so the norm is that of the true gradients
         clipped = [p for g in setup.optimiser.param_groups if g.get("clipped", True) for p in g["params"]]
         norm = torch.nn.utils.clip_grad_norm_(clipped, train.clip_grad_norm or math.inf)
@@ -96,7 +96,7 @@ class Distillation:
         with torch.no_grad():
             self.setup.student.module.logit_scale.clamp_(0, math.log(self.config.train.max_logit_scale))
         if self.setup.masking is not None:
-            self.setup.masking.after_update()
+            self.setup.masking.masks.clamp()
 
     def schedule(self, step: int) -> tuple[int, int, int]:
         train = self.config.train

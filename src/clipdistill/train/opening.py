@@ -15,8 +15,7 @@ import yaml
 from clipdistill.config import as_dict, build, read_yaml
 from clipdistill.errors import InputError
 from clipdistill.runs.folder import CHECKPOINTS, IDENTITY, LOCK, RECIPE, RUN, RunFolder
-from clipdistill.runtime.files import make_folder, read_json, remove_leftovers, write_json, write_text
-from clipdistill.runtime.links import refuse_links
+from clipdistill.runtime.files import make_folder, read_json, refuse_links, remove_leftovers, write_json, write_text
 from clipdistill.runtime.locks import FolderLock
 from clipdistill.train.config import RunConfig
 

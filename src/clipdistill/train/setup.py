@@ -35,7 +35,7 @@ from clipdistill.train.step import Towers, settle_buckets
 from clipdistill.train.teacher import Teacher, prepare_teacher
 
 if TYPE_CHECKING:
-    from clipdistill.models.inheritance.training import Masking
+    from clipdistill.models.inheritance.masks import Masking
     from clipdistill.train.features import LockedFeatures
 
 
@@ -138,7 +138,7 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
     objective.to(device)
     masking = None
     if train.masks is not None:
-        from clipdistill.models.inheritance.training import start_masking
+        from clipdistill.models.inheritance.masks import start_masking
 
         student, masking = start_masking(student, train.masks, _mask_reference(config, teacher), device)
     towers = _make_trainable(student, config, device, masking)
@@ -197,7 +197,7 @@ def _make_trainable(student: ClipModel, config: RunConfig, device: torch.device,
     broadcast_module(towers)
     if world_size() > 1:
         if masking is not None:
-            masking.before_step(train.seed, 0)
+            masking.masks.draw(train.seed, 0)
         towers = DistributedDataParallel(towers, device_ids=[device] if device.type == "cuda" else None)
         images = torch.zeros(2, 3, student.image.size, student.image.size, device=device)
         settle_buckets(towers, images, student.tokenizer(["a"] * 2).to(device))

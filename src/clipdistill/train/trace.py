@@ -29,7 +29,7 @@ def trace(setup: Setup, step: int, batch: Batch, precision: str) -> Iterator[Tra
     yield Traced("pixels", batch.student_images, keys)
     towers = setup.bare_towers
     if setup.masking is not None:
-        setup.masking.before_step(setup.config.train.seed, step)
+        setup.masking.masks.draw(setup.config.train.seed, step)
     yield Traced("weights", _parameters(setup))
     teacher = None if setup.teacher is None else setup.teacher(batch)
     if teacher is not None:

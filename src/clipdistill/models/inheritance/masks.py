@@ -1,4 +1,4 @@
-"""Trained masks over a model's parts, and the constraint that makes them close a given share of it.
+"""Trained masks over a model's parts, the constraint that makes them close some of it, and how a run starts with them.
 
 Formulas: TinyCLIP's released code (CoFi's hard-concrete masks), written out in docs/tinyclip.md.
 """
@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clipdistill.errors import InputError
+from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.inheritance import hard_concrete
 from clipdistill.models.inheritance.config import MaskConfig
-from clipdistill.models.inheritance.gates import GatedTower, TowerGates
+from clipdistill.models.inheritance.gates import GatedTower, TowerGates, gateable_copy
 from clipdistill.models.inheritance.parts import TransformerSizes, tower_sizes, transformer_sizes
 
 
@@ -201,3 +203,51 @@ def reference_counts(module: nn.Module, architecture: dict[str, Any], towers: Se
             )
         counts[tower] = prunable(sizes)
     return counts
+
+
+@dataclass
+class Masking:
+    """The masks of a run and their constraint. `masks` belong to the towers' forward pass, `constraint` does not."""
+
+    config: MaskConfig
+    masks: Masks
+    constraint: Constraint
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups for AdamW: masks, and multipliers that go uphill; neither decayed, scheduled nor clipped."""
+        common = {"weight_decay": 0.0, "lr": self.config.learning_rate, "scheduled": False, "clipped": False}
+        return [
+            {"name": "masks", "params": list(self.masks.parameters()), **common},
+            {"name": "multipliers", "params": list(self.constraint.parameters()), "maximize": True, **common},
+        ]
+
+    def state(self) -> nn.ModuleDict:
+        """What a checkpoint stores of the masks."""
+        return nn.ModuleDict({"masks": self.masks, "constraint": self.constraint})
+
+    @torch.no_grad()
+    def log(self, step: int) -> dict[str, float]:
+        """Expected and wanted sparsity after `step` steps, and the multipliers, for the log."""
+        values: dict[str, float] = {}
+        for name, expected in self.constraint.expected(self.masks).items():
+            values |= {f"{name}/expected": float(expected), f"{name}/target": self.constraint.target(step, name)}
+        for name, multipliers in self.constraint.multipliers.items():
+            values |= {f"{name}/lambda1": float(multipliers[0]), f"{name}/lambda2": float(multipliers[1])}
+        return values
+
+
+def start_masking(
+    student: ClipModel, config: MaskConfig, reference: ClipModel | None, device: torch.device
+) -> tuple[ClipModel, Masking]:
+    """(the student with blocks that masks act on, its masks), both on `device`.
+
+    `reference` is the model that is 100 %; None: the student as given. Raises InputError for towers without such blocks
+    and a target that is reached already.
+    """
+    student = gateable_copy(student, config.towers)
+    student.module.to(device)
+    masks = Masks(student.module, config).to(device)
+    counts = None
+    if reference is not None:
+        counts = reference_counts(reference.module, reference.architecture, config.towers)
+    return student, Masking(config, masks, Constraint(masks, config, counts).to(device))
