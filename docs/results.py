@@ -1,6 +1,8 @@
 """Makes docs/results.md from finished ablations: tables, pictures, verdicts, commands, and the published claims.
 
-python docs/results.py runs/ablation-scenes runs/ablation-flickr8k
+python docs/results.py runs/ablation-scenes runs/ablation-pretrained
+
+--keep leaves the sections and verdicts of other ablations as they stand: their runs need not be there.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ statement about the papers' own settings. This page is made from the finished ru
 {command}
 ```
 """
+PUBLISHED = "## The published claims on these runs"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ablations", nargs="+", type=Path, help="folders that clipdistill ablate wrote")
     parser.add_argument("--out", type=Path, default=HERE / "results.md", help="the page (default: docs/results.md)")
+    parser.add_argument("--keep", action="store_true", help="leave what the page says of other ablations")
     options = parser.parse_args(arguments)
     try:
-        write_results(options.ablations, options.out)
+        write_results(options.ablations, options.out, keep=options.keep)
     except ClipdistillError as error:
         print(f"results.py: {error}", file=sys.stderr)
         return error.exit_code
@@ -48,12 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_results(ablations: Sequence[Path], out: Path) -> None:
-    """The page at `out`, the pictures in images/ beside it. Raises InputError for a folder without an ablation."""
+def write_results(ablations: Sequence[Path], out: Path, *, keep: bool = False) -> None:
+    """The page at `out`, the pictures in images/ beside it. Raises InputError for a folder without an ablation.
+
+    keep: sections of the page that is there stay where no ablation makes them anew, and so do its verdicts.
+    """
+    head, *sections = re.split(r"^(?=## )", out.read_text(encoding="utf-8"), flags=re.MULTILINE) if keep else [""]
+    old = {section.partition("\n")[0]: section for section in sections}
     images = out.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     listed = " ".join(f"runs/{folder.resolve().name}" for folder in ablations)
-    blocks = [HEAD.format(command=f"python docs/results.py {listed}")]
+    blocks = [HEAD.format(command=f"python docs/results.py {listed}")] if not head else [head.rstrip() + "\n"]
     for folder in ablations:
         page = folder / f"{NAME}.md"
         if not page.is_file():
@@ -65,16 +74,22 @@ def write_results(ablations: Sequence[Path], out: Path) -> None:
                 name = f"{folder.resolve().name}{ending}"
                 shutil.copyfile(picture, images / name)
                 text = text.replace(f"({NAME}{ending})", f"(images/{name})")
-        blocks.append(re.sub(r"^#", "##", without_paths(text), flags=re.MULTILINE))
+        section = re.sub(r"^#", "##", without_paths(text), flags=re.MULTILINE)
+        old[section.partition("\n")[0]] = section.rstrip() + "\n"
     runs = [run for folder in ablations for run in run_folders(folder)]
     verdicts = [v for v in judge(read_claims("published"), read_records(runs)) if v.effect is not None]
-    if verdicts:
+    known = old.pop(PUBLISHED, "")
+    blocks += [section.rstrip() + "\n" for section in old.values()]
+    if verdicts or known:
+        lines = [line for line in known.splitlines() if line.startswith("| **")]
+        table = verdicts_markdown(verdicts) if verdicts else ""
+        measured = set(re.findall(r"\[(\S+)\]` \|", table))
+        kept = [line for line in lines if not measured & set(re.findall(r"\[(\S+)\]` \|", line))]
         blocks.append(
-            "## The published claims on these runs\n\n`clipdistill claims published "
-            f"{listed}`: the papers' own figures beside the verdicts are single runs, mostly on other data and with "
-            "other students.\n"
+            f"{PUBLISHED}\n\n`clipdistill claims published` with these runs: the papers' own figures beside the "
+            "verdicts are single runs, mostly on other data and with other students.\n"
         )
-        blocks.append(verdicts_markdown(verdicts))
+        blocks.append("\n".join([table.rstrip(), *kept]) + "\n")
     out.write_text("\n".join(blocks), encoding="utf-8")
 
 

@@ -44,3 +44,24 @@ def test_a_folder_without_an_ablation_is_refused(script, tmp_path):
     with pytest.raises(InputError, match=r"no ablation\.md there"):
         script.write_results([tmp_path], tmp_path / "results.md")
     assert script.main([str(tmp_path), "--out", str(tmp_path / "results.md")]) == 2
+
+
+def test_sections_of_other_ablations_are_kept_where_asked(script, tmp_path):
+    out, made = tmp_path / "results.md", []
+    for title in ("First", "Second"):
+        folder = tmp_path / title
+        plan = plan_of({"clip-kd": {"recipe": "clip-kd"}, "clip-rd": {"recipe": "clip-rd"}}, seeds=3, title=title)
+        summarise(
+            plan, write_grid(plan, folder, {"clip-kd": 0.3, "clip-rd": 0.4}), folder, command="clipdistill ablate"
+        )
+        made.append(folder)
+    script.write_results(made[:1], out)
+    first = out.read_text()
+    script.write_results(made[1:], out, keep=True)
+    both = out.read_text()
+    assert both.count("\n## First\n") == both.count("\n## Second\n") == both.count("## The published claims") == 1
+    assert both.count("`clip-rd > clip-kd on * t2i_R@1 [flickr8k]`") == 1
+    script.write_results(made[:1], out, keep=True)
+    assert out.read_text() == both
+    script.write_results(made[1:], out)
+    assert "## First" not in out.read_text() != first
