@@ -2,9 +2,9 @@
 
     python benchmarks/geometry_of_runs.py runs/ablation-pretrained --data captions.json --split val --out geometry.md
 
-Each finished run's student embeds the pairs (`clipdistill eval --geometry` does one run). The table has means over seeds
-with 95 % intervals (Student's t); its last line the Spearman correlation of each figure with R@1 over the variants'
-means, and p of a permutation test.
+Each finished run's student embeds the pairs (`clipdistill eval --geometry` does one run). The table has means over
+seeds with 95 % intervals (Student's t); its last line the Spearman correlation of each figure with R@1 over the
+variants' means, and p of a permutation test.
 """
 
 from __future__ import annotations
