@@ -114,6 +114,9 @@ def test_explain_prints_every_term_and_trains_nothing(tmp_path, capsys):
     for term in ("task", "crd", "icl", "fd", "vrd_kl", "vrd_ce", "xrd"):
         assert term in shown
     assert "gradient norm" in shown
+    assert "16 pairs" in shown
+    assert "6: 1.5 epochs of 4, 96 pairs" in shown
+    assert "0.001, rising over 1 steps; then cosine to 0" in shown
     assert not (tmp_path / "run").exists()
 
 

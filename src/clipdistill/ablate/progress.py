@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clipdistill.ablate.grid import GridRun
+from clipdistill.runtime.console import duration
 from clipdistill.runtime.progress import Meter
 from clipdistill.train.display import Display, summary
 from clipdistill.train.run import Run
@@ -53,7 +54,7 @@ class GridDisplay(Meter):
         else:
             return ""
         left = mean * ((self.total or 0) - self.done - share_of_run)
-        return f", about {duration(left)} left for the grid"
+        return f", about {duration(max(left, 1))} left for the grid"
 
     def line(self, title: str, total: int, start: int, enabled: bool) -> Display:
         """The display of one run, for `distill`."""
@@ -82,11 +83,3 @@ class _RunLine(Display):
     def say(self, text: str) -> None:
         if self.talks:
             super().say(text)
-
-
-def duration(seconds: float) -> str:
-    """'45 s', '12 min', '3 h 20 min'."""
-    if seconds < 90:
-        return f"{max(seconds, 0):.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

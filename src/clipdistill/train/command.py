@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from clipdistill.errors import InputError
 from clipdistill.recipes import load_recipe
 from clipdistill.train.config import check_names, resolve
 
@@ -26,7 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--wandb", metavar="PROJECT", help="log to this Weights & Biases project too")
     add("--mlflow", metavar="EXPERIMENT", help="log to this MLflow experiment too")
     add("--callback", action="append", default=None, metavar="NAME", help="a registered callback (repeatable)")
-    add("--explain", action="store_true", help="print the objective with its initial magnitudes and stop")
+    add(
+        "--explain",
+        action="store_true",
+        help="print the objective, its initial magnitudes and the worked-out settings; stop",
+    )
+    add("--dry-run", action="store_true", help="ten steps without a trace: pairs a second, memory, time of the whole")
+    add("--gpus", type=int, metavar="N", help="train on N GPUs of this machine (as torchrun --nproc-per-node N)")
     add("--allow-changes", action="store_true", help="continue a run although its settings were changed")
     add("--quiet", action="store_true", help="no progress on the terminal")
     add("settings", nargs="*", metavar="key=value", help="any setting: train.batch_size=256 objective.weights.xrd=0")
@@ -48,12 +56,16 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Resolve the configuration and train."""
+    if arguments.gpus is not None and "WORLD_SIZE" not in os.environ:
+        on_gpus(arguments.gpus)
     named = (arguments.recipe, settings_of(arguments))
     options = {key: getattr(arguments, key) for key in ("allow_changes", "explain", "quiet")}
     # everything that can be refused without torch is refused before it is imported
     if "stages" in load_recipe(arguments.recipe, arguments.size):
         from clipdistill.train.stages import distill_stages, resolve_stages
 
+        if arguments.dry_run:
+            raise InputError(f"--dry-run: recipe {arguments.recipe} has several stages: try one of them as a recipe")
         stages = resolve_stages(*named, size=arguments.size, assignments=arguments.settings)
         runs = distill_stages(stages, **options)
         if not runs:
@@ -62,6 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         config = resolve(*named, size=arguments.size, assignments=arguments.settings)
         check_names(config)
+        if arguments.dry_run:
+            from clipdistill.train.dry_run import dry_run
+
+            print(dry_run(config))
+            return 0
         from clipdistill.train.run import distill
 
         finished = distill(config, **options)
@@ -70,6 +87,16 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.explain and not arguments.quiet:
         print(f"student: {finished.student}")
     return 0
+
+
+def on_gpus(count: int) -> None:
+    """Become torchrun with `count` processes of this same command. Raises InputError when there are fewer GPUs."""
+    from torch.cuda import device_count
+
+    if not 1 <= count <= device_count():
+        raise InputError(f"--gpus {count}: this machine has {device_count()} that torch can use")
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    os.execv(sys.executable, [*words, "-m", "clipdistill.cli", *sys.argv[1:]])
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -81,7 +108,9 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     if arguments.out is not None:
         settings["out"] = str(Path(arguments.out))
-    elif getattr(arguments, "explain", False):  # nothing is written there but the embeddings of regions
+    elif getattr(arguments, "explain", False) or getattr(
+        arguments, "dry_run", False
+    ):  # nothing is written there but the embeddings of regions
         settings["out"] = str(Path(tempfile.gettempdir()) / f"clipdistill-explain-{os.getpid()}")
     if getattr(arguments, "callback", None):
         settings["callbacks"] = arguments.callback

@@ -42,6 +42,7 @@ from clipdistill.train.failures import Whereabouts, explained
 from clipdistill.train.health import Health
 from clipdistill.train.loop import Loop, Progress, train
 from clipdistill.train.opening import check_identity, opened
+from clipdistill.train.plan import planned
 from clipdistill.train.sources import Sources
 from clipdistill.train.task import Outcome, Say, Task
 from clipdistill.version import __version__
@@ -85,7 +86,7 @@ def distill(
 
     A folder that holds an interrupted run of the same configuration is continued from its newest complete checkpoint;
     a finished one is returned as it is. `allow_changes` lets other settings, data or teachers through, and records
-    them. `explain` stops after the pre-flight and prints the objective with its initial magnitudes.
+    them. `explain` stops after the pre-flight and prints the objective with its initial magnitudes and the settings.
     callbacks: objects with methods of `Callback`, or registered names (see clipdistill.train.callbacks).
     sources: data and teacher shared with other runs of this process; show: makes the progress display from
     (name, steps, first step, shown). quiet: no progress on the terminal.
@@ -137,6 +138,7 @@ def distill(
                 with stop.at_once():
                     agree(lambda: _preflight(config, task, display.say, explain))
             if explain:
+                display.say("\n".join(planned(config, task).lines()))
                 return Run(config.out, "explained", 0, None)
             with stop.at_once():
                 progress.towers = task.tune(None if checkpoint is None else progress.towers, display.say)
