@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
 
 from clipdistill.config import Config
+from clipdistill.errors import InputError, nearest
 from clipdistill.objective.mix import Mix, checked_weights
 from clipdistill.objective.term import Setting, options_model
 from clipdistill.registry import TERMS
@@ -28,6 +31,10 @@ class ObjectiveConfig(Config):
     """Whole N x N matrices, tiles in memory linear in the batch, or chosen by size."""
     products: Literal["exact", "bfloat16"] = "exact"
     """Number format of the tiled engine's matrix products."""
+
+    schedules: dict[str, tuple[tuple[float, float], ...]] = pydantic.Field(default={})
+    """Factors over the run, of a term's weight or (`teacher`) of the teacher's multiplier: name -> points [share of the
+    run, factor], linear between them: `{fd: [[0, 1], [0.5, 0.1]]}`."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -50,6 +57,27 @@ class ObjectiveConfig(Config):
         weights: dict[str, float] = read(given)
         checked_weights({name: value if isinstance(value, bool) else weights[name] for name, value in given.items()})
         return weights
+
+    @pydantic.field_validator("schedules")
+    @classmethod
+    def _check_schedules(cls, schedules: dict[str, Any]) -> dict[str, Any]:
+        for name, points in schedules.items():
+            where, shares = f"objective.schedules: {name}:", [-1.0, *(share for share, _ in points), 2.0]
+            if name != "teacher" and name not in TERMS:
+                raise InputError(f"{where} unknown term '{name}'{nearest(name, ('teacher', *TERMS.names()))}")
+            if not points or shares != sorted(set(shares)) or not 0 <= shares[1] <= shares[-2] <= 1:
+                raise InputError(f"{where} give points with rising shares of the run between 0 and 1")
+            if not all(0 <= factor < math.inf and (factor or name != "teacher") for _, factor in points):
+                raise InputError(f"{where} a factor must be a number of at least 0 (teacher: above)")
+        return schedules
+
+    def factor(self, name: str, progress: float) -> float:
+        """What the weight of a term, or the teacher's multiplier, is multiplied by at a share of the run."""
+        points = self.schedules.get(name, ((0.0, 1.0),))
+        for (start, one), (end, other) in itertools.pairwise(points):
+            if start <= progress <= end:
+                return one + (other - one) * (progress - start) / (end - start)
+        return points[0][1] if progress < points[0][0] else points[-1][1]
 
     @classmethod
     def known_keys(cls) -> list[str]:

@@ -41,6 +41,11 @@ def explain(
         facts.append(("source: ", f"{source}; published weight {term.default_weight:g}" if not origin else source))
         lines += [f"    {label}{text}" for label, text in facts if text]
     lines += ["", *_LEGEND, "", _scales(config, scales), _projection(config, widths, projected)]
+    lines += [
+        f"schedule of {name}: " + ", ".join(f"{factor:g} times at {share:.0%}" for share, factor in points)
+        for name, points in config.schedules.items()
+        if name in weights or name == "teacher"
+    ]
     lines += [f"settings: products={config.products}", engine, f"products of N x N: {len(mix.plan.pairings)}"]
     return "\n".join(lines)
 

@@ -53,6 +53,8 @@ class Objective(nn.Module):
         (CLIP-KD: task, crd, affinity and the other student-only similarities see unprojected features) or "before-task"
         (CLIP-RD: all terms see projected features). Nothing is projected when the widths are equal.
     engine: "dense", "tiled" (memory linear in the batch) or "auto"; products: "exact", or "bfloat16" (tiled only).
+    schedules: factors over the run of a term's weight or of the teacher's multiplier, by `progress`, the share of it
+        that is done (0 until it is set).
     options: those of the terms by name, for example vrd_target="image"; docs/methods.md lists them.
 
     Parameters that the mix does not use do not exist (None); those it only reads as a detached target do not require a
@@ -81,11 +83,13 @@ class Objective(nn.Module):
         engine: Literal["dense", "tiled", "auto"] = "auto",
         *,
         products: Literal["exact", "bfloat16"] = "exact",
+        schedules: Mapping[str, Sequence[Sequence[float]]] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.weights = checked_weights(weights)
-        settings = {"scales": scales, "projection": projection, "engine": engine, "products": products}
+        settings: dict[str, Any] = {"scales": scales, "projection": projection, "engine": engine, "products": products}
+        settings["schedules"] = schedules or {}
         self.config = build(ObjectiveConfig, {"weights": self.weights, **settings, **options}, "objective")
         if student_dim < 1 or teacher_dim < 1:
             raise InputError(f"objective: embedding widths {student_dim} and {teacher_dim} must be positive")
@@ -93,6 +97,7 @@ class Objective(nn.Module):
         self.scales, self.projection, self.engine = scales, projection, engine
         self.options = EngineOptions(products=products)
         self.setting = Setting(options=self.config.options)
+        self.progress = 0.0
         self._mixes: dict[Setting, Mix] = {}
         self._choices: dict[tuple[int, int, Setting], tuple[EngineName, str]] = {}
         self._add_parameters()
@@ -156,6 +161,13 @@ class Objective(nn.Module):
         if setting not in self._mixes:
             self._mixes[setting] = Mix.of(self.weights, setting)
         return self._mixes[setting]
+
+    @property
+    def current_weights(self) -> dict[str, float]:
+        """The weights at this point of the run."""
+        if not self.config.schedules:
+            return self.weights
+        return {name: weight * self.config.factor(name, self.progress) for name, weight in self.weights.items()}
 
     def _parameter(self, name: str) -> nn.Parameter | None:
         found = self.own_scales[name] if name in self.own_scales else getattr(self, f"{name}_scale", None)
@@ -261,6 +273,9 @@ class Objective(nn.Module):
 
     def _forward(self, student: Embeddings, teacher: Embeddings | None) -> ObjectiveOutput:
         rows = check("student", student, self.student_dim)
+        if teacher is not None and "teacher" in self.config.schedules:
+            factor = self.config.factor("teacher", self.progress)
+            teacher = replace(teacher, logit_scale=torch.as_tensor(teacher.logit_scale) * factor)
         mix = self.mix(self._setting(student, teacher, rows))
         features = FeatureBuilder(self, student, teacher, mix.setting.teachers).features(mix.reads)
         world = current_world(rows, student.image.device)
@@ -275,10 +290,13 @@ class Objective(nn.Module):
         bank = None if teacher is None else teacher.bank
         total, terms = self._feature_terms(mix, LocalBatch(features, whole, world, mix.setting, bank), like)
         if mix.plan.primitives:
+            plan = mix.plan
+            if self.config.schedules:
+                plan = replace(plan, weights={name: self.current_weights[name] for name in plan.weights})
             if engine == "dense":
-                result = dense(features, mix.plan, world, self.options, whole)
+                result = dense(features, plan, world, self.options, whole)
             else:
-                result = load_engine(engine)(features, mix.plan, world, self.options)
+                result = load_engine(engine)(features, plan, world, self.options)
             total = total + result.total
             terms |= result.terms
         return ObjectiveOutput(total, {name: terms[name] for name in self.weights}, engine)
@@ -292,7 +310,7 @@ class Objective(nn.Module):
         for name, value in zip(mix.feature_terms, values.detach()):
             if TERMS.origin(name) and not bool(torch.isfinite(value)):
                 _blame_not_finite(name, batch, float(value))
-        total = values @ values.new_tensor([self.weights[name] for name in mix.feature_terms])
+        total = values @ values.new_tensor([self.current_weights[name] for name in mix.feature_terms])
         return total, dict(zip(mix.feature_terms, values.detach()))
 
     def _setting(self, student: Embeddings, teacher: Embeddings | None, rows: int) -> Setting:

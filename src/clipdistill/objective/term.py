@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from clipdistill.objective.features import Features
     from clipdistill.objective.gather import World
 
-RESERVED = ("weights", "student_dim", "teacher_dim", "scales", "projection", "engine", "products")
+RESERVED = ("weights", "student_dim", "teacher_dim", "scales", "projection", "engine", "products", "schedules")
 """Settings of the objective itself, whose names no option may have."""
 
 

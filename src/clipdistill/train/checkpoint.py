@@ -4,6 +4,7 @@
         student/model.safetensors, student/model.json    an ordinary model folder (of a distillation)
         objective.safetensors                            the objective's scales and projections
         optimizer.safetensors                            AdamW's moments
+        average.safetensors                              the running average of the student's weights, if there is one
         masks.safetensors                                masks and multipliers, while there are any
         network.safetensors                              of a region teacher
         state.json                                       counters, checksums of the files and of itself

@@ -123,6 +123,9 @@ class TrainConfig(Config):
     (a locked layer's are always frozen)."""
     masks: MaskConfig | None = None
     """Automatic inheritance: trained masks over the student's parts, then pruning (TinyCLIP)."""
+    ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    """Decay of a running average of the student's weights (0.999, say), which is then what is evaluated and saved;
+    checkpoints hold both (None: no average)."""
     max_logit_scale: float = pydantic.Field(default=100.0, ge=1)
     """The learned multiplier of the student's logits is kept at or below this."""
     logit_scale_init: float | None = pydantic.Field(default=None, gt=0)
@@ -407,6 +410,9 @@ def _check(config: RunConfig) -> None:
             "train.mean_captions: features of captions are averaged, of a locked text tower (train.lock_text=all) and "
             "without a teacher, which embeds single captions"
         )
+    if train.ema_decay is not None and (train.masks is not None or config.meta_teacher is not None):
+        what = "train.masks changes the model in mid-run" if train.masks is not None else "a region teacher has none"
+        raise InputError(f"train.ema_decay: {what}, so there is no one student to average: leave one of the two out")
     if (
         not cached
         and isinstance(train.teacher_logit_scale, tuple)

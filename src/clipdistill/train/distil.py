@@ -16,6 +16,7 @@ from clipdistill.models import ClipModel, save_model
 from clipdistill.objective import Embeddings, ObjectiveOutput
 from clipdistill.runtime.distributed import average_gradients, rank
 from clipdistill.runtime.files import digest_of
+from clipdistill.train.average import WeightAverage
 from clipdistill.train.config import RunConfig
 from clipdistill.train.health import Movement
 from clipdistill.train.setup import build
@@ -36,6 +37,12 @@ class Distillation:
         self._statistics = Statistics(self.setup.student.module)
         pretrained = config.student_weights is not None or config.student.startswith(("towers:", "inherit:"))
         self._movement = Movement(self.setup.student.module, pretrained)
+        decay = config.train.ema_decay
+        self._average = None if decay is None else WeightAverage(self.setup.student.module, decay)
+
+    def _evaluated(self) -> AbstractContextManager[object]:
+        """Within, the student is the one that is measured and saved."""
+        return nullcontext() if self._average is None else self._average.applied()
 
     @property
     def optimiser(self) -> torch.optim.Optimizer:
@@ -65,6 +72,7 @@ class Distillation:
     def gradients(self, step: int, batch: Batch) -> tuple[ObjectiveOutput, float]:
         setup, train = self.setup, self.config.train
         setup.optimiser.zero_grad(set_to_none=True)
+        setup.objective.progress = step / self.total_steps
         if setup.masking is not None:
             setup.masking.masks.draw(train.seed, step)
         output = forward_backward(
@@ -97,6 +105,8 @@ class Distillation:
             self.setup.student.module.logit_scale.clamp_(0, math.log(self.config.train.max_logit_scale))
         if self.setup.masking is not None:
             self.setup.masking.masks.clamp()
+        if self._average is not None:
+            self._average.update()
 
     def schedule(self, step: int) -> tuple[int, int, int]:
         train = self.config.train
@@ -112,6 +122,7 @@ class Distillation:
             "logit_scale": float(self.setup.student.module.logit_scale.detach().float().exp()),
             "scales": self.setup.objective.effective_scales(),
             **({"moved": moved} if moved else {}),
+            **({"weights": self.setup.objective.current_weights} if self.config.objective.schedules else {}),
             **({} if masking is None else {"sparsity": masking.log(step)}),
         }
 
@@ -129,7 +140,7 @@ class Distillation:
         masks: AbstractContextManager[object] = nullcontext()
         if setup.masking is not None:
             masks = setup.masking.masks.acting(sampled=False)
-        with masks:
+        with masks, self._evaluated():
             encoded = encode_pairs(
                 setup.student,
                 source,
@@ -151,6 +162,10 @@ class Distillation:
             self._statistics = Statistics(self.setup.student.module)
 
     def finish(self, folder: Path, say: Say) -> Outcome:
+        with self._evaluated():
+            return self._finish(folder, say)
+
+    def _finish(self, folder: Path, say: Say) -> Outcome:
         setup = self.setup
         setup.student.module.eval()
         save_model(setup.student, folder / "student")
@@ -188,6 +203,8 @@ class Distillation:
         modules: dict[str, torch.nn.Module] = {"objective": self.setup.objective}
         if self.setup.masking is not None:
             modules["masks"] = self.setup.masking.state()
+        if self._average is not None:
+            modules["average"] = self._average
         return self.setup.student, modules
 
     def resume(self, folder: Path, files: Iterable[str]) -> None:
@@ -218,9 +235,15 @@ class Distillation:
             "parameters": setup.student.parameter_counts(),
             "teacher_parameters": None if model is None else model.parameter_counts(),
             "initial_weights": setup.initial,
+            **(
+                {}
+                if self._average is None
+                else {"averaged": {"decay": self._average.decay, "updates": int(self._average.updates)}}
+            ),
         }
 
     def trace(self, step: int, batch: Batch, precision: str) -> Iterator[Traced]:
         from clipdistill.train.trace import trace
 
+        self.setup.objective.progress = step / self.total_steps
         return trace(self.setup, step, batch, precision)

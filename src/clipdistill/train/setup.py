@@ -302,7 +302,7 @@ def build_optimiser(
 
 def one_term(setup: Setup, name: str) -> Objective:
     """The objective with one term at weight 1 and the same scales and projections."""
-    single = setup.config.objective.model_copy(update={"weights": {name: 1.0}})
+    single = setup.config.objective.model_copy(update={"weights": {name: 1.0}, "schedules": {}})
     whole = setup.objective
     teachers = None if setup.teacher is None else setup.teacher.blocks
     blocks = teachers if teachers is not None and len(teachers) > 1 else None

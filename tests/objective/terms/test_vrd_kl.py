@@ -39,3 +39,16 @@ def test_target_can_be_the_image_side() -> None:
     output.total.backward()
     assert student.image.grad is None
     torch.testing.assert_close(student.text.grad, reference, rtol=1e-10, atol=1e-14)
+
+
+def test_both_directions_are_the_mean_of_the_two() -> None:
+    student, teacher = random_embeddings(6, 5, 9.0, 1, trained=True), random_embeddings(6, 5, 20.0, 2)
+    found = {}
+    for target in ("text", "image", "both"):
+        objective = Objective({"vrd_kl": 1}, 5, 5, vrd_target=target, engine="dense").double()
+        objective.set_scales(image=4.0, text=3.0)
+        total = objective(student, teacher).total
+        found[target] = (total, *torch.autograd.grad(total, [student.image, student.text], allow_unused=True))
+    assert found["both"][0].item() == pytest.approx((found["text"][0] + found["image"][0]).item() / 2, rel=1e-12)
+    torch.testing.assert_close(found["both"][1], found["text"][1] / 2)
+    torch.testing.assert_close(found["both"][2], found["image"][2] / 2)

@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from clipdistill.objective.plan import Divergence, Primitive
+from clipdistill.objective.plan import Axis, Divergence, Primitive
 from clipdistill.objective.term import Option, Setting, Term
 
-TARGET = Option("vrd_target", Literal["text", "image"], "text", "the modality that is copied, not trained")
+TARGET = Option(
+    "vrd_target",
+    Literal["text", "image", "both"],
+    "text",
+    "the modality that is copied, not trained; both: each in turn, halved",
+)
+AXES: tuple[Axis, ...] = ("rows", "columns")
 
 
 def primitives(setting: Setting) -> tuple[Primitive, ...]:
     """Divergence from the copied modality's distribution to the trained one's, over rows and columns."""
-    target, trained = ("text", "image") if setting[TARGET] == "text" else ("image", "text")
-    return (Divergence(target, trained, "rows", 0.5), Divergence(target, trained, "columns", 0.5))
+    directions = {
+        "text": [("text", "image")],
+        "image": [("image", "text")],
+        "both": [("text", "image"), ("image", "text")],
+    }
+    chosen = directions[setting[TARGET]]
+    return tuple(Divergence(target, trained, axis, 0.5 / len(chosen)) for target, trained in chosen for axis in AXES)
 
 
 def remark(weights: Mapping[str, float], setting: Setting, width: int) -> str:
