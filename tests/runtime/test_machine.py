@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,35 @@ def test_devices() -> None:
         assert pick_device(None) == CPU
         with pytest.raises(InputError, match="leave the device out"):
             pick_device("cuda")
+
+
+_BLOCKS = """
+import resource, sys
+import torch
+from clipdistill.runtime.machine import keep_freed_memory, return_freed_memory
+keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def fill():
+    before = faults()
+    for _ in range(20):
+        torch.ones(8 << 20)
+    return faults() - before
+fill()
+again = fill()
+return_freed_memory()
+print(again, fill())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize("given", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}])
+def test_freed_blocks_are_kept_for_the_next_unless_the_user_says_otherwise(given):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | given
+    done = subprocess.run(
+        [sys.executable, "-c", _BLOCKS], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    again, returned = (int(number) for number in done.stdout.split())
+    pages = 8 << 20 >> 10  # of one block
+    assert (again > 10 * pages) if given else (again < pages)
+    assert returned > pages / 2

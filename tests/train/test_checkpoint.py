@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, checked when read, restored to the bit."""
 
+import errno
 import json
 import pickle
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipdistill.errors import ClipdistillError, InputError
+from clipdistill.errors import ClipdistillError, InputError, StorageError
 from clipdistill.models import build_student
 from clipdistill.train import checkpoint as cp
 
@@ -43,6 +44,53 @@ def test_round_trip_is_exact(student, tmp_path):
     for index in before:
         for name in before[index]:
             assert torch.equal(torch.as_tensor(before[index][name]), torch.as_tensor(after[index][name]))
+
+
+def test_a_checkpoint_written_behind_the_steps_is_that_of_its_own_step(student, tmp_path):
+    """What changes while it is written stays out of it: weights, moments and counters."""
+    objective, optimiser = training_parts(student)
+    state = {"step": 5, "window": {"total": 1.0}}
+    cp.save_checkpoint(tmp_path / "at once", student, {"objective": objective}, optimiser, state, keep=1)
+    writer = cp.CheckpointWriter(tmp_path / "behind", keep=1)
+    before = {name: t.clone() for name, t in student.module.state_dict().items()}
+    writer.start(student, {"objective": objective}, optimiser, state)
+    state["window"]["total"] = 2.0
+    optimiser.step()
+    for tensor in objective.parameters():
+        tensor.data.zero_()
+    assert writer.finished() == tmp_path / "behind" / "step-00000005"
+    assert writer.finished() is None
+    files = [path.relative_to(tmp_path / "at once") for path in (tmp_path / "at once").rglob("*") if path.is_file()]
+    assert files
+    for file in files:
+        assert (tmp_path / "behind" / file).read_bytes() == (tmp_path / "at once" / file).read_bytes(), file
+    student.module.load_state_dict(before)
+
+
+def test_what_stops_the_writing_is_raised_to_the_run(student, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    objective, optimiser = training_parts(student)
+    writer = cp.CheckpointWriter(tmp_path, keep=1)
+    writer.start(student, {"objective": objective}, optimiser, {"step": 1})
+    writer.finished()
+    monkeypatch.setattr(cp, "save_file", full)
+    writer.start(student, {"objective": objective}, optimiser, {"step": 2})
+    with pytest.raises(StorageError, match="last good checkpoint is kept"):
+        writer.finished()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert writer.finished() is None
+
+
+def test_without_memory_for_a_copy_the_checkpoint_is_written_at_once(student, tmp_path, monkeypatch):
+    objective, optimiser = training_parts(student)
+    monkeypatch.setattr(cp, "free_memory", lambda: 1000)
+    writer = cp.CheckpointWriter(tmp_path, keep=1)
+    writer.start(student, {"objective": objective}, optimiser, {"step": 1})
+    assert writer.done
+    assert cp.newest_checkpoint(tmp_path)[0].step == 1
+    writer.finished()
 
 
 def test_only_the_newest_are_kept(student, tmp_path):

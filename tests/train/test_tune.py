@@ -1,6 +1,12 @@
 """Attention and compilation of the towers: chosen before step 0, recorded, and taken up again by a resumed run."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +21,7 @@ from clipdistill.train.config import TrainConfig, resolve
 from clipdistill.train.run import distill
 from clipdistill.train.setup import Setup, build
 from clipdistill.train.tune import tune
+from tests.conftest import REPOSITORY
 
 FEW = ("train.batch_size=6", "data.size=24")
 
@@ -141,6 +148,65 @@ def test_without_a_compiler_one_line_says_so_and_the_run_goes_on(tmp_path, monke
     assert record["compile"] is False
     assert said == ["the towers are not compiled: torch.compile failed (RuntimeError: no working compiler here)"]
     assert setup.bare_towers._compiled is None
+
+
+def test_a_compiler_that_takes_too_long_is_given_up_with_one_line(tmp_path, monkeypatch):
+    """Also one that keeps every exception to itself, as a process that it waits for would."""
+
+    def endless(function):
+        def compiled(*_):
+            with contextlib.suppress(Exception):
+                time.sleep(60)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", endless)
+    monkeypatch.setattr(tuning, "COMPILE_SECONDS", 0.2)
+    monkeypatch.setattr(tuning._Timing, "may_compile", lambda trial: True)
+    before = signal.getsignal(signal.SIGALRM)
+    setup, said = long_setup(tmp_path, "train.attention=default"), []
+    began = time.monotonic()
+    record = tune(setup, None, said.append)
+    assert time.monotonic() - began < 30
+    assert record["compile"] is False
+    assert said == ["the towers are not compiled: trying torch.compile took longer than 0.2 s"]
+    assert setup.bare_towers._compiled is None
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+_RANKS = """
+import sys
+from clipdistill.runtime.distributed import rank
+from clipdistill.train import tune as tuning
+from clipdistill.train.config import resolve
+from clipdistill.train.run import distill
+from clipdistill.train.distil import Distillation
+def seconds(trial, sample, attention="default"):
+    return 1.0 if (attention == "math") == (rank() == 0) else 2.0  # the ranks would choose differently
+tuning._Timing._pass, tuning.LEAST_STEPS, tuning.SHARE = seconds, 1, 1e9
+settings = {"out": sys.argv[1]}
+few = ["train.batch_size=6", "data.size=24", "train.steps=3", "train.compile=false"]
+config = resolve("clip", settings, size="debug", assignments=few)
+inner = Distillation.gradients
+def gradients(task, step, batch):
+    assert task.setup.attention == "math", rank()
+    return inner(task, step, batch)
+Distillation.gradients = gradients
+distill(config, quiet=True)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_one_choice(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(_RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src")}
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path / "run")], env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["towers"]["attention"] == "math"
 
 
 def test_batches_of_other_sizes_and_evaluation_stay_eager(tmp_path, monkeypatch):

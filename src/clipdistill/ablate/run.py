@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import shutil
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from clipdistill.errors import ClipdistillError, InputError, Preempted, StorageE
 from clipdistill.runtime.distributed import ProcessGroup, gather_lists, is_main, world_size
 from clipdistill.runtime.files import make_folder, read_json, write_json
 from clipdistill.runtime.locks import LEASE, Claims
-from clipdistill.runtime.machine import pick_device
+from clipdistill.runtime.machine import pick_device, return_freed_memory
 from clipdistill.train.run import Run, distill
 from clipdistill.train.sources import SharedSources
 
@@ -117,8 +116,7 @@ def _one(
 def _give_back_memory() -> None:
     """Return what a run freed to the system; glibc keeps it in pieces otherwise, and thirty runs grew to 4 GB so."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return_freed_memory()
 
 
 @contextmanager

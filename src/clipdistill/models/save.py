@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,19 @@ def save_model(model: ClipModel, folder: Path | str, *, dtype: torch.dtype | Non
     `dtype` torch.float16 or torch.bfloat16 rounds floating-point weights to halve the file; None keeps them to the bit.
     Raises InputError when the destination is a file or a folder that is not a model folder.
     """
-    with new_folder(folder, lambda old: (old / DESCRIPTION).exists(), "model folder") as new:
-        save_file(_stored_tensors(model, dtype), new / WEIGHTS)
-        write_json(new / DESCRIPTION, _description(model, dtype, sha256(new / WEIGHTS)))
+    model_writer(model, dtype)(Path(folder))
+
+
+def model_writer(model: ClipModel, dtype: torch.dtype | None = None) -> Callable[[Path], None]:
+    """A function that does what `save_model` does with the model as it is now, whatever becomes of it until then."""
+    tensors, description = _stored_tensors(model, dtype), _description(model, dtype)
+
+    def write(folder: Path) -> None:
+        with new_folder(folder, lambda old: (old / DESCRIPTION).exists(), "model folder") as new:
+            save_file(tensors, new / WEIGHTS)
+            write_json(new / DESCRIPTION, {**description, "weights_sha256": sha256(new / WEIGHTS)})
+
+    return write
 
 
 def _stored_tensors(model: ClipModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -63,7 +73,7 @@ def _stored_tensors(model: ClipModel, dtype: torch.dtype | None) -> dict[str, to
     return tensors
 
 
-def _description(model: ClipModel, dtype: torch.dtype | None, weights_sha256: str) -> dict[str, Any]:
+def _description(model: ClipModel, dtype: torch.dtype | None) -> dict[str, Any]:
     import open_clip
     import timm
 
@@ -79,7 +89,7 @@ def _description(model: ClipModel, dtype: torch.dtype | None, weights_sha256: st
         "image": as_dict(model.image),
         "tokenizer": model.tokenizer.to_dict(),
         "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-        "weights_sha256": weights_sha256,
+        "weights_sha256": "",  # once they are written
         "parameters": model.parameter_counts(),
         "versions": versions,
     }

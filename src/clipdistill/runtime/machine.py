@@ -6,10 +6,12 @@ Light: torch is imported only where a device is asked about.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clipdistill.errors import InputError
 
@@ -63,6 +65,40 @@ def free_memory(device: torch.device | None = None) -> int | None:
         with contextlib.suppress(AttributeError, ValueError, OSError):
             figures.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
     return min(figures, default=None)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large blocks that are freed, for the next ones, until `return_freed_memory`.
+
+    By default it hands them back to the system at once, and each forward and backward pass on a CPU takes hundreds of
+    thousands of pages anew, a sixth of its time. Nothing is changed where the user has set glibc's own variables
+    (`MALLOC_TRIM_THRESHOLD_=131072` is glibc's default), or with another allocator.
+    """
+    mallopt, given = getattr(_libc(), "mallopt", None), {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
+    if mallopt is not None and not given & os.environ.keys() and "glibc.malloc" not in os.environ.get(
+        "GLIBC_TUNABLES", ""
+    ):  # fmt: skip
+        mallopt(_MMAP_THRESHOLD, _LARGEST_BLOCK)
+        mallopt(_TRIM_THRESHOLD, _LARGEST_BLOCK)
+
+
+def return_freed_memory() -> None:
+    """Hand what glibc keeps back to the system."""
+    trim = getattr(_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""glibc's malloc.h"""
+_LARGEST_BLOCK = (1 << 31) - 1
+
+
+@functools.cache
+def _libc() -> Any:
+    with contextlib.suppress(OSError, TypeError):
+        return ctypes.CDLL(None)
+    return None
 
 
 def cpu_count() -> int:

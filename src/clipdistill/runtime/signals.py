@@ -1,9 +1,11 @@
-"""Stopping on request: the first signal asks the run to save and leave, the second leaves at once."""
+"""Stopping on request: the first signal asks the run to save and leave, the second leaves at once; limits of time."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
@@ -75,3 +77,38 @@ class StopSignal(AbstractContextManager["StopSignal"]):
         self.received = signal.Signals(number).name
         if self._droppable:
             raise Interrupted(self.received)
+
+
+class TooLongError(BaseException):
+    """The time of `time_limit` is over. Not an Exception, so that no library takes it for a fault of its own."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Within, TooLongError is raised after so many seconds, wherever the program is (waiting for a process included).
+
+    Without effect outside of the main thread and on systems without such a clock. One that is running goes on after.
+    """
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    late = False
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        nonlocal late
+        late = True
+        raise TooLongError(f"{seconds:g} s are over")
+
+    before, began = signal.signal(signal.SIGALRM, ring), time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except Exception as error:
+        if late:  # compiled code in whose middle it was raised may have made another exception of it
+            raise TooLongError(f"{seconds:g} s are over") from error
+        raise
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 1e-3), interval)

@@ -32,7 +32,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class RunView:
     """What a callback sees of a run; nothing in it can be changed.
 
-    step: finished optimiser steps (on_start: those a resumed run begins with); samples: pairs seen.
+    step: finished optimiser steps (on_start: those a resumed run begins with; on_checkpoint: those in the checkpoint,
+    which may be complete some steps later); samples: pairs seen.
     losses: this step's "total" and each term, unweighted. line: the line of log.jsonl, where one is due at this step
     (means since the last one, learning rate, gradient norm, speed), else None.
     scores, images: the last point of the learning curve ({"t2i_R@1": 0.31, ...}) and the images it was measured on;

@@ -10,14 +10,17 @@
         state.json                                       counters, checksums of the files and of itself
 
 No random-generator state is stored: everything random is a function of (seed, step, rank, position).
+A run goes on while one is written (`CheckpointWriter`): what it holds is copied first.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +30,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from clipdistill.errors import InputError, StorageError, storage_error
-from clipdistill.models import ClipModel, save_model
+from clipdistill.models import ClipModel
+from clipdistill.models.save import model_writer
 from clipdistill.runtime.files import digest_of, read_json, sync
+from clipdistill.runtime.machine import free_memory
 
 FORMAT = 2
 """2: state.json has a checksum of its own; format 1 is read too."""
@@ -62,17 +67,100 @@ def save_checkpoint(
     Raises StorageError when the disk is too small for it, before anything is written, or when writing fails all the
     same; older checkpoints are kept then.
     """
+    return _prepared(root, student, modules, optimiser, state, keep, copied=False)()
+
+
+class CheckpointWriter:
+    """Writes the checkpoints below `root` behind the steps of a run, one at a time, keeping the newest `keep`."""
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self._root, self._keep = root, keep
+        self._thread: threading.Thread | None = None
+        self._outcome: Path | BaseException | None = None
+
+    def start(
+        self,
+        student: ClipModel | None,
+        modules: Mapping[str, torch.nn.Module],
+        optimiser: torch.optim.Optimizer,
+        state: dict[str, Any],
+    ) -> None:
+        """Take a copy of what `save_checkpoint` would write and begin to write it; `finished` tells how that ended.
+
+        Where memory is too small for a copy it is written here and now. Raises StorageError as `save_checkpoint` does
+        before anything is written. The last one must have been finished.
+        """
+        assert self._thread is None
+        free, needed = free_memory(), _bytes_of(student, modules, optimiser)
+        copied = free is None or 2 * needed < free
+        write = _prepared(self._root, student, modules, optimiser, state, self._keep, copied=copied)
+
+        def work() -> None:
+            try:
+                self._outcome = write()
+            except BaseException as error:
+                self._outcome = error
+
+        self._thread = threading.Thread(target=work, name="checkpoint")
+        self._thread.start()
+        if not copied:
+            self._thread.join()
+
+    @property
+    def done(self) -> bool:
+        """Whether one that was started has ended, well or not."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def finished(self) -> Path | None:
+        """Wait for the one being written: its folder; None when there is none. Raises what stopped the writing."""
+        if self._thread is None:
+            return None
+        self._thread.join()
+        self._thread, outcome = None, self._outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+
+def _prepared(
+    root: Path,
+    student: ClipModel | None,
+    modules: Mapping[str, torch.nn.Module],
+    optimiser: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    *,
+    copied: bool,
+) -> Callable[[], Path]:
+    """A function that writes the checkpoint; copied: as everything is now, whatever becomes of it until then."""
     root.mkdir(parents=True, exist_ok=True)
     remove_leftovers(root)
-    final = root / f"{_PREFIX}{state['step']:08d}"
+    _check_space(root, _bytes_of(student, modules, optimiser))
     moments, groups = _pack_optimiser(optimiser)
     tensors = {f"{name}.safetensors": dict(module.state_dict()) for name, module in modules.items()}
     tensors["optimizer.safetensors"] = moments
-    _check_space(root, tensors, student)
+    tensors = {
+        file: {name: t.detach().to("cpu", copy=copied).contiguous() for name, t in content.items()}
+        for file, content in tensors.items()
+    }
+    described = copy.deepcopy({**state, "optimizer_groups": groups})
+    write_student = None if student is None else model_writer(student)
+    return lambda: _replace(root, write_student, tensors, described, keep)
+
+
+def _replace(
+    root: Path,
+    write_student: Callable[[Path], None] | None,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """The folder of the step, whole; older ones than the newest `keep` are removed."""
+    final = root / f"{_PREFIX}{state['step']:08d}"
     temporary = root / f".writing-{final.name}"
     try:
         temporary.mkdir()
-        _write(temporary, student, tensors, {**state, "optimizer_groups": groups})
+        _write(temporary, write_student, tensors, state)
         if final.exists():  # a damaged one that was passed over when the run was resumed
             final.rename(root / f".writing-replaced-{final.name}")
         temporary.rename(final)
@@ -92,13 +180,16 @@ def save_checkpoint(
 
 
 def _write(
-    folder: Path, student: ClipModel | None, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+    folder: Path,
+    write_student: Callable[[Path], None] | None,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
 ) -> None:
     """The content of a checkpoint, made durable; state.json is the last file."""
-    if student is not None:
-        save_model(student, folder / "student")
+    if write_student is not None:
+        write_student(folder / "student")
     for name, content in tensors.items():
-        save_file({k: v.detach().contiguous().cpu() for k, v in content.items()}, folder / name)
+        save_file(content, folder / name)
     files = {str(p.relative_to(folder)): _digest(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     described = {"format": FORMAT, **state, "files": files}
     described["sha256"] = digest_of(described)
@@ -212,9 +303,16 @@ def _unpack_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimiser.load_state_dict({"state": state, "param_groups": current["param_groups"]})
 
 
-def _check_space(root: Path, tensors: dict[str, dict[str, Tensor]], student: ClipModel | None) -> None:
-    weights = {} if student is None else student.module.state_dict()
-    needed = sum(t.numel() * t.element_size() for group in (*tensors.values(), weights) for t in group.values())
+def _bytes_of(
+    student: ClipModel | None, modules: Mapping[str, torch.nn.Module], optimiser: torch.optim.Optimizer
+) -> int:
+    """Bytes of everything a checkpoint holds."""
+    states = [module.state_dict() for module in modules.values()]
+    states += [{} if student is None else student.module.state_dict(), _pack_optimiser(optimiser)[0]]
+    return sum(t.numel() * t.element_size() for content in states for t in content.values())
+
+
+def _check_space(root: Path, needed: int) -> None:
     needed = int(needed * 1.05) + 1_000_000
     free = shutil.disk_usage(root).free
     if free < needed:

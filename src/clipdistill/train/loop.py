@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,10 +23,12 @@ from clipdistill.runtime.distributed import any_rank, gather_lists, is_main, on_
 from clipdistill.runtime.signals import Interrupted, StopSignal
 from clipdistill.train.best import forget_before, judge, keep
 from clipdistill.train.callbacks import Callbacks, RunView, Say
-from clipdistill.train.checkpoint import save_checkpoint
+from clipdistill.train.checkpoint import CheckpointWriter
 from clipdistill.train.config import RunConfig, TrainConfig
 from clipdistill.train.failures import Whereabouts
 from clipdistill.train.task import Point, Task
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -63,15 +67,28 @@ class Loop:
     place: Whereabouts
     view: RunView
 
+    def __post_init__(self) -> None:
+        self.writer = CheckpointWriter(self.config.out / CHECKPOINTS, self.config.train.keep_checkpoints)
+        self.saved = {"step": 0, "samples": 0}  # of the checkpoint that is being written
+
     def tell(self, event: str, **changes: Any) -> None:
         """Call the callbacks (on rank 0) with the run as it is now."""
-        self.view = replace(self.view, step=self.progress.step, samples=self.progress.samples, **changes)
+        now = {"step": self.progress.step, "samples": self.progress.samples}
+        self.view = replace(self.view, **{**now, **changes})
         if is_main():
             self.callbacks.call(event, self.view)
 
 
 def train(loop: Loop) -> None:
     """Run the steps that remain. Raises Preempted after saving on a signal, BudgetError over a stated budget."""
+    try:
+        _train(loop)
+    finally:  # whatever ended the steps, the folder is left with nothing being written in it
+        with contextlib.suppress(Exception):
+            loop.writer.finished()
+
+
+def _train(loop: Loop) -> None:
     config, task, progress, place = loop.config.train, loop.task, loop.progress, loop.place
     device, stop = task.device, loop.stop
     place.step, place.doing = progress.step, "training"
@@ -94,9 +111,8 @@ def train(loop: Loop) -> None:
         if not finite:
             _record_skipped(loop, batch, output)
         progress.step = place.step = progress.step + 1
-        seen, bad, cut_student, cut_teacher = sum_over_ranks(
-            (len(batch.keys), len(batch.problems), batch.truncated_student, batch.truncated_teacher), device
-        )
+        counts = (len(batch.keys), len(batch.problems), batch.truncated_student, batch.truncated_teacher)
+        seen, bad, cut_student, cut_teacher, written = sum_over_ranks((*counts, loop.writer.done), device)
         progress.samples += int(seen)
         progress.bad_samples += int(bad)
         progress.truncated_student += int(cut_student)
@@ -115,8 +131,12 @@ def train(loop: Loop) -> None:
             _evaluate(loop)
         stopping = any_rank(stop.received is not None, device)
         early = not finished and _due(progress.step, config.evaluate_every) and _learns_no_more(loop)
+        if written:
+            _checkpoint_done(loop)
         if _due(progress.step, config.checkpoint_every) or finished or stopping or early:
             _write_checkpoint(loop)
+        if finished or stopping or early:
+            _checkpoint_done(loop)
         if early:
             loop.say(f"no better {config.keep_best} in {config.patience} points: the run ends at step {progress.step}")
             return
@@ -141,26 +161,40 @@ def _open_ledger(loop: Loop) -> BadSampleLedger:
 
 
 def _write_checkpoint(loop: Loop) -> None:
-    """Rank 0 writes; the others go on (what they hold is the same). Raises StorageError on all of them."""
+    """Rank 0 writes, behind the steps that follow; what the other ranks hold is the same."""
+    _checkpoint_done(loop)
+    task = loop.task
+    loop.saved = {"step": loop.progress.step, "samples": loop.progress.samples}
+
+    def start() -> None:
+        state = {**vars(loop.progress), "total_steps": task.total_steps}
+        loop.writer.start(*task.checkpoint(), task.optimiser, state)
+
+    _told_to_all(start)
+
+
+def _checkpoint_done(loop: Loop) -> None:
+    """Wait for the checkpoint that is being written, if any, and tell the callbacks."""
+    folder = _told_to_all(loop.writer.finished)
+    if folder is not None:
+        if loop.progress.best:
+            forget_before(loop.config.out, loop.progress.best)
+        loop.tell("on_checkpoint", checkpoint=folder, **loop.saved)
+
+
+def _told_to_all(work: Callable[[], T]) -> T | None:
+    """`work()` on rank 0. Raises its StorageError on all ranks."""
     problems: list[str] = []
-    task, folder = loop.task, None
+    result: T | None = None
     if is_main():
         try:
-            folder = save_checkpoint(
-                loop.config.out / CHECKPOINTS,
-                *task.checkpoint(),
-                task.optimiser,
-                {**vars(loop.progress), "total_steps": task.total_steps},
-                keep=loop.config.train.keep_checkpoints,
-            )
+            result = work()
         except StorageError as error:
             problems.append(str(error))
     problems = gather_lists(problems)
     if problems:
         raise StorageError(problems[0])
-    if is_main() and loop.progress.best:
-        forget_before(loop.config.out, loop.progress.best)
-    loop.tell("on_checkpoint", checkpoint=folder)
+    return result
 
 
 def _record_skipped(loop: Loop, batch: Batch, output: ObjectiveOutput) -> None:
@@ -221,6 +255,7 @@ def _evaluate(loop: Loop) -> None:
     loop.progress.evaluation_due = False
     if not loop.task.validation_name:
         return
+    _checkpoint_done(loop)  # no process is forked while it is written
 
     def measured() -> Point | None:
         try:

@@ -30,7 +30,7 @@ from clipdistill.runtime.distributed import (
     world_size,
 )
 from clipdistill.runtime.files import sha256
-from clipdistill.runtime.machine import pick_device
+from clipdistill.runtime.machine import keep_freed_memory, pick_device, return_freed_memory
 from clipdistill.runtime.signals import Interrupted, StopSignal
 from clipdistill.statistics.scores import Scores
 from clipdistill.train.best import BEST, take
@@ -110,6 +110,9 @@ def distill(
         contextlib.ExitStack() as held,
     ):
         place.group = group
+        if device.type == "cpu":
+            keep_freed_memory()
+            held.callback(return_freed_memory)
         with stop.at_once():
             notes: list[str] = []
             if not explain:

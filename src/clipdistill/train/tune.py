@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from clipdistill.data.pairs import one_or_several
 from clipdistill.runtime.distributed import gather_lists, on_main, world_size
 from clipdistill.runtime.machine import free_memory
+from clipdistill.runtime.signals import TooLongError, time_limit
 from clipdistill.train.setup import Setup
 from clipdistill.train.step import Statistics, Towers, attention_by, autocast
 from clipdistill.train.task import Say
@@ -30,7 +31,9 @@ PASS_SECONDS = 0.7
 GAIN = 0.95
 """Another way must take less than this share of the usual one's time, so that noise decides nothing."""
 COMPILE_SECONDS = 180.0
-"""What trying a compiler may take; so only runs of an hour and more try one."""
+"""What trying a compiler may take, or it is given up; so only runs of an hour and more try one."""
+ATTENTION_SECONDS = 30.0
+"""After these no further turn of the trial of attention is begun, whatever else keeps the machine busy."""
 REPEATS = 3
 
 
@@ -144,7 +147,10 @@ class _Timing:
             return {}
         ways = {f"{name} attention": name for name in ("default", "math")}
         seconds = {name: float("inf") for name in ways}
-        for _ in range(REPEATS):  # in turns, so that other work on the machine slows both
+        began = time.monotonic()
+        for turn in range(REPEATS):  # in turns, so that other work on the machine slows both
+            if turn and time.monotonic() - began > ATTENTION_SECONDS:
+                break
             for name, way in ways.items():
                 seconds[name] = min(seconds[name], self._pass(part, way))
         scaled = {name: value / rows * self.rows * self.passes for name, value in seconds.items()}
@@ -168,24 +174,30 @@ class _Timing:
         wanted, attention = chosen["compile"], chosen["attention"]
         eager = seconds = float("inf")
         try:
-            self.towers.compile_for(self.rows)
-            first = self._pass(self.sample, attention)
-            if wanted:
-                return chosen, {}
-            for _ in range(2):
-                seconds = min(seconds, self._pass(self.sample, attention))
-                with self.towers.eager():
-                    eager = min(eager, self._pass(self.sample, attention))
+            with nullcontext() if wanted else time_limit(COMPILE_SECONDS):
+                self.towers.compile_for(self.rows)
+                first = self._pass(self.sample, attention)
+                if wanted:
+                    return chosen, {}
+                for _ in range(2):
+                    seconds = min(seconds, self._pass(self.sample, attention))
+                    with self.towers.eager():
+                        eager = min(eager, self._pass(self.sample, attention))
+        except TooLongError:
+            return self._eager(chosen, say, f"trying torch.compile took longer than {COMPILE_SECONDS:g} s")
         except Exception as error:  # no compiler, or a tower that it cannot take: whatever it raises
-            self.towers.compile_for(None)
             reason = " ".join(str(error).split())[:200]
-            say(f"the towers are not compiled: torch.compile failed ({type(error).__name__}: {reason})")
-            return {**chosen, "compile": False}, {}
+            return self._eager(chosen, say, f"torch.compile failed ({type(error).__name__}: {reason})")
         steps, gain = self.setup.total_steps, (eager - seconds) * self.passes
         # a continued run compiles once more
         chosen = {**chosen, "compile": seconds < GAIN * eager and gain * steps > 2 * first}
         name = f"{attention} attention"
         return chosen, {f"{name}, compiled": seconds * self.passes, name: eager * self.passes}
+
+    def _eager(self, chosen: dict[str, Any], say: Say, why: str) -> tuple[dict[str, Any], dict[str, float]]:
+        self.towers.compile_for(None)
+        say(f"the towers are not compiled: {why}")
+        return {**chosen, "compile": False}, {}
 
     def _pass(self, sample: NoisePairs, attention: str = "default") -> float:
         """Seconds of a pass forward and backward; no parameter's gradient is touched, DDP's hooks are not called."""
