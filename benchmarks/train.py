@@ -1,12 +1,17 @@
 """Training steps against open_clip's own trainer and plain eager torch, in turns, on real captions.
 
-    python benchmarks/train.py --data captions.json [--student ViT-T-16] [--batch 32] [--quick] [--json train.json]
+    python benchmarks/train.py --data captions.json [--quick] [--json train.json]
+    python benchmarks/train.py --data captions.json --students ViT-T-16:bf16 --only runs,parts
 
-For each precision: parts, one step each in turn (forward, contrastive loss, backward, AdamW), of plain torch at full
-context and of the same with captions cut, fused AdamW, math attention and (--compile) compiled towers added one after
-the other; and runs: `open_clip_train.main` and `clipdistill train` as they are started by hand, in turns, on the same
-pictures, captions and threads, pairs a second after the first step as each writes in its log. open_clip's trainer needs
-pip install 'clipdistill[benchmarks]'. Ratios are medians over rounds, with their least and greatest.
+For each student and precision (--students, those of the table in docs/performance.md):
+runs: `open_clip_train.main` and `clipdistill train` as they are started by hand, in turns, on the same pictures,
+captions and threads; pairs a second after the first step, as each writes in its log; rd: CLIP-RD from a cached teacher
+against open_clip's plain contrastive run, the same way (random weights: a step takes as long); curves: losses of 200
+steps with captions cut and not cut, same seed, fp32; parts: one step each in turn (forward, contrastive loss, backward,
+AdamW) of plain torch at the full context, and of the same with captions cut, fused AdamW, math attention and
+(--compile) compiled towers added one after the other.
+open_clip's trainer needs  pip install 'clipdistill[benchmarks]'. Ratios are medians over rounds, with their least and
+greatest. --quick: one round of few steps; what does not fit into its 9 minutes is left out and said.
 """
 
 from __future__ import annotations
@@ -31,23 +36,33 @@ import torch
 from clipdistill.data.loader import PairLoader
 from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource
-from clipdistill.models import build_student
+from clipdistill.models import build_student, save_model
 from clipdistill.objective import Objective
+from clipdistill.runtime.machine import keep_freed_memory, return_freed_memory
 from clipdistill.train.step import Towers, forward_backward
 
 PARTS = ("plain", "captions cut", "fused AdamW", "math attention", "compiled")
+STUDENTS = "ViT-T-16:bf16,ViT-T-16:fp32,TinyCLIP-ViT-8M-16-Text-3M:fp32"
+ONLY = "runs,rd,curves,parts"
+QUICK_SECONDS = 9 * 60.0
+CURVE_STUDENT, CURVE_BATCH = "TinyCLIP-ViT-8M-16-Text-3M", 4
 
 
-def step_of(part: str, arguments: argparse.Namespace, source: PairSource, precision: str) -> Callable[[], float]:
+def trained(name: str, batch: int, cut: bool = True, fused: bool = True) -> tuple[Any, Towers, Objective, Any]:
+    """A student with random weights and what trains it. cut: the switch, a tower that is said to read its padding."""
+    student = build_student(name, seed=0)
+    if not cut:
+        student._only_text = False
+    towers, objective = Towers(student.module.train()), Objective({"task": 1.0}, student.embed_dim, student.embed_dim)
+    return student, towers, objective, torch.optim.AdamW(towers.parameters(), lr=1e-5, fused=fused or None)
+
+
+def step_of(part: str, arguments: Any, source: PairSource, name: str, precision: str) -> Callable[[], float]:
     """A function that takes one step with all parts up to `part` and returns its seconds, waiting for data left out."""
     level = PARTS.index(part)
-    student = build_student(arguments.student, seed=0)
-    if level < 1:
-        student._only_text = False  # the switch: a tower that is said to read its padding
-    towers, objective = Towers(student.module.train()), Objective({"task": 1.0}, student.embed_dim, student.embed_dim)
+    student, towers, objective, optimiser = trained(name, arguments.batch, level >= 1, level >= 2)
     if level >= 4:
         towers.compile_for(arguments.batch)
-    optimiser = torch.optim.AdamW(towers.parameters(), lr=1e-5, fused=level >= 2 or None)
     steps = arguments.steps * arguments.rounds + 2
     batches = iter(PairLoader(source, batch_size=arguments.batch, student=student, steps=steps, caption="random"))
 
@@ -65,23 +80,50 @@ def step_of(part: str, arguments: argparse.Namespace, source: PairSource, precis
     return step
 
 
-def parts(arguments: argparse.Namespace, source: PairSource, precision: str) -> dict[str, Any]:
-    """Seconds of a step by part, and the ratio of plain torch to each, round by round."""
-    names = PARTS if arguments.compile else PARTS[:-1]
-    steps = {name: step_of(name, arguments, source, precision) for name in names}
+def parts(
+    arguments: Any, source: PairSource, name: str, precision: str, names: tuple[str, ...], turns: int
+) -> dict[str, Any]:
+    """Seconds of a step by part, and the ratio of the first part to each, turn by turn."""
+    steps = {part: step_of(part, arguments, source, name, precision) for part in names}
     for step in steps.values():
         step()  # warm-up
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(arguments.steps * arguments.rounds):
-        for name, step in steps.items():
-            seconds[name].append(step())
+    seconds: dict[str, list[float]] = {part: [] for part in steps}
+    for _ in range(turns):
+        for part, step in steps.items():
+            seconds[part].append(step())
+    first = seconds[names[0]]
+    del steps
+    return_freed_memory()  # whole runs in other processes follow
     return {
-        name: {
-            "seconds": statistics.median(values),
-            **spread([plain / own for plain, own in zip(seconds["plain"], values)]),
-        }
-        for name, values in seconds.items()
+        part: {"seconds": statistics.median(values), **spread([plain / own for plain, own in zip(first, values)])}
+        for part, values in seconds.items()
     }
+
+
+def curves(source: PairSource, steps: int) -> dict[str, float]:
+    """The losses of `steps` steps with captions cut and not cut, from the same weights on the same batches."""
+    losses: list[list[float]] = []
+    seconds = []
+    for cut in (True, False):
+        student, towers, objective, optimiser = trained(CURVE_STUDENT, CURVE_BATCH, cut)
+        own: list[float] = []
+        began = time.perf_counter()
+        for batch in PairLoader(source, batch_size=CURVE_BATCH, student=student, steps=steps):
+            optimiser.zero_grad(set_to_none=True)
+            output = forward_backward(
+                towers, objective, batch.student_images, batch.student_tokens, None,
+                micro_batch=None, precision="fp32", seed=(0, 0, 0),
+            )  # fmt: skip
+            optimiser.step()
+            own.append(float(output.total.detach()))
+        seconds.append(time.perf_counter() - began)
+        losses.append(own)
+    differences = [abs(a - b) / abs(b) for a, b in zip(*losses)]
+    return {
+        "steps": steps, "first": losses[1][0], "last": losses[1][-1], "last_cut": losses[0][-1],
+        "largest_relative_difference": max(differences), "median_relative_difference": statistics.median(differences),
+        "cut_seconds": seconds[0], "uncut_seconds": seconds[1],
+    }  # fmt: skip
 
 
 def spread(ratios: list[float]) -> dict[str, float]:
@@ -109,12 +151,12 @@ def run(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def theirs(arguments: argparse.Namespace, pairs: Path, precision: str, folder: Path) -> float:
+def theirs(arguments: Any, name: str, pairs: Path, precision: str, folder: Path) -> float:
     """Pairs a second of `open_clip_train.main`, the first step left out."""
     configs = folder / "configs"  # students of ours by the same name
     configs.mkdir(exist_ok=True)
-    architecture = build_student(arguments.student, seed=0).architecture
-    (configs / f"{arguments.student}.json").write_text(json.dumps(architecture), encoding="utf-8")
+    architecture = build_student(name, seed=0).architecture
+    (configs / f"{name}.json").write_text(json.dumps(architecture), encoding="utf-8")
     start = (
         "import sys, torch, open_clip; torch.set_num_threads(int(sys.argv.pop(1))); "
         "open_clip.add_model_config(sys.argv.pop(1)); from open_clip_train.main import main; "
@@ -122,7 +164,7 @@ def theirs(arguments: argparse.Namespace, pairs: Path, precision: str, folder: P
     told = run(
         [
             sys.executable, "-c", start + "main(sys.argv[1:])", str(arguments.threads), str(configs),
-            "--train-data", str(pairs), "--dataset-type", "csv", "--model", arguments.student, "--device", "cpu",
+            "--train-data", str(pairs), "--dataset-type", "csv", "--model", name, "--device", "cpu",
             "--batch-size", str(arguments.batch), "--epochs", "1", "--workers", "0", "--warmup", "1", "--lr", "1e-5",
             "--precision", "fp32" if precision == "fp32" else "amp_bf16", "--log-every-n-steps", "1",
             "--save-frequency", "0", "--logs", str(folder / "theirs"), "--name", f"{time.time_ns()}",
@@ -132,32 +174,52 @@ def theirs(arguments: argparse.Namespace, pairs: Path, precision: str, folder: P
     return arguments.batch / statistics.mean(seconds)
 
 
-def ours(arguments: argparse.Namespace, pairs: Path, precision: str, folder: Path, attention: str) -> float:
-    """Pairs a second of `clipdistill train`, the first step left out."""
+def ours(
+    arguments: Any, name: str, pairs: Path, precision: str, folder: Path, attention: str, teacher: Path | None
+) -> float:
+    """Pairs a second of `clipdistill train` (with a cached teacher: CLIP-RD), the first step left out."""
     out = folder / f"ours-{time.time_ns()}"
-    start = "import sys, torch; torch.set_num_threads(int(sys.argv.pop(1))); from clipdistill.cli import main; "
-    run(
-        [
-            sys.executable, "-c", start + "sys.exit(main(sys.argv[1:]))", str(arguments.threads),
-            "train", "--recipe", "clip", "--data", str(pairs), "--student", arguments.student, "--out", str(out),
-            "--device", "cpu", "--quiet", f"train.batch_size={arguments.batch}", "train.epochs=null",
-            f"train.steps={arguments.steps}", "train.log_every=1", f"train.precision={precision}",
-            "preflight.enabled=false", f"train.attention={attention}",
-            f"train.compile={str(arguments.compile).lower()}",
-        ]
+    recipe = ["--recipe", "clip"] if teacher is None else ["--recipe", "clip-rd", "--teacher", f"cache:{teacher}"]
+    clipdistill(
+        arguments,
+        "train", *recipe, "--data", str(pairs), "--student", name, "--out", str(out),
+        "--device", "cpu", "--quiet", f"train.batch_size={arguments.batch}", "train.epochs=null",
+        f"train.steps={arguments.steps}", "train.log_every=1", f"train.precision={precision}",
+        "preflight.enabled=false", f"train.attention={attention}", "train.cache_samples=0",
+        f"train.compile={str(arguments.compile).lower()}",
     )  # fmt: skip
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()][1:]
     return arguments.batch / statistics.mean(arguments.batch / row["samples_per_second"] for row in rows)
 
 
-def runs(arguments: argparse.Namespace, pairs: Path, precision: str, folder: Path, attention: str) -> dict[str, Any]:
+def clipdistill(arguments: Any, *words: str) -> None:
+    """A command of ours, with the threads of the benchmark."""
+    start = "import sys, torch; torch.set_num_threads(int(sys.argv.pop(1))); from clipdistill.cli import main; "
+    run([sys.executable, "-c", start + "sys.exit(main(sys.argv[1:]))", str(arguments.threads), *words])
+
+
+def cached_teacher(arguments: Any, pairs: Path, folder: Path) -> Path:
+    """A store of the embeddings of a teacher with random weights."""
+    save_model(build_student("TinyCLIP-ViT-8M-16-Text-3M", seed=1), folder / "teacher")
+    out = folder / "cache"
+    clipdistill(
+        arguments, "cache", "--teacher", str(folder / "teacher"), "--data", str(pairs), "--out", str(out),
+        "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    return out
+
+
+def runs(
+    arguments: Any, name: str, pairs: Path, precision: str, folder: Path, attention: str, teacher: Path | None = None
+) -> dict[str, Any]:
     """Whole runs of both trainers in turn."""
     found: dict[str, list[float]] = {"open_clip": [], "clipdistill": []}
     for _ in range(arguments.rounds):
-        found["open_clip"].append(theirs(arguments, pairs, precision, folder))
-        found["clipdistill"].append(ours(arguments, pairs, precision, folder, attention))
+        found["open_clip"].append(theirs(arguments, name, pairs, precision, folder))
+        found["clipdistill"].append(ours(arguments, name, pairs, precision, folder, attention, teacher))
     ratios = [own / other for own, other in zip(found["clipdistill"], found["open_clip"])]
-    return {name: statistics.median(values) for name, values in found.items()} | spread(ratios)
+    medians = {trainer: statistics.median(values) for trainer, values in found.items()}
+    return {**medians, "attention": attention, **spread(ratios)}
 
 
 def ratio_of(row: dict[str, float]) -> str:
@@ -166,56 +228,102 @@ def ratio_of(row: dict[str, float]) -> str:
 
 def markdown(results: dict[str, Any]) -> Iterator[str]:
     yield f"# Training steps\n\n{results['machine']}; {results['settings']}\n"
-    for precision, found in results["precisions"].items():
-        yield f"## {precision}\n"
+    rows = [(title, row) for title, row in results["runs"].items()]
+    if rows:
+        yield "| whole runs | pairs a second | open_clip's trainer | ratio (least to greatest) | attention |"
+        yield "|---|---|---|---|---|"
+        for title, row in rows:
+            own, other = f"{row['clipdistill']:.1f}", f"{row['open_clip']:.1f}"
+            yield f"| {title} | {own} | {other} | {ratio_of(row)} | {row['attention']} |"
+    if found := results.get("curves"):
+        most, median = found["largest_relative_difference"], found["median_relative_difference"]
+        yield (
+            f"\nLosses of {found['steps']} steps of {CURVE_STUDENT}, {CURVE_BATCH} pairs each, fp32, same seed: from "
+            f"{found['first']:.5f} to {found['last']:.5f}, with captions cut {found['last_cut']:.5f}; relative "
+            f"difference at most {most:.1e}, median {median:.1e}; {found['cut_seconds']:.0f} s instead of "
+            f"{found['uncut_seconds']:.0f} s."
+        )
+    for title, found in results["parts"].items():
+        yield f"\n## {title}\n"
         yield "| parts, one added after the other | s a step | against plain torch (least to greatest) |"
         yield "|---|---|---|"
-        for name, row in found["parts"].items():
+        for name, row in found.items():
             yield f"| {name} | {row['seconds']:.2f} | {ratio_of(row)} |"
-        if "runs" in found:
-            row = found["runs"]
-            yield (
-                f"\nWhole runs: {row['clipdistill']:.1f} pairs a second, open_clip's trainer {row['open_clip']:.1f}: "
-                f"{ratio_of(row)} times, {found['attention']} attention.\n"
-            )
+    for sentence in results["left_out"]:
+        yield f"\nLeft out for want of time: {sentence}."
+
+
+def work(arguments: Any, source: PairSource, folder: Path, results: dict[str, Any]) -> None:
+    """Everything that was asked for, into `results`, in the order of its weight; no longer than allowed."""
+    began, limit = time.monotonic(), QUICK_SECONDS if arguments.quick else float("inf")
+    only = set(arguments.only.split(","))
+    last = 0.0
+
+    def fits(what: str) -> bool:
+        # the next one may take as long as the longest so far
+        if time.monotonic() - began + last > limit:
+            results["left_out"].append(what)
+            return False
+        print(f"{time.monotonic() - began:5.0f} s  {what}", file=sys.stderr, flush=True)
+        return True
+
+    students = [entry.split(":") for entry in arguments.students.split(",")]
+    pairs = write_pairs(source, arguments.batch * arguments.steps, folder) if only & {"runs", "rd"} else folder
+    attention: dict[tuple[str, str], str] = {}
+    teacher: Path | None = None
+    for name, precision in students if only & {"runs", "rd"} else []:
+        start = time.monotonic()
+        if not fits(title := f"{name}, {precision}"):
+            continue
+        # as train.attention=auto decides by itself in longer runs
+        timed = parts(arguments, source, name, precision, ("fused AdamW", "math attention"), 2)
+        faster = timed["math attention"]["seconds"] < 0.95 * timed["fused AdamW"]["seconds"]
+        way = attention[name, precision] = "math" if faster else "default"
+        if "runs" in only:
+            results["runs"][f"contrastive, {title}"] = runs(arguments, name, pairs, precision, folder, way)
+        last = max(last, time.monotonic() - start)
+    if "rd" in only and attention and fits("CLIP-RD with a cached teacher"):
+        start = time.monotonic()
+        (name, precision), way = next(iter(attention.items()))
+        teacher = cached_teacher(arguments, pairs, folder)
+        found = runs(arguments, name, pairs, precision, folder, way, teacher)
+        results["runs"][f"CLIP-RD, cached teacher, against contrastive, {name}, {precision}"] = found
+        last = max(last, time.monotonic() - start)
+    if "curves" in only and fits("loss curves"):
+        results["curves"] = curves(source, arguments.curve_steps)
+    if "parts" in only:
+        names = PARTS if arguments.compile else PARTS[:-1]
+        for name, precision in students[:1] if arguments.quick else students:
+            if fits(f"parts of {name}, {precision}"):
+                turns = arguments.steps * arguments.rounds if not arguments.quick else 2
+                results["parts"][f"{name}, {precision}"] = parts(arguments, source, name, precision, names, turns)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="pairs in any form that `clipdistill train` reads")
-    parser.add_argument("--student", default="ViT-T-16")
+    parser.add_argument("--students", default=STUDENTS, help="name:precision, separated by commas")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10, help="steps of a run")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--curve-steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--compile", action="store_true", help="compiled towers too (minutes more)")
-    parser.add_argument("--no-runs", dest="runs", action="store_false", help="parts only: no open_clip trainer needed")
-    parser.add_argument("--quick", action="store_true", help="one round of 3 steps")
+    parser.add_argument("--only", default=ONLY, help="some of runs, rd, curves, parts")
+    parser.add_argument("--quick", action="store_true", help="one round of 4 steps, at most 9 minutes on two cores")
     parser.add_argument("--json", type=Path, help="results; the same as Markdown goes beside it")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.steps, arguments.rounds = 3, 1
+        arguments.steps, arguments.rounds = min(arguments.steps, 4), 1
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as `clipdistill train` does; the parts share it, plain torch too
     source = open_pairs(DataConfig(path=arguments.data), default_split="train")
     processor = platform.processor() or platform.machine()
     machine = f"{processor}, {arguments.threads} threads, torch {torch.__version__}"
-    length = f"{arguments.rounds} rounds of {arguments.steps} steps"
-    results: dict[str, Any] = {
-        "machine": machine,
-        "settings": f"{arguments.student}, batch {arguments.batch}, {length}",
-        "precisions": {},
-    }
+    settings = f"batch {arguments.batch}, {arguments.rounds} rounds of {arguments.steps} steps"
+    results: dict[str, Any] = {"machine": machine, "settings": settings, "runs": {}, "parts": {}, "left_out": []}
     with ExitStack() as held:
-        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
-        pairs = write_pairs(source, arguments.batch * arguments.steps, folder) if arguments.runs else folder
-        for precision in arguments.precisions.split(","):
-            found: dict[str, Any] = {"parts": parts(arguments, source, precision)}
-            faster = found["parts"]["math attention"]["seconds"] < 0.95 * found["parts"]["fused AdamW"]["seconds"]
-            found["attention"] = "math" if faster else "default"  # as train.attention=auto decides in longer runs
-            if arguments.runs:
-                found["runs"] = runs(arguments, pairs, precision, folder, found["attention"])
-            results["precisions"][precision] = found
+        work(arguments, source, Path(held.enter_context(tempfile.TemporaryDirectory())), results)
     text = "\n".join(markdown(results))
     print(text)
     if arguments.json:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from clipdistill.data.loader import Batch, PairLoader, truncated
+from clipdistill.data.loader import Batch, PairLoader, copied_ahead, truncated
 from clipdistill.data.open import open_pairs
 from clipdistill.data.views import ImageSpec, View, ViewPolicy, render
 from clipdistill.errors import InputError
@@ -256,3 +258,50 @@ def test_row_18_on_photographs_with_all_kinds_of_sources(tmp_path: Path, monkeyp
     assert_same(batches(tars, **settings), batches(tars, **settings, workers=2))
     (resumed,) = batches(tars, **settings, start_step=1, workers=1)
     assert_same([resumed], batches(tars, **settings)[1:])
+
+
+class _Streams:
+    """What `copied_ahead` uses of torch.cuda, noting in which order."""
+
+    def __init__(self) -> None:
+        self.noted: list[Any] = []
+        self.computing = self
+
+    def Stream(self, device: torch.device) -> Any:  # noqa: N802
+        return "copies"
+
+    @contextlib.contextmanager
+    def stream(self, stream: str) -> Iterator[None]:
+        self.noted.append(("on", stream))
+        yield
+
+    def current_stream(self, device: torch.device) -> Any:
+        return self.computing
+
+    def wait_stream(self, stream: str) -> None:
+        self.noted.append(("wait for", stream))
+
+
+def test_on_a_gpu_the_next_batch_is_copied_while_a_step_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a stream of its own, which each step waits for before it begins; nothing is freed under a step that reads."""
+    streams, steps = _Streams(), batches(steps=3)
+    for batch in steps:
+        batch.student_images = torch.empty_like(batch.student_images, device="meta")  # stands for the GPU
+        batch.stored = {"image": torch.empty(6, 2, device="meta")}
+    noted = streams.noted
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: noted.append(("kept", stream is streams)), raising=False
+    )
+
+    def made() -> Iterator[Batch]:
+        for batch in steps:
+            noted.append(("made", batch.step))
+            yield batch
+
+    for batch in copied_ahead(made(), torch.device("cuda"), streams):
+        noted.append(("step", batch.step))
+    begun = [("on", "copies"), ("made", 0)]
+    turn = [("wait for", "copies"), ("kept", True), ("kept", True), ("on", "copies")]
+    assert noted == [
+        *begun, *turn, ("made", 1), ("step", 0), *turn, ("made", 2), ("step", 1), *turn, ("step", 2),
+    ]  # fmt: skip

@@ -164,8 +164,9 @@ class PairLoader:
             # enough for two steps ahead, however many parts a step has
             ahead=max(2, min(16, math.ceil(2 * parts / max(self.workers, 1)))),
         )
-        for step in range(self.start_step, self.steps):
-            yield self._assemble(step, [next(chunks) for _ in range(parts)])
+        steps = range(self.start_step, self.steps)
+        batches = (self._assemble(step, [next(chunks) for _ in range(parts)]) for step in steps)
+        yield from copied_ahead(batches, self.device, torch.cuda) if self.device.type == "cuda" else batches
 
     def _assemble(self, step: int, chunks: list[dict[str, Any]]) -> Batch:
         student_spec, teacher_spec = self._specs
@@ -225,6 +226,28 @@ class PairLoader:
 
     def _on_device(self, tokens: Tensor) -> Tensor:
         return tokens.to(self.device, non_blocking=True)
+
+
+def copied_ahead(batches: Iterator[Batch], device: torch.device, cuda: Any) -> Iterator[Batch]:
+    """The batches, each copied and normalised on a stream of its own while the step before is computed.
+
+    cuda: torch.cuda, or what stands for it in tests.
+    """
+    stream = cuda.Stream(device)
+
+    def next_batch() -> Batch | None:
+        with cuda.stream(stream):
+            return next(batches, None)
+
+    ahead = next_batch()
+    while (batch := ahead) is not None:
+        computing = cuda.current_stream(device)
+        computing.wait_stream(stream)
+        for tensor in {id(t): t for t in (*vars(batch).values(), *(batch.stored or {}).values())}.values():
+            if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
+                tensor.record_stream(computing)  # its memory is not for the other stream before the step has read it
+        ahead = next_batch()
+        yield batch
 
 
 class _Preparation(torch.utils.data.Dataset):

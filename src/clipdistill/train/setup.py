@@ -93,6 +93,7 @@ class Setup:
             workers=train.workers,
             start_step=start_step,
             steps=self.total_steps if steps is None else steps,
+            device=self.device,
         )
 
     def prune(self) -> None:
