@@ -243,6 +243,10 @@ def transformers_tokenizer(
     strip_sep_token: bool = False,
 ) -> Tokenizer:
     """The tokenizer of a folder or hub repository, storable; read by transformers, never with code of theirs."""
+    files = (*TOKENIZER_FILES[:2], *_SENTENCEPIECE_FILES)
+    if Path(source).is_dir() and not any((Path(source) / file).is_file() for file in files):
+        # transformers would make an empty vocabulary, to which every word is unknown
+        raise InputError(f"{source}: holds no tokenizer ({', '.join(files)}): copy those files beside the weights")
     with needing("transformers", "hf", f"the tokenizer of {source}"):
         from transformers import AutoTokenizer
     try:

@@ -23,6 +23,7 @@ from clipdistill.registry import STUDENTS, TEACHERS
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 KINDS = ("hf", "timm", "onnx", "openvino", "local-dir")
 """Words before the colon of a name, besides inherit:, towers:, module: and those of plug-ins' teachers."""
+_PREFIXES = (*KINDS, PREFIX[:-1], TOWERS[:-1])
 
 
 def check_model_name(name: str | Path) -> None:
@@ -40,6 +41,8 @@ def check_model_name(name: str | Path) -> None:
             check_model_name(model)
     elif colon and (kind in KINDS or kind in TEACHERS):
         _check_kind(kind, rest, name)
+    elif colon and not Path(name).exists() and near(kind, _PREFIXES):
+        raise InputError(f"'{name}': no model is named with  {kind}:{near(kind, _PREFIXES)}")
     elif "@" in name:
         architecture, _, file = name.partition("@")
         if architecture not in known_architectures():
