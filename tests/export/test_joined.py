@@ -79,7 +79,7 @@ def test_an_export_runs_without_the_libraries_of_its_towers(form, pair, towers, 
         assert cosine.min() > (0.9 if form == "int8" else 0.99999)
     name = f"{runtime}:{tmp_path / 'out'}"
     program = BLOCKED + (
-        f"assert main(['eval', {name!r}, '--data', 'scenes:val?size=8', '--out', {str(tmp_path / 'scores')!r}]) == 0\n"
+        f"assert main(['eval', {name!r}, '--data', 'scenes:val?size=8', '--json', {str(tmp_path / 'scores.json')!r}]) == 0\n"
         f"assert main(['search', {str(photographs)!r}, '--index', {str(tmp_path / 'index')!r}, '--model', {name!r},"
         " '--query', 'a red circle', '--json', '--quiet']) == 0\n"
     )
@@ -98,8 +98,9 @@ def test_pushed_to_the_hub_and_pulled_is_the_same_model(towers, tmp_path, monkey
     store = tmp_path / "hub"
 
     class Fake:
-        def create_repo(self, repository: str, **_: Any) -> None:
+        def create_repo(self, repository: str, **_: Any) -> str:
             (store / repository).mkdir(parents=True)
+            return repository
 
         def upload_folder(self, *, repo_id: str, folder_path: Any, **_: Any) -> None:
             shutil.copytree(folder_path, store / repo_id, dirs_exist_ok=True)
@@ -109,6 +110,7 @@ def test_pushed_to_the_hub_and_pulled_is_the_same_model(towers, tmp_path, monkey
             (store / repo_id / path_in_repo).write_bytes(data)
 
     monkeypatch.setattr(hub, "HfApi", Fake)
+    monkeypatch.setattr("clipdistill.export.hub.check_push", lambda repository: None)
     push_to_hub(tmp_path / "mine", "me/joined")
     pulled = load_model(f"hf:{store / 'me' / 'joined'}")
     assert pulled.fingerprint() == model.fingerprint()
