@@ -27,7 +27,7 @@ ORDER = (
     ("data",),
     ("scenes", "models"),
     ("objective", "embed"),
-    ("cache",),
+    ("cache", "vectors"),
     ("bank",),
     ("statistics",),
     ("evaluate",),
@@ -45,7 +45,7 @@ ORDER = (
 )
 """Floors from the lowest up; rooms of one floor do not know each other."""
 
-WINGS = ("scenes", "demo", "bank", "bench", "export", "regions", "search", "reference", "listing", "doctor")
+WINGS = ("scenes", "demo", "bank", "vectors", "bench", "export", "regions", "search", "reference", "listing", "doctor")
 """Rooms that a run can do without; all others are the core, which finds these by name and never imports them."""
 
 BEGIN, END = "<!-- rooms -->", "<!-- end of rooms -->"

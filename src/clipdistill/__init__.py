@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from clipdistill.statistics.scores import Scores
     from clipdistill.train.callbacks import Callback, register_callback
     from clipdistill.train.run import Run, distill
+    from clipdistill.vectors.command import embed_to_file
+    from clipdistill.vectors.files import read_embeddings
 
 __all__ = [
     "Callback",
@@ -37,10 +39,12 @@ __all__ = [
     "compare",
     "distill",
     "embed",
+    "embed_to_file",
     "evaluate",
     "export",
     "load_model",
     "load_student",
+    "read_embeddings",
     "register_callback",
     "register_format",
     "register_student",
@@ -60,6 +64,8 @@ _attribute = lazy_package(
         "clipdistill.statistics.scores": "Scores",
         "clipdistill.train.callbacks": "Callback register_callback",
         "clipdistill.train.run": "Run distill",
+        "clipdistill.vectors.command": "embed_to_file",
+        "clipdistill.vectors.files": "read_embeddings",
     },
 )
 

@@ -70,7 +70,9 @@ def embed(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     progress: bool = True,
 ) -> EncodedPairs:
-    """Embeddings of the images and captions of `data`, as `evaluate` computes them.
+    """Embeddings of the images and captions of `data`, as `evaluate` computes them, in memory.
+
+    `embed_to_file` writes those of any number of pictures or texts.
 
     model: any name of a model, or a loaded one. data: a name, an opened source, or a list of (image, caption).
     split: of data that has splits (None: test, else val). captions: "all", "first", or "first 5" of each image.

@@ -17,6 +17,10 @@ COMMANDS = {
     "ablate": ("clipdistill.ablate.command", "variants of recipes times seeds, compared in pairs with intervals"),
     "regions": ("clipdistill.regions.command", "boxes and region teachers (DCLIP): detect, embed, measure, export"),
     "cache": ("clipdistill.cache.command", "compute a teacher's embeddings once, for any number of runs"),
+    "embed": (
+        "clipdistill.vectors.command",
+        "embeddings of pictures or texts as .npy, Parquet or safetensors, with keys",
+    ),
     "eval": ("clipdistill.evaluate.command", "measure retrieval and zero-shot classification under a named protocol"),
     "export": ("clipdistill.export.command", "write a model as ONNX, OpenVINO, int8, open_clip or Hugging Face files"),
     "compare": (

@@ -78,8 +78,9 @@ def test_an_export_runs_without_the_libraries_of_its_towers(form, pair, towers, 
         cosine = torch.nn.functional.cosine_similarity(found, wanted)
         assert cosine.min() > (0.9 if form == "int8" else 0.99999)
     name = f"{runtime}:{tmp_path / 'out'}"
+    scores = str(tmp_path / "scores.json")
     program = BLOCKED + (
-        f"assert main(['eval', {name!r}, '--data', 'scenes:val?size=8', '--json', {str(tmp_path / 'scores.json')!r}]) == 0\n"
+        f"assert main(['eval', {name!r}, '--data', 'scenes:val?size=8', '--json', {scores!r}]) == 0\n"
         f"assert main(['search', {str(photographs)!r}, '--index', {str(tmp_path / 'index')!r}, '--model', {name!r},"
         " '--query', 'a red circle', '--json', '--quiet']) == 0\n"
     )

@@ -100,6 +100,8 @@ class PairSource(ABC):
     name: str
     problems: Problems
     max_pixels: int = 64_000_000
+    captioned: bool = True
+    """False for pictures without captions (vectors/pictures.py), whose `captions` are empty."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -202,6 +204,7 @@ class DerivedPairs(PairSource):
         self.name = name
         self.problems = problems
         self.max_pixels = source.max_pixels
+        self.captioned = source.captioned
 
     def _at(self, i: int) -> int:
         """The number of sample i in the source."""

@@ -162,12 +162,11 @@ class Encoder:
         found = torch.zeros(len(source), self.model.embed_dim)
         readable = torch.zeros(len(source), dtype=torch.int32)
         problems: list[tuple[str, str]] = []
-        with self._forward(), Meter(f"images of {source.name}", len(mine), enabled=self.progress) as meter:
-            for pixels, indices, bad in _batches(self._prepared(source, mine), self.batch_size):
+        with Meter(f"images of {source.name}", len(mine), enabled=self.progress) as meter:
+            for rows, indices, bad in self.stream(source, mine):
                 problems += [(source.key(i), reason) for i, reason in bad]
-                if len(indices):
-                    found[indices] = self.encode_images(pixels, source.name).cpu()
-                    readable[indices] = 1
+                found[indices] = rows
+                readable[indices] = 1
                 meter.advance(len(indices) + len(bad))
         if self.world > 1:
             found, readable = self._summed(found), self._summed(readable)
@@ -177,6 +176,15 @@ class Encoder:
             key, reason = problems[0]
             raise InputError(f"no image of {source.name} can be read (the first, {key}: {reason})")
         return found[kept], kept.tolist(), problems
+
+    def stream(
+        self, source: Pictures, indices: Sequence[int]
+    ) -> Iterator[tuple[Tensor, list[int], list[tuple[int, str]]]]:
+        """For each batch: unit rows (n, D) on the CPU, their indices, (index, reason) of unreadable images."""
+        with self._forward():
+            for pixels, found, bad in _batches(self._prepared(source, indices), self.batch_size):
+                rows = self.encode_images(pixels, source.name).cpu() if found else torch.zeros(0, self.model.embed_dim)
+                yield rows, found, bad
 
     def texts(self, texts: str | Sequence[str], what: str = "texts") -> Tensor:
         """Unit-length embeddings (M, D) of `texts`; each distinct text is embedded once in the encoder's life."""

@@ -1,0 +1,1 @@
+"""Embeddings of pictures and texts in files that other programs read."""

@@ -1,0 +1,145 @@
+"""`clipdistill embed`: embeddings of pictures or texts, by any model or export, into a file with their keys."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipdistill.errors import InputError
+from clipdistill.models.names import check_model_name
+from clipdistill.vectors.files import require_suffix
+
+if TYPE_CHECKING:
+    from clipdistill.vectors.job import EmbedReport
+
+_USAGE = """
+clipdistill embed runs/x --data photographs --out photographs.npy        a folder, tars, a table, a labelled set
+clipdistill embed runs/x --data captions.json --captions all --out captions.parquet     the captions of pairs
+clipdistill embed onnx:export --texts queries.txt --out queries.safetensors             one text a line
+
+Each row has length 1 and its key: in .jsonl beside .npy, in columns of Parquet, in the tensor "keys" of safetensors.
+What was left out stands in OUT.json. Given again, the command goes on where it stopped.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, data or texts, and the file."""
+    parser.epilog = _USAGE
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="any name of a model: a run, an export (onnx:DIR), hf:..., towers:...")
+    add("--data", help="pictures: a folder, tars, a table, pairs in any format, or a classification set")
+    add("--texts", type=Path, help="instead of pictures: a file of texts, one a line, in UTF-8")
+    add("--captions", choices=("first", "all"), help="of --data: the captions instead of the pictures")
+    add("--split", help="split of the data, where the format has splits")
+    add("--out", type=Path, required=True, help="FILE.npy, FILE.parquet or FILE.safetensors")
+    add("--batch-size", type=int, default=64, help="pictures or texts a forward pass (default 64)")
+    add("--workers", type=int, default=0, help="processes that decode (default 0)")
+    add("--dtype", default="float32", help="of the forward pass: float32, bfloat16, float16")
+    add("--part", type=int, default=4096, help="rows kept at a time, so that a kill loses fewer (default 4096)")
+    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
+    add("--quiet", action="store_true", help="no progress on the terminal")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Embed and say what was written."""
+    report = embed_to_file(
+        arguments.model,
+        arguments.data,
+        arguments.out,
+        texts=arguments.texts,
+        captions=arguments.captions,
+        split=arguments.split,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers,
+        dtype=arguments.dtype,
+        part=arguments.part,
+        device=arguments.device,
+        progress=not arguments.quiet,
+    )
+    took = "was complete already" if report.known else f"in {report.seconds:.1f} s"
+    print(f"{report.path}: {report.rows} rows of {report.width} numbers {took}")
+    if report.left_out:
+        key, reason = report.left_out[0]
+        print(f"left out: {len(report.left_out)} pictures that cannot be read (the first, {key}: {reason})")
+    if report.truncated:
+        print(f"{report.truncated} texts were cut at the model's context length")
+    return 0
+
+
+def embed_to_file(
+    model: Any,
+    data: Any = None,
+    out: str | Path = "",
+    *,
+    texts: Any = None,
+    captions: str | None = None,
+    split: str | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    dtype: str = "float32",
+    part: int = 4096,
+    device: str | None = None,
+    progress: bool = True,
+) -> EmbedReport:
+    """Embeddings of pictures or texts into the file `out`, with their keys; called again, it goes on where it stopped.
+
+    model: any name of a model, or a loaded one. data: the pictures: a name, with or without captions, or an opened
+    source. texts: instead of them a list of texts, or a file of one a line. captions: "first" or "all", the captions of
+    `data` instead of its pictures. out: FILE.npy (keys in FILE.jsonl), FILE.parquet or FILE.safetensors. batch_size:
+    pictures or texts a forward pass; workers: processes that decode; dtype: of the forward pass; part: rows kept at a
+    time; device: None is CUDA where there is one.
+
+    Returns an EmbedReport: path, rows, width, left_out, truncated. Raises InputError for unusable input, a file of
+    something else at `out`, and work begun with other settings. `read_embeddings` reads such a file.
+    """
+    out = Path(out)
+    require_suffix(out)
+    if (data is None) == (texts is None):
+        raise InputError("embed: name either pictures (--data) or texts (--texts)")
+    if captions is not None and texts is not None:
+        raise InputError("embed: --captions belongs to --data")
+    if batch_size < 1 or workers < 0 or part < 1:
+        raise InputError("embed: batch size and part must be at least 1, and workers at least 0")
+    if isinstance(model, str | Path):
+        check_model_name(str(model))
+    given = _lines(Path(texts)) if isinstance(texts, str | Path) else texts
+    from clipdistill.data.pairs import PairSource
+    from clipdistill.models import ClipModel, load_model
+    from clipdistill.models.own import clip_model_of
+    from clipdistill.runtime.machine import pick_device
+    from clipdistill.vectors import job
+    from clipdistill.vectors.pictures import open_pictures
+
+    source: Any
+    if given is not None:
+        source = job.TextList(list(given))
+    else:
+        source = data if isinstance(data, PairSource) else open_pictures(data, split=split, default_split="train")
+        if captions is not None:
+            if not source.captioned:
+                raise InputError(f"{source.name}: has no captions to embed")
+            source = job.CaptionList(source, 1 if captions == "first" else None)
+    if isinstance(model, str | Path):
+        loaded = load_model(model, device=pick_device(device), teacher=True)
+    else:
+        loaded = model if isinstance(model, ClipModel) else clip_model_of(model)
+    return job.embed_to_file(
+        loaded, source, out, batch_size=batch_size, workers=workers, dtype=dtype, part=part, progress=progress
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    """The texts of a file, one a line; blank lines are an error, since rows would no longer be lines."""
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not text in UTF-8 (byte {error.start})") from error
+    if not lines:
+        raise InputError(f"{path}: holds no text")
+    blank = next((i for i, line in enumerate(lines, 1) if not line.strip()), None)
+    if blank is not None:
+        raise InputError(f"{path}: line {blank} is blank: take it out, so that row and line stay the same")
+    return lines

@@ -1,0 +1,114 @@
+"""Embeddings in files that other programs read: .npy with keys beside it, Parquet, safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipdistill.errors import InputError, nearest, needing
+from clipdistill.runtime.files import new_file
+
+SUFFIXES = (".npy", ".parquet", ".safetensors")
+Part = tuple[np.ndarray, Sequence[dict[str, Any]]]
+"""Rows (n, D) float32, and for each row its "key", of a text also "caption" (its number) and "text"."""
+
+
+def require_suffix(path: Path) -> None:
+    """Raise InputError for a file name whose ending is no form of embeddings."""
+    if path.suffix not in SUFFIXES:
+        hint = nearest(path.suffix or path.name, SUFFIXES)
+        raise InputError(f"{path}: embeddings are written as {', '.join(SUFFIXES)}: end the name so{hint}")
+    if path.suffix == ".parquet":
+        with needing("pyarrow", "hf", "embeddings as Parquet"):
+            import pyarrow  # noqa: F401
+
+
+def write_embeddings(path: Path, count: int, width: int, parts: Iterable[Part]) -> None:
+    """Write `count` rows of `width` numbers, a part at a time, as the ending of `path` says; it appears when whole."""
+    with new_file(path) as new:
+        {".npy": _npy, ".parquet": _parquet, ".safetensors": _safetensors}[path.suffix](path, new, count, width, parts)
+
+
+def keys_beside(path: Path) -> Path:
+    """The JSON lines with the keys of an .npy file."""
+    return path.with_suffix(".jsonl")
+
+
+def _npy(path: Path, new: Path, count: int, width: int, parts: Iterable[Part]) -> None:
+    with new.open("wb") as file, new_file(keys_beside(path)) as beside, beside.open("w", encoding="utf-8") as lines:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows, described in parts:
+            file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
+            lines.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in described)
+
+
+def _parquet(path: Path, new: Path, count: int, width: int, parts: Iterable[Part]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer: Any = None
+    for rows, described in parts:
+        columns = {name: pa.array([entry[name] for entry in described]) for name in (described[0] if described else {})}
+        flat = pa.array(np.ascontiguousarray(rows, dtype=np.float32).reshape(-1))
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, width)
+        batch = pa.table(columns)
+        writer = writer or pq.ParquetWriter(new, batch.schema)
+        writer.write_table(batch)
+    if writer is not None:
+        writer.close()
+
+
+def _safetensors(path: Path, new: Path, count: int, width: int, parts: Iterable[Part]) -> None:
+    """Tensors "embedding" (N, D) float32 and "keys": uint8, JSON lines in UTF-8, one an embedding."""
+    with new.open("wb") as file:
+        lines: list[bytes] = []
+        file.write(b"\0" * _HEADER)
+        for rows, described in parts:
+            file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
+            lines += [json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in described]
+        keys = b"".join(lines)
+        file.write(keys)
+        end = 4 * count * width
+        header = {
+            "embedding": {"dtype": "F32", "shape": [count, width], "data_offsets": [0, end]},
+            "keys": {"dtype": "U8", "shape": [len(keys)], "data_offsets": [end, end + len(keys)]},
+        }
+        text = json.dumps(header).encode().ljust(_HEADER - 8)
+        file.seek(0)
+        file.write(len(text).to_bytes(8, "little") + text)
+
+
+_HEADER = 512
+
+
+def read_embeddings(path: str | Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """What `clipdistill embed` wrote: rows (N, D) float32 of length 1, and for each row its "key" (and "caption",
+    "text" of a text). Raises InputError for a file that is none of that."""
+    path = Path(path)
+    require_suffix(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            table = pq.read_table(path)
+            rows = np.stack(table["embedding"].to_numpy()) if len(table) else np.zeros((0, 0), dtype=np.float32)
+            return rows, table.drop(["embedding"]).to_pylist()
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False), _lines(keys_beside(path).read_bytes())
+        from safetensors.numpy import load_file
+
+        tensors = load_file(path)
+        return tensors["embedding"], _lines(tensors["keys"].tobytes())
+    except Exception as error:  # each library raises errors of its own
+        raise InputError(f"{path}: holds no embeddings of clipdistill embed ({error!s:.200})") from error
+
+
+def _lines(content: bytes) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in content.decode().splitlines()]
