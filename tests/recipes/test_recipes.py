@@ -20,7 +20,8 @@ def test_the_published_methods_are_there():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_resolves_to_a_typed_run(name, tmp_path):
-    given = {"teacher": "T", "student": "S", "data": "scenes", "out": tmp_path}
+    teacher = "cache:T" if name == "clipdistill" else "T"  # whose bank comes with a cache
+    given = {"teacher": teacher, "student": "S", "data": "scenes", "out": tmp_path}
     for config in resolve_stages(name, given) or [resolve(name, given)]:
         assert config.objective.weights
         assert (config.train.steps is None) != (config.train.epochs is None)
@@ -68,6 +69,10 @@ def test_own_file_builds_on_a_shipped_recipe(tmp_path):
         (lambda: load_recipe("absent.yaml"), "no such file"),
         (lambda: load_recipe("clip", size="hgue"), "no size 'hgue'"),
         (lambda: resolve("clip-rd", {"student": "S", "data": "scenes", "out": "x"}), "need a teacher"),
+        (
+            lambda: resolve("clipdistill", {"teacher": "T", "student": "S", "data": "d", "out": "x"}),
+            "--teacher cache:DIR",
+        ),
         (lambda: resolve("clip", {"data": "scenes", "out": "x"}), "no student was named"),
         (lambda: resolve("clip", {"student": "S", "data": "d", "out": "x"}, assignments=["train.stesp=3"]), "'steps'"),
         (lambda: resolve("clip-kd", {"teacher": "A,B", "student": "S", "data": "d", "out": "x"}), "several teachers"),

@@ -1,5 +1,7 @@
 """Micro-batches by gradient caching give the whole batch's gradients, for every recipe."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from clipdistill.objective import Embeddings, Objective
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import load_recipe, recipe_names
 from clipdistill.train.step import Towers, forward_backward
+from tests.objective.plain import random_bank
 
 ROWS, STUDENT, TEACHER = 10, 6, 8
 
@@ -50,6 +53,8 @@ def gradients(recipe: str, micro_batch: int | None) -> tuple[float, dict[str, to
     images = torch.randn(ROWS, 3, 2, 2, dtype=torch.float64)
     tokens = torch.randint(0, 20, (ROWS, 5))
     teacher = Embeddings(torch.randn(ROWS, TEACHER).double(), torch.randn(ROWS, TEACHER).double(), 30.0)
+    if config.needs_bank:
+        teacher = replace(teacher, bank=random_bank(ROWS, TEACHER, 5))
     output = forward_backward(
         towers,
         objective,
