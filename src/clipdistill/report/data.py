@@ -17,15 +17,7 @@ from typing import Any
 
 from clipdistill.errors import InputError
 from clipdistill.models.known import architecture_fingerprint
-from clipdistill.runs.folder import (
-    BAD_SAMPLES,
-    CURVE,
-    LOG,
-    RECIPE,
-    STUDENT,
-    RunFolder,
-    read_lines,
-)
+from clipdistill.runs.folder import BAD_SAMPLES, CURVE, LOG, RECIPE, STUDENT, RunFolder, read_lines
 from clipdistill.runtime.files import read_json
 from clipdistill.statistics.records import Record, records_of
 from clipdistill.statistics.scores import Scores

@@ -138,12 +138,7 @@ def _name(run: Path) -> str:
 
 
 def build_gallery(
-    models: Mapping[str, EncodedPairs],
-    source: PairSource,
-    *,
-    queries: int = 12,
-    top: int = 5,
-    seed: int = 0,
+    models: Mapping[str, EncodedPairs], source: PairSource, *, queries: int = 12, top: int = 5, seed: int = 0
 ) -> dict[str, Any]:
     """What each model retrieves for the same queries, ready to be written as gallery.json.
 

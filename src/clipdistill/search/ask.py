@@ -170,13 +170,7 @@ def _update(index: SearchIndex, model: SearchModel, quiet: bool, **settings: Any
     from clipdistill.search.update import update
 
     with StopSignal() as signal, Meter(f"{model.role}: photographs", enabled=not quiet) as meter:
-        return update(
-            index,
-            model=model,
-            progress=meter.advance,
-            stop=lambda: signal.received is not None,
-            **settings,
-        )
+        return update(index, model=model, progress=meter.advance, stop=lambda: signal.received is not None, **settings)
 
 
 def summary(done: Update, model: SearchModel) -> str:

@@ -35,11 +35,7 @@ PUBLISHED = {
 _AUTOMATIC = {"auto-63M/32+31M": 0.25, "auto-45M/32+18M": 0.5, "auto-22M/32+10M": 0.75}
 _SIZES = ("layers", "width", "heads", "mlp")
 _KEYS = (*_SIZES, *(f"text_{key}" for key in _SIZES), "embed", "depth", "channels", "weights", "from")
-_CHOICES = {
-    "depth": ("released", "even"),
-    "channels": ("leading", "importance"),
-    "weights": ("inherited", "random"),
-}
+_CHOICES = {"depth": ("released", "even"), "channels": ("leading", "importance"), "weights": ("inherited", "random")}
 
 
 @dataclass(frozen=True)

@@ -208,11 +208,7 @@ def _resnet_axes(name: str, kept: KeptResNet, embedding: Tensor) -> tuple[str, A
         return name, _convolution(stem[1], kept.stem[number], before)
     bottleneck = _BOTTLENECK.match(name) or _DOWNSAMPLE.match(name)
     if bottleneck is None:
-        index = {
-            "input": kept.streams[-1],
-            "heads": head_rows(kept.heads, kept.head_width),
-            "embedding": embedding,
-        }
+        index = {"input": kept.streams[-1], "heads": head_rows(kept.heads, kept.head_width), "embedding": embedding}
         axes = _AXES["resnet"][name.removeprefix("visual.")]
         return name, tuple(None if axis is None else index[axis] for axis in axes)
     stage, number = int(bottleneck[1]) - 1, int(bottleneck[2])

@@ -134,11 +134,7 @@ def _describe_clip_text(model: ClipModel, wanted: TowersName) -> tuple[dict[str,
 
 
 def _read_image(
-    image: ImageTowerName,
-    size: int | None,
-    name: str,
-    sources: Mapping[str, ClipModel],
-    load: Callable[..., ClipModel],
+    image: ImageTowerName, size: int | None, name: str, sources: Mapping[str, ClipModel], load: Callable[..., ClipModel]
 ) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
     """(description of one trunk, its tensors or None)."""
     import timm
