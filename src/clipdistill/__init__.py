@@ -27,31 +27,11 @@ if TYPE_CHECKING:
     from clipdistill.vectors.files import read_embeddings
 
 __all__ = [
-    "Callback",
-    "Embeddings",
-    "Objective",
-    "ObjectiveOutput",
-    "Run",
-    "Scores",
-    "__version__",
-    "bench",
-    "cache",
-    "compare",
-    "distill",
-    "embed",
-    "embed_to_file",
-    "evaluate",
-    "export",
-    "load_model",
-    "load_student",
-    "read_embeddings",
-    "register_callback",
-    "register_format",
-    "register_student",
-    "register_term",
-    "retrieval",
-    "search",
-]
+    "Callback", "Embeddings", "Objective", "ObjectiveOutput", "Run", "Scores", "__version__", "bench", "cache",
+    "compare", "distill", "embed", "embed_to_file", "evaluate", "export", "load_model", "load_student",
+    "read_embeddings", "register_callback", "register_format", "register_student", "register_term", "retrieval",
+    "search"
+]  # fmt: skip
 
 _attribute = lazy_package(
     __name__,

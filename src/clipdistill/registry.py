@@ -237,27 +237,13 @@ def _origin() -> str:
     return _loading[-1] if _loading else "this program"
 
 
+_TERMS = (
+    "task", "crd", "fd", "icl", "gd", "afd", "cross_kd", "vrd_kl", "vrd_ce", "xrd", "affinity", "cosine", "sigmoid",
+    "reinforced",
+)  # fmt: skip
 TERMS: Registry[Any] = Registry(
     "term",
-    {
-        name: f"clipdistill.objective.terms.{name}:TERM"
-        for name in (
-            "task",
-            "crd",
-            "fd",
-            "icl",
-            "gd",
-            "afd",
-            "cross_kd",
-            "vrd_kl",
-            "vrd_ce",
-            "xrd",
-            "affinity",
-            "cosine",
-            "sigmoid",
-            "reinforced",
-        )
-    }
+    {name: f"clipdistill.objective.terms.{name}:TERM" for name in _TERMS}
     | {name: f"clipdistill.bank.{name}:TERM" for name in ("bank_cross", "bank_within", "bank_xrd")},
 )
 """Terms of the objective (clipdistill.objective.term.Term)."""

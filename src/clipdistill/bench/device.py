@@ -16,16 +16,8 @@ from clipdistill.runtime.files import digest_of
 from clipdistill.runtime.machine import cpu_count
 
 LIBRARIES = (
-    "clipdistill",
-    "torch",
-    "torchvision",
-    "open_clip_torch",
-    "timm",
-    "numpy",
-    "pillow",
-    "onnxruntime",
-    "openvino",
-)
+    "clipdistill", "torch", "torchvision", "open_clip_torch", "timm", "numpy", "pillow", "onnxruntime", "openvino"
+)  # fmt: skip
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -15,16 +15,9 @@ if TYPE_CHECKING:
     from clipdistill.models.tokenizers import Tokenizer, build_words_tokenizer
 
 __all__ = [
-    "ClipModel",
-    "Tokenizer",
-    "build_student",
-    "build_words_tokenizer",
-    "list_students",
-    "load_model",
-    "load_student",
-    "register_student",
-    "save_model",
-]
+    "ClipModel", "Tokenizer", "build_student", "build_words_tokenizer", "list_students", "load_model",
+    "load_student", "register_student", "save_model"
+]  # fmt: skip
 
 __getattr__ = lazy_package(
     __name__,

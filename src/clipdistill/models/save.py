@@ -30,17 +30,9 @@ FORMAT = 1
 DESCRIPTION, WEIGHTS = "model.json", "model.safetensors"
 _LARGEST_DESCRIPTION = 256 << 20  # bytes; the largest published tokenizer takes 35 MB
 _KEYS = {
-    "format",
-    "name",
-    "architecture",
-    "activation",
-    "image",
-    "tokenizer",
-    "dtype",
-    "weights_sha256",
-    "parameters",
-    "versions",
-}
+    "format", "name", "architecture", "activation", "image", "tokenizer", "dtype", "weights_sha256", "parameters",
+    "versions"
+}  # fmt: skip
 
 
 def save_model(model: ClipModel, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:

@@ -29,15 +29,9 @@ KEY = "block_sizes"
 TOWERS = ("image", "text")
 _FIELDS = ("head_width", "heads", "mlp")
 _OTHER_BLOCKS = (
-    "block_type",
-    "qk_norm",
-    "scaled_cosine_attn",
-    "scale_heads",
-    "scale_attn_inner",
-    "scale_attn",
-    "scale_fc",
-    "embed_cls",
-)
+    "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc",
+    "embed_cls"
+)  # fmt: skip
 _LARGEST = 1 << 18  # heads times head width, and MLP units: far above any published model
 
 

@@ -19,21 +19,9 @@ if TYPE_CHECKING:
     from clipdistill.registry import TERMS
 
 __all__ = [
-    "TERMS",
-    "CrossEntropy",
-    "Divergence",
-    "Embeddings",
-    "LocalBatch",
-    "Objective",
-    "ObjectiveConfig",
-    "ObjectiveOutput",
-    "Option",
-    "Pairing",
-    "Setting",
-    "Sigmoid",
-    "Term",
-    "register_term",
-]
+    "TERMS", "CrossEntropy", "Divergence", "Embeddings", "LocalBatch", "Objective", "ObjectiveConfig",
+    "ObjectiveOutput", "Option", "Pairing", "Setting", "Sigmoid", "Term", "register_term"
+]  # fmt: skip
 
 __getattr__ = lazy_package(
     __name__,

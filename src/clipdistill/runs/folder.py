@@ -100,9 +100,7 @@ class RunFolder:
     def is_run(self) -> bool:
         return (self.path / RUN).is_file()
 
-    def facts(
-        self, hint: str = "a run folder has one; is this the folder that `clipdistill train` wrote?"
-    ) -> dict[str, Any]:
+    def facts(self, hint: str = _HINT) -> dict[str, Any]:
         """run.json, its values checked. Raises InputError for a file that is missing, damaged or of a newer version."""
         path = self.path / RUN
         values = read_json(path, hint)
