@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from clipdistill.models import ClipModel, build_student, build_words_tokenizer
-from clipdistill.models.inheritance.config import MaskConfig
 from clipdistill.models.inheritance.gates import gateable_copy
 from clipdistill.models.inheritance.hard_concrete import HIGHEST, LOWEST
 from clipdistill.models.inheritance.masks import Masks, prunable
 from clipdistill.models.inheritance.parts import transformer_sizes
 from clipdistill.models.inheritance.prune import prune
+from clipdistill.models.mask_config import MaskConfig
 
 TOWERS = ("image", "text")
 

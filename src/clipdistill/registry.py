@@ -54,7 +54,7 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All known names: built-in ones in their own order, then the others in the order of registration."""
         load_entry_points()
-        present = [name for name, place in self._builtin.items() if _is_here(place.partition(":")[0])]
+        present = [name for name, place in self._builtin.items() if _is_here(".".join(place.split(".")[:2]))]
         return [*present, *(name for name in self._values if name not in self._builtin)]
 
     def __contains__(self, name: object) -> bool:
@@ -226,9 +226,9 @@ def _as_plugin(origin: str) -> Iterator[None]:
 
 @functools.cache
 def _is_here(module: str) -> bool:
-    """Whether the room of a built-in entry is installed: whoever wants the core alone may leave a wing away."""
+    """Whether a module is installed: whoever wants the core alone may leave wings away."""
     try:
-        return importlib.util.find_spec(".".join(module.split(".")[:2])) is not None
+        return importlib.util.find_spec(module) is not None
     except ImportError:
         return False
 
@@ -292,6 +292,16 @@ TEACHER_FOLDERS: Registry[Any] = Registry(
     "teacher folder", {"meta_teacher.json": "clipdistill.regions.teacher:open_region_teacher"}
 )
 """Functions that open the teacher of a run from a folder that is no model, by the file that marks such folders."""
+
+INHERITANCE: Registry[Any] = Registry(
+    "way to a smaller student",
+    {
+        "cut": "clipdistill.models.inheritance.cut:inherit",
+        "masks": "clipdistill.models.inheritance.masks:start_masking",
+        "prune": "clipdistill.models.inheritance.prune:prune",
+    },
+)
+"""Functions by which a student is cut out of a larger model (TinyCLIP)."""
 
 CALLBACKS: Registry[Any] = Registry(
     "callback",

@@ -10,7 +10,7 @@ onnx:DIR, openvino:DIR      an export (clipdistill export), run by that runtime:
 timm:name                   a timm image tower with the default text tower; weights if the name has one of timm's tags
 runs/x                      a run, its student/, its checkpoints/step-00000100; any model folder;
                             a Hugging Face CLIP folder; an open_clip folder
-inherit:SIZES,from=MODEL    a smaller model cut out of another one (models/inheritance/names.py)
+inherit:SIZES,from=MODEL    a smaller model cut out of another one (models/inherited.py)
 towers:image=X,text=Y       an image and a text tower of any origin, joined (models/towers/names.py)
 module:NAME                 a module that the program holds; `load_model` takes the module itself too
 """
@@ -29,7 +29,7 @@ from torch import nn
 from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, render
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel, require_usable_scale
-from clipdistill.models.inheritance.names import PREFIX, parse
+from clipdistill.models.inherited import PREFIX, parse
 from clipdistill.models.known import (
     EXPORT_MANIFEST,
     HELD,
@@ -45,7 +45,7 @@ from clipdistill.models.own import clip_model_of, held_model, teacher_of_kind
 from clipdistill.models.save import DESCRIPTION, read_model
 from clipdistill.models.students import build_student, timm_student
 from clipdistill.models.tokenizers import Tokenizer
-from clipdistill.registry import TEACHERS
+from clipdistill.registry import INHERITANCE, TEACHERS
 
 logger = logging.getLogger("clipdistill")
 
@@ -150,9 +150,9 @@ def _inherited(sizes: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
     wanted = parse(PREFIX + sizes)
     if wanted.source is None:
         raise InputError(f"'{PREFIX}{sizes}': say which model to inherit from, for example  {PREFIX}{sizes},from=MODEL")
-    from clipdistill.models.inheritance.cut import inherit
-
-    return inherit(load_model(wanted.source, tokenizer=tokenizer, seed=seed), wanted, seed=seed)
+    cut = INHERITANCE.get("cut")
+    model: ClipModel = cut(load_model(wanted.source, tokenizer=tokenizer, seed=seed), wanted, seed=seed)
+    return model
 
 
 def _joined(towers: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:

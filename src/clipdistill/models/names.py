@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from clipdistill.errors import InputError
-from clipdistill.models.inheritance.names import PREFIX, parse
+from clipdistill.models.inherited import PREFIX, parse
 from clipdistill.models.known import (
     HELD,
     held,

@@ -15,8 +15,8 @@ from clipdistill.data.open import check_data_name
 from clipdistill.data.pairs import DataConfig
 from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
-from clipdistill.models.inheritance.config import MaskConfig
 from clipdistill.models.known import hold
+from clipdistill.models.mask_config import MaskConfig
 from clipdistill.models.names import check_model_name, check_student_name, check_teacher_names
 from clipdistill.models.towers.names import split_models
 from clipdistill.objective.config import ObjectiveConfig

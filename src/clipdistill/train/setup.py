@@ -28,6 +28,7 @@ from clipdistill.models.parameters import (
     parameter_groups,
 )
 from clipdistill.objective import Objective
+from clipdistill.registry import INHERITANCE
 from clipdistill.runtime.distributed import broadcast_module, rank, world_size
 from clipdistill.train.config import RunConfig, TrainConfig
 from clipdistill.train.sources import Sources
@@ -35,7 +36,6 @@ from clipdistill.train.step import Towers, settle_buckets
 from clipdistill.train.teacher import Teacher, prepare_teacher
 
 if TYPE_CHECKING:
-    from clipdistill.models.inheritance.masks import Masking
     from clipdistill.train.features import LockedFeatures
 
 
@@ -57,8 +57,8 @@ class Setup:
     sources: Sources
     initial: str
     """Fingerprint of the student before its first step: runs that start alike can be told."""
-    masking: Masking | None = None
-    """Masks over the student's parts, until they are pruned."""
+    masking: Any = None
+    """Masks over the student's parts until they are pruned (models.inheritance.masks.Masking), or None."""
     attention: str = "default"
     """Of the student's training passes (train.step.attention_by)."""
     features: LockedFeatures | None = None
@@ -98,10 +98,8 @@ class Setup:
 
     def prune(self) -> None:
         """Go on with the smaller model that the masks leave, and a new optimiser."""
-        from clipdistill.models.inheritance.prune import prune
-
         assert self.masking is not None
-        self.replace_student(prune(self.student, self.masking.masks))
+        self.replace_student(INHERITANCE.get("prune")(self.student, self.masking.masks))
 
     def replace_student(self, student: ClipModel) -> None:
         self.student, self.masking = student, None
@@ -139,9 +137,7 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
     objective.to(device)
     masking = None
     if train.masks is not None:
-        from clipdistill.models.inheritance.masks import start_masking
-
-        student, masking = start_masking(student, train.masks, _mask_reference(config, teacher), device)
+        student, masking = INHERITANCE.get("masks")(student, train.masks, _mask_reference(config, teacher), device)
     towers = _make_trainable(student, config, device, masking)
     features = None
     if train.lock_image == "all":
@@ -176,7 +172,7 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
     )
 
 
-def _make_trainable(student: ClipModel, config: RunConfig, device: torch.device, masking: Masking | None) -> nn.Module:
+def _make_trainable(student: ClipModel, config: RunConfig, device: torch.device, masking: Any) -> nn.Module:
     """The student's towers as the loop calls them: frozen where asked, on the device, the same on every rank."""
     train, module = config.train, student.module
     freeze(module, train.freeze)
@@ -243,15 +239,14 @@ def _student(
     elif config.student.startswith("towers:"):
         student = load_model(config.student, seed=train.seed)
     elif config.student.startswith("inherit:"):
-        from clipdistill.models.inheritance.cut import inherit
-        from clipdistill.models.inheritance.names import parse
+        from clipdistill.models.inherited import parse
 
         wanted = parse(config.student)
         if wanted.source is not None:
-            student = inherit(load_model(wanted.source), wanted, seed=train.seed)
+            larger = load_model(wanted.source)
         else:
-            source_model = _teacher_model(config, teacher, f"student '{config.student}' without ,from=MODEL")
-            student = inherit(source_model, wanted, seed=train.seed)
+            larger = _teacher_model(config, teacher, f"student '{config.student}' without ,from=MODEL")
+        student = INHERITANCE.get("cut")(larger, wanted, seed=train.seed)
     else:
         # a student whose vocabulary is made from words shares the teacher's, so that both read the same captions; also
         # that of a teacher which is named and not used, so that a run without distillation starts like one with it

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipdistill.data.loader import Batch
 from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
-
-if TYPE_CHECKING:
-    from clipdistill.models.inheritance.masks import Masks
 
 
 class Towers(nn.Module):
@@ -33,7 +30,7 @@ class Towers(nn.Module):
         module: Any,
         fixed_logit_scale: float | None = None,
         mask_ratio: float | None = None,
-        masks: Masks | None = None,
+        masks: Any = None,
     ):
         super().__init__()
         self.module = module

@@ -13,8 +13,8 @@ from clipdistill.models.architecture import build_module
 from clipdistill.models.clip_model import count_parameters
 from clipdistill.models.inheritance.cut import inherit, inherited_architecture, kept_layers
 from clipdistill.models.inheritance.importance import head_scores, top, unit_scores
-from clipdistill.models.inheritance.names import parse
 from clipdistill.models.inheritance.parts import TransformerSizes, transformer_sizes
+from clipdistill.models.inherited import parse
 from clipdistill.models.students import named_architecture
 
 Make = Callable[..., ClipModel]

@@ -11,12 +11,12 @@ from torch import nn
 
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, build_student, build_words_tokenizer, load_model, save_model
-from clipdistill.models.inheritance.config import MaskConfig
 from clipdistill.models.inheritance.gates import OpenLayerNorm, gateable_copy
 from clipdistill.models.inheritance.hard_concrete import HIGHEST, LOWEST, probability_open
 from clipdistill.models.inheritance.masks import Constraint, Masks, prunable, reference_counts
 from clipdistill.models.inheritance.parts import TransformerSizes, transformer_sizes
 from clipdistill.models.inheritance.prune import prune
+from clipdistill.models.mask_config import MaskConfig
 from clipdistill.models.sized import is_sized
 
 BOTH = ("image", "text")

@@ -21,7 +21,6 @@ from clipdistill.errors import InputError
 from clipdistill.models.architecture import build_module, check_architecture
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.inheritance import importance
-from clipdistill.models.inheritance.names import PREFIX, Inheritance, TowerSizes, parse
 from clipdistill.models.inheritance.parts import (
     KeptBlock,
     KeptResNet,
@@ -31,6 +30,7 @@ from clipdistill.models.inheritance.parts import (
     cut,
     tower_sizes,
 )
+from clipdistill.models.inherited import PREFIX, Inheritance, TowerSizes, parse
 from clipdistill.models.sized import KEY
 
 Sizes = TransformerSizes | ResNetSizes

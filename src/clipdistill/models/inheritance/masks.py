@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.inheritance import hard_concrete
-from clipdistill.models.inheritance.config import MaskConfig
 from clipdistill.models.inheritance.gates import GatedTower, TowerGates, gateable_copy
 from clipdistill.models.inheritance.parts import TransformerSizes, tower_sizes, transformer_sizes
+from clipdistill.models.mask_config import MaskConfig
 
 
 def prunable(sizes: TransformerSizes) -> int:
