@@ -54,7 +54,8 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All known names: built-in ones in their own order, then the others in the order of registration."""
         load_entry_points()
-        present = [name for name, place in self._builtin.items() if _is_here(".".join(place.split(".")[:2]))]
+        rooms = {name: place.partition(":")[0].split(".")[:2] for name, place in self._builtin.items()}
+        present = [name for name, room in rooms.items() if _is_here(".".join(room))]
         return [*present, *(name for name in self._values if name not in self._builtin)]
 
     def __contains__(self, name: object) -> bool:
