@@ -54,6 +54,8 @@ CASES = {
         ["cache", "--teacher", "scenes-teacher", "--data", "scenes", "--out", "{tmp}/c", "blok=3"],
         "did you mean 'block'",
     ),
+    "embed": (["embed", "absent-run", "--data", "scenes:val", "--out", "x.npy"], "absent-run"),
+    "embed data": (["embed", "scenes-teacher", "--data", "absent", "--out", "x.npy"], "absent"),
     "eval": (["eval", "absent-run", "--data", "scenes:val"], "absent-run"),
     "export": (["export", "absent-run", "--to", "onnx", "--out", "{tmp}/e"], "absent-run"),
     "compare": (["compare", "absent-a", "absent-b"], "absent-a"),

@@ -84,11 +84,12 @@ def embed_to_file(
 ) -> EmbedReport:
     """Embeddings of pictures or texts into the file `out`, with their keys; called again, it goes on where it stopped.
 
-    model: any name of a model, or a loaded one. data: the pictures: a name, with or without captions, or an opened
-    source. texts: instead of them a list of texts, or a file of one a line. captions: "first" or "all", the captions of
-    `data` instead of its pictures. out: FILE.npy (keys in FILE.jsonl), FILE.parquet or FILE.safetensors. batch_size:
-    pictures or texts a forward pass; workers: processes that decode; dtype: of the forward pass; part: rows kept at a
-    time; device: None is CUDA where there is one.
+    model: any name of a model, or a loaded one. data: the pictures: a name, with or without captions, an opened source,
+    or any object that `distill` takes. texts: instead of them a list of texts, or a file of one a line. captions:
+    "first" or "all", the captions of `data` instead of its pictures. split: of data that has splits. out: FILE.npy
+    (keys in FILE.jsonl), FILE.parquet or FILE.safetensors. batch_size: pictures or texts a forward pass; workers:
+    processes that decode; dtype: of the forward pass; part: rows kept at a time; device: None is CUDA where there is
+    one; progress: a bar on the error stream.
 
     Returns an EmbedReport: path, rows, width, left_out, truncated. Raises InputError for unusable input, a file of
     something else at `out`, and work begun with other settings. `read_embeddings` reads such a file.
@@ -104,18 +105,22 @@ def embed_to_file(
     if isinstance(model, str | Path):
         check_model_name(str(model))
     given = _lines(Path(texts)) if isinstance(texts, str | Path) else texts
+    source: Any = data
+    if isinstance(data, str | Path):  # before torch is imported, so that a wrong name is told at once
+        from clipdistill.vectors.pictures import open_pictures
+
+        source = open_pictures(str(data), split=split, default_split="train")
+    from clipdistill.data.objects import as_pairs
     from clipdistill.data.pairs import PairSource
     from clipdistill.models import ClipModel, load_model
     from clipdistill.models.own import clip_model_of
     from clipdistill.runtime.machine import pick_device
     from clipdistill.vectors import job
-    from clipdistill.vectors.pictures import open_pictures
 
-    source: Any
     if given is not None:
         source = job.TextList(list(given))
     else:
-        source = data if isinstance(data, PairSource) else open_pictures(data, split=split, default_split="train")
+        source = source if isinstance(source, PairSource) else as_pairs(source)
         if captions is not None:
             if not source.captioned:
                 raise InputError(f"{source.name}: has no captions to embed")
