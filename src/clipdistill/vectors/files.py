@@ -87,8 +87,11 @@ _HEADER = 512
 
 
 def read_embeddings(path: str | Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """What `clipdistill embed` wrote: rows (N, D) float32 of length 1, and for each row its "key" (and "caption",
-    "text" of a text). Raises InputError for a file that is none of that."""
+    """What `clipdistill embed` wrote into the file `path`.
+
+    Returns rows (N, D) float32 of length 1, and for each row its "key" (and "caption", "text" of a text). Raises
+    InputError for a file that is none of that.
+    """
     path = Path(path)
     require_suffix(path)
     if not path.is_file():
