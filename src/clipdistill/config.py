@@ -6,7 +6,7 @@ It reads plain YAML (`yaml.safe_load`): a recipe can name values, never code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -29,10 +29,28 @@ class Config(pydantic.BaseModel):
             raise ValueError("true and false are no numbers")
         return value
 
+    @pydantic.field_validator("*", mode="after")
+    @classmethod
+    def _numbers_have_a_size(cls, value: Any) -> Any:
+        for number in _numbers(value):
+            if isinstance(number, int) and abs(number) >= 1 << 63:
+                raise ValueError("no count or seed is that large: give a whole number below 2^63")
+            if isinstance(number, float) and abs(number) > LARGEST_FLOAT:
+                raise ValueError(f"no setting is that large: give a number up to {LARGEST_FLOAT:g}")
+        return value
+
     @classmethod
     def known_keys(cls) -> list[str]:
         """What may be set, for suggestions after an unknown key."""
         return list(cls.model_fields)
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(part)
 
 
 def _holds(value: Any, kind: type) -> bool:
@@ -49,6 +67,9 @@ def _allows(annotation: Any, *kinds: Any) -> bool:
 
 C = TypeVar("C", bound=Config)
 
+LARGEST_FLOAT = 1e12
+LARGEST_SCALE = 1e4
+"""Of a multiplier of logits: cosines times more than this are one-hot in any number format."""
 _LARGEST_YAML = 1 << 22  # bytes
 _MOST_VALUES = 100_000
 _DEEPEST = 100  # mappings and lists in each other
@@ -105,7 +126,7 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
             if not isinstance(child, dict):
                 raise InputError(f"'{assignment}': '{parent}' is a plain value, it has no setting '{leaf}'")
             node = child
-        node[leaf] = parse_yaml(text, f"'{assignment}'")
+        node[leaf] = parse_yaml(text, f"'{assignment:.200}'")
     return result
 
 

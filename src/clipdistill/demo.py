@@ -97,7 +97,7 @@ def measure_speed(runs: Sequence[Run], seconds: float) -> None:
     models |= {run.folder.name: load_model(str(run.student), teacher=True) for run in runs}
     result = throughput(models, batch_sizes=(1, 64), seconds=seconds)
     for run in runs:
-        write_json(run.folder / "bench.json", result)
+        write_json(run.folder / "bench.json", result, checked=True)
 
 
 def print_summary(runs: Sequence[Run]) -> None:

@@ -94,9 +94,9 @@ def test_a_block_of_another_store_is_refused_by_the_field_that_differs(folder):
         folder.read("part-1", {"model": "xyz"})
 
 
-def test_any_flipped_bit_of_a_sealed_description_is_noticed(folder):
+def test_any_flipped_bit_of_a_description_is_noticed(folder):
     described = {"kind": "test", "name": "a store"}
-    folder.describe(described, sealed=True)
+    folder.describe(described)
     good = folder.manifest.read_bytes()
     for place in range(len(good)):
         damaged = bytearray(good)

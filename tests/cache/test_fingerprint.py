@@ -1,7 +1,6 @@
 """A cache that does not belong to its data, teacher or machine stops a run, and the message names the field."""
 
 import contextlib
-import json
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from clipdistill.cache.teacher import CacheUse, open_cached_teacher
 from clipdistill.data.pairs import Subset
 from clipdistill.errors import InputError
 from clipdistill.models import load_model, save_model
+from clipdistill.runtime.files import read_json, write_json
 from tests.cache.support import cache_config, filled, saved_teacher, scenes, tiny_model
 from tests.cache.test_fill import VIEWS, _Reordered
 
@@ -34,13 +34,13 @@ def _open(folder, source=None, **use):
 
 def _edit(folder, path, value):
     """Change one value of the manifest."""
-    values = json.loads((folder / "manifest.json").read_text())
+    values = read_json(folder / "manifest.json")
     node = values
     *parents, leaf = path
     for parent in parents:
         node = node[parent]
     node[leaf] = value
-    (folder / "manifest.json").write_text(json.dumps(values))
+    write_json(folder / "manifest.json", values, checked=True)
 
 
 def test_a_cache_that_fits_is_opened_and_its_embeddings_computed_again(tmp_path, own_teacher):

@@ -17,6 +17,7 @@ from pathlib import Path
 import clipdistill.data
 from tests.fuzz.cache_targets import cache_targets
 from tests.fuzz.engine import fuzz, replay, write_result
+from tests.fuzz.own_targets import own_targets
 from tests.fuzz.run_targets import run_targets
 from tests.fuzz.targets import targets
 
@@ -37,7 +38,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replay", type=Path, help="try one kept input again and say what happens")
     arguments = parser.parse_args()
-    every = {target.name: target for target in (*targets(), *cache_targets(), *run_targets())}
+    every = {target.name: target for target in (*targets(), *cache_targets(), *run_targets(), *own_targets())}
     if arguments.replay is not None:
         name = arguments.replay.stem.rpartition("-")[0]
         kind, detail = replay(every[name], arguments.replay.read_bytes())

@@ -27,11 +27,11 @@ KEPT = Path(__file__).parent.parent / "kept"
 _MODEL = KEPT / "search" / "index" / "0123456789abcdef"
 _REGIONS = KEPT / "regions" / "regions-e00312df5cd7da54"
 _LINES = ("log.jsonl", "eval.jsonl", "bad_samples.jsonl")
-_WORDS = (b"null", b"[]", b"-1", b"1e999", b"NaN", b"true", b"\\ud800", b"\0\0\0\0", b"[/b]", b"!!python/object")
+WORDS = (b"null", b"[]", b"-1", b"1e999", b"NaN", b"true", b"\\ud800", b"\0\0\0\0", b"[/b]", b"!!python/object")
 
 
 @cache
-def _run() -> Path:
+def kept_run() -> Path:
     """The kept run with its scores saved anew: by this version, with checksums."""
     folder = Path(tempfile.mkdtemp(prefix="clipdistill-fuzz-run-")) / "run"
     atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
@@ -41,15 +41,15 @@ def _run() -> Path:
     return folder
 
 
-def _copied(name: str, data: bytes, folder: Path) -> RunFolder:
-    shutil.copytree(_run(), folder / "run", ignore=shutil.ignore_patterns("student"))
+def copied_run(name: str, data: bytes, folder: Path) -> RunFolder:
+    shutil.copytree(kept_run(), folder / "run", ignore=shutil.ignore_patterns("student"))
     (folder / "run" / name).write_bytes(data)
     return RunFolder(folder / "run")
 
 
 def _run_file(name: str) -> Callable[[bytes, Path], None]:
     def run(data: bytes, folder: Path) -> None:
-        place = _copied(name, data, folder)
+        place = copied_run(name, data, folder)
         write_report([place.path], folder / "report.html")
         lines = read_lines(place / name) if name.endswith("l") else None
         place.mend()
@@ -62,7 +62,7 @@ def _run_file(name: str) -> Callable[[bytes, Path], None]:
 
 def _run_scores(name: str) -> Callable[[bytes, Path], None]:
     def run(data: bytes, folder: Path) -> None:
-        found, whole = Scores.of_run(_copied(name, data, folder).path), Scores.of_run(_run())
+        found, whole = Scores.of_run(copied_run(name, data, folder).path), Scores.of_run(kept_run())
         assert found is not None
         assert whole is not None
         require(found.to_json() == whole.to_json(), f"a changed {name} is believed")
@@ -74,7 +74,7 @@ def _run_scores(name: str) -> Callable[[bytes, Path], None]:
 def _checkpoint() -> Path:
     optimiser = torch.optim.AdamW(torch.nn.Linear(1, 1).parameters())
     state = {"step": 3, "samples": 48, "window": {}, "ledger": {"seen": 1, "bad": 0, "by_reason": {}}}
-    return save_checkpoint(_run().parent / "checkpoints", None, {}, optimiser, state, 1)
+    return save_checkpoint(kept_run().parent / "checkpoints", None, {}, optimiser, state, 1)
 
 
 def _run_state(data: bytes, folder: Path) -> None:
@@ -113,15 +113,16 @@ def _run_regions(name: str) -> Callable[[bytes, Path], None]:
 def run_targets() -> list[Target]:
     """All of them."""
     makers: list[tuple[str, Path, Callable[[bytes, Path], None]]] = [
-        *((f"run-{name}", _run() / name, _run_file(name)) for name in ("run.json", "recipe.yaml", *_LINES)),
-        *((f"run-{name}", _run() / name, _run_scores(name)) for name in ("scores.json", "scores.npz")),
+        *((f"run-{name}", kept_run() / name, _run_file(name)) for name in ("run.json", "recipe.yaml", *_LINES)),
+        *((f"run-{name}", kept_run() / name, _run_scores(name)) for name in ("scores.json", "scores.npz")),
         ("run-state.json", _checkpoint() / "state.json", _run_state),
         *((f"search-{name}", _MODEL / name, _run_index(name)) for name in ("index.json", "part-00000001.json")),
         *((f"regions-{name}", _REGIONS / name, _run_regions(name)) 
           for name in ("regions.json", "block-00000.safetensors")),
     ]  # fmt: skip
     return [
-        Target(name.replace(".", "-"), [path.read_bytes()], run, _WORDS,
-               structured=(mangle_json,) if path.suffix == ".json" else (), weight=3)
+        Target(name.replace(".", "-"), [path.read_bytes()], run, WORDS,
+               structured=(mangle_json,) if path.suffix == ".json" else (),
+               weight=1 if name in ("run-run.json", "run-recipe.yaml") or name.endswith("jsonl") else 3)
         for name, path, run in makers
     ]  # fmt: skip

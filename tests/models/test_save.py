@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, load_model, save_model
 from clipdistill.runtime import files
+from clipdistill.runtime.files import read_json, write_json
 
 Make = Callable[..., ClipModel]
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = folder / "model.json"
-    values = json.loads(path.read_text())
+    values = read_json(path)
     change(values)
-    path.write_text(json.dumps(values))
+    write_json(path, values, checked=True)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from clipdistill.report.data import read_run
 from clipdistill.report.look import look
 from clipdistill.report.report import write_report
 from clipdistill.report.reproduce import eval_commands, train_command
+from clipdistill.runtime.files import read_json
 from tests.report.synthetic import write_run
 
 
@@ -44,7 +45,7 @@ def test_look_fills_gallery_and_geometry(runs: list[Path], tmp_path: Path, capsy
     out = tmp_path / "report.html"
     command = ["report", *map(str, runs), "--out", str(out), "--look", "--images", "24", "--claims", "published"]
     assert main([*command, "--quiet"]) == 0
-    shape = json.loads((runs[1] / "geometry.json").read_text())
+    shape = read_json(runs[1] / "geometry.json")
     assert set(shape) == {"data", "student", "teacher", "alignment"}
     assert shape["data"] == "scenes/val[24 of 40]"
     # the trained teacher tells matched from unmatched pairs, a random student does not
@@ -68,7 +69,7 @@ def test_runs_without_a_validation_set_need_data(runs: list[Path], tmp_path: Pat
     (run / "run.json").write_text(json.dumps({**facts, "teacher": "no/such/teacher"}))
     [note] = look([run], data="scenes:val?size=20", progress=False)
     assert "the teacher is missing" in note
-    assert set(json.loads((run / "geometry.json").read_text())) == {"data", "student"}
+    assert set(read_json(run / "geometry.json")) == {"data", "student"}
     with pytest.raises(InputError, match="at least 16 pictures"):
         look([run], images=3)
     assert main(["report", str(run), "--data", "scenes"]) == 2

@@ -20,7 +20,7 @@ from clipdistill.cache.tars import export_shards, read_shard
 from clipdistill.data.open import open_labelled, open_pairs
 from clipdistill.data.pairs import BadSample
 from clipdistill.errors import InputError
-from clipdistill.runtime.files import refuse_links
+from clipdistill.runtime.files import read_json, refuse_links, write_json
 from tests.cache.support import cache_config, filled, saved_teacher
 from tests.data.helpers import encoded, write_tar
 from tests.fuzz.mutate import mangle, mangle_json
@@ -45,7 +45,7 @@ def cache(fence: Fence, good: tuple[Path, str]) -> Path:
 
 def change(cache: Path, **values: object) -> None:
     path = cache / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    write_json(path, {**read_json(path), **values}, checked=True)
 
 
 @pytest.mark.parametrize("name", ["../outside/secret.txt", "/etc/passwd", "..", "", ".", "teacher-0/../x", "a/b"])
@@ -59,7 +59,7 @@ def test_row_29_a_manifest_names_files_of_its_own_folder_only(cache: Path, name:
 @given(st.integers(0, 2**40))
 def test_mangled_manifests_are_read_or_refused(cache: Path, good: tuple[Path, str], seed: int) -> None:
     rng = random.Random(seed)
-    content = (good[0] / "manifest.json").read_bytes()
+    content = json.dumps(read_json(good[0] / "manifest.json")).encode()  # no checksum hides what is behind it
     content = mangle_json(content, rng) if rng.random() < 0.8 else mangle(content, rng, (b"[[", b"null", b"1e9"), ())
     (cache / "manifest.json").write_bytes(content)
     try:

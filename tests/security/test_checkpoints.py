@@ -22,6 +22,7 @@ from clipdistill.errors import InputError
 from clipdistill.models import build_student, load_model, save_model
 from clipdistill.models.save import read_model
 from clipdistill.models.tokenizers import build_words_tokenizer
+from clipdistill.runtime.files import read_json, write_json
 from clipdistill.train.checkpoint import newest_checkpoint
 from tests.fuzz.mutate import mangle_json
 from tests.security.conftest import Fence
@@ -195,11 +196,11 @@ def good_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_hostile_architectures(fence: Fence, good_folder: Path, part: str, changes: dict[str, Any]) -> None:
-    values = json.loads((good_folder / "model.json").read_text())
+    values = read_json(good_folder / "model.json")
     values["architecture"][part] |= changes
     folder = fence.inside / "model"
     folder.mkdir()
-    (folder / "model.json").write_text(json.dumps(values))
+    write_json(folder / "model.json", values, checked=True)
     (folder / "model.safetensors").write_bytes((good_folder / "model.safetensors").read_bytes())
     if part == "text_cfg" and "hf_tokenizer_name" in changes:
         read_model(folder)  # the name is not used: the tokenizer stands in the file
@@ -214,7 +215,7 @@ def test_mangled_descriptions_are_read_or_refused(fence: Fence, good_folder: Pat
     folder = fence.inside / "model"
     folder.mkdir(exist_ok=True)
     (folder / "model.safetensors").write_bytes((good_folder / "model.safetensors").read_bytes())
-    content = (good_folder / "model.json").read_bytes()
+    content = json.dumps(read_json(good_folder / "model.json")).encode()  # no checksum hides what is behind it
     (folder / "model.json").write_bytes(mangle_json(content, random.Random(seed)))
     try:
         model = read_model(folder)

@@ -18,6 +18,7 @@ from PIL import Image
 from clipdistill.cache.blocks import Block, write_block
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
+from clipdistill.runtime.files import read_json, write_json
 from clipdistill.search import HIDDEN
 from clipdistill.search.ask import open_collection
 from clipdistill.search.collection import Collection
@@ -193,10 +194,9 @@ def test_an_index_names_files_of_its_folder_only(folder: Path, fence: Fence, pat
     store = open_index(index, dict(Model.description))
     assert not store.entries
     assert any("damaged" in notice for notice in store.notices)
-    document = json.loads(next(index.rglob("index.json")).read_text())
+    document = read_json(next(index.rglob("index.json")))
     document["parts"] = ["../../outside/part-00000001", "/part-0", "part-0/../../../outside/part-1"]
-    del document["checksum"]
-    next(index.rglob("index.json")).write_text(json.dumps(document))
+    write_json(next(index.rglob("index.json")), document, checked=True)
     assert not open_index(index, dict(Model.description)).entries
 
 

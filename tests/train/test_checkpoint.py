@@ -10,6 +10,7 @@ from torch import nn
 
 from clipdistill.errors import ClipdistillError, InputError, StorageError
 from clipdistill.models import build_student
+from clipdistill.runtime.files import with_checksum
 from clipdistill.train import checkpoint as cp
 
 
@@ -182,9 +183,7 @@ def test_every_flipped_bit_of_the_state_is_noticed(student, tmp_path):
     described = json.loads(content)
     described["optimizer_groups"] = described["optimizer_groups"][:1]
     described["files"] = dict(list(described["files"].items())[:2])
-    del described["sha256"]
-    described["sha256"] = cp.digest_of(described)
-    content = json.dumps(described).encode()
+    content = json.dumps(with_checksum(described)).encode()
     path.write_bytes(content)
     good = cp._read_state(path)
     believed = []

@@ -12,7 +12,7 @@ from clipdistill.ablate.plan import AblationPlan, settings_of
 from clipdistill.config import as_dict, override
 from clipdistill.errors import InputError
 from clipdistill.recipes import lay, load_recipe
-from clipdistill.runs.folder import RunFolder
+from clipdistill.runs.folder import RECIPE, RunFolder
 from clipdistill.runtime.machine import pick_device
 from clipdistill.train.config import RunConfig, check_names, resolve_values
 from clipdistill.train.opening import changes, stored_settings
@@ -38,17 +38,20 @@ class GridRun:
 
     def state(self) -> State:
         """What is on disk. Raises InputError that names the key when it belongs to another configuration."""
-        stored = self.folder / "recipe.yaml"
-        if not stored.exists():
+        run = RunFolder(self.folder)
+        if not (run / RECIPE).exists():
             return "new"
-        changed = changes(stored_settings(stored), as_dict(self.config))
+        try:
+            changed = changes(stored_settings(run), as_dict(self.config))
+        except InputError:  # damaged: training sets it aside, or says what is missing
+            return "interrupted"
         if changed:
             raise InputError(
                 f"{self.folder} holds a run with other settings ({'; '.join(changed[:5])}): give the ablation another "
                 "--out, give the variant another name, or remove that folder"
             )
         try:
-            return "finished" if RunFolder(self.folder).status() == "finished" else "interrupted"
+            return "finished" if run.status() == "finished" else "interrupted"
         except InputError:  # a damaged run.json: training sets it aside and goes on from the checkpoints
             return "interrupted"
 

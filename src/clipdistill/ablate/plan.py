@@ -32,12 +32,21 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
+def _counted(seeds: Any) -> Any:
+    if not isinstance(seeds, int) or isinstance(seeds, bool):
+        return seeds
+    if seeds > _MOST_SEEDS:
+        raise ValueError(f"at most {_MOST_SEEDS} seeds")
+    return tuple(range(seeds))
+
+
 Seeds = Annotated[
     tuple[int, ...],
-    pydantic.BeforeValidator(lambda v: tuple(range(v)) if isinstance(v, int) and not isinstance(v, bool) else v),
+    pydantic.BeforeValidator(_counted),
     pydantic.AfterValidator(_distinct),
 ]
 _NAME = re.compile(r"^[\w][\w.%+=@-]{0,79}$")
+_MOST_SEEDS = 1000
 
 
 class Variant(Config):
@@ -231,7 +240,7 @@ def _term_and_weight(switch: str, option: str) -> tuple[str, float]:
         values = override({}, [switch])
         ((term, weight),) = values.items()
         number = float(weight)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"--{option} {switch}: write term=weight, for example  --{option} fd=2000") from error
     _known(term, f"--{option} {switch}")
     return term, number

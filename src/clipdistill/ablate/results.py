@@ -203,7 +203,7 @@ def _differing(baseline: GridRun, other: GridRun) -> list[str]:
     """Settings of `other` that are not the baseline's, apart from seed and names."""
     if baseline.variant == other.variant:
         return []
-    stored = [stored_settings(run.folder / "recipe.yaml") for run in (baseline, other)]
+    stored = [stored_settings(RunFolder(run.folder)) for run in (baseline, other)]
     weights = [{k: v for k, v in values["objective"].pop("weights").items() if v} for values in stored]
     for values in stored:
         values["train"].pop("seed")

@@ -154,7 +154,7 @@ def _record_failure(out: Path, run: GridRun, error: Exception) -> None:
         "traceback": traceback.format_exception(error),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    write_json(path, described)
+    write_json(path, described, checked=True)
 
 
 def failures(out: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ def summarise(plan: AblationPlan, grid: Sequence[GridRun], out: Path, *, command
     picture = draw(results)
     if picture:
         write_text(out / f"{NAME}.svg", picture)
-    write_json(out / f"{NAME}.json", to_json(results) | {"command": command})
+    write_json(out / f"{NAME}.json", to_json(results) | {"command": command}, checked=True)
     page = markdown(results, picture=f"{NAME}.svg" if picture else None, command=command)
     write_text(out / f"{NAME}.md", page.rstrip("\n") + "\n")
     if results.verdicts:

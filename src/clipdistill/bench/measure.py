@@ -74,7 +74,7 @@ def bench(
         device=device, source=source,
     )  # fmt: skip
     if out is not None:
-        write_json(out, result)
+        write_json(out, result, checked=True)
     return Measurements(result)
 
 

@@ -61,19 +61,16 @@ class BlockFolder:
     def description(self) -> dict[str, Any]:
         """What the manifest says. Raises InputError when it is missing or no JSON object, or was changed since."""
         values = read_json(self.manifest, self.remedy)
-        checksum = values.pop("checksum", None)
+        checksum = values.pop("checksum", None)  # of version 0.2's indexes
         if checksum is not None and checksum != _json_checksum(values):
             raise InputError(f"{self.manifest}: damaged (its checksum does not match its content): {self.remedy}")
         return values
 
-    def describe(self, values: Mapping[str, Any], *, sealed: bool = False) -> None:
-        """Write the manifest, replacing the one before in one step. Raises InputError where nothing can be written.
-
-        sealed: with a checksum, for manifests whose fields are not compared with those of the blocks.
-        """
+    def describe(self, values: Mapping[str, Any]) -> None:
+        """Write the manifest, replacing the one before in one step. Raises InputError where nothing can be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.manifest, {**values, "checksum": _json_checksum(values)} if sealed else values)
+            write_json(self.manifest, values, checked=True)
         except OSError as error:
             raise cannot_write(self.folder, self.what, error) from error
 

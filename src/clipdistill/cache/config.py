@@ -41,7 +41,7 @@ class CacheConfig(Config):
     """Pictures a forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the teacher's forward pass (auto: bf16 on a GPU, else fp32)."""
-    workers: int | None = pydantic.Field(default=None, ge=0)
+    workers: int | None = pydantic.Field(default=None, ge=0, le=1024)
     """Processes that decode (None: up to 8 with a GPU, else none)."""
     device: str | None = None
     """cpu, cuda, cuda:1 (None: CUDA when there is one)."""

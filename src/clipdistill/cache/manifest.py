@@ -11,7 +11,7 @@ import pydantic
 
 from clipdistill.cache.blocks import CACHE_REMEDY, MANIFEST, BlockFolder
 from clipdistill.cache.names import Dtype
-from clipdistill.config import Config, as_dict, build
+from clipdistill.config import LARGEST_SCALE, Config, as_dict, build
 from clipdistill.data.views import ImageSpec, ViewPolicy
 from clipdistill.errors import InputError
 from clipdistill.runtime.files import digest_of
@@ -33,7 +33,7 @@ class TeacherEntry(Config):
     tokenizer: str
     precision: str
     dim: int = pydantic.Field(gt=0)
-    logit_scale: float = pydantic.Field(gt=0)
+    logit_scale: float = pydantic.Field(gt=0, le=LARGEST_SCALE)
     parameters: dict[str, int] = pydantic.Field(default_factory=dict)
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from clipdistill.cache.stored import StoredEmbeddings
+from clipdistill.config import LARGEST_SCALE
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
 
@@ -173,8 +174,11 @@ def _scale(value: Any, path: Path) -> float:
         scale = float(value)
     except ValueError:
         scale = math.nan
-    if not (math.isfinite(scale) and scale > 0):
-        raise InputError(f"{path}: 'logit_scale' must be a positive number (the multiplier itself), found {value!s}")
+    if not 0 < scale <= LARGEST_SCALE:
+        raise InputError(
+            f"{path}: 'logit_scale' must be a positive number up to {LARGEST_SCALE:g} (the multiplier itself), "
+            f"found {value!s:.80}"
+        )
     return scale
 
 

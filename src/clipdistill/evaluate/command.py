@@ -118,4 +118,4 @@ def write_geometry(embeddings: dict[tuple[str, str], EncodedPairs], path: Path) 
         listed = ", ".join(sets) or "none"
         raise InputError(f"--geometry describes one set of image-caption pairs, and --data names {listed}")
     shape = geometry(embeddings["student", sets[0]], embeddings.get(("teacher", sets[0])))
-    write_json(path, shape | {"data": sets[0]})
+    write_json(path, shape | {"data": sets[0]}, checked=True)

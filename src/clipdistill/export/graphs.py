@@ -27,7 +27,7 @@ from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import SUFFIX, TOWERS, load_graph, read_exported
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.runtime.console import html_page
-from clipdistill.runtime.files import sha256, write_json
+from clipdistill.runtime.files import read_json, sha256, write_json
 from clipdistill.version import __version__
 
 FORMAT = 1
@@ -91,7 +91,7 @@ def export_graphs(
                            normalised=normalised)  # fmt: skip
         require(parities, tolerance or Tolerance(), str(out))
         manifest = _manifest(model, folder, runtime, normalised, opset, tolerance or Tolerance(), parities)
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest, checked=True)
         result = Exported(out, parities, notes=notes)
         if test is not None:
             captions = [caption for i in range(len(test)) for caption in test.captions(i)]
@@ -125,7 +125,7 @@ def export_graphs(
                     manifest["towers"][tower]["precision"] = "int8" if tower in quantised else "float32"
                 manifest["versions"] = {"clipdistill": __version__, **describe_libraries(_LIBRARIES)}
         manifest["notes"] = notes
-        write_json(folder / MANIFEST, manifest)
+        write_json(folder / MANIFEST, manifest, checked=True)
     return result
 
 
@@ -167,6 +167,8 @@ def _quantise(
         trial = Path(temporary)
         for file in [path for path in folder.iterdir() if path.is_file()]:
             shutil.copy2(file, trial / file.name)
+        described = read_json(folder / MANIFEST)
+        write_json(trial / MANIFEST, {key: value for key, value in described.items() if key != "towers"})
         done: dict[str, str] = {}
 
         def quantise(tower: str, attempt: str) -> EncodedPairs:
@@ -228,6 +230,7 @@ def _manifest(
         "logit_bias": None if bias is None else float(bias),
         "image": as_dict(model.image),
         "tokenizer": TOKENIZER,
+        "files": {TOKENIZER: sha256(folder / TOKENIZER)},
         "transform": TRANSFORM,
         "opset": opset,
         "parameters": model.parameter_counts(),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipdistill.config import as_dict
+from clipdistill.config import LARGEST_SCALE, as_dict
 from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError
 from clipdistill.models.architecture import text_tower
@@ -89,10 +89,11 @@ def require_usable_scale(model: ClipModel) -> None:
     scale = getattr(model.module, "logit_scale", None)
     if scale is not None:
         values = scale.detach().double().exp()
-        if not bool((torch.isfinite(values) & (values > 0)).all()):
+        if not bool(((values > 0) & (values <= LARGEST_SCALE)).all()):
             raise InputError(
                 f"'{model.name}': its logit scale is {scale.detach().flatten().tolist()}, and it must be the logarithm "
-                "of a positive number: the file is damaged, or the training that wrote it had failed"
+                f"of a positive number up to {LARGEST_SCALE:g}: the file is damaged, or the training that wrote it "
+                "had failed"
             )
     bias = getattr(model.module, "logit_bias", None)
     if bias is not None and not bool(torch.isfinite(bias.detach()).all()):

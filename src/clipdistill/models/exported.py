@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipdistill.config import build
+from clipdistill.config import LARGEST_SCALE, build
 from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError, needing
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
-from clipdistill.models.tokenizers import HuggingFaceTokenizer, tokenizer_from_dict
+from clipdistill.models.tokenizers import HuggingFaceTokenizer, Tokenizer, tokenizer_from_dict
 from clipdistill.runtime.files import read_json, sha256
 
 RUNTIMES = ("onnx", "openvino")
@@ -52,10 +52,8 @@ class ExportedTowers(nn.Module):
         self.runners = dict(runners)
         self.flops = dict(flops)
         self.size_bytes = sum(path.stat().st_size for path in files)
-        digest = hashlib.sha256()
-        for path in files:
-            digest.update(bytes.fromhex(sha256(path)))
-        self.weights_sha256 = digest.hexdigest()
+        self.digests = {path.name: sha256(path) for path in files}
+        self.weights_sha256 = hashlib.sha256(bytes.fromhex("".join(self.digests.values()))).hexdigest()
 
     def encode_image(self, images: Tensor) -> Tensor:
         """float32 (B, 3, H, W) -> (B, D), as the graph gives them."""
@@ -72,6 +70,23 @@ class ExportedTowers(nn.Module):
 def read_exported(folder: Path, name: str, runtime: str, precision: str = "float32") -> ClipModel:
     """The export in `folder`, run by `runtime`. Raises InputError for missing or unusable files."""
     graphs = {tower: _graph(folder, tower, runtime) for tower in TOWERS}
+    values, spec, tokenizer, logit_scale = read_manifest(folder, name)
+    files = [part for path in graphs.values() for part in _parts(path)]
+    module = ExportedTowers(
+        {tower: load_graph(path, runtime, precision) for tower, path in graphs.items()},
+        files,
+        logit_scale,
+        dict(values.get("flops", {})),
+    )
+    _compare_digests(folder, values, {**module.digests, **_digest_of_tokenizer(folder)})
+    width = module.encode_text(tokenizer(["a photo"])).shape[1]
+    architecture = {"exported": runtime, "precision": precision, "weights_sha256": module.weights_sha256}
+    counts = dict(values.get("parameters", {}))
+    return ClipModel(name, module, spec, tokenizer, width, tokenizer.context_length, architecture, counts)
+
+
+def read_manifest(folder: Path, name: str) -> tuple[dict[str, Any], ImageSpec, Tokenizer, float]:
+    """What an export says of itself: everything, its images, its tokenizer, its logit scale. Raises InputError."""
     values = _description(folder, name)
     where = str(folder / (MANIFEST if (folder / MANIFEST).is_file() else DESCRIPTION))
     try:
@@ -82,19 +97,18 @@ def read_exported(folder: Path, name: str, runtime: str, precision: str = "float
             else _exported_tokenizer(folder / "tokenizer.json")
         )
         logit_scale = float(values.get("logit_scale", 100.0))
-        if not 0 < logit_scale < math.inf:
-            raise InputError(f"{where}: logit_scale must be a positive number (the multiplier), got {logit_scale}")
-        counts, flops = dict(values.get("parameters", {})), dict(values.get("flops", {}))
-    except (ValueError, KeyError, TypeError) as error:
+        if not 0 < logit_scale <= LARGEST_SCALE:
+            raise InputError(
+                f"{where}: logit_scale must be a positive number up to {LARGEST_SCALE:g} (the multiplier itself), "
+                f"found {logit_scale}"
+            )
+        _ = dict(values.get("parameters", {})), dict(values.get("flops", {}))
+        _compare_digests(folder, values, {})
+    except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{where}: not a description of exported towers ({error!r})") from error
-    runners = {tower: load_graph(path, runtime, precision) for tower, path in graphs.items()}
-    files = [part for path in graphs.values() for part in _parts(path)]
-    module = ExportedTowers(runners, files, logit_scale, flops)
-    width = module.encode_text(tokenizer(["a photo"])).shape[1]
-    architecture = {"exported": runtime, "precision": precision, "weights_sha256": module.weights_sha256}
-    return ClipModel(name, module, spec, tokenizer, width, tokenizer.context_length, architecture, counts)
+    return values, spec, tokenizer, logit_scale
 
 
 def _graph(folder: Path, tower: str, runtime: str) -> Path:
@@ -113,6 +127,19 @@ def _description(folder: Path, name: str) -> dict[str, Any]:
     if path is None:
         raise InputError(f"{folder}: has neither {MANIFEST} (of an export) nor {DESCRIPTION}, so '{name}' is no model")
     return read_json(path)
+
+
+def _digest_of_tokenizer(folder: Path) -> dict[str, str]:
+    path = folder / "tokenizer.json"
+    return {path.name: sha256(path)} if path.is_file() else {}
+
+
+def _compare_digests(folder: Path, values: Mapping[str, Any], found: Mapping[str, str]) -> None:
+    """Raises InputError for a file that is not as the manifest recorded it; what it does not name may be anything."""
+    parts = [values, *dict(values.get("towers") or {}).values()]
+    for name, recorded in [item for part in parts for item in dict(part.get("files") or {}).items()]:
+        if name in found and found[name] != recorded:
+            raise InputError(f"{folder / name}: not as {MANIFEST} recorded it: export again, or copy the folder again")
 
 
 def _exported_tokenizer(path: Path) -> HuggingFaceTokenizer:

@@ -51,7 +51,7 @@ def model_writer(model: ClipModel, dtype: torch.dtype | None = None) -> Callable
     def write(folder: Path) -> None:
         with new_folder(folder, lambda old: (old / DESCRIPTION).exists(), "model folder") as new:
             save_file(tensors, new / WEIGHTS)
-            write_json(new / DESCRIPTION, {**description, "weights_sha256": sha256(new / WEIGHTS)})
+            write_json(new / DESCRIPTION, {**description, "weights_sha256": sha256(new / WEIGHTS)}, checked=True)
 
     return write
 

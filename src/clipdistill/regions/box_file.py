@@ -209,7 +209,7 @@ def _coco_rows(content: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any
                 continue
             left, top, width, height = (float(value) for value in annotation["bbox"])
             score, name = float(annotation.get("score", 1.0)), str(names.get(annotation.get("category_id"), ""))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(
                 f"{path}: annotations[{number}]: not an annotation with 'bbox' [left, top, width, height] ({error})"
             ) from error
@@ -300,4 +300,4 @@ def open_folder(folder: Path, source: PairSource, wanted: dict[str, Any]) -> Non
     make_folder(folder, "boxes")
     if any(folder.iterdir()):
         raise InputError(f"{folder}: the folder is not empty and holds no proposals; give a new one")
-    write_json(path, described)
+    write_json(path, described, checked=True)

@@ -41,7 +41,7 @@ class Boxes:
             matrix = np.asarray(corners, dtype=np.float32).reshape(-1, 4)
             values = np.ones(len(matrix)) if confidence is None else confidence
             scores = np.asarray(values, dtype=np.float32).reshape(-1)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{where}: boxes must be lists of four numbers, with one confidence each") from error
         if len(scores) != len(matrix) or len(labels) not in (0, len(matrix)):
             raise InputError(

@@ -100,7 +100,7 @@ class MetaTeacher:
                 "weights_sha256": sha256(new / WEIGHTS),
                 "clip_weights_sha256": sha256(new / CLIP / "model.safetensors"),
             }
-            write_json(new / DESCRIPTION, described)
+            write_json(new / DESCRIPTION, described, checked=True)
 
 
 def region_teacher_folder(name: str) -> Path | None:

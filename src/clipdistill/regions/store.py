@@ -133,7 +133,7 @@ def fill_store(
             raise InputError(f"{blocks.manifest}: not what the folder is named after: remove the folder")
         manifest = stored
     else:
-        blocks.describe(as_dict(manifest), sealed=True)
+        blocks.describe(as_dict(manifest))
     clip.module.eval().to(device)
     encoder = Encoder(clip, device=device)
     for number, part in enumerate(manifest.parts()):

@@ -232,7 +232,7 @@ class RegionTeaching:
             say(f"measuring on {self.validation_name}")
             measured = self.measured()
             assert measured is not None
-            write_json(folder / MEASURED, measured.to_json())
+            write_json(folder / MEASURED, measured.to_json(), checked=True)
             for line in measured.table().lines():
                 say(line)
         described = read_json(folder / STUDENT / DESCRIPTION)

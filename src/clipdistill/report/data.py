@@ -114,8 +114,11 @@ def read_run(folder: Path) -> ReportedRun:
         seconds=number(seconds) or 0.0,
         command=" ".join(map(str, command)) if isinstance(command, list) else str(command or ""),
         facts=facts,
-        recipe=_text(place / RECIPE),
     )
+    with optional(place / RECIPE, run.notes) as path:
+        if path.is_file():
+            place.settings()
+            run.recipe = path.read_text(encoding="utf-8")
     _read_log(run)
     _read_curve(run)
     _read_bad_samples(run)
@@ -260,7 +263,3 @@ def number(value: Any) -> float | None:
         with suppress(OverflowError):
             return float(value) if math.isfinite(value) else None
     return None
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clipdistill.cache.names import PREFIX
-from clipdistill.config import build, read_yaml
+from clipdistill.config import build
 from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource, Subset
 from clipdistill.embed.encode import EncodedPairs, encode_pairs
@@ -84,8 +84,8 @@ def look(
         gallery = build_gallery(models, source, queries=queries, top=top)
         for run, student in students.items():
             shape = {"data": source.name, **geometry(student, models.get("teacher"))}
-            write_json(run / "gallery.json", gallery)
-            write_json(run / "geometry.json", shape)
+            write_json(run / "gallery.json", gallery, checked=True)
+            write_json(run / "geometry.json", shape, checked=True)
     return notes
 
 
@@ -130,7 +130,7 @@ def _teacher(run: Path) -> str | None:
 
 def _recipe(run: Path) -> dict[str, Any]:
     """The run's resolved configuration, {} where it was not kept."""
-    return read_yaml(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else {}
+    return RunFolder(run).settings() if (run / "recipe.yaml").is_file() else {}
 
 
 def _name(run: Path) -> str:

@@ -21,10 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from clipdistill.config import read_yaml
 from clipdistill.errors import InputError
 from clipdistill.registry import load_plugin
-from clipdistill.runtime.files import is_inside, read_json, write_json, write_text
+from clipdistill.runtime.files import digest_of, is_inside, read_json, write_json, write_text
 
 FORMAT = 1
 RUN, RECIPE, IDENTITY, LOCK = "run.json", "recipe.yaml", "identity.json", ".lock"
@@ -33,8 +35,10 @@ SCORES, BENCH, CLAIMS, MEASURED = "scores.json", "bench.json", "claims.json", "m
 STAGES, ABLATION = "stages.json", "ablation.json"
 STUDENT, CHECKPOINTS = "student", "checkpoints"
 
+_MARK = "# sha256 "
 _HINT = "a run folder has one; is this the folder that `clipdistill train` wrote?"
-_TEXTS = ("name", "recipe", "method", "kind", "status", "student", "data", "device", "dtype", "student_fingerprint")
+_TEXTS = ("name", "recipe", "method", "kind", "status", "student", "data", "device", "dtype", "student_fingerprint",
+          "settings_fingerprint")  # fmt: skip
 _COUNTS = ("steps", "total_steps", "samples_seen", "seed", "bad_samples", "skipped_steps", "batch_size", "ranks")
 _MAPPINGS = ("parameters", "teacher_parameters", "objective", "truncated", "versions")
 
@@ -126,8 +130,18 @@ class RunFolder:
         return self.facts().get("status") if self.is_run else None
 
     def settings(self) -> dict[str, Any]:
-        """recipe.yaml as it stands there."""
-        return read_yaml(self.path / RECIPE)
+        """recipe.yaml as it stands there. Raises InputError where it is damaged, or changed since it was written."""
+        path = self.path / RECIPE
+        values = read_yaml(path)
+        text, _, recorded = path.read_text(encoding="utf-8").rpartition(_MARK)
+        if text and recorded.strip() != digest_of({"text": text}):
+            raise InputError(f"{path}: damaged or changed by hand (its checksum does not fit)")
+        return values
+
+    def write_settings(self, values: Mapping[str, Any]) -> None:
+        """recipe.yaml, with a checksum in its last line."""
+        text = yaml.safe_dump(dict(values), sort_keys=False)
+        write_text(self.path / RECIPE, f"{text}{_MARK}{digest_of({'text': text})}\n")
 
     def load_plugins(self) -> list[str]:
         """Load the plug-ins that the run was trained with, and name them.
@@ -163,7 +177,7 @@ class RunFolder:
         ]
 
     def write_facts(self, values: Mapping[str, Any]) -> None:
-        write_json(self.path / RUN, {"format": FORMAT, **values})
+        write_json(self.path / RUN, {"format": FORMAT, **values}, checked=True)
 
     def append(self, name: str, values: Mapping[str, Any]) -> None:
         """Add a line to a .jsonl file, in one write."""

@@ -20,6 +20,7 @@ from typing import Any
 from clipdistill.errors import InputError, storage_error
 
 WRITING = ".writing-"
+CHECKSUM = "sha256"
 _LARGEST_JSON = 1 << 30  # bytes
 
 
@@ -63,9 +64,34 @@ def write_text(path: Path | str, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "surrogatepass"))
 
 
-def write_json(path: Path | str, values: Any) -> None:
-    """Readable JSON with a final newline, replacing the file in one step."""
-    write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+def write_json(path: Path | str, values: Any, *, checked: bool = False) -> None:
+    """Readable JSON with a final newline, replacing the file in one step.
+
+    checked: with a checksum of its content, for files of ours that are believed later; `read_json` compares it.
+    """
+    write_text(path, json_text(with_checksum(values) if checked else values))
+
+
+def json_text(values: Any) -> str:
+    """As `write_json` writes it."""
+    return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+
+
+def with_checksum(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with the sha256 of their content, as it will be read, under the key "sha256"."""
+    stored = json.loads(json.dumps({key: value for key, value in values.items() if key != CHECKSUM}))
+    return {**values, CHECKSUM: digest_of(stored)}
+
+
+def compare_checksum(values: dict[str, Any], where: str, hint: str = "", of: int | None = None) -> dict[str, Any]:
+    """`values` without their checksum, which is compared.
+
+    of: the format whose files must have one. Raises InputError where it is missing or does not fit.
+    """
+    recorded, stored = values.pop(CHECKSUM, None), values.get("format")
+    if (recorded is not None or (of is not None and stored == of)) and recorded != digest_of(values):
+        raise InputError(f"{where}: damaged or changed by hand (its checksum does not fit){_after(hint)}")
+    return values
 
 
 @contextlib.contextmanager
@@ -228,16 +254,17 @@ def sync(path: Path | str) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path | str, hint: str = "") -> dict[str, Any]:
-    """The JSON object in a file.
+def read_json(path: Path | str, hint: str = "", of: int | None = None) -> dict[str, Any]:
+    """The JSON object in a file, compared with its checksum, which is taken out, where it has one.
 
-    Raises InputError that says in one sentence what is wrong with it (missing, empty, not UTF-8, not JSON and where,
-    not an object), with `hint` for what to do.
+    of: the format whose files must have one. Raises InputError that says in one sentence what is wrong with it
+    (missing, empty, not UTF-8, not JSON and where, a key twice, not an object, another checksum), with `hint` for what
+    to do.
     """
     value = parse_json(_read(Path(path), hint), str(path), hint)
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, found {_kind(value)}{_after(hint)}")
-    return value
+    return compare_checksum(value, str(path), hint, of)
 
 
 def parse_json(content: bytes, where: str, hint: str = "") -> Any:
@@ -245,15 +272,23 @@ def parse_json(content: bytes, where: str, hint: str = "") -> Any:
     if not content.strip(b"\0 \t\r\n"):
         raise InputError(f"{where}: {'empty' if not content.strip() else 'holds only NUL bytes'}{_after(hint)}")
     try:
-        return json.loads(content.decode("utf-8-sig", "surrogatepass"))
+        return json.loads(content.decode("utf-8-sig", "surrogatepass"), object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise InputError(f"{where} (line {error.lineno}): not readable as JSON: {error.msg}{_after(hint)}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not readable as UTF-8 text (byte {error.start}){_after(hint)}") from error
     except RecursionError as error:
         raise InputError(f"{where}: not readable as JSON: nested too deeply{_after(hint)}") from error
-    except ValueError as error:  # integers of thousands of digits
+    except ValueError as error:  # integers of thousands of digits, a key twice
         raise InputError(f"{where}: not readable as JSON: {error}{_after(hint)}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r:.80} stands twice")
+    return values
 
 
 def _read(path: Path, hint: str) -> bytes:

@@ -94,8 +94,9 @@ class FolderLock(AbstractContextManager["FolderLock"]):
 def holder(path: Path) -> str:
     """Who holds a lock: 'process 71 on node-3 since 2026-11-29 11:02:30'."""
     owner = _owner(path)
-    since = owner.get("since")
-    when = time.strftime(" since %Y-%m-%d %H:%M:%S", time.localtime(since)) if isinstance(since, (int, float)) else ""
+    since, when = owner.get("since"), ""
+    with suppress(OverflowError, ValueError, OSError, TypeError):  # a time that no calendar has, or none
+        when = time.strftime(" since %Y-%m-%d %H:%M:%S", time.localtime(since)) if since is not None else ""
     return f"process {owner.get('pid', 'unknown')} on {owner.get('host', 'an unknown machine')}{when}"
 
 

@@ -174,7 +174,7 @@ class SearchIndex:
             "cost": {"files": self.cost.files, "seconds": round(self.cost.seconds, 3), "device": self.cost.device},
             "next": self._next,
         }
-        self.blocks.describe(document, sealed=True)
+        self.blocks.describe(document)
         self._seen = self._stamp()
 
     def lock(self) -> FolderLock:
@@ -265,7 +265,7 @@ class SearchIndex:
         """A part's vectors and files, which must fit together and lie below the folder."""
         try:
             files = [(_below(p), int(size), int(time), str(sha256)) for p, size, time, sha256 in json.loads(listed)]
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError, OverflowError) as error:
             raise InputError(f"{path}: damaged (its list of files: {error}): {_REMEDY}") from error
         if vectors.shape != (len(files), self.dimension) or vectors.dtype != np.float32:
             raise InputError(

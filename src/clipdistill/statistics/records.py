@@ -84,7 +84,7 @@ class Record:
             given |= {k: float(given[k]) for k in ("value", "low", "high") if k in given}
             given |= {k: int(given[k]) for k in ("seed", "n") if k in given}
             record = cls(**(given | {"method": str(values["method"]), "metric": str(values["metric"])}))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"the result {dict(values)!r:.120} holds something else than numbers: {error}") from error
         if not np.isfinite(record.value):
             raise InputError(f"the result of {values['method']} in {values['metric']} is not a finite number")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,17 @@ import numpy as np
 from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
 from clipdistill.runtime.console import TextTable, html_page, say
-from clipdistill.runtime.files import digest_of, make_folder, new_file, parse_json, read_json, sha256, write_text
+from clipdistill.runtime.files import (
+    compare_checksum,
+    json_text,
+    make_folder,
+    new_file,
+    parse_json,
+    read_json,
+    sha256,
+    with_checksum,
+    write_text,
+)
 from clipdistill.statistics.bootstrap import bootstrap_ratio
 from clipdistill.statistics.protocol import Protocol, comparable, difference
 
@@ -217,7 +226,7 @@ class Scores:
             "notes": self.notes,
             "queries_sha256": queries_sha256,
         }
-        return json.dumps(stored | {"sha256": digest_of(stored)}, indent=1, ensure_ascii=False) + "\n"
+        return json_text(with_checksum(stored))
 
     def _listed(self) -> list[Protocol]:
         return list(dict.fromkeys(s.protocol for s in self.scores))
@@ -225,7 +234,10 @@ class Scores:
     @classmethod
     def from_json(cls, text: str, where: str = "scores") -> Scores:
         """The inverse of `to_json`; InputError for anything else."""
-        return cls._of_values(parse_json(text.encode("utf-8", "surrogatepass"), where), where)
+        stored = parse_json(text.encode("utf-8", "surrogatepass"), where)
+        return cls._of_values(
+            compare_checksum(stored, where, _AGAIN, FORMAT) if isinstance(stored, dict) else stored, where
+        )
 
     @classmethod
     def _of_values(cls, stored: Any, where: str) -> Scores:
@@ -233,8 +245,6 @@ class Scores:
             raise InputError(f"{where}: expected a list of scores under the key 'scores'")
         if stored.get("format") not in (1, FORMAT):
             raise InputError(f"{where}: written in format {stored.get('format')!r}, this version reads 1 and {FORMAT}")
-        if stored["format"] == FORMAT and stored.pop("sha256", None) != digest_of(stored):
-            raise InputError(f"{where}: damaged or changed by hand (its checksum does not fit): {_AGAIN}")
         listed, notes = stored.get("protocols", []), stored.get("notes", [])
         if not isinstance(listed, list) or not all(isinstance(p, dict) for p in listed) or not isinstance(notes, list):
             raise InputError(f"{where}: expected lists under the keys 'protocols' and 'notes'")
@@ -280,7 +290,7 @@ class Scores:
 
         Raises InputError that says in one sentence what is wrong with either file.
         """
-        stored = read_json(path)
+        stored = read_json(path, _AGAIN, FORMAT)
         expected = stored.get("queries_sha256")
         result = cls._of_values(stored, str(path))
         arrays = path.with_suffix(".npz")

@@ -21,7 +21,7 @@ def write_verdicts(verdicts: Sequence[Verdict], path: Path, source: str) -> None
     """claims.json: each verdict with its evidence in words; `source` says where the claims come from."""
     rows = [verdict.to_dict() | {"verdict": verdict.outcome, "evidence": evidence(verdict)} for verdict in verdicts]
     make_folder(path.parent, "verdicts")
-    write_json(path, {"format": FORMAT, "source": source, "claims": rows})
+    write_json(path, {"format": FORMAT, "source": source, "claims": rows}, checked=True)
 
 
 def evidence(verdict: Verdict) -> str:

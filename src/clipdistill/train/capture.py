@@ -47,7 +47,7 @@ def capture(task: Task, config: RunConfig, batch: Batch, output: ObjectiveOutput
     }
     path = config.out / CAPTURED / f"step-{step:08d}-rank-{rank()}.json"
     path.parent.mkdir(exist_ok=True)
-    write_json(path, record)
+    write_json(path, record, checked=True)
     if not is_main():
         return "its batch is kept"
     try:
@@ -65,5 +65,5 @@ def capture(task: Task, config: RunConfig, batch: Batch, output: ObjectiveOutput
 
 def captured_steps(folder: Path) -> list[int]:
     """The steps whose batch was kept in the run `folder`, rising."""
-    found = {int(path.name.split("-")[1]) for path in (folder / CAPTURED).glob("step-*-rank-*.json")}
-    return sorted(found)
+    names = (path.name.split("-")[1] for path in (folder / CAPTURED).glob("step-*-rank-*.json"))
+    return sorted({int(name) for name in names if name.isascii() and name.isdecimal()})

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from clipdistill.cache.names import is_cached
-from clipdistill.config import Config, build, override
+from clipdistill.config import LARGEST_SCALE, Config, build, override
 from clipdistill.data.held_out import HeldOutConfig
 from clipdistill.data.open import check_data_name
 from clipdistill.data.pairs import DataConfig
@@ -26,7 +26,8 @@ from clipdistill.runs.folder import RunFolder
 from clipdistill.train.region_config import MetaTeacherConfig, RegionsConfig
 
 Beta = Annotated[float, pydantic.Field(ge=0, lt=1)]
-Scale = Annotated[float, pydantic.Field(gt=0)]
+Scale = Annotated[float, pydantic.Field(gt=0, le=LARGEST_SCALE)]
+Rate = Annotated[float, pydantic.Field(gt=0, le=1000)]
 CurveMeasure = Literal[
     "t2i_R@1", "t2i_R@5", "t2i_R@10", "t2i_mAP@10", "t2i_MRR",
     "i2t_R@1", "i2t_R@5", "i2t_R@10", "i2t_mAP@10", "i2t_MRR",
@@ -45,9 +46,9 @@ class TrainConfig(Config):
     """Length of the run in passes over the training images; give this or `steps`."""
     steps: int | None = pydantic.Field(default=None, ge=1)
     """Length of the run in optimiser steps; give this or `epochs`."""
-    learning_rate: float = pydantic.Field(default=1e-3, gt=0)
+    learning_rate: Rate = 1e-3
     """Highest rate of AdamW, reached after the warm-up."""
-    final_learning_rate: float = pydantic.Field(default=0.0, ge=0)
+    final_learning_rate: float = pydantic.Field(default=0.0, ge=0, le=1000)
     """Rate at the last step of the schedules that fall."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """How the rate goes after the warm-up: down a cosine to `final_learning_rate`; constant; or constant and then, over
@@ -56,11 +57,11 @@ class TrainConfig(Config):
     """Share of all steps over which `schedule=wsd` lets the rate fall."""
     warmup_steps: int = pydantic.Field(default=0, ge=0)
     """Steps over which the rate rises linearly from 0."""
-    weight_decay: float = pydantic.Field(default=0.1, ge=0)
+    weight_decay: float = pydantic.Field(default=0.1, ge=0, le=1000)
     """AdamW's decay of matrices; biases, norms and scales have none."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     """AdamW's decay of the first and second moments."""
-    epsilon: float = pydantic.Field(default=1e-6, gt=0)
+    epsilon: float = pydantic.Field(default=1e-6, gt=0, le=1)
     """AdamW's term that keeps the denominator from 0."""
     clip_grad_norm: float | None = pydantic.Field(default=None, gt=0)
     """Largest norm of the whole gradient; larger ones are scaled down to it (None: never)."""
@@ -77,7 +78,7 @@ class TrainConfig(Config):
     """Only deterministic kernels, at some cost in speed: the same command gives the same bits."""
     seed: int = pydantic.Field(default=0, ge=0, lt=2**63)
     """Of the starting weights, the order of the data and the views."""
-    workers: int = pydantic.Field(default=0, ge=0)
+    workers: int = pydantic.Field(default=0, ge=0, le=1024)
     """Processes a rank that decode pictures (0: in the training process)."""
     keep_in_memory: bool = False
     """Decode each picture once per process (small sets that are passed many times)."""
@@ -108,9 +109,9 @@ class TrainConfig(Config):
     """What of the image tower does not train: none, all, or a number: all but its last so many layer groups."""
     lock_text: Lock = "none"
     """The same for the text tower."""
-    learning_rate_image: float = pydantic.Field(default=1.0, gt=0)
+    learning_rate_image: Rate = 1.0
     """Factor of the learning rate of the image tower; the new heads of joined towers keep the full rate."""
-    learning_rate_text: float = pydantic.Field(default=1.0, gt=0)
+    learning_rate_text: Rate = 1.0
     """The same for the text tower."""
     feature_noise: float = pydantic.Field(default=0.0, ge=0, le=10)
     """Deviation of the normal noise that joined towers' heads add to their features (of deviation 1) in training."""
@@ -126,13 +127,13 @@ class TrainConfig(Config):
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
     """Decay of a running average of the student's weights (0.999, say), which is then what is evaluated and saved;
     checkpoints hold both (None: no average)."""
-    max_logit_scale: float = pydantic.Field(default=100.0, ge=1)
+    max_logit_scale: float = pydantic.Field(default=100.0, ge=1, le=LARGEST_SCALE)
     """The learned multiplier of the student's logits is kept at or below this."""
-    logit_scale_init: float | None = pydantic.Field(default=None, gt=0)
+    logit_scale_init: Scale | None = None
     """Start of the student's logit multiplier (None: the model's own)."""
-    logit_bias_init: float | None = None
+    logit_bias_init: float | None = pydantic.Field(default=None, ge=-LARGEST_SCALE, le=LARGEST_SCALE)
     """Start of the student's logit bias (SigLIP; None: the model's own)."""
-    fixed_logit_scale: float | None = pydantic.Field(default=None, gt=0)
+    fixed_logit_scale: Scale | None = None
     """Multiplier of teacher and student at every step, instead of the learned ones (TinyCLIP: 50)."""
     teacher_logit_scale: Scale | tuple[Scale, ...] | None = None
     """Multiplier of the teacher (one each for several teachers) instead of its own."""

@@ -10,12 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from clipdistill.config import as_dict, build, read_yaml
+from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
 from clipdistill.runs.folder import CHECKPOINTS, IDENTITY, LOCK, RECIPE, RUN, RunFolder
-from clipdistill.runtime.files import make_folder, read_json, refuse_links, remove_leftovers, write_json, write_text
+from clipdistill.runtime.files import digest_of, make_folder, read_json, refuse_links, remove_leftovers, write_json
 from clipdistill.runtime.locks import FolderLock
 from clipdistill.train.config import RunConfig
 
@@ -75,11 +73,16 @@ def _open(config: RunConfig, run: RunFolder, allow_changes: bool) -> list[str]:
     changed: list[str] = []
     if (run / RECIPE).exists():
         try:
-            changed = changes(stored_settings(run / RECIPE), as_dict(config))
+            changed = changes(stored_settings(run), as_dict(config))
         except InputError as error:
-            if not (run / CHECKPOINTS).exists():
+            recorded = _recorded_settings(run)
+            if recorded not in (None, settings_fingerprint(config)) and not allow_changes:
+                raise InputError(
+                    f"{error}, and the settings given are not those of the run: give the same as before, another "
+                    "--out, or --allow-changes to continue it with the new ones"
+                ) from error
+            if recorded is None and not (run / CHECKPOINTS).exists():
                 raise
-            # a whole checkpoint beside it is enough; identity.json tells whether the settings are the same
             said.append(f"{error}; it is kept as {run.set_aside(RECIPE).name} and written anew")
     try:
         begun = run.status() is not None
@@ -94,19 +97,33 @@ def _open(config: RunConfig, run: RunFolder, allow_changes: bool) -> list[str]:
             "or --allow-changes to continue it with the new ones"
         )
     if changed and run.is_run:  # a finished run that was changed is not finished, and its scores are not the new one's
-        run.write_facts({**run.facts(), "status": "running", "student_fingerprint": None})
+        new = {"status": "running", "student_fingerprint": None, "settings_fingerprint": settings_fingerprint(config)}
+        run.write_facts({**run.facts(), **new})
     if changed or not (run / RECIPE).exists():
-        write_text(run / RECIPE, yaml.safe_dump(as_dict(config), sort_keys=False))
+        run.write_settings(as_dict(config))
     return said
 
 
-def stored_settings(path: Path) -> dict[str, Any]:
+def stored_settings(run: RunFolder) -> dict[str, Any]:
     """The settings in a run's recipe.yaml; those that the version which wrote it did not know have their defaults."""
-    values = read_yaml(path)
+    values = run.settings()
     try:
-        return as_dict(build(RunConfig, values, str(path)))
+        return as_dict(build(RunConfig, values, str(run / RECIPE)))
     except InputError:  # settings this version does not know: they are compared as they are
         return values
+
+
+def settings_fingerprint(config: RunConfig) -> str:
+    """sha256 (hex) of the settings that change what is learned."""
+    values = {key: value for key, value in as_dict(config).items() if key not in _FREE}
+    return digest_of({**values, "train": {k: v for k, v in values["train"].items() if k not in _FREE_TRAIN}})
+
+
+def _recorded_settings(run: RunFolder) -> str | None:
+    """The `settings_fingerprint` of the run; None where none can be read."""
+    with contextlib.suppress(InputError):
+        return run.facts().get("settings_fingerprint")
+    return None
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -135,7 +152,8 @@ def check_identity(run: RunFolder, parts: Mapping[str, str], step: int, allow_ch
     if path.exists():
         try:
             known = read_json(path)
-            _ = dict(known["parts"]), [dict(change) for change in known["changes"]]
+            names = [*known["parts"], *(change["part"] for change in known["changes"] if "after" in change)]
+            _ = dict(known["parts"]), [dict(change)["after"] for change in known["changes"]], "".join(names)
         except (InputError, KeyError, TypeError, ValueError) as error:
             said.append(f"{path}: damaged ({error}); kept as {run.set_aside(IDENTITY).name}, nothing to compare with")
             known = {}
@@ -144,7 +162,7 @@ def check_identity(run: RunFolder, parts: Mapping[str, str], step: int, allow_ch
         old = {"training data": facts.get("data_fingerprint"), "starting student": facts.get("initial_weights")}
         known = {"parts": {**parts, **{part: value for part, value in old.items() if value}}, "changes": []}
     if not known or not step:
-        write_json(path, {"format": 1, "parts": dict(parts), "changes": []})
+        write_json(path, {"format": 1, "parts": dict(parts), "changes": []}, checked=True)
         return said
     now = dict(known["parts"])
     for change in known["changes"]:
@@ -154,7 +172,7 @@ def check_identity(run: RunFolder, parts: Mapping[str, str], step: int, allow_ch
         part = differing[0]
         verb = "is" if len(differing) == 1 and not part.endswith("images") else "are"
         raise InputError(
-            f"{run.path}: the {' and the '.join(differing)} {verb} not what the run "
+            f"{'; '.join([*said, str(run.path)])}: the {' and the '.join(differing)} {verb} not what the run "
             f"began with ({part}: fingerprint {str(now.get(part))[:12]}, now {str(parts.get(part))[:12]}): bring the "
             "old back, give another --out, or --allow-changes to go on with the new, which is recorded"
         )
@@ -165,5 +183,5 @@ def check_identity(run: RunFolder, parts: Mapping[str, str], step: int, allow_ch
             {"part": part, "step": step, "time": when, "before": now.get(part), "after": parts.get(part)}
         )
     if differing or not path.exists():
-        write_json(path, {"format": 1, **known})
+        write_json(path, {"format": 1, **known}, checked=True)
     return said

@@ -122,7 +122,7 @@ def _records(folder: Path, step: int) -> list[dict[str, Any]]:
         try:
             found.append((int(record["rank"]), record))
             _ = [*record["keys"], *record["captions"]]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise InputError(f"{path}: not the record of a captured step ({error})") from error
     return [record for _, record in sorted(found, key=lambda item: item[0])]
 

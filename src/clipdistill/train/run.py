@@ -41,7 +41,7 @@ from clipdistill.train.display import Display
 from clipdistill.train.failures import Whereabouts, explained
 from clipdistill.train.health import Health
 from clipdistill.train.loop import Loop, Progress, train
-from clipdistill.train.opening import check_identity, opened
+from clipdistill.train.opening import check_identity, opened, settings_fingerprint
 from clipdistill.train.plan import planned
 from clipdistill.train.sources import Sources
 from clipdistill.train.task import Outcome, Say, Task
@@ -280,6 +280,7 @@ def _describe(loop: Loop, status: str, fingerprint: str | None) -> None:
         "truncated": {"student": progress.truncated_student, "teacher": progress.truncated_teacher},
         **task.facts(),
         "student_fingerprint": fingerprint,
+        "settings_fingerprint": settings_fingerprint(config),
         "status": status,
         "callbacks_failed": loop.callbacks.failed,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -145,4 +145,5 @@ def _write_list(out: Path, configs: Sequence[RunConfig], status: str) -> None:
         }
         for config in configs
     ]
-    write_json(out / STAGES, {"format": FORMAT, "recipe": configs[0].recipe, "status": status, "stages": entries})
+    described = {"format": FORMAT, "recipe": configs[0].recipe, "status": status, "stages": entries}
+    write_json(out / STAGES, described, checked=True)

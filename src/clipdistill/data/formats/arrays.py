@@ -54,7 +54,9 @@ class ArrayLabels(LabelledSource):
 
     def _archive(self) -> Any:
         try:
-            return np.load(self._path, allow_pickle=False)
+            archive = np.load(self._path, allow_pickle=False)
+            _ = archive.files  # one array alone has none
+            return archive
         except Exception as error:  # zipfile and numpy raise almost any type on damaged archives
             raise InputError(f"'{self._path}': not readable as a numpy archive ({_words(error)})") from error
 
