@@ -169,6 +169,26 @@ def test_the_command_prints_and_writes(folders: list[Path], tmp_path: Path, caps
     assert "| metric | score |" in text
 
 
+def test_several_models_and_sets_give_one_table_each_set(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = map(str, folders)
+    sets = ["--data", "scenes:val?size=40", "--data", "scenes:zeroshot?size=40"]
+    given = [*sets, "--quiet", "--no-intervals"]
+    assert main(["eval", first, second, *given, "--json", str(tmp_path / "both.json")]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("retrieval, standard") == 1
+    assert first in shown
+    assert second in shown
+    both = Scores.load(tmp_path / "both.json")
+    assert both.models() == [first, second]
+    assert main(["eval", second, *given, "--json", str(tmp_path / "one.json")]) == 0
+    for score in Scores.load(tmp_path / "one.json"):
+        assert both.value(score.metric, second, score.protocol.dataset) == score.value
+    assert main(["eval", first, first, *given]) == 2
+    assert "named twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure, on what, and how."""
     add = parser.add_argument
-    add("model", help="a run folder, a model folder or file, or a model name (ViT-B-16/laion400m_e32)")
+    what = "a run folder, a model folder or file, or a model name (ViT-B-16/laion400m_e32); several for one table"
+    add("models", nargs="+", metavar="model", help=what)
     add("--data", action="append", required=True, help="pairs or a labelled set; repeat for several")
     add("--teacher", help="measure this model too and print what the student keeps of it")
     add(
@@ -54,11 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write."""
-    geometry_path = None if arguments.geometry is None else geometry_file(arguments.geometry, arguments.model)
+    models = arguments.models
+    if twice := [name for i, name in enumerate(models) if name in models[:i]]:
+        raise InputError(f"model '{twice[0]}' is named twice")
+    if len(models) > 1 and arguments.geometry is not None:
+        raise InputError("--geometry describes one model's embeddings: name one model")
+    geometry_path = None if arguments.geometry is None else geometry_file(arguments.geometry, models[0])
     for path, what in ((arguments.json, "scores"), (geometry_path, "geometry")):
         if path is not None:
             require_place(path, what)
-    for name in filter(None, (arguments.model, arguments.teacher)):
+    for name in filter(None, (*models, arguments.teacher)):
         RunFolder(Path(name)).load_plugins()
         check_model_name(name)
     try:
@@ -68,30 +74,35 @@ def run(arguments: argparse.Namespace) -> int:
     from clipdistill.evaluate.evaluate import evaluate
     from clipdistill.runtime.distributed import ProcessGroup, is_main, world_size
     from clipdistill.runtime.machine import pick_device
+    from clipdistill.statistics.scores import Scores
 
     embeddings: dict[tuple[str, str], EncodedPairs] = {}
     device = pick_device(arguments.device)
-    same = ("teacher", "protocol", "split", "templates", "classes", "batch_size", "workers", "dtype", "strict_counts")
+    scores = Scores()
+    same = ("protocol", "split", "templates", "classes", "batch_size", "workers", "dtype", "strict_counts")
     with ProcessGroup(device):  # under torchrun the ranks share the work and the first one writes
-        scores = evaluate(
-            arguments.model,
-            arguments.data,
-            ks=ks,
-            device=device,
-            intervals=not arguments.no_intervals,
-            progress=not arguments.quiet,
-            distributed=world_size() > 1,
-            embeddings=None if geometry_path is None else embeddings,
-            **{name: getattr(arguments, name) for name in same},
-        )
+        for model in models:
+            measured = evaluate(
+                model,
+                arguments.data,
+                teacher=None if len(scores) else arguments.teacher,
+                ks=ks,
+                device=device,
+                intervals=not arguments.no_intervals,
+                progress=not arguments.quiet,
+                distributed=world_size() > 1,
+                embeddings=None if geometry_path is None else embeddings,
+                **{name: getattr(arguments, name) for name in same},
+            )
+            scores.add(measured if len(models) == 1 else measured.renamed("student", model))
         if not is_main():
             return 0
     if geometry_path is not None:
         write_geometry(embeddings, geometry_path)
     if arguments.json is not None:
         scores.save(arguments.json)
-    model, teacher = arguments.model, arguments.teacher
-    say(f"model: {model}" if teacher is None else f"student: {model}\nteacher: {teacher}")
+    teacher, listed = arguments.teacher, ", ".join(models)
+    say(f"model: {listed}" if teacher is None else f"student: {listed}\nteacher: {teacher}")
     names = {"student": "score"} if teacher is None else {}
     if arguments.markdown:
         print("\n" + scores.to_markdown(names=names))

@@ -6,7 +6,7 @@ import io
 import math
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -116,6 +116,13 @@ class Scores:
         self.scores += scores.scores
         self.queries |= scores.queries
         self.notes += scores.notes
+
+    def renamed(self, old: str, new: str) -> Scores:
+        """The same scores with the model `old` called `new`."""
+        result = Scores(replace(s, model=new) if s.model == old else s for s in self.scores)
+        result.queries = {(new if model == old else model, asked): q for (model, asked), q in self.queries.items()}
+        result.notes = list(self.notes)
+        return result
 
     def models(self) -> list[str]:
         """Names of the models, in order of appearance."""
