@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from clipdistill.config import build
+from clipdistill.embed.names import EngineName
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
 
@@ -32,6 +33,7 @@ def cache(
     dtype: Literal["fp16", "bf16", "int8"] = "fp16",
     batch_size: int = 64,
     device: str | None = None,
+    engine: EngineName = "auto",
     quiet: bool = False,
     **settings: Any,
 ) -> FillReport:
@@ -41,7 +43,8 @@ def cache(
     data: a name, or a mapping of the settings of `data` with its path; split: of data that has splits (None: train).
     views: augmented views stored beside the evaluation view.
     captions: of each image; dtype: of the stored rows; batch_size: pictures a forward pass; device: None is CUDA where
-    there is one; quiet: no lines on the error stream; settings: the others of docs/settings.md, for example block=1024.
+    there is one; engine: what runs the teacher; quiet: no lines on the error stream; settings: the others of
+    docs/settings.md, for example block=1024.
 
     Returns a FillReport: store, samples, seconds, bad, truncated. Raises InputError for unusable input or a store of
     other settings, BudgetError above the budget of bad samples.
@@ -53,7 +56,7 @@ def cache(
     values = {
         "teacher": teacher if isinstance(teacher, str) else tuple(teacher), "out": str(out), "views": views,
         "data": {"split": split, **given}, "captions": captions, "dtype": dtype,
-        "batch_size": batch_size, "device": device, **settings,
+        "batch_size": batch_size, "device": device, "engine": engine, **settings,
     }  # fmt: skip
     return fill(build(CacheConfig, values, "cache"), say=lambda line: None if quiet else print(line, file=sys.stderr))
 
@@ -66,8 +69,9 @@ def embed(
     captions: str = "all",
     batch_size: int = 256,
     device: str | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    engine: EngineName = "auto",
     progress: bool = True,
 ) -> EncodedPairs:
     """Embeddings of the images and captions of `data`, as `evaluate` computes them, in memory.
@@ -77,7 +81,8 @@ def embed(
     model: any name of a model, or a loaded one. data: a name, an opened source, or a list of (image, caption).
     split: of data that has splits (None: test, else val). captions: "all", "first", or "first 5" of each image.
     batch_size: images or captions a forward pass; device: None is where a loaded model is, for names CUDA where there
-    is one; workers: processes that decode; dtype: of the forward pass; progress: a bar on the error stream.
+    is one; workers: processes that decode (None: measured); dtype: of the forward pass; engine: what runs the towers
+    (auto: the fastest installed, timed where the set pays for it); progress: a bar and lines on the error stream.
 
     Returns EncodedPairs: image (N, D) and text (M, D), unit length, float32, on the CPU; text_to_image (M,) the row of
     each caption's image. Raises InputError for unusable input.
@@ -91,5 +96,5 @@ def embed(
         raise InputError(f"{source.name}: is a labelled set, and pairs of images and captions are needed")
     return encode_pairs(
         loaded_model(model, device), source, batch_size=batch_size, captions=captions, workers=workers,
-        progress=progress, dtype=dtype,
+        progress=progress, dtype=dtype, engine=engine,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from PIL import Image
 from clipdistill.bench import command
 from clipdistill.bench import throughput as throughput_module
 from clipdistill.bench.backends import Eager, Loaded, find_backend, find_dtype
+from clipdistill.bench.cost import median_caption
 from clipdistill.bench.endtoend import Pipeline
 from clipdistill.bench.measure import show
 from clipdistill.bench.throughput import throughput
@@ -285,3 +286,21 @@ def test_ratios_measured_amid_noise_are_withheld_everywhere(monkeypatch: pytest.
     assert "withheld: noise" in shown.getvalue()
     device = BenchDevice("x", "x", noisy={("eager", "float32", 2)})
     assert device.ratio(None, None, "pair", ("eager", "float32", 2)) is None  # type: ignore[arg-type]
+
+
+def test_text_is_measured_at_the_length_of_a_median_caption_too() -> None:
+    from clipdistill.models import build_student, build_words_tokenizer
+    from tests.export.conftest import tiny_architecture
+
+    sentence = "two brown dogs are running across a field of tall dry grass"
+    text = {"context_length": 48, "vocab_size": 40, "width": 32, "heads": 2, "layers": 1}
+    model = build_student(tiny_architecture(text_cfg=text), seed=0, tokenizer=build_words_tokenizer([sentence], 48))
+    last = tiny_architecture(text_cfg={**text, "pool_type": "last"}, custom_text=True)
+    reads_padding = build_student(last, seed=0, tokenizer=model.tokenizer)
+    result = throughput({"a": model, "b": reads_padding}, batch_sizes=(2,), towers=("text",), device="cpu", **FAST)
+    rows = {(row["model"], row["tower"]): row for row in result["measurements"]}
+    assert set(rows) == {("a", "text"), ("a", "caption"), ("b", "text")}
+    assert rows["a", "caption"]["length"] == 16
+    captions = median_caption(model, 3, torch.device("cpu"), None)
+    assert captions is not None
+    assert captions.shape == (3, 16)

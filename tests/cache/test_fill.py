@@ -326,3 +326,39 @@ def test_views_without_a_random_policy_are_refused(tmp_path, teacher):
 )
 def test_block_sizes(samples, bytes_each, expected):
     assert create.block_size(samples, bytes_each) == expected
+
+
+def test_a_fill_keeps_the_engine_it_began_with(tmp_path, teacher):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    said = []
+    config = cache_config(tmp_path / "c", teacher, 40, engine="onnx", part="0/2")
+    store = fill(config, say=said.append).store
+    entry = store.manifest.teachers[0]
+    assert entry.engines == {"image": "onnx", "text": "onnx"}
+    assert min(entry.agreement.values()) > 0.9999
+    assert any("image tower by onnx, text tower by onnx, in float32" in line for line in said)
+    again = fill(cache_config(tmp_path / "c", teacher, 40), say=said.append).store  # auto would take torch here
+    assert again.manifest.teachers[0] == entry
+    assert not again.missing_blocks()
+    plain = filled(tmp_path / "p", teacher, 40)
+    assert plain.manifest.teachers[0].engines == {}
+    assert again.manifest.fingerprint() != plain.manifest.fingerprint()
+    for index in (0, 9, 39):
+        for a, b in zip(again.read(0, [index], [2], [0]), plain.read(0, [index], [2], [0]), strict=True):
+            assert torch.allclose(a.float(), b.float(), atol=1e-3)
+
+
+def test_a_store_whose_engine_does_not_run_here_is_not_continued(tmp_path, teacher, monkeypatch):
+    from clipdistill.embed import engine
+
+    fill(cache_config(tmp_path / "c", teacher, 40, part="0/2"))
+    path = tmp_path / "c" / "manifest.json"
+    store = CacheStore(tmp_path / "c")
+    entry = store.manifest.teachers[0].model_copy(update={"engines": {"image": "openvino"}})
+    create.write_manifest(tmp_path / "c", store.manifest.model_copy(update={"teachers": (entry,)}))
+    monkeypatch.setattr(engine, "_converted", lambda *_: (_ for _ in ()).throw(RuntimeError("no")))
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"was run by openvino \(image tower\), which does not run here: install it"):
+        fill(cache_config(tmp_path / "c", teacher, 40))
+    assert path.read_bytes() == before

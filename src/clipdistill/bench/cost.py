@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipdistill.bench.backends import tensor_bytes
+from clipdistill.data.pairs import PairSource
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.known import architecture_fingerprint
 from clipdistill.models.parameters import evaluation_mode
@@ -59,7 +60,7 @@ def count_flops(model: ClipModel, tower: str) -> int:
 def sample_inputs(model: ClipModel, tower: str, batch: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A batch as a tower expects it: seeded noise images (B, 3, H, W), or tokens (B, L) of short captions.
 
-    A text tower runs over its whole context length whatever the caption, so the words do not matter for speed.
+    The tokens are those of the whole context, so the words do not matter for speed (`median_caption`: where they do).
     """
     if tower == "image":
         generator = torch.Generator().manual_seed(0)
@@ -67,6 +68,26 @@ def sample_inputs(model: ClipModel, tower: str, batch: int, device: torch.device
         return torch.randn(batch, 3, size, size, generator=generator).to(device=device, dtype=dtype)
     captions = [f"a photo of {i} cats on a red sofa" for i in range(batch)]
     return model.tokenizer(captions).to(device)
+
+
+_MEDIAN = "two brown dogs are running across a field of tall dry grass"
+"""14 tokens of CLIP's tokenizer, the median caption of Flickr8k."""
+_CAPTIONS = 1000
+
+
+def median_caption(model: ClipModel, batch: int, device: torch.device, source: PairSource | None) -> Tensor | None:
+    """Tokens (B, L) cut to their text: the caption of median length of `source`'s first thousand pictures, B times.
+
+    Without a source one as long as the median caption of Flickr8k; None for a tower that reads its padding.
+    """
+    if not model.reads_only_text:
+        return None
+    text = _MEDIAN
+    if source is not None:
+        captions = [caption for i in range(min(_CAPTIONS, len(source))) for caption in source.captions(i)]
+        lengths = model.tokenizer.lengths(captions)
+        text = captions[sorted(range(len(captions)), key=lengths.__getitem__)[len(captions) // 2]]
+    return model.shorten(model.tokenizer([text] * batch))[0].to(device)
 
 
 def peak_activation_bytes(call: Callable[[], object], device: torch.device) -> int | None:

@@ -100,7 +100,7 @@ def show(result: dict[str, Any], file: TextIO | None = None) -> None:
         cells = [
             row["model"],
             f"{row['backend']}, {row['dtype']}, batch {row['batch']}",
-            row["tower"],
+            f"text, {row['length']} tokens" if "length" in row else row["tower"],
             f"{row['value']:,.1f} ({row['low']:,.1f} to {row['high']:,.1f})",
             f"{ratio['value']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})" if ratio else times,
             *(f"{row[name]:.2f} ms" if name in row else "" for name in ("median_ms", "p95_ms")),

@@ -10,7 +10,7 @@ import datetime
 import functools
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from clipdistill.bench import endtoend
 from clipdistill.bench.backends import DTYPES, Backend, Loaded, find_dtype
-from clipdistill.bench.cost import describe_model, peak_activation_bytes, sample_inputs
+from clipdistill.bench.cost import describe_model, median_caption, peak_activation_bytes, sample_inputs
 from clipdistill.bench.device import busy_warning, describe_device, describe_libraries
 from clipdistill.bench.timing import UNTRUSTED, Session, TimedTask, measure, median_interval, pair_rates, ratio_interval
 from clipdistill.data.pairs import PairSource
@@ -114,6 +114,8 @@ class _Bench:
     reference: str
     source: PairSource | None
     result: dict[str, Any]
+    lengths: dict[str, int] = field(default_factory=dict)
+    """Tokens of a caption of median length, by model."""
 
     def measure(self, settings: Sequence[tuple[Backend, str]], batch_sizes: Sequence[int]) -> None:
         """All models in all back ends and number formats, every batch size."""
@@ -205,10 +207,19 @@ class _Bench:
         self, name: str, loaded: Loaded, batch: int, dtype: str, visible: bool
     ) -> list[tuple[TimedTask, int | None]]:
         found = []
-        for tower in self.towers:
-            inputs = sample_inputs(self.models[name], tower, batch, self.device, DTYPES.get(dtype, torch.float32))
-            call = functools.partial(loaded.towers[tower], inputs)
-            call()
+        model, kind = self.models[name], DTYPES.get(dtype, torch.float32)
+        work = {tower: sample_inputs(model, tower, batch, self.device, kind) for tower in self.towers}
+        if "text" in work and (caption := median_caption(model, batch, self.device, self.source)) is not None:
+            work["caption"] = caption
+            self.lengths[name] = caption.shape[1]
+        for tower, inputs in work.items():
+            call = functools.partial(loaded.towers["text" if tower == "caption" else tower], inputs)
+            try:
+                call()
+            except Exception:
+                if tower != "caption":
+                    raise
+                continue  # what runs it takes the whole context only
             measurable = visible or self.device.type == "cuda"
             peak = peak_activation_bytes(call, self.device) if measurable else None
             found.append((TimedTask(f"{name}|{tower}", self._synchronised(call), batch), peak))
@@ -258,6 +269,8 @@ class _Bench:
                 "peak_bytes": None if activations is None else activations + loaded[name].weight_bytes,
                 "activation_bytes": activations,
             }
+            if tower == "caption":
+                row["length"] = self.lengths[name]
             if key in parts:
                 row["parts_ms"] = parts[key].parts()
             self.result["measurements"].append(row)

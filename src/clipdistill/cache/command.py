@@ -8,6 +8,7 @@ from typing import Any
 
 from clipdistill.cache.config import CacheConfig
 from clipdistill.config import build, override
+from clipdistill.embed.names import add_engine
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
 from clipdistill.recipes import load_recipe
@@ -43,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("auto", "bf16", "fp32"), help="of the teacher's forward pass (default: bf16 on a GPU)")
     add("--batch-size", type=int, help="pictures a forward pass (default 64)")
     add("--block", type=int, help="samples a file (default: from the size of the data, at most 4096)")
-    add("--workers", type=int, help="processes that decode (default: up to 8 with a GPU, else none)")
+    add_engine(add, default=None)
+    add("--workers", type=int, help="processes that decode (default: as many as keep the teacher busy, measured)")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one; LOCAL_RANK under torchrun)")
     add("--part", help="fill only a static share: 0/4, 1/4, ... on machines without a common disk; merge them later")
     add("--allow-versions", action="store_true", default=None, help="go on although libraries have changed")
@@ -72,8 +74,8 @@ def _fill(assignments: list[str], arguments: argparse.Namespace) -> int:
         if view:
             values["view"] = view
     names = (
-        "teacher", "out", "views", "captions", "synthetic", "dtype", "precision", "batch_size", "block", "workers",
-        "device", "part", "allow_versions",
+        "teacher", "out", "views", "captions", "synthetic", "dtype", "precision", "batch_size", "block", "engine",
+        "workers", "device", "part", "allow_versions",
     )  # fmt: skip
     values |= {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     data = {"path": arguments.data, "split": arguments.split, "image_root": arguments.image_root}
@@ -147,6 +149,9 @@ def _info(words: list[str], arguments: argparse.Namespace) -> int:
                 f"  teacher {number} {teacher.name}: {teacher.dim} dimensions, logit scale {teacher.logit_scale:.4g}, "
                 f"{teacher.precision} forward, {teacher.transform.size} px, weights {teacher.weights[:16]}"
             )
+            for tower, name in teacher.engines.items():
+                cosine = teacher.agreement.get(tower, 0)
+                print(f"            {tower} tower by {name}, cosine with torch at least {cosine:.7f}")
         policy = "" if manifest.view_policy is None else f": {manifest.view_policy.model_dump_json()}"
         print(f"  views     the evaluation view and {manifest.views} stored{policy}")
         share = file_size(size / manifest.data.samples)

@@ -11,6 +11,7 @@ from clipdistill.cache.names import Dtype
 from clipdistill.config import Config
 from clipdistill.data.pairs import DataConfig
 from clipdistill.data.views import ViewPolicy
+from clipdistill.embed.names import EngineName
 from clipdistill.models.towers.names import split_models
 
 
@@ -41,8 +42,10 @@ class CacheConfig(Config):
     """Pictures a forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the teacher's forward pass (auto: bf16 on a GPU, else fp32)."""
+    engine: EngineName = "auto"
+    """What runs the teacher (auto: the fastest installed, where the set pays for it; a store keeps its engine)."""
     workers: int | None = pydantic.Field(default=None, ge=0, le=1024)
-    """Processes that decode (None: up to 8 with a GPU, else none)."""
+    """Processes that decode (None: as many as keep the teacher busy, measured)."""
     device: str | None = None
     """cpu, cuda, cuda:1 (None: CUDA when there is one)."""
     part: str | None = pydantic.Field(default=None, pattern=r"^\d+/\d+$")

@@ -25,6 +25,7 @@ from clipdistill.cache.store import CacheStore
 from clipdistill.cache.synthetic import matched, read_synthetic, synthetic_fingerprint
 from clipdistill.config import as_dict
 from clipdistill.data.pairs import PairSource
+from clipdistill.embed.encode import Encoder
 from clipdistill.embed.prepare import sample_digest
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
@@ -36,7 +37,7 @@ _PATIENCE = 900.0
 
 
 def open_for_filling(
-    config: CacheConfig, source: PairSource, teachers: Sequence[ClipModel], precision: str
+    config: CacheConfig, source: PairSource, encoders: Sequence[Encoder], precision: str
 ) -> CacheStore:
     """The store in `config.out`: made if it is not there, else checked against the request and grown if the data grew.
 
@@ -51,7 +52,9 @@ def open_for_filling(
     if folder.is_dir():
         refuse_links(folder, "cache")
     make_folder(folder, "cache")
-    entries = [teacher_entry(m, name, precision) for m, name in zip(teachers, config.teachers, strict=True)]
+    teachers = [encoder.model for encoder in encoders]
+    named = zip(teachers, config.teachers, encoders, strict=True)
+    entries = [teacher_entry(model, name, precision, encoder) for model, name, encoder in named]
     claims = Claims(folder / "locks")
     began = time.monotonic()
     while not claims.take("manifest"):

@@ -21,6 +21,7 @@ from torch import Tensor
 from clipdistill.cache.blocks import write_block
 from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.create import open_for_filling
+from clipdistill.cache.manifest import MANIFEST, TeacherEntry, read_manifest
 from clipdistill.cache.rows import pack
 from clipdistill.cache.sizes import check_space
 from clipdistill.cache.store import CacheStore, Part
@@ -36,7 +37,7 @@ from clipdistill.models import ClipModel, load_model
 from clipdistill.runs.folder import read_lines
 from clipdistill.runtime.console import file_size
 from clipdistill.runtime.locks import Claims
-from clipdistill.runtime.machine import cpu_count, pick_device
+from clipdistill.runtime.machine import pick_device
 
 Say = Callable[[str], None]
 
@@ -96,15 +97,45 @@ def fill(
     device = pick_device(config.device)
     precision = config.precision if config.precision != "auto" else ("bf16" if device.type == "cuda" else "fp32")
     models = [load_model(name, teacher=True) for name in config.teachers] if teachers is None else list(teachers)
-    store = open_for_filling(config, source, models, precision)
-    _announce(store, say)
     for model in models:
         model.module.requires_grad_(False).eval().to(device)
-    filling = _Filling(config, store, source, models, device, precision, progress)
+    encoders = [Encoder(model, device=device, dtype=precision, engine=config.engine, say=say) for model in models]
+    stored = read_manifest(config.out).teachers if (config.out / MANIFEST).exists() else ()
+    workers = _choose(config, source, encoders, stored)
+    store = open_for_filling(config, source, encoders, precision)
+    _choose(config, source, encoders, store.manifest.teachers, again=True)  # another process may have made it meanwhile
+    _announce(store, say)
+    for encoder in encoders:
+        say(f"teacher {encoder.model.name}: {encoder.describe()}")
+    filling = _Filling(config, store, source, encoders, device, workers, progress)
     try:
         return filling.run()
     finally:
         filling.claims.give_back_all()
+
+
+def _choose(
+    config: CacheConfig,
+    source: PairSource,
+    encoders: list[Encoder],
+    stored: Sequence[TeacherEntry],
+    again: bool = False,
+) -> int:
+    """Engines for the teachers, those of a store that is there (`stored`) where it has the teacher; the workers."""
+    workers = config.workers
+    for number, encoder in enumerate(encoders):
+        kept = stored[number].engines if number < len(stored) else None
+        if again and encoder.engine_names() == kept:
+            continue
+        found = encoder.prepare(source, 1 + config.views, 1 if config.captions == "first" else None, kept)
+        workers = found if workers is None else workers
+        if kept is not None and encoder.engine_names() != {t: name.split(" + ")[0] for t, name in kept.items()}:
+            raise InputError(
+                f"cache {config.out}: its teacher '{encoder.model.name}' was run by "
+                f"{', '.join(f'{name} ({tower} tower)' for tower, name in kept.items())}, which does not run here: "
+                "install it, or fill a new folder"
+            )
+    return workers or 0
 
 
 def _announce(store: CacheStore, say: Say) -> None:
@@ -132,14 +163,14 @@ class _Filling:
         config: CacheConfig,
         store: CacheStore,
         source: PairSource,
-        models: list[ClipModel],
+        encoders: list[Encoder],
         device: torch.device,
-        precision: str,
+        workers: int,
         progress: Callable[[int, int, float], None],
     ) -> None:
+        models = [encoder.model for encoder in encoders]
         self.config, self.store, self.source, self.models = config, store, source, models
-        self.device, self.progress = device, progress
-        self.encoders = [Encoder(model, device=device, dtype=precision) for model in models]
+        self.device, self.progress, self.encoders, self.workers = device, progress, encoders, workers
         self.claims = Claims(store.folder / "locks")
         self.queue: deque[_BlockWork] = deque()
         self.report = FillReport(store)
@@ -199,10 +230,7 @@ class _Filling:
         return self.store.samples.in_row_order[start:stop].tolist()
 
     def _loader(self, missing: list[int]) -> Iterator[Prepared]:
-        workers = self.config.workers
-        if workers is None:
-            workers = min(8, cpu_count()) if self.device.type == "cuda" else 0
-        return prepared(self.preparation, self._plan(missing), workers)
+        return prepared(self.preparation, self._plan(missing), self.workers)
 
     def _plan(self, missing: list[int]) -> Iterator[list[Item]]:
         """Claim one block after the other, just ahead of the work, and cut each into batches."""

@@ -6,12 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clipdistill.cache.manifest import Manifest, TeacherEntry
-from clipdistill.config import as_dict
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel, hash_tensors
+
+if TYPE_CHECKING:
+    from clipdistill.embed.encode import Encoder
 
 LIBRARIES = ("torch", "pillow", "open_clip_torch", "timm", "transformers", "onnxruntime")
 _ALWAYS = ("torch", "pillow", "open_clip_torch", "timm")
@@ -36,8 +38,9 @@ def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
-def teacher_entry(model: ClipModel, name: str, precision: str) -> TeacherEntry:
-    """The manifest's entry for a loaded teacher."""
+def teacher_entry(model: ClipModel, name: str, precision: str, encoder: Encoder | None = None) -> TeacherEntry:
+    """The manifest's entry for a loaded teacher, with what runs its towers in `encoder`."""
+    engines = {} if encoder is None else encoder.engines
     towers: Any = model.module
     return TeacherEntry(
         name=name,
@@ -48,6 +51,8 @@ def teacher_entry(model: ClipModel, name: str, precision: str) -> TeacherEntry:
         dim=model.embed_dim,
         logit_scale=float(towers.logit_scale.detach().float().exp()),
         parameters=model.parameter_counts() if hasattr(model.module, "visual") else {},
+        engines={tower: engine.name for tower, engine in engines.items() if engine.name != "torch"},
+        agreement={tower: engine.agreement for tower, engine in engines.items() if engine.agreement is not None},
     )
 
 
@@ -102,8 +107,7 @@ def _short(value: Any) -> str:
 
 def require_same_teacher(stored: TeacherEntry, found: TeacherEntry, where: str) -> None:
     """Raises InputError that names the first field in which a loaded teacher is not the stored one."""
-    before, after = ({**as_dict(entry), "name": None, "parameters": None} for entry in (stored, found))
-    first = next(differences(before, after), None)
+    first = next(differences(stored.identity(), found.identity()), None)
     if first is not None:
         raise InputError(
             f"{where}: teacher '{stored.name}': {first}: the cache was made with another one, so its embeddings do not "

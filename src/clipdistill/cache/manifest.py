@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -24,7 +25,8 @@ class TeacherEntry(Config):
     """One teacher: everything its numbers depend on.
 
     weights: sha256 over the architecture and all weights; tokenizer: sha256 of teacher-N/tokenizer.json;
-    precision: of the forward pass; logit_scale: the multiplier itself.
+    precision: of the forward pass; logit_scale: the multiplier itself. engines: what runs a tower where it is not
+    torch; agreement: of a tower, its least cosine with torch in float32 on a first batch, where it was compared.
     """
 
     name: str
@@ -35,6 +37,13 @@ class TeacherEntry(Config):
     dim: int = pydantic.Field(gt=0)
     logit_scale: float = pydantic.Field(gt=0, le=LARGEST_SCALE)
     parameters: dict[str, int] = pydantic.Field(default_factory=dict)
+    engines: dict[str, str] = pydantic.Field(default_factory=dict)
+    agreement: dict[str, float] = pydantic.Field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it another teacher: not its name, and not what ran it, which was compared with torch."""
+        values = {**as_dict(self), "name": None, "parameters": None}
+        return {name: value for name, value in values.items() if name not in ("engines", "agreement")}
 
 
 class DataEntry(Config):
@@ -86,7 +95,10 @@ class Manifest(Config):
         for name in ("kind", "format", "block", "segments", "samples"):
             del values[name]
         values["data"] = self.data.fingerprint
-        values["teachers"] = [{**teacher, "name": None, "parameters": None} for teacher in values["teachers"]]
+        values["teachers"] = [
+            teacher.identity() | ({"engines": dict(teacher.engines)} if teacher.engines else {})
+            for teacher in self.teachers
+        ]
         return digest_of(values)
 
     def pair_bytes(self) -> float:

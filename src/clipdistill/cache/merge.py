@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipdistill.cache.blocks import write_block
 from clipdistill.cache.fingerprint import differences
-from clipdistill.cache.manifest import Manifest, SyntheticEntry, write_manifest
+from clipdistill.cache.manifest import Manifest, SyntheticEntry, TeacherEntry, write_manifest
 from clipdistill.cache.samples import write_samples
 from clipdistill.cache.sizes import check_space
 from clipdistill.cache.store import CacheStore
@@ -50,9 +50,21 @@ def merge(out: Path, folders: Sequence[Path]) -> CacheStore:
 
 def _settings(manifest: Manifest) -> dict[str, Any]:
     values = {name: value for name, value in as_dict(manifest).items() if name not in _OWN}
-    # where a teacher lay does not matter
-    values["teachers"] = {str(n): {**t, "name": None} for n, t in enumerate(values["teachers"])}
+    values["teachers"] = {str(n): teacher.identity() for n, teacher in enumerate(manifest.teachers)}
     return values
+
+
+def _teachers(stores: list[CacheStore]) -> tuple[TeacherEntry, ...]:
+    """The first store's, with the engines of all ("openvino + torch") and the least agreement."""
+    found = []
+    for own in zip(*(store.manifest.teachers for store in stores), strict=True):
+        towers = sorted({tower for entry in own for tower in (*entry.engines, *entry.agreement)})
+        names = {tower: sorted({entry.engines.get(tower, "torch") for entry in own}) for tower in towers}
+        cosines = {tower: [entry.agreement[tower] for entry in own if tower in entry.agreement] for tower in towers}
+        engines = {tower: " + ".join(several) for tower, several in names.items() if several != ["torch"]}
+        agreement = {tower: min(values) for tower, values in cosines.items() if values}
+        found.append(own[0].model_copy(update={"engines": engines, "agreement": agreement}))
+    return tuple(found)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -84,7 +96,7 @@ def _join_shares(out: Path, stores: list[CacheStore]) -> None:
                     out / holder.path(part, teacher, block).relative_to(holder.folder),
                 )
     _copy(first.folder / first.manifest.samples, out / first.manifest.samples)
-    write_manifest(out, first.manifest)
+    write_manifest(out, first.manifest.model_copy(update={"teachers": _teachers(stores)}))
 
 
 def _append(out: Path, stores: list[CacheStore]) -> None:
@@ -127,7 +139,13 @@ def _append(out: Path, stores: list[CacheStore]) -> None:
         }
     )
     manifest = first.model_copy(
-        update={"segments": tuple(ends), "samples": write_samples(out, records), "data": data, "synthetic": synthetic}
+        update={
+            "segments": tuple(ends),
+            "samples": write_samples(out, records),
+            "data": data,
+            "synthetic": synthetic,
+            "teachers": _teachers(stores),
+        }
     )
     _copy_tokenizers(out, stores[0])
     write_manifest(out, manifest)

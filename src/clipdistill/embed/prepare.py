@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, View, ViewPolicy,
 from clipdistill.models import Tokenizer
 
 DIGEST_BYTES = 16
+T = TypeVar("T")
+_END = object()
 
 
 class Pictures(Protocol):
@@ -126,3 +130,42 @@ def draw_views(policy: ViewPolicy, count: int, seed: int, key: bytes, width: int
     """The views 1..count of one image: a function of (policy, seed, digest of the sample, image size) alone."""
     entropy = [seed, int.from_bytes(key[:8], "little")]
     return [sample_view(policy, width, height, np.random.default_rng([*entropy, n])) for n in range(1, count + 1)]
+
+
+def ahead(items: Iterator[T], meanwhile: Iterator[Any], depth: int = 2) -> Iterator[T]:
+    """`items`, made by a thread up to `depth` ahead; while the next is not there, steps of `meanwhile` are taken."""
+    made: queue.Queue[Any] = queue.Queue(depth)
+    ended = threading.Event()
+
+    def make() -> None:
+        try:
+            for item in items:
+                made.put(item)
+                if ended.is_set():
+                    return
+            made.put(_END)
+        except BaseException as error:
+            made.put(error)
+
+    thread = threading.Thread(target=make, daemon=True, name="pictures ahead")
+    thread.start()
+    try:
+        while True:
+            try:
+                item = made.get_nowait()
+            except queue.Empty:
+                if next(meanwhile, _END) is not _END:
+                    continue
+                item = made.get()
+            if item is _END:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        ended.set()
+        while thread.is_alive():  # it may be waiting for a place
+            try:
+                made.get(timeout=0.05)
+            except queue.Empty:
+                continue

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipdistill.embed.names import add_engine
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
 from clipdistill.runs.folder import RunFolder
@@ -35,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--templates", help="prompt templates: a set's name or a file (default: what fits the set)")
     add("--classes", help="file with the class names of a labelled set")
     add("--batch-size", type=int, default=256, help="images or captions a forward pass (default 256)")
-    add("--workers", type=int, default=0, help="processes that decode images")
+    add("--workers", type=int, help="processes that decode images (default: measured)")
+    add_engine(add)
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
     add("--dtype", default="float32", help="float32, bfloat16 or float16")
     add("--strict-counts", action="store_true", help="refuse a published set that is not complete")
@@ -79,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     embeddings: dict[tuple[str, str], EncodedPairs] = {}
     device = pick_device(arguments.device)
     scores = Scores()
-    same = ("protocol", "split", "templates", "classes", "batch_size", "workers", "dtype", "strict_counts")
+    same = ("protocol", "split", "templates", "classes", "batch_size", "workers", "dtype", "strict_counts", "engine")
     with ProcessGroup(device):  # under torchrun the ranks share the work and the first one writes
         for model in models:
             measured = evaluate(

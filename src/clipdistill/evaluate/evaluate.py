@@ -52,7 +52,7 @@ def evaluate(
     ks: Sequence[int] = (1, 5, 10),
     batch_size: int = 256,
     device: str | torch.device | None = None,
-    workers: int = 0,
+    workers: int | None = 0,
     templates: str | Sequence[str] | None = None,
     classes: str | Path | None = None,
     split: str | None = None,
@@ -63,6 +63,7 @@ def evaluate(
     strict_counts: bool = False,
     distributed: bool = False,
     embeddings: dict[tuple[str, str], EncodedPairs] | None = None,
+    engine: str = "torch",
 ) -> Scores:
     """Measure a model, and its teacher where given, on image-caption pairs (retrieval) and labelled sets (zero-shot).
 
@@ -73,9 +74,10 @@ def evaluate(
     ks: K of R@K. templates, classes: prompt templates and class-name file of labelled sets (None: the set's own).
     split: of data sets that have splits (None: test, else val). intervals: 95 % bootstrap intervals, clustered by
     image. dtype: "float32", "bfloat16" or "float16". batch_size: images or captions a forward pass; workers: processes
-    that decode; progress: a bar on the error stream. captions: overrides the protocol's rule ("all", "first",
-    "first 5"). device: None is where a loaded model is, and for names CUDA where there is one, else the CPU.
-    strict_counts: a published set with other than its published counts is an error, not a note.
+    that decode (None: measured); engine: what runs the towers ("auto", "torch", "compile", "onnx", "openvino"; noted
+    in the scores where it is not torch); progress: a bar on the error stream. captions: overrides the protocol's rule
+    ("all", "first", "first 5"). device: None is where a loaded model is, and for names CUDA where there is one, else
+    the CPU. strict_counts: a published set with other than its published counts is an error, not a note.
     distributed: share the work between the ranks of torch.distributed; every rank must call and gets everything.
     embeddings: filled with what was encoded, by (model, name of the pair set), for evaluate.geometry.
 
@@ -100,6 +102,7 @@ def evaluate(
             progress=progress,
             dtype=dtype,
             distributed=distributed,
+            engine=engine,
         )
         fingerprint = one.fingerprint()
         own = measured[name] = Scores()
@@ -118,6 +121,7 @@ def evaluate(
                 if strict_counts and source.deviation():
                     raise InputError(f"{source.name}: {source.deviation()}")
                 own.add(_zero_shot_scores(encoder, source, templates, name, fingerprint, intervals))
+        own.notes += encoder.notes(name)
     for own in measured.values():
         result.add(own)
     result.notes = list(dict.fromkeys(result.notes))

@@ -19,7 +19,7 @@ from torch import Tensor
 from clipdistill.bench.backends import Loaded
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import SUFFIX, load_graph
+from clipdistill.models.exported import SUFFIX, TOWERS, load_graph
 
 _SAMPLES = 16
 
@@ -32,26 +32,47 @@ class ExportedBackend:
     def __init__(self, name: str, dtypes: tuple[str, ...]) -> None:
         self.name, self.dtypes = name, dtypes
 
-    def load(self, model: ClipModel, device: torch.device, dtype: str) -> Loaded:
+    def load(
+        self,
+        model: ClipModel,
+        device: torch.device,
+        dtype: str,
+        *,
+        towers: tuple[str, ...] = TOWERS,
+        folder: Path | None = None,
+    ) -> Loaded:
         """Export `model` to a temporary folder, quantise it for int8, and load its graphs.
+
+        folder: where ONNX graphs lie or are left for another runtime (both read them); the caller removes it.
 
         A model called `onnx:DIR` or `openvino:DIR` is measured as it is, in the format its graphs have. Raises
         InputError for another device than the CPU, and for whatever cannot be exported.
         """
         if device.type != "cpu":
-            raise InputError(f"the back end '{self.name}' is measured on the CPU only")
+            raise InputError(f"the back end '{self.name}' runs on the CPU only")
         if "exported" in model.architecture:
             return self._ready_made(model, dtype)
+        if folder is not None:
+            from clipdistill.export.towers import write_onnx
+
+            missing = tuple(tower for tower in towers if not (folder / f"{tower}.onnx").exists())
+            if missing:
+                write_onnx(model, folder, towers=missing)
+            return self._loaded({tower: folder / f"{tower}.onnx" for tower in towers}, dtype, folder)
         folder = Path(tempfile.mkdtemp(prefix="clipdistill-bench-"))
         try:
-            files = make_graphs(model, folder, self.name, int8=dtype == "int8")
-            precision = "float32" if dtype == "int8" else dtype
-            towers = {tower: _on_tensors(load_graph(path, self.name, precision)) for tower, path in files.items()}
-            size = sum(path.stat().st_size for path in folder.iterdir())
+            loaded = self._loaded(make_graphs(model, folder, self.name, int8=dtype == "int8"), dtype, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        return Loaded(towers, size, size, close=lambda: shutil.rmtree(folder, ignore_errors=True))
+        loaded.close = lambda: shutil.rmtree(folder, ignore_errors=True)
+        return loaded
+
+    def _loaded(self, files: dict[str, Path], dtype: str, folder: Path) -> Loaded:
+        precision = "float32" if dtype == "int8" else dtype
+        towers = {tower: _on_tensors(load_graph(path, self.name, precision)) for tower, path in files.items()}
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        return Loaded(towers, size, size)
 
     def _ready_made(self, model: ClipModel, dtype: str) -> Loaded:
         if model.architecture["exported"] != self.name:

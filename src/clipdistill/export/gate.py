@@ -1,7 +1,8 @@
 """The gate after every export: does the exported graph compute what the model computes?
 
 Compared are embeddings of unit length, so that one tolerance fits models of any scale. Texts are short, long (cut at
-the context length) and of mixed lengths in one batch, because a lost text mask shows only where rows are padded.
+the context length) and of mixed lengths in one batch, because a lost text mask shows only where rows are padded. A
+graph that takes any length is compared without the padding too, and always with the model on the whole context.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import torch
 
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.exported import takes_any_length
 from clipdistill.models.parameters import evaluation_mode
 from clipdistill.models.tokenizers import WordsTokenizer
 
 BATCHES = (1, 7)
+_EIGHT_BITS = 0.01
+"""What a cosine in eight bits may change by with the length: activations near a step fall to either side of it."""
 Runner = Callable[[np.ndarray], np.ndarray]
 
 
@@ -89,6 +93,11 @@ def compare(
             if given.shape != expected.shape:
                 raise InputError(f"the exported {tower} tower gives {given.shape} instead of {expected.shape}")
             found.append(_parity(tower, case, batch, expected, given))
+            if tower == "text" and takes_any_length(runners[tower]):
+                (cut,) = model.shorten(torch.from_numpy(values))
+                if cut.shape[1] < values.shape[1]:
+                    given = np.asarray(runners[tower](cut.numpy()), dtype=np.float32)
+                    found.append(_parity(tower, f"{case}, cut to {cut.shape[1]}", batch, expected, given))
     return found
 
 
@@ -114,6 +123,18 @@ def require(parities: list[Parity], tolerance: Tolerance, what: str) -> None:
             f"{what}: the exported {worst.tower} tower differs from the model by {worst.difference:.2g} (cosine "
             f"{worst.cosine:.6f}) on {worst.case} input at batch {worst.batch}, allowed is {tolerance.difference:.2g}"
         )
+
+
+def require_same_at_any_length(parities: list[Parity], what: str) -> None:
+    """Raise InputError when a text tower in eight bits is further from the model without the padding than with it."""
+    whole = {(p.case, p.batch): p.cosine for p in parities}
+    for p in parities:
+        case, _, cut = p.case.partition(", cut to ")
+        if cut and p.cosine < whole[case, p.batch] - _EIGHT_BITS:
+            raise InputError(
+                f"{what}: the int8 text tower gives other embeddings for captions cut to {cut} tokens (cosine with the "
+                f"model {p.cosine:.4f}, with the padding {whole[case, p.batch]:.4f}): leave --int8 out"
+            )
 
 
 def summary(parities: list[Parity]) -> dict[str, Any]:

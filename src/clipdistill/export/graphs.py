@@ -16,7 +16,7 @@ from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError, first_line, needing
 from clipdistill.export.accuracy import Accuracy, accuracy, calibration_arrays, embed
 from clipdistill.export.folder import export_folder
-from clipdistill.export.gate import Parity, Tolerance, compare, require, summary
+from clipdistill.export.gate import Parity, Tolerance, compare, require, require_same_at_any_length, summary
 from clipdistill.export.int8 import Chosen, quantise_onnx, quantise_openvino, within_budget
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.tokenizer_json import differing, tokenizer_json
@@ -24,7 +24,7 @@ from clipdistill.export.towers import INPUTS, OPSET, OUTPUTS, write_onnx
 from clipdistill.export.transform import FILE as TRANSFORM
 from clipdistill.export.transform import write_transform
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import SUFFIX, TOWERS, load_graph, read_exported
+from clipdistill.models.exported import SUFFIX, TOWERS, load_graph, read_exported, takes_any_length
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.runtime.console import html_page
 from clipdistill.runtime.files import read_json, sha256, write_json
@@ -84,13 +84,16 @@ def export_graphs(
     tokenizer = tokenizer_json(model.tokenizer)
     notes: list[str] = []
     with export_folder(out) as folder:
-        write_json(folder / TOKENIZER, tokenizer)
         write_transform(folder, model.image, runtime)
         write_graphs(model, folder, runtime, normalised=normalised, opset=opset)
-        parities = compare(model, {t: load_graph(folder / f"{t}{SUFFIX[runtime]}", runtime) for t in TOWERS},
-                           normalised=normalised)  # fmt: skip
+        runners = {tower: load_graph(folder / f"{tower}{SUFFIX[runtime]}", runtime) for tower in TOWERS}
+        parities = compare(model, runners, normalised=normalised)
         require(parities, tolerance or Tolerance(), str(out))
+        if any_length := takes_any_length(runners["text"]):
+            tokenizer = tokenizer_json(model.tokenizer, to_longest=True)
+        write_json(folder / TOKENIZER, tokenizer)
         manifest = _manifest(model, folder, runtime, normalised, opset, tolerance or Tolerance(), parities)
+        manifest["towers"]["text"]["input_shape"][1] = "length" if any_length else model.context_length
         write_json(folder / MANIFEST, manifest, checked=True)
         result = Exported(out, parities, notes=notes)
         if test is not None:
@@ -123,6 +126,14 @@ def export_graphs(
                 for tower in TOWERS:
                     manifest["towers"][tower] |= _file_facts(folder, tower, runtime)
                     manifest["towers"][tower]["precision"] = "int8" if tower in quantised else "float32"
+                runners = {
+                    tower: load_graph(folder / f"{tower}{SUFFIX[runtime]}", runtime) for tower in sorted(quantised)
+                }
+                if runners:
+                    eight_bit = compare(model, runners, normalised=normalised)
+                    require_same_at_any_length(eight_bit, str(out))
+                    for tower, facts in summary(eight_bit).items():
+                        manifest["towers"][tower]["int8_parity"] = facts
                 manifest["versions"] = {"clipdistill": __version__, **describe_libraries(_LIBRARIES)}
         manifest["notes"] = notes
         write_json(folder / MANIFEST, manifest, checked=True)

@@ -1,8 +1,8 @@
 """A tokenizer as one `tokenizer.json` of the `tokenizers` library: cleaning, cutting and padding included.
 
-`Tokenizer.from_file("tokenizer.json").encode(caption).ids` is the row of ids that the text tower expects. The rules of
-Python's `str` and of ftfy (open_clip's cleaning) are spelt out as replacements. Two things cannot be: ftfy's repair of
-wrongly decoded text ("cafÃ©"), and HTML entities that are neither named in HTML 4 nor common punctuation.
+`Tokenizer.from_file("tokenizer.json").encode_batch(captions)` gives the rows of ids that the text tower expects. The
+rules of Python's `str` and of ftfy (open_clip's cleaning) are spelt out as replacements. Two things cannot be: ftfy's
+repair of wrongly decoded text ("cafÃ©"), and HTML entities that are neither named in HTML 4 nor common punctuation.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ AWKWARD: tuple[str, ...] = tuple(json.loads(Path(__file__).with_name("awkward.js
 _CONTROL = "[\\x00-\\x08\\x0e-\\x1f\\x7f\\u206a-\\u206f\\ufeff\\ufff9-\\ufffc]"
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_json(tokenizer: Tokenizer, *, to_longest: bool = False) -> dict[str, Any]:
     """The content of tokenizer.json for a tokenizer of any kind, checked on the texts in AWKWARD.
 
+    to_longest: rows as long as the longest of their batch, for a text tower of any length; else the whole context.
     Raises InputError where the library cannot express the tokenizer.
     """
     if isinstance(tokenizer, ClipBpeTokenizer):
@@ -49,7 +50,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "stride": 0,
     }
     definition["padding"] = {
-        "strategy": {"Fixed": tokenizer.context_length},
+        "strategy": "BatchLongest" if to_longest else {"Fixed": tokenizer.context_length},
         "direction": "Right",
         "pad_to_multiple_of": None,
         "pad_id": tokenizer.to_dict().get("padding", 0),
@@ -65,12 +66,17 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def differing(tokenizer: Tokenizer, definition: dict[str, Any], texts: Sequence[str]) -> list[str]:
-    """Those of `texts` for which tokenizer.json gives other ids than the tokenizer."""
+    """Those of `texts` for which tokenizer.json gives other ids than the tokenizer; the padding may be shorter."""
     from tokenizers import Tokenizer as Fast
 
     fast = Fast.from_str(json.dumps(definition))
+    padding = definition["padding"]["pad_id"]
     found = (encoding.ids for encoding in fast.encode_batch(list(texts)))
-    return [text for text, ids, row in zip(texts, found, tokenizer(texts).tolist(), strict=True) if ids != row]
+    return [
+        text
+        for text, ids, row in zip(texts, found, tokenizer(texts).tolist(), strict=True)
+        if ids + [padding] * (len(row) - len(ids)) != row
+    ]
 
 
 def _definition(model: Any, normalizers: list[Any], split: str, ends: tuple[tuple[str, int], ...]) -> dict[str, Any]:

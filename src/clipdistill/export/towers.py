@@ -109,10 +109,19 @@ def example_inputs(model: ClipModel, tower: str) -> Tensor:
     return model.tokenizer(["a photo", "a picture of two"])
 
 
+def free_axes(model: ClipModel, tower: str) -> list[dict[int, Any]]:
+    """What may vary in a tower's input, the best first: the batch, and the length of captions where it may be cut."""
+    batch = {0: torch.export.Dim("batch")}
+    if tower == "image" or not model.reads_only_text:
+        return [batch]
+    return [{**batch, 1: torch.export.Dim("length", min=2, max=model.context_length)}, batch]
+
+
 def write_onnx(
     model: ClipModel, folder: Path, *, towers: tuple[str, ...] = TOWERS, normalised: bool = False, opset: int = OPSET
 ) -> dict[str, Path]:
-    """Write image.onnx and text.onnx of `model` into `folder`; the batch size is free. Returns tower -> file.
+    """Write image.onnx and text.onnx of `model` into `folder`; the batch size is free, and the length of captions up to
+    the context where the tower reads nothing behind their end. Returns tower -> file.
 
     Raises InputError, one sentence, when an operation of the model has no ONNX form.
     """
@@ -124,24 +133,29 @@ def write_onnx(
     files = {}
     for tower in towers:
         files[tower] = folder / f"{tower}.onnx"
-        try:
-            with _quiet(), torch.no_grad():
-                program = torch.onnx.export(
-                    Tower(plain, tower, normalised).eval(),
-                    (example_inputs(model, tower),),
-                    dynamo=True,
-                    opset_version=opset,
-                    dynamic_shapes=({0: torch.export.Dim("batch")},),
-                    input_names=[INPUTS[tower]],
-                    output_names=[OUTPUTS[tower]],
-                    verbose=False,
-                )
-                assert program is not None
-                _without_traces(program)
-                program.save(files[tower], external_data=large)
-        except Exception as error:  # torch.export, onnxscript and the exporter raise many kinds
-            reason = _reason(error)
-            raise InputError(f"the {tower} tower of {model.name} cannot be exported to ONNX: {reason}") from error
+        for axes in (choices := free_axes(model, tower)):
+            try:
+                with _quiet(), torch.no_grad():
+                    program = torch.onnx.export(
+                        Tower(plain, tower, normalised).eval(),
+                        (example_inputs(model, tower),),
+                        dynamo=True,
+                        opset_version=opset,
+                        dynamic_shapes=(axes,),
+                        input_names=[INPUTS[tower]],
+                        output_names=[OUTPUTS[tower]],
+                        verbose=False,
+                    )
+                    assert program is not None
+                    _without_traces(program)
+                    program.save(files[tower], external_data=large)
+                break
+            except Exception as error:  # torch.export, onnxscript and the exporter raise many kinds
+                if axes is choices[-1]:
+                    reason = _reason(error)
+                    raise InputError(
+                        f"the {tower} tower of {model.name} cannot be exported to ONNX: {reason}"
+                    ) from error
     return files
 
 

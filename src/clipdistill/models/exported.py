@@ -41,16 +41,23 @@ class ExportedTowers(nn.Module):
     """Two graphs called like a CLIP module. `weights_sha256` stands for its weights in fingerprints.
 
     runners: tower -> function on arrays; files: what they were read from; flops: per tower, from the manifest.
+    reads_only_text: whether tokens may be cut to their text (the gate of the export has compared it); None: unknown.
     """
 
     def __init__(
-        self, runners: Mapping[str, Runner], files: list[Path], logit_scale: float, flops: Mapping[str, int]
+        self,
+        runners: Mapping[str, Runner],
+        files: list[Path],
+        logit_scale: float,
+        flops: Mapping[str, int],
+        reads_only_text: bool | None = None,
     ) -> None:
         super().__init__()
         self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=False)
         self.logit_bias = None
         self.runners = dict(runners)
         self.flops = dict(flops)
+        self.reads_only_text = reads_only_text
         self.size_bytes = sum(path.stat().st_size for path in files)
         self.digests = {path.name: sha256(path) for path in files}
         self.weights_sha256 = hashlib.sha256(bytes.fromhex("".join(self.digests.values()))).hexdigest()
@@ -72,12 +79,11 @@ def read_exported(folder: Path, name: str, runtime: str, precision: str = "float
     graphs = {tower: _graph(folder, tower, runtime) for tower in TOWERS}
     values, spec, tokenizer, logit_scale = read_manifest(folder, name)
     files = [part for path in graphs.values() for part in _parts(path)]
-    module = ExportedTowers(
-        {tower: load_graph(path, runtime, precision) for tower, path in graphs.items()},
-        files,
-        logit_scale,
-        dict(values.get("flops", {})),
-    )
+    runners = {tower: load_graph(path, runtime, precision) for tower, path in graphs.items()}
+    # one of this package was compared at several lengths; of others the text tower is asked
+    cut = takes_any_length(runners["text"])
+    known = cut if not cut or "tolerance" in values else None
+    module = ExportedTowers(runners, files, logit_scale, dict(values.get("flops", {})), known)
     _compare_digests(folder, values, {**module.digests, **_digest_of_tokenizer(folder)})
     width = module.encode_text(tokenizer(["a photo"])).shape[1]
     architecture = {"exported": runtime, "precision": precision, "weights_sha256": module.weights_sha256}
@@ -163,6 +169,11 @@ def load_graph(path: Path, runtime: str, precision: str = "float32") -> Runner:
     return _load_onnx(path) if runtime == "onnx" else _load_openvino(path, precision)
 
 
+def takes_any_length(runner: Runner) -> bool:
+    """Whether a loaded graph takes tokens (B, L) of any L up to the context: its second axis has a name, no size."""
+    return bool(getattr(runner, "any_length", False))
+
+
 # Rows that a thread takes at a time from a batch large enough for all: without threads that wait for each other, and
 # with activations that stay in its cache, a batch of 32 is a twelfth faster (benchmarks/deploy.py).
 _PIECE = 4
@@ -188,6 +199,7 @@ def _load_onnx(path: Path) -> Runner:
         result: np.ndarray = session.run(None, {given.name: array})[0]
         return result.astype(np.float32, copy=False)
 
+    run.any_length = len(given.shape) == 2 and not isinstance(given.shape[1], int)  # type: ignore[attr-defined]
     return run
 
 
@@ -229,4 +241,6 @@ def _load_openvino(path: Path, precision: str) -> Runner:
                     request.start_async({0: pieces[number]})
         return np.concatenate(found)
 
+    shape = one.input(0).partial_shape
+    run.any_length = len(shape) == 2 and shape[1].is_dynamic  # type: ignore[attr-defined]
     return run

@@ -50,8 +50,11 @@ def by_length(tokens: Tensor, least: int = 32) -> list[Tensor]:
 def reads_only_text(module: Any, tokenizer: Any) -> bool:
     """Whether `module.encode_text` gives the same embedding without the padding behind a caption, asked by trying it.
 
-    False as well for a tower that takes no other length, or whose captions leave no padding.
+    False as well for a tower that takes no other length, or whose captions leave no padding. An export knows it.
     """
+    known = getattr(module, "reads_only_text", None)
+    if isinstance(known, bool):
+        return known
     parameter = next(iter(getattr(module, "parameters", list)()), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     if device.type == "meta":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from clipdistill.data.files import read_image_file
 from clipdistill.data.problems import BadSample
+from clipdistill.embed.names import EngineName
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
 from clipdistill.runtime.console import TextTable, html_page, say
@@ -68,6 +69,7 @@ def search(
     batch_size: int = 64,
     workers: int = 4,
     device: str | None = None,
+    engine: EngineName = "auto",
     quiet: bool = True,
 ) -> SearchResult:
     """The photographs of a folder that are nearest to a query, after bringing the folder's index up to date.
@@ -76,7 +78,7 @@ def search(
     top: hits a model. index: folder of the index (None: inside `folder`); index_kind: how the nearest are found;
     update: look at the folder for new and changed files first; rehash: compare the content of every file.
     batch_size: photographs a forward pass; workers: threads that decode; device: None is CUDA where there is one;
-    quiet: no progress on the terminal.
+    engine: what runs the models; quiet: no progress on the terminal.
 
     Returns a SearchResult: an answer a model with hits (path, cosine) and milliseconds. Raises InputError for a folder
     without photographs and for a query that cannot be read.
@@ -84,7 +86,7 @@ def search(
     collection, answers = ask(
         query, top, folder=Path(folder), model=str(model), teacher=None if teacher is None else str(teacher),
         index=None if index is None else Path(index), index_kind=index_kind, update=update, rehash=rehash,
-        batch_size=batch_size, workers=workers, device=device, quiet=quiet, out=sys.stderr,
+        batch_size=batch_size, workers=workers, device=device, engine=engine, quiet=quiet, out=sys.stderr,
     )  # fmt: skip
     return SearchResult(str(query), tuple(answers), len(collection), dict(collection.left_out))
 
@@ -122,6 +124,7 @@ def open_collection(
     batch_size: int,
     workers: int,
     device: str | None,
+    engine: str,
     quiet: bool,
     out: TextIO,
 ) -> Collection:
@@ -139,7 +142,7 @@ def open_collection(
     sides: list[tuple[SearchModel, SearchIndex]] = []
     unlisted: dict[str, str] = {}
     for role, name in names:
-        searched = SearchModel(name, role, device)
+        searched = SearchModel(name, role, device, engine)
         found = open_index(place, dict(searched.description))
         for notice in found.notices:
             say(f"note: {notice}", out)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from clipdistill.data.problems import Problems
+from clipdistill.embed.names import add_engine
 from clipdistill.errors import InputError
 from clipdistill.runtime.console import TextTable, say
 from clipdistill.search import HIDDEN, KINDS
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=64, help="photographs a forward pass (default: 64)")
     add("--workers", type=int, default=4, help="threads that read and decode (default: 4)")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
+    add_engine(add)
     add("--json", action="store_true", help="print the answer as JSON")
     add("--quiet", action="store_true", help="no progress bars, no summary of the index")
 

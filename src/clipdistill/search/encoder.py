@@ -17,17 +17,17 @@ from clipdistill.runtime.machine import pick_device
 class SearchModel:
     """The model called `name` (any model name), in evaluation mode on `device` (None: CUDA when there is one).
 
-    role: "student" or "teacher"; a lock lets several threads ask.
+    role: "student" or "teacher"; engine: what runs the towers; a lock lets several threads ask.
     """
 
-    def __init__(self, name: str, role: str = "student", device: str | None = None) -> None:
+    def __init__(self, name: str, role: str = "student", device: str | None = None, engine: str = "torch") -> None:
         self.name = name
         self.role = role
         self.device = pick_device(device)
         self.model = load_model(name, device=self.device, teacher=True)
         self.fingerprint = self.model.fingerprint()
         self._lock = Lock()
-        self._encoder = Encoder(self.model, device=self.device)
+        self._encoder = Encoder(self.model, device=self.device, engine=engine)
         self._what = f"this input with {name}"
 
     @property
@@ -42,6 +42,10 @@ class SearchModel:
     def at_least(self) -> int:
         """Pixels of the shorter side that a photograph is decoded to at least: twice what the model looks at."""
         return 2 * self.model.image.size
+
+    def expect(self, pictures: int) -> None:
+        """How many pictures are about to come: the engine `auto` looks at that."""
+        self._encoder.expected["image"] = pictures
 
     def images(self, pixels: np.ndarray) -> np.ndarray:
         """Vectors (n, D) float32 of the views (n, size, size, 3)."""

@@ -82,6 +82,7 @@ def update(
         wanted = [p for p in found if rehash or not _unchanged(index, p)]
         done = Update(unchanged=len(found) - len(wanted), unlisted=unlisted)
         work = _Work(index, model, done, batch_size)
+        model.expect(len(wanted))
         count, shown, saved = 0, 0, time.monotonic()
         for prepared in _prepared(folder, model, wanted, index, workers, 2 * batch_size):
             work.take(prepared)
