@@ -100,29 +100,34 @@ def parts(
     }
 
 
-def curves(source: PairSource, steps: int) -> dict[str, float]:
-    """The losses of `steps` steps with captions cut and not cut, from the same weights on the same batches."""
-    losses: list[list[float]] = []
-    seconds = []
-    for cut in (True, False):
-        student, towers, objective, optimiser = trained(CURVE_STUDENT, CURVE_BATCH, cut)
-        own: list[float] = []
-        began = time.perf_counter()
-        for batch in PairLoader(source, batch_size=CURVE_BATCH, student=student, steps=steps):
+def curves(source: PairSource, steps: int, seconds: float) -> dict[str, float]:
+    """The losses of `steps` steps with captions cut and not cut, in turns, from the same weights on the same batches.
+
+    Fewer steps when `seconds` are over before.
+    """
+    began = time.monotonic()
+    both = [trained(CURVE_STUDENT, CURVE_BATCH, cut) for cut in (True, False)]
+    loaders = [PairLoader(source, batch_size=CURVE_BATCH, student=student, steps=steps) for student, *_ in both]
+    losses: list[list[float]] = [[], []]
+    spent = [0.0, 0.0]
+    for batches in zip(*loaders):
+        for i, ((_, towers, objective, optimiser), batch) in enumerate(zip(both, batches)):
+            start = time.perf_counter()
             optimiser.zero_grad(set_to_none=True)
             output = forward_backward(
                 towers, objective, batch.student_images, batch.student_tokens, None,
                 micro_batch=None, precision="fp32", seed=(0, 0, 0),
             )  # fmt: skip
             optimiser.step()
-            own.append(float(output.total.detach()))
-        seconds.append(time.perf_counter() - began)
-        losses.append(own)
+            losses[i].append(float(output.total.detach()))
+            spent[i] += time.perf_counter() - start
+        if time.monotonic() - began > seconds:
+            break
     differences = [abs(a - b) / abs(b) for a, b in zip(*losses)]
     return {
-        "steps": steps, "first": losses[1][0], "last": losses[1][-1], "last_cut": losses[0][-1],
+        "steps": len(losses[0]), "first": losses[1][0], "last": losses[1][-1], "last_cut": losses[0][-1],
         "largest_relative_difference": max(differences), "median_relative_difference": statistics.median(differences),
-        "cut_seconds": seconds[0], "uncut_seconds": seconds[1],
+        "cut_seconds": spent[0], "uncut_seconds": spent[1],
     }  # fmt: skip
 
 
@@ -290,7 +295,7 @@ def work(arguments: Any, source: PairSource, folder: Path, results: dict[str, An
         results["runs"][f"CLIP-RD, cached teacher, against contrastive, {name}, {precision}"] = found
         last = max(last, time.monotonic() - start)
     if "curves" in only and fits("loss curves"):
-        results["curves"] = curves(source, arguments.curve_steps)
+        results["curves"] = curves(source, arguments.curve_steps, limit - (time.monotonic() - began))
     if "parts" in only:
         names = PARTS if arguments.compile else PARTS[:-1]
         for name, precision in students[:1] if arguments.quick else students:

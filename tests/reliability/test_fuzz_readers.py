@@ -33,10 +33,11 @@ from tests.fuzz.cache_targets import cache_targets
 from tests.fuzz.coverage import Coverage
 from tests.fuzz.engine import fuzz, replay
 from tests.fuzz.mutate import mangle
+from tests.fuzz.own_targets import own_targets
 from tests.fuzz.run_targets import run_targets
 from tests.fuzz.targets import Target, targets
 
-TARGETS = {target.name: target for target in (*targets(), *cache_targets(), *run_targets())}
+TARGETS = {target.name: target for target in (*targets(), *cache_targets(), *run_targets(), *own_targets())}
 
 
 @pytest.mark.parametrize("name", TARGETS)
