@@ -18,10 +18,12 @@ __all__ = ["COMMANDS", "main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 unusable input, others in docs/reliability.md)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _usable_streams()
     try:
         for argument in arguments:
             if "\0" in argument:
                 raise InputError(f"{argument!r:.200}: an option with a NUL: no file or setting has one in it")
+        _refuse_empty(arguments)
         return _dispatch(arguments)
     except ClipdistillError as error:
         print(f"clipdistill: {error}", file=sys.stderr)
@@ -38,6 +40,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"clipdistill: {known}", file=sys.stderr)
         return known.exit_code
+
+
+def _usable_streams() -> None:
+    """Output that is closed is dropped; what the terminal's encoding lacks (or a name that is not UTF-8) is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
+        elif getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise InputError for an empty value: as a path it would be the folder one is in (`--out "$UNSET"`)."""
+    for before, argument in zip(["", *arguments], arguments):
+        if not argument or (argument.startswith("--") and argument.endswith("=")):
+            name = argument.rstrip("=") or (before if before.startswith("--") else "an argument")
+            raise InputError(f"{name}: the value is empty: leave it out, or say what is meant")
 
 
 def _place_error(error: BaseException) -> InputError | None:

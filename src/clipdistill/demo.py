@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipdistill.errors import InputError
+from clipdistill.report import report_place
 from clipdistill.runtime.console import TextTable, say
 from clipdistill.runtime.files import make_folder, write_json
 
@@ -40,6 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     out: Path = arguments.out
     recipes = arguments.recipes.split(",")
+    if len(set(recipes)) < len(recipes):
+        raise InputError(f"--recipes {arguments.recipes}: a recipe is named twice")
+    if not 0 < arguments.seconds < 3600:
+        raise InputError(f"--seconds must be above 0 and below 3600, got {arguments.seconds:g}")
     configs = [
         resolve(
             recipe,
@@ -52,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     for config in configs:
         check_names(config)
     make_folder(out, "demo")
+    report = report_place(out / "report.html")
 
     from clipdistill.report.look import look
     from clipdistill.report.report import write_report
@@ -68,7 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
     measure_speed(runs, arguments.seconds)
     say("drawing the report", colour="bold")
     look([run.folder for run in runs], images=300, queries=8, progress=False)
-    report = out / "report.html"
     summary = write_report([r.folder for r in runs], report, title="clipdistill demo", claims="published")
     print_summary(runs)
     say(f"{summary.headline}\n\nreport: {report}   ({time.monotonic() - began:.0f} s)")

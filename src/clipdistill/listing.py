@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from clipdistill.errors import InputError
 from clipdistill.recipes import about, load_recipe, recipe_names
 from clipdistill.runtime.console import TextTable
 
@@ -19,6 +20,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print one table."""
     if arguments.what == "settings":
         return settings(arguments.pattern)
+    if arguments.pattern:
+        raise InputError(f"list {arguments.what} takes no pattern ('{arguments.pattern}'): only settings are searched")
     {"recipes": recipes, "students": students, "towers": towers, "datasets": datasets}[arguments.what]().print()
     return 0
 

@@ -364,7 +364,7 @@ def test_torchvision_image_folder(tmp_path: Path) -> None:
     assert [source.key(i) for i in range(3)] == ["bus/000.png", "red_car/000.png", "red_car/001.png"]
     assert source.image(2).getpixel((0, 0)) == (1, 2, 10)
     (root / "bus" / "000.png").write_bytes(b"broken")
-    with pytest.raises(BadSample, match=r"bus/000\.png: corrupt image"):
+    with pytest.raises(BadSample, match=r"bus/000\.png: not an image"):
         source.image(0)
 
 

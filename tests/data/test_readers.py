@@ -177,6 +177,7 @@ def test_folder_of_images_with_text_files(tmp_path: Path) -> None:
     source = open_pairs(str(tmp_path))
     assert everything(source) == {"a.PNG": ("café",), "b.jpg": ("one", "two"), "deep/c.webp": ("three",)}
     assert source.problems.counts == {
+        "hidden image": 1,
         "missing caption": 1,
         "image without caption": 1,
         "undecodable characters removed": 1,

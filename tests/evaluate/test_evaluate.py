@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import clipdistill as cd
 from clipdistill.cli import main
@@ -79,7 +80,7 @@ def test_mean_per_class_has_the_interval_of_its_own_mean() -> None:
 
 
 def test_what_was_lost_is_noted() -> None:
-    scores = cd.evaluate(colour_model(), ColourPairs(bad=[1]), progress=False, intervals=False)
+    scores = cd.evaluate(colour_model(), ColourPairs(bad=[1]), ks=(1, 5), progress=False, intervals=False)
     assert scores.notes == [
         "colours/val: 1 of 10 images could not be read and were left out (first: red-1, truncated image: 3 of 9 bytes)",
         "colours/val: 4 of 18 captions are longer than the 9 tokens of the student and were cut",
@@ -252,3 +253,25 @@ def test_geometry_goes_where_reports_find_it(tmp_path: Path) -> None:
     assert geometry_file("g.json", "any") == Path("g.json")
     with pytest.raises(InputError, match="is no run folder"):
         geometry_file("", "ViT-T-16")
+
+
+def test_scores_that_say_nothing_are_marked() -> None:
+    few = cd.evaluate(colour_model(), ColourPairs(per_colour=1), ks=(1, 10), progress=False, intervals=False)
+    assert any("t2i_R@10" in note and "100 % for any model" in note for note in few.notes)
+    model = colour_model()
+    encode = model.module.encode_image
+    model.module.encode_image = lambda images: torch.ones_like(encode(images))
+    same = cd.evaluate(model, ColourPairs(per_colour=6), progress=False, intervals=False)
+    assert any("embeddings of all 30 images are the same" in note for note in same.notes)
+
+
+def test_what_was_found_when_a_set_was_opened_is_noted() -> None:
+    source = ColourPairs()
+    source.problems.add("hidden image", ".x.jpg")
+    scores = cd.evaluate(colour_model(), source, progress=False, intervals=False)
+    assert scores.notes[0].endswith("found when it was opened: 1 hidden image")
+
+
+def test_strict_counts_of_a_set_without_published_counts_are_refused() -> None:
+    with pytest.raises(InputError, match="no published counts are known"):
+        cd.evaluate(colour_model(), ColourPairs(), strict_counts=True, progress=False)

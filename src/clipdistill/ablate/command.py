@@ -74,7 +74,7 @@ def _train(plan: AblationPlan, grid: Sequence[GridRun], mine: Sequence[GridRun],
     out: Path = arguments.out
     if is_main():
         make_folder(out, "ablation")
-        write_text(out / "plan.yaml", yaml.safe_dump(as_dict(plan), sort_keys=False))
+        _record_plan(plan, out / "plan.yaml", [Path(text) for text in arguments.plan if "=" not in text])
     barrier()
     try:
         outcome = run_grid(mine, out, quiet=arguments.quiet, keep_checkpoints=arguments.keep_checkpoints)
@@ -86,6 +86,15 @@ def _train(plan: AblationPlan, grid: Sequence[GridRun], mine: Sequence[GridRun],
         for name, message in failures(out).items():
             say(f"failed: {name}: {message}", sys.stderr)
     return 1 if outcome.failed else 0
+
+
+def _record_plan(plan: AblationPlan, path: Path, given: Sequence[Path]) -> None:
+    """The whole plan into the ablation's folder; where it was read from there, the user's file stays as it is."""
+    if given and path.exists() and given[0].samefile(path):
+        if read_plan(path) != plan:
+            raise InputError(f"{path}: the options change this plan, which is not written over: name another --out")
+        return
+    write_text(path, yaml.safe_dump(as_dict(plan), sort_keys=False))
 
 
 def _tell(outcome: GridOutcome, results: Results | None, out: Path) -> None:

@@ -58,21 +58,35 @@ def bench(
     """
     names = [str(name) for name in ([models] if isinstance(models, str | Path) else models)]
     if out is not None:
-        require_place(out, "measurements")
+        require_place(out, "measurements", (b'"libraries"', b'"measurements"'))
     for name in backends:
         if name not in BACKENDS:
             raise InputError(f"unknown back end '{name}'{nearest(name, BACKENDS.names())}")
     for name in names:
         check_model_name(name)
+    if len(set(names)) < len(names):
+        raise InputError(f"{next(m for m in names if names.count(m) > 1)}: named twice; every model is measured once")
+    if data is not None and "image" not in towers:
+        raise InputError("--data is measured through the image tower, which --towers leaves out: leave out one of them")
+    if split is not None and data is None:
+        raise InputError("--split names a part of --data: give --data as well")
     source = open_pairs(data, split=split) if data is not None else None
-    from clipdistill.bench.throughput import throughput
+    from clipdistill.bench.backends import find_dtype
+    from clipdistill.bench.throughput import check_settings, throughput
     from clipdistill.models.load import load_model
+    from clipdistill.runtime.machine import pick_device
 
+    check_settings(names, batch_sizes, towers, seconds, rounds, None, threads)
+    pick_device(device)
+    for name in [dtype] if isinstance(dtype, str) else dtype:
+        find_dtype(name)
     result = throughput(
         {name: load_model(name, teacher=True) for name in dict.fromkeys(names)}, reference=names[-1], backends=backends,
         dtype=dtype, batch_sizes=batch_sizes, towers=towers, seconds=seconds, rounds=rounds, threads=threads,
         device=device, source=source,
     )  # fmt: skip
+    if source is not None and source.problems:
+        result["warnings"].append(source.problems.sentence(source.name))
     if out is not None:
         write_json(out, result, checked=True)
     return Measurements(result)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def throughput(
     "teacher" if there is one, else the first).
     Raises InputError for an unknown name or a setting in which no model could be measured.
     """
-    _check(models, batch_sizes, towers, seconds, rounds, reference, threads)
+    check_settings(models, batch_sizes, towers, seconds, rounds, reference, threads)
     reference = reference or ("teacher" if "teacher" in models else next(iter(models)))
     where = pick_device(device)
     formats = [find_dtype(name) for name in ([dtype] if isinstance(dtype, str) else dtype)]
@@ -293,15 +293,16 @@ class _Bench:
         self.result["failures"].append({"model": model, "backend": backend, "dtype": dtype, "reason": reason})
 
 
-def _check(
-    models: Mapping[str, ClipModel],
-    batch_sizes: Sequence[int],
-    towers: Sequence[str],
-    seconds: float,
-    rounds: int,
-    reference: str | None,
-    threads: int | None,
+def check_settings(
+    models: Collection[str],
+    batch_sizes: Sequence[int] = (1,),
+    towers: Sequence[str] = TOWERS,
+    seconds: float = 2.0,
+    rounds: int = 10,
+    reference: str | None = None,
+    threads: int | None = None,
 ) -> None:
+    """Raise InputError for settings of `throughput` that cannot be measured with these names of models."""
     if not models:
         raise InputError("a benchmark needs at least one model")
     for tower in towers:

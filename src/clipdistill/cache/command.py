@@ -56,6 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Dispatch; returns the exit code (1 when verify found something)."""
     words = list(arguments.words)
     if words and words[0] in ACTIONS:
+        given = [name for name, value in vars(arguments).items() if value and name not in ("words", "plugins")]
+        used = ("data", "split", "quiet") if words[0] == "export" else ("quiet",)
+        if unused := next((name for name in given if name not in used), None):
+            raise InputError(f"cache {words[0]}: --{unused.replace('_', '-')} is for filling a cache: leave it out")
         return {"verify": _verify, "info": _info, "merge": _merge, "export": _export}[words[0]](words[1:], arguments)
     return _fill(words, arguments)
 
@@ -81,6 +85,10 @@ def _fill(assignments: list[str], arguments: argparse.Namespace) -> int:
     data = {"path": arguments.data, "split": arguments.split, "image_root": arguments.image_root}
     values["data"] = {name: value for name, value in data.items() if value is not None}
     config = build(CacheConfig, override(values, assignments), "cache")
+    drawn = [text for text in assignments if text.startswith(("view.", "view_seed="))]
+    drawn += ["--recipe"] if arguments.recipe is not None else []
+    if drawn and not config.views:
+        raise InputError(f"cache: {drawn[0]} says how stored views are drawn, and none are: give --views as well")
     for name in config.teachers:
         check_model_name(name)
     from clipdistill.cache.fill import fill

@@ -94,6 +94,8 @@ def fill(
     disk is too small, BudgetError above the budget of bad samples.
     """
     source = open_pairs(config.data, default_split="train") if source is None else source
+    if source.problems:
+        say(source.problems.sentence(source.name))
     device = pick_device(config.device)
     precision = config.precision if config.precision != "auto" else ("bf16" if device.type == "cuda" else "fp32")
     models = [load_model(name, teacher=True) for name in config.teachers] if teachers is None else list(teachers)

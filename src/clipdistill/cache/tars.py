@@ -37,7 +37,7 @@ from clipdistill.data.formats.tar_headers import DamagedTar, members
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.views import View
 from clipdistill.errors import InputError
-from clipdistill.runtime.files import make_folder, new_file, read_json
+from clipdistill.runtime.files import make_folder, new_file, read_json, require_place
 
 SHARD_KIND = "clipdistill cache shards"
 _RECENT = 512  # decoded samples kept: a batch asks for each several times
@@ -84,10 +84,13 @@ def export_shards(store: CacheStore, source: PairSource, out: Path) -> list[Path
     for index in range(len(source)):
         groups.setdefault(shard_label(source, source.key(index)), []).append(index)
     make_folder(out, "tars of embeddings")
+    places = {label: out / f"{label}.tar" for label in groups}
+    for path in places.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        require_place(path, "embeddings", (_TENSORS.encode(),))  # the data's own tars have these names
     written = []
     for label, indices in groups.items():
-        path = out / f"{label}.tar"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = places[label]
         with new_file(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
             for index in indices:
                 stem = source.key(index)[len(label) + 1 :]

@@ -18,11 +18,14 @@ EMPTY = "empty caption"
 MISSING = "missing caption"
 CONTROL = "control characters removed"
 UNDECODABLE = "undecodable characters removed"
+INVISIBLE = "caption of invisible characters"
 CUT = "over-long caption cut"
 
 # how tables written by pandas and databases spell "nothing here"; alone in a cell they are no caption
 _NOTHING = frozenset({"nan", "NaN", "NAN", "-nan", "<NA>", "null", "NULL", "None", "#N/A"})
 
+# letters and symbols by name that show nothing: fillers and the blank pattern of braille
+_INVISIBLE = frozenset("\u115f\u1160\u2800\u3164\uffa0\u034f")
 _SPACES = re.compile(r"\s+")
 # surrogates (bytes that were no UTF-8), the replacement character and code points that are no characters
 _UNDECODABLE = re.compile("[\ud800-\udfff\ufffd\ufdd0-\ufdef\ufffe\uffff]")
@@ -45,6 +48,9 @@ def clean(text: str | bytes) -> tuple[str, tuple[str, ...]]:
     if len(printable) != len(kept):
         notes.append(CONTROL)
     result = _SPACES.sub(" ", unicodedata.normalize("NFC", printable)).strip()
+    if result and all(unicodedata.category(c) == "Cf" or c.isspace() or c in _INVISIBLE for c in result):
+        result = ""
+        notes.append(INVISIBLE)
     if len(result) > LONGEST or len(text) > len(head):
         # a cut can leave a combination that NFC joins differently, or a space at the end
         result = unicodedata.normalize("NFC", result[:LONGEST]).strip()

@@ -15,14 +15,22 @@ import numpy as np
 from clipdistill.data.pairs import IndexedPairs, Strings
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.errors import InputError, nearest
+from clipdistill.runtime.files import is_inside
 
 LARGEST_FILE = 1 << 29
 """Bytes; a larger image file is refused rather than read."""
 
 MISSING_FILE = "missing image file"
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
-_UNREAD = "heic heif hif jxl jp2 j2k jpx svg psd eps dng cr2 cr3 nef arw orf raf rw2 raw tga ico exr hdr"
-_UNREAD = "heic heif hif jxl jp2 j2k jpx svg psd eps dng cr2 cr3 nef arw orf raf rw2 raw tga ico exr hdr"
+PICTURES = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"),
+    *("jfif", "jpe", "ppm", "pgm", "pbm", "pnm", "apng", "dib"),
+)
+"""Endings of images, in the order of preference where a sample of an archive has several."""
+IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in PICTURES)
+_UNREAD = (
+    "heic heif hif jxl jxr wdp jp2 j2k jpx jpf j2c svg psd eps tga ico exr hdr pcx mpo avifs dng raw cr2 cr3 crw nef "
+    "nrw arw srf sr2 orf raf rw2 pef srw 3fr erf iiq kdc mrw x3f"
+)
 UNREAD_SUFFIXES = frozenset(f".{kind}" for kind in _UNREAD.split())
 """Photographs and drawings of formats that are not read: counted where a data set is opened, never passed over."""
 UNREAD = "image format that is not read"
@@ -75,18 +83,39 @@ def read_image_file(path: str | Path) -> bytes:
         os.close(descriptor)
 
 
-def list_images(folder: Path) -> list[str]:
-    """Paths of the photographs below `folder`, relative to it, sorted; those of formats that are not read as well."""
-    found = []
-    for current, folders, files in os.walk(folder):
-        folders.sort()
-        found += [Path(current, file).relative_to(folder).as_posix() for file in files if _is_image(file)]
-    return sorted(found)
+def list_images(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """(paths of the photographs below `folder`, relative to it, sorted, those of formats that are not read as well;
+    (path, reason) of what was passed over: hidden images, linked folders, folders that cannot be listed).
+
+    What macOS puts into archives beside the files (__MACOSX, ._name) is nothing.
+    """
+    found: list[str] = []
+    passed: list[tuple[str, str]] = []
+
+    def unlisted(error: OSError) -> None:
+        passed.append((os.path.relpath(error.filename, folder), f"folder that cannot be listed: {error.strerror}"))
+
+    for current, folders, files in os.walk(folder, onerror=unlisted):
+        folders[:] = sorted(name for name in folders if name != "__MACOSX")
+        here = Path(current).relative_to(folder)
+        for name in folders:
+            link = Path(current, name)
+            if link.is_symlink() and not is_inside(folder, link / "x"):  # else what lies in it is listed where it is
+                passed.append(((here / name).as_posix(), "link to a folder"))
+        hidden = any(part.startswith(".") for part in here.parts)
+        for name in files:
+            if _is_image(name) and not name.startswith("._"):
+                path = (here / name).as_posix()
+                if hidden or name.startswith("."):
+                    passed.append((path, "hidden image"))
+                else:
+                    found.append(path)
+    return sorted(found), sorted(passed)
 
 
 def _is_image(name: str) -> bool:
     ending = os.path.splitext(name)[1].lower()  # noqa: PTH122
-    return (ending in IMAGE_SUFFIXES or ending in UNREAD_SUFFIXES) and not name.startswith(".")
+    return ending in IMAGE_SUFFIXES or ending in UNREAD_SUFFIXES
 
 
 def unread_ending(name: str) -> str | None:

@@ -14,6 +14,7 @@ import io
 import re
 import warnings
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -165,8 +166,24 @@ def _check_pieces(data: bytes) -> None:
             position += 12 + int.from_bytes(data[position : position + 4], "big")
     elif data.startswith(b"GIF8"):
         pieces = data.count(b"\x21\xfe") + data.count(b"\x21\xff") + data.count(b"\x21\xf9")
+    elif data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        pieces = _tiff_numbers(data)
     if pieces > MOST_PIECES or profiles > MOST_PROFILES:
         raise BadSample(f"too many pieces: {pieces} in {len(data)} bytes, {profiles} of them colour profiles")
+
+
+def _tiff_numbers(data: bytes) -> int:
+    """The most numbers that an entry of a TIFF's first directory holds (bytes and text apart): one a strip or tile."""
+    order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
+    large = b"+" in data[:4]
+    start, head, entry, width = (8, 8, 20, 8) if large else (4, 2, 12, 4)
+    at = int.from_bytes(data[start : start + width], order)
+    most = 0
+    for number in range(min(int.from_bytes(data[at : at + head], order), MOST_PIECES)):
+        place = at + head + number * entry
+        if int.from_bytes(data[place + 2 : place + 4], order) not in (1, 2, 6, 7):
+            most = max(most, int.from_bytes(data[place + 4 : place + 4 + width], order))
+    return most
 
 
 def _check_scans(picture: Image.Image, data: bytes) -> None:

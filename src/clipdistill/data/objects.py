@@ -11,6 +11,7 @@ that is continued with an object of other captions is refused. Images are asked 
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -57,7 +58,16 @@ def _open_held(place: Place, config: DataConfig, default_split: str | None) -> P
             f"'{place}' was an object of the program that named it ({name}): give the same object again, as in  "
             f"clipdistill.distill({{..., 'data': {name.lower()}}}),  or register a format that opens it by its name"
         )
-    return _held[place]
+    return _limited(_held[place], config.max_pixels)
+
+
+def _limited(source: PairSource, max_pixels: int) -> PairSource:
+    """The source with this limit of the run's settings; the program's own object stays as it is."""
+    if source.max_pixels == max_pixels:
+        return source
+    limited = copy.copy(source)
+    limited.max_pixels = max_pixels
+    return limited
 
 
 FORMAT = Format(lambda place: place.startswith(_PREFIX), _open_held)

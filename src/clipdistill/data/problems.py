@@ -71,6 +71,10 @@ class Problems:
     def __bool__(self) -> bool:
         return bool(self.counts)
 
+    def sentence(self, name: str) -> str:
+        """'flickr: found when it was opened: 3 empty caption' for the user; '' when there was nothing."""
+        return f"{name}: found when it was opened: {self.summary()}" if self.counts else ""
+
     def summary(self) -> str:
         """For example '3 empty caption, 1 missing image file'; '' when there was nothing."""
         return ", ".join(f"{n} {reason}" for reason, n in sorted(self.counts.items()))

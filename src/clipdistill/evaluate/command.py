@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipdistill.data.open import is_labelled_name
 from clipdistill.embed.names import add_engine
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
@@ -13,9 +14,13 @@ from clipdistill.runs.folder import RunFolder
 from clipdistill.runtime.console import say
 from clipdistill.runtime.files import require_place, write_json
 from clipdistill.statistics.protocol import RETRIEVAL_PROTOCOLS
+from clipdistill.statistics.scores import require_scores_place
 
 if TYPE_CHECKING:
     from clipdistill.embed.encode import EncodedPairs
+
+
+_KS = "1,5,10"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="retrieval: all captions, or only the first of each image as CLIP-KD and CLIP-RD do (docs/protocols.md)",
     )
     add("--split", help="split of the data (default: test, else val)")
-    add("--k", default="1,5,10", help="the K of R@K, separated by commas")
+    add("--k", default=_KS, help="the K of R@K, separated by commas")
     add("--templates", help="prompt templates: a set's name or a file (default: what fits the set)")
     add("--classes", help="file with the class names of a labelled set")
     add("--batch-size", type=int, default=256, help="images or captions a forward pass (default 256)")
@@ -63,9 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     if len(models) > 1 and arguments.geometry is not None:
         raise InputError("--geometry describes one model's embeddings: name one model")
     geometry_path = None if arguments.geometry is None else geometry_file(arguments.geometry, models[0])
-    for path, what in ((arguments.json, "scores"), (geometry_path, "geometry")):
-        if path is not None:
-            require_place(path, what)
+    if arguments.json is not None:
+        require_scores_place(arguments.json)
+    if geometry_path is not None:
+        require_place(geometry_path, "geometry", (b'"student"',))
+        if arguments.json is not None and geometry_path in (arguments.json, arguments.json.with_suffix(".npz")):
+            raise InputError(f"{geometry_path}: named for --json and for --geometry: give each a file of its own")
+    _refuse_unused(arguments)
     for name in filter(None, (*models, arguments.teacher)):
         RunFolder(Path(name)).load_plugins()
         check_model_name(name)
@@ -111,6 +120,23 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         scores.print(names=names)
     return 0
+
+
+def _refuse_unused(arguments: argparse.Namespace) -> None:
+    """Raise InputError for an option that none of the data sets could apply, and for a set that is named twice."""
+    repeated = next((name for name in arguments.data if arguments.data.count(name) > 1), None)
+    if repeated is not None:
+        raise InputError(f"--data {repeated}: named twice; every set is measured once")
+    labelled = [is_labelled_name(name) for name in arguments.data]
+    for option, given, used, what in (
+        ("templates", arguments.templates, any(labelled), "labelled sets"),
+        ("classes", arguments.classes, any(labelled), "labelled sets"),
+        ("k", arguments.k != _KS, not all(labelled), "image-caption pairs"),
+        ("protocol", arguments.protocol != "standard", not all(labelled), "image-caption pairs"),
+        ("geometry", arguments.geometry is not None, labelled.count(False) == 1, "one set of image-caption pairs"),
+    ):
+        if given and not used:
+            raise InputError(f"--{option} is for {what}, and --data names {', '.join(arguments.data)}: leave it out")
 
 
 def geometry_file(name: str, model: str) -> Path:

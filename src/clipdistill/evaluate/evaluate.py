@@ -27,6 +27,7 @@ from clipdistill.models.tokenizers import unknown_texts
 from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.bootstrap import bootstrap
 from clipdistill.statistics.protocol import (
+    KNOWN_PAIRS,
     Protocol,
     captions_rule,
     check_known_pairs,
@@ -88,6 +89,9 @@ def evaluate(
     if captions is not None and (captions in ("first", "first 1")) != (protocol == "first-caption"):
         raise InputError(f"captions='{captions}' contradicts the protocol '{protocol}': one caption is 'first-caption'")
     sources = [opened_data(item, split, classes) for item in _listed(data)]
+    if strict_counts and not any(_has_known_counts(source) for source in sources):
+        named = ", ".join(source.name for source in sources)
+        raise InputError(f"strict counts: no published counts are known of {named}, so nothing would be checked")
     models: dict[str, ClipModel] = {"student": loaded_model(model, device)}
     if teacher is not None:
         models["teacher"] = loaded_model(teacher, device)
@@ -124,8 +128,29 @@ def evaluate(
         own.notes += encoder.notes(name)
     for own in measured.values():
         result.add(own)
-    result.notes = list(dict.fromkeys(result.notes))
+    opened = [source.problems.sentence(source.name) for source in sources]
+    result.notes = list(dict.fromkeys([*filter(None, opened), *result.notes]))
     return result
+
+
+def _has_known_counts(source: PairSource | LabelledSource) -> bool:
+    if isinstance(source, LabelledSource):
+        return source.known is not None or source.deviation() is not None
+    name, split = known_name(source.name)
+    return (name, split or "") in KNOWN_PAIRS
+
+
+def _without_meaning(image: torch.Tensor, text: torch.Tensor, ks: Sequence[int], about: str) -> list[str]:
+    """What keeps retrieval scores of these embeddings from meaning anything, in sentences."""
+    said = []
+    for what, rows in (("images", image), ("captions", text)):
+        if len(rows) > 1 and float((rows - rows[:1]).abs().max()) < 1e-6:
+            said.append(f"{about}: the embeddings of all {len(rows)} {what} are the same: the scores say nothing")
+    for metric, count, what in (("t2i", len(image), "images"), ("i2t", len(text), "captions")):
+        if trivial := [k for k in ks if k >= count]:
+            names = ", ".join(f"{metric}_R@{k}" for k in trivial)
+            said.append(f"{about}: with {count} {what} to find among, {names} is 100 % for any model")
+    return said
 
 
 def _retrieval_scores(
@@ -170,6 +195,7 @@ def _retrieval_scores(
     clusters = {name: owner for name in queries if name.startswith("t2i")}
     scores = Scores(_with_intervals(found, queries, clusters, protocol, model, intervals))
     scores.queries[model, protocol.question()] = Queries(queries, clusters)
+    scores.notes += _without_meaning(encoded.image, encoded.text, ks, source.name)
     scores.notes += _left_out(source, encoded.problems)
     if encoded.truncated:
         scores.notes.append(

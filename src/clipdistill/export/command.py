@@ -17,6 +17,7 @@ from clipdistill.runtime.files import require_new_folder
 if TYPE_CHECKING:
     from clipdistill.export.graphs import Exported
 
+SIZE, BUDGET, TOLERANCE = 128, 1.0, 1e-4
 TARGETS = ("onnx", "openvino", "open_clip", "hf")
 
 
@@ -31,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=int, help="measure on at most so many images, spread evenly over the data")
     add("--int8", action="store_true", help="quantise both towers, calibrated on --calibrate or --data")
     add("--calibrate", help="pairs to calibrate int8 on (default: --data, its training split where it has one)")
-    add("--calibration-size", type=int, default=128, help="pairs to calibrate on (default: 128)")
-    add("--budget", type=float, default=1.0, help="points of R@1 that int8 may lose (default: 1)")
+    add("--calibration-size", type=int, default=SIZE, help="pairs to calibrate on (default: 128)")
+    add("--budget", type=float, default=BUDGET, help="points of R@1 that int8 may lose (default: 1)")
     add("--normalised", action="store_true", help="embeddings of unit length (default: raw, as the model's own)")
     add(
         "--tolerance",
         type=float,
-        default=1e-4,
+        default=TOLERANCE,
         help="largest difference of an entry of unit-length embeddings (default: 1e-4)",
     )
     add("--opset", type=int, default=None, help="ONNX operator set (default: 20; from 23 attention is one operator)")
@@ -62,10 +63,10 @@ def export(
     limit: int | None = None,
     int8: bool = False,
     calibrate: str | None = None,
-    calibration_size: int = 128,
-    budget: float = 1.0,
+    calibration_size: int = SIZE,
+    budget: float = BUDGET,
     normalised: bool = False,
-    tolerance: float = 1e-4,
+    tolerance: float = TOLERANCE,
     opset: int | None = None,
     push: str | None = None,
     private: bool = False,
@@ -89,13 +90,18 @@ def export(
     if to not in TARGETS:
         raise InputError(f"unknown form '{to}': one of {', '.join(TARGETS)}")
     graphs = to in ("onnx", "openvino")
-    for option, given in {"int8": int8, "data": data, "normalised": normalised, "opset": opset}.items():
+    for option, given in (
+        *(("int8", int8), ("data", data), ("normalised", normalised), ("opset", opset)),
+        ("tolerance", tolerance != TOLERANCE),
+    ):
         if given and not graphs:
             raise InputError(f"--{option} goes with --to onnx or --to openvino, not with --to {to}")
     for option, given, needed, other in (
         ("split", split, data, "data"),
         ("limit", limit, data, "data"),
         ("calibrate", calibrate, int8, "int8"),
+        ("calibration-size", calibration_size != SIZE, int8, "int8"),
+        ("budget", budget != BUDGET, int8, "int8"),
         ("private", private, push, "push"),
     ):
         if given and not needed:
@@ -121,6 +127,8 @@ def export(
         from clipdistill.export.towers import OPSET
 
         test = open_test(data, split, limit) if data is not None else None
+        if test is not None and test.problems:
+            tell(test.problems.sentence(test.name))
         calibration = (
             open_calibration(str(calibrate or data), calibration_size) if int8 and (calibrate or data) else None
         )

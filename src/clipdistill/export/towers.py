@@ -147,6 +147,9 @@ def write_onnx(
                         verbose=False,
                     )
                     assert program is not None
+                    made = dict(program.model.graph.opset_imports).get("", opset)
+                    if made != opset:
+                        raise ValueError(f"operator set {opset} was asked for and {made} made: leave --opset out")
                     _without_traces(program)
                     program.save(files[tower], external_data=large)
                 break

@@ -46,6 +46,8 @@ def read_hugging_face(folder: Path, name: str) -> ClipModel:
     values = {**as_dict(ImageSpec()), **_preprocessing(folder), "size": image_size(module)}
     image = build(ImageSpec, values, f"{folder}: image preprocessing")
     tokenizer = _read_tokenizer(folder, architecture["text_cfg"])
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.require_fits(architecture["text_cfg"]["vocab_size"], str(folder))
     return ClipModel(name, module, image, tokenizer, architecture["embed_dim"], tokenizer.context_length, architecture)
 
 

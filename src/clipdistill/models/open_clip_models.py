@@ -26,7 +26,7 @@ from clipdistill.models.known import (
     require_pretrained,
 )
 from clipdistill.models.students import named_architecture
-from clipdistill.models.tokenizers import Tokenizer
+from clipdistill.models.tokenizers import HuggingFaceTokenizer, Tokenizer
 from clipdistill.models.weights import fit, read_state_dict
 from clipdistill.registry import STUDENTS
 from clipdistill.runtime.files import read_json
@@ -106,6 +106,8 @@ def read_open_clip_folder(folder: Path, name: str) -> ClipModel:
         raise InputError(f"{where}: the key 'model_cfg' is missing")
     architecture = check_architecture(config["model_cfg"], where)
     tokenizer = tokenizer_for(architecture, name, folder)
+    if isinstance(tokenizer, HuggingFaceTokenizer) and not architecture["text_cfg"].get("hf_model_name"):
+        tokenizer.require_fits(architecture["text_cfg"].get("vocab_size", 49_408), str(folder))
     path = next(
         (folder / f for f in (SAFE_WEIGHTS, PICKLED_WEIGHTS, "model.safetensors") if (folder / f).is_file()), None
     )

@@ -246,8 +246,11 @@ class HuggingFaceTokenizer(Tokenizer):
         known = getattr(self._fast.model, "unk_token", None)
         self._unknown = None if known is None else self._fast.token_to_id(known)
         self.vocab_size = max(self._fast.get_vocab(with_added_tokens=True).values()) + 1
-        empty = self._fast.encode("").ids
-        self._keeps_end = bool(empty) and self._fast.encode("a").ids[-1] == empty[-1]
+        try:
+            empty = self._fast.encode("").ids
+            self._keeps_end = bool(empty) and self._fast.encode("a").ids[-1] == empty[-1]
+        except Exception as error:  # the library's own kind: its unknown token is not in the vocabulary, say
+            raise InputError(f"the tokenizer cannot be used ({error}): its files do not fit together") from error
 
     @classmethod
     def from_transformers(
@@ -261,6 +264,15 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         blank = tokenizer.sep_token_id if strip_sep_token else None
         return cls(json.loads(backend.to_str()), context_length, tokenizer.pad_token_id or 0, clean, blank)
+
+    def require_fits(self, vocab_size: int, where: str) -> None:
+        """Raise InputError where an ordinary token's id is beyond the text tower's table; added ones may not occur."""
+        token, largest = max(self._fast.get_vocab(with_added_tokens=False).items(), key=lambda item: item[1])
+        if largest >= vocab_size:
+            raise InputError(
+                f"{where}: the tokenizer gives {token!r:.50} the id {largest}, and the text tower knows {vocab_size}: "
+                "one of the two is damaged, or they belong to different models"
+            )
 
     def encode(self, caption: str) -> list[int]:
         """The ids of one caption, uncut, start and end included."""

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Dispatch; returns the exit code."""
     actions = {"boxes": _boxes, "embed": _embed, "measure": _measure, "export": _export, "compare": _compare}
     if arguments.json is not None:
-        require_place(arguments.json, "numbers")
+        require_place(arguments.json, "numbers", (b'"teacher"', b'"changes"'))
     actions[arguments.action](arguments)
     return 0
 
@@ -62,7 +62,10 @@ def _data(arguments: argparse.Namespace, path: str) -> DataConfig:
 
 
 def _source(arguments: argparse.Namespace, default_split: str) -> PairSource:
-    return open_pairs(_data(arguments, _needed(arguments, "data")[0]), default_split=default_split)
+    source = open_pairs(_data(arguments, _needed(arguments, "data")[0]), default_split=default_split)
+    if source.problems:
+        say(source.problems.sentence(source.name))
+    return source
 
 
 def _needed(arguments: argparse.Namespace, name: str) -> Any:

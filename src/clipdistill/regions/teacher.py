@@ -24,7 +24,7 @@ from clipdistill.regions.detectors import is_detector, open_detector
 from clipdistill.regions.meta_teacher import MetaTeacher, read_meta_teacher, region_teacher_folder
 from clipdistill.regions.store import RegionStore, fill_store
 from clipdistill.runtime.distributed import on_main
-from clipdistill.runtime.files import make_folder, new_file
+from clipdistill.runtime.files import new_file, require_place
 from clipdistill.train.config import RunConfig
 from clipdistill.train.region_config import MetaTeacherConfig, RegionsConfig
 
@@ -174,7 +174,9 @@ def export(
     schema = pa.schema(
         [("key", pa.string()), ("image", vector), ("text", pa.list_(vector))], metadata={"logit_scale": repr(scale)}
     )
-    make_folder(path.parent, "export")
+    require_place(path, "embeddings")
+    if path.is_file() and not _is_exported(path):
+        raise InputError(f"{path}: exists and holds no exported embeddings, so it stays: choose another place")
     with new_file(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
         for begin in range(0, len(readable), _EXPORTED):
             indices = readable[begin : begin + _EXPORTED]
@@ -186,3 +188,13 @@ def export(
                 rows.append({"key": source.key(index), "image": image.tolist(), "text": text.tolist()})
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     return len(readable)
+
+
+def _is_exported(path: Path) -> bool:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return b"logit_scale" in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError):
+        return False

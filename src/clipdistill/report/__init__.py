@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clipdistill.errors import InputError
-from clipdistill.runtime.files import require_place
+from clipdistill.runtime.files import holds_mark, require_place
 
 
 def report_place(out: Path | str) -> Path:
@@ -13,6 +13,9 @@ def report_place(out: Path | str) -> Path:
     out = Path(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{out}: the report is an HTML file; give it a name that ends in .html")
-    for path in (out, out.with_suffix(".md"), out.with_suffix(".csv")):
-        require_place(path, "report")
+    mark = b'content="clipdistill'
+    own = out.is_file() and holds_mark(out, (mark,))  # then the files beside it are a report's, too
+    require_place(out, "report", (mark,))
+    for path in (out.with_suffix(".md"), out.with_suffix(".csv")):
+        require_place(path, "report", () if own else (b"kind,model,role,measure,", b"this report: "))
     return out

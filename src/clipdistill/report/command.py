@@ -7,8 +7,10 @@ from pathlib import Path
 
 from clipdistill.errors import InputError
 from clipdistill.report import report_place
-from clipdistill.runs.folder import STAGES, RunFolder, run_folders
+from clipdistill.runs.folder import STAGES, RunFolder, distinct, run_folders
 from clipdistill.runtime.console import say
+
+IMAGES = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--data", help="pairs for --look (default: each run's own validation set)")
     add("--split", help="their split")
-    add("--images", type=int, default=1000, help="how many of them at most (default: 1000)")
+    add("--images", type=int, default=IMAGES, help=f"how many of them at most (default: {IMAGES})")
     add("--device", help="for --look: cpu, cuda, cuda:1 (default: where the model is loaded, the CPU)")
     add("--claims", help="judge these claims on the runs: a YAML file, or 'published' for those of the papers")
     add("--quiet", action="store_true", help="no progress bars")
@@ -34,14 +36,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Look, write the page, say what it says."""
     notes: list[str] = []
-    runs = [found for run in arguments.runs for found in _runs_of(run, notes)]
+    runs = distinct([found for run in arguments.runs for found in _runs_of(run, notes)])
     for run in runs:
         if not run.is_dir():
             raise InputError(f"{run}: no such run folder")
         RunFolder(run).facts()
     out = report_place(arguments.out)
-    if (arguments.data or arguments.split) and not arguments.look:
-        raise InputError("--data and --split say what --look looks at: give --look as well")
+    for option, given in (
+        ("data", arguments.data),
+        ("split", arguments.split),
+        ("images", arguments.images != IMAGES),
+        ("device", arguments.device),
+    ):
+        if given and not arguments.look:
+            raise InputError(f"--{option} says what --look looks at, or how: give --look as well")
     if arguments.look:
         from clipdistill.report.look import look
 

@@ -65,6 +65,8 @@ def look(
     notes: list[str] = []
     for group in _groups(runs, data, split):
         source = open_pairs(group.data, default_split="val")
+        if source.problems:
+            notes.append(source.problems.sentence(source.name))
         if len(source) > images:
             source = Subset(source, images)
 

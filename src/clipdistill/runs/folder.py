@@ -245,6 +245,16 @@ def run_folders(folder: Path) -> list[Path]:
     return begun
 
 
+def distinct(runs: Sequence[Path]) -> list[Path]:
+    """The runs. Raises InputError where one is named twice: it would be counted as two training seeds."""
+    seen: dict[Path, Path] = {}
+    for run in runs:
+        before = seen.setdefault(run.resolve(), run)
+        if before is not run:
+            raise InputError(f"{run}: named twice; a run counts once")
+    return list(runs)
+
+
 def _objects(path: Path, key: str, part: str, kind: type) -> list[dict[str, Any]]:
     entries = read_json(path).get(key)
     if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get(part), kind) for e in entries):

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,11 @@ def new_file(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path`, to be written in the block; synced and renamed to `path` at its end.
 
     After an error `path` is as it was and nothing is left. The file gets the permissions of any new file, also where
-    the library that wrote it made it private.
+    the library that wrote it made it private. Raises InputError for a device, a pipe or a folder of that name, which
+    the rename would replace.
     """
     path = Path(path)
+    _refuse_no_file(path)
     descriptor, name = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=path.suffix[-20:], dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
@@ -174,10 +176,12 @@ def make_folder(path: Path | str, what: str) -> Path:
     return path
 
 
-def require_place(path: Path | str, what: str) -> Path:
+def require_place(path: Path | str, what: str, marks: Sequence[bytes] = ()) -> Path:
     """See that `path` can be written as a file, before the work whose result it is for; makes the folders above it.
 
-    Raises InputError where a folder or a dead link is in the way, the name is too long, or the place cannot be written.
+    marks: what the beginning of an earlier file of the kind holds one of; a file without any of them is somebody's own.
+    Raises InputError for such a file, where a folder, a device or a dead link is in the way, the name is too long, or
+    the place cannot be written.
     """
     path = _named(path)
     try:
@@ -185,12 +189,30 @@ def require_place(path: Path | str, what: str) -> Path:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         if path.is_dir():
             raise InputError(f"{path}: this is a folder; name a file for the {what}")
+        _refuse_no_file(path)
+        if marks and not holds_mark(path, marks):
+            raise InputError(
+                f"{path}: exists and is no file of {what} that was written here, so it is not replaced: choose another "
+                "place"
+            )
     except FileNotFoundError:
         pass
     except OSError as error:
         raise cannot_write(path, what, error) from error
     make_folder(path.parent, what)
     return path
+
+
+def holds_mark(path: Path, marks: Sequence[bytes]) -> bool:
+    """Whether a file is empty or holds one of `marks` in its first 64 kB."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    return not head.strip() or any(mark in head for mark in marks)
+
+
+def _refuse_no_file(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is a device, a pipe or a folder, not a file: choose another place")
 
 
 def _named(path: Path | str) -> Path:

@@ -56,6 +56,8 @@ def write_scenes(
         raise InputError(f"unknown format '{format}' to write scenes in{nearest(format, FORMATS)}")
     if not 1 <= shard_size <= 10_000:
         raise InputError(f"shard_size must be between 1 and 10,000, got {shard_size}")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}")
     source = open_scenes(split, size, seed, pixels)
     out = make_folder(out, "scenes")
     _claim(out, source, format, shard_size)

@@ -21,7 +21,7 @@ from clipdistill.search.photographs import printable
 if TYPE_CHECKING:
     from clipdistill.search.collection import Answer, Collection
 
-PORT = 8765
+PORT, HOST = 8765, "127.0.0.1"
 _LISTED = 10
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top", type=int, default=10, help="how many to show (default: 10)")
     add("--page", action="store_true", help="serve a search page on this machine until Ctrl-C")
     add("--port", type=int, default=PORT, help=f"of the page; 0 takes a free one (default: {PORT})")
-    add("--host", default="127.0.0.1", help="address the page listens on (default: this machine only)")
+    add("--host", default=HOST, help="address the page listens on (default: this machine only)")
     add("--index", type=Path, help=f"where the index is kept (default: {HIDDEN} inside the folder)")
     add("--index-kind", choices=KINDS, default="exact", help="exact, or approximate with an optional package")
     add(
@@ -60,6 +60,16 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError("--query and --image are two questions: give one of them")
     if not 0 <= arguments.port <= 65535:
         raise InputError(f"--port must be between 0 and 65535, got {arguments.port}")
+    if arguments.query is not None and not arguments.query.strip():
+        raise InputError("the query is empty")
+    for option, given, used, needed in (
+        ("port", arguments.port != PORT, arguments.page, "--page"),
+        ("host", arguments.host != HOST, arguments.page, "--page"),
+        ("rehash", arguments.rehash, arguments.update, "an update, which --no-update leaves out"),
+        ("json", arguments.json, arguments.query is not None or arguments.image is not None, "--query or --image"),
+    ):
+        if given and not used:
+            raise InputError(f"--{option} goes with {needed}: leave it out, or give that as well")
     out = sys.stderr if arguments.json else sys.stdout
     settings = {name: getattr(arguments, name) for name in signature(open_collection).parameters.keys() - {"out"}}
     asked = arguments.query if arguments.image is None else arguments.image

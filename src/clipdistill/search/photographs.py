@@ -6,16 +6,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipdistill.data.files import IMAGE_SUFFIXES, read_image_file
+from clipdistill.data.files import IMAGE_SUFFIXES, UNREAD_SUFFIXES, read_image_file
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
 from clipdistill.runtime.files import is_inside
-
-NOT_DECODED = frozenset({
-    ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".jxr", ".dng", ".raw", ".cr2", ".cr3", ".crw", ".nef", ".nrw",
-    ".arw", ".srf", ".sr2", ".orf", ".raf", ".rw2", ".pef", ".srw", ".3fr", ".erf", ".iiq", ".kdc", ".mrw", ".x3f",
-})  # fmt: skip
-"""Suffixes of photographs in formats that are not decoded here: they are listed, not passed over."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +42,13 @@ def scan(folder: Path) -> tuple[list[Photograph], list[tuple[str, str]]]:
                         continue
                     path = f"{below}/{entry.name}" if below else entry.name
                     if entry.is_dir(follow_symlinks=False):
-                        waiting.append(path)
-                    elif _suffix(entry.name) in IMAGE_SUFFIXES | NOT_DECODED:
+                        if entry.name != "__MACOSX":
+                            waiting.append(path)
+                    elif entry.is_symlink() and entry.is_dir():
+                        if is_inside(folder, Path(entry.path, "x")):
+                            continue  # what lies in it is listed where it is
+                        problems.append((path, "is a link to a folder, which is not followed"))
+                    elif _suffix(entry.name) in IMAGE_SUFFIXES | UNREAD_SUFFIXES:
                         if entry.is_symlink() and not is_inside(folder, Path(entry.path)):
                             problems.append((path, "is a link that leads out of the folder"))
                         else:
@@ -71,7 +70,7 @@ def _add(entry: os.DirEntry[str], path: str, found: list[Photograph]) -> None:
 def read_photograph(path: Path) -> bytes:
     """The bytes of a photograph. Raises BadSample for a file that cannot be read, and for formats not decoded here."""
     suffix = _suffix(path.name)
-    if suffix in NOT_DECODED:
+    if suffix in UNREAD_SUFFIXES:
         raise BadSample(f"format not decoded: {suffix[1:].upper()}, make a JPEG, PNG or WebP of it")
     return read_image_file(path)
 

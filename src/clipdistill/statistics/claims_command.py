@@ -8,11 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipdistill.errors import InputError
-from clipdistill.runs.folder import run_folders
-from clipdistill.runtime.files import require_place
+from clipdistill.runs.folder import distinct, run_folders
 from clipdistill.statistics.claims import PUBLISHED, is_measured, judge, read_claims
 from clipdistill.statistics.records import read_records
-from clipdistill.statistics.verdicts import FILE, verdict_table, verdicts_markdown, write_verdicts
+from clipdistill.statistics.verdicts import (
+    FILE,
+    require_verdicts_place,
+    verdict_table,
+    verdicts_markdown,
+    write_verdicts,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0.5 <= arguments.level < 1:
         raise InputError(f"--level {arguments.level}: give a confidence level from 0.5 to below 1, for example 0.95")
     if arguments.json is not None:
-        require_place(arguments.json, "verdicts")
+        require_verdicts_place(arguments.json)
     claims = read_claims(arguments.claims)
-    runs = [folder for path in arguments.runs for folder in run_folders(path)]
+    runs = distinct([folder for path in arguments.runs for folder in run_folders(path)])
     if not runs:
         raise InputError(f"{arguments.runs[0]}: a file; give run folders")
     verdicts = judge(claims, read_records(runs), level=arguments.level)

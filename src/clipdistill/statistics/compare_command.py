@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from clipdistill.errors import InputError
+from clipdistill.runs.folder import distinct
 from clipdistill.runtime.console import say
 from clipdistill.runtime.files import require_place, write_json
 from clipdistill.statistics.compare import compare
@@ -34,8 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
         if len(first) != 2:
             raise InputError("compare: name two runs, or the seeds of two methods:  compare A1 A2 --against B1 B2")
         first, second = first[:1], first[1:]
+    distinct(first)
+    distinct(second)
+    repeated = next((name for name in arguments.metric if arguments.metric.count(name) > 1), None)
+    if repeated is not None:
+        raise InputError(f"--metric {repeated}: named twice")
     if arguments.json is not None:
-        require_place(arguments.json, "comparison")
+        require_place(arguments.json, "comparisons", (b'"shared_seeds"',))
     result = compare(first, second, metrics=arguments.metric, model=arguments.model)
     if arguments.json is not None:
         write_json(arguments.json, result.to_dict())

@@ -22,6 +22,7 @@ from clipdistill.runtime.files import (
     new_file,
     parse_json,
     read_json,
+    require_place,
     sha256,
     with_checksum,
     write_text,
@@ -273,7 +274,10 @@ class Scores:
         The arrays come first and the JSON names their checksum, so that the two of different measurements, which a
         crash between the writes would leave, are never taken for one.
         """
-        make_folder(path.parent, "scores")
+        if path.name == FILE:  # of a run: whatever is there is that run's, damaged or not
+            make_folder(path.parent, "scores")
+        else:
+            require_scores_place(path)
         arrays: dict[str, np.ndarray] = {}
         for i, protocol in enumerate(self._listed()):
             model = next(s.model for s in self.scores if s.protocol == protocol)
@@ -328,6 +332,14 @@ class Scores:
                     (queries.clusters if clusters else queries.values)[metric] = values
         except Exception as error:  # whatever zip and NumPy make of damage
             raise InputError(f"{path}: not readable as per-query results ({error}): {_AGAIN}") from error
+
+
+def require_scores_place(path: Path) -> None:
+    """See that scores can be written as `path`, and beside it as .npz. Raises InputError; a user's file stays."""
+    if path.suffix.lower() == ".npz":
+        raise InputError(f"{path}: scores are JSON, and results query by query go beside them as .npz: name it .json")
+    require_place(path, "scores", (b'"protocols"', b'"scores"'))
+    require_place(path.with_suffix(".npz"), "results query by query", (b"/i2t_", b"/t2i_", b"/top1"))
 
 
 def _row(score: Score, place: Mapping[Protocol, int]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.runtime.console import Coloured, TextTable
-from clipdistill.runtime.files import make_folder, write_json
+from clipdistill.runtime.files import require_place, write_json
 from clipdistill.statistics.judge import Verdict
 
 FORMAT = 1
@@ -17,10 +17,15 @@ QUERIES_ALONE = "on the test queries alone: it holds for these models, not for t
 """What is said wherever a verdict rests on one training seed, or on models that were not trained here."""
 
 
+def require_verdicts_place(path: Path) -> None:
+    """See that verdicts can be written as `path`, before anything is judged. Raises InputError."""
+    require_place(path, "verdicts", (b'"claims"',))
+
+
 def write_verdicts(verdicts: Sequence[Verdict], path: Path, source: str) -> None:
     """claims.json: each verdict with its evidence in words; `source` says where the claims come from."""
     rows = [verdict.to_dict() | {"verdict": verdict.outcome, "evidence": evidence(verdict)} for verdict in verdicts]
-    make_folder(path.parent, "verdicts")
+    require_verdicts_place(path)
     write_json(path, {"format": FORMAT, "source": source, "claims": rows}, checked=True)
 
 

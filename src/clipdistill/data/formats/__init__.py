@@ -5,6 +5,7 @@ This file holds what all of them share: the name that was given with a look at w
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.data.files import is_there, list_images, local_path, read_json
+from clipdistill.data.problems import Problems
 from clipdistill.errors import InputError
-
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
-"""Endings of images in archives, in the order of preference where a sample has several."""
 
 
 class Place(str):
@@ -50,9 +49,34 @@ class Place(str):
         return [file for file in self.files if file.suffix.lower() in endings]
 
     @cached_property
+    def _listed(self) -> tuple[list[str], list[tuple[str, str]]]:
+        return list_images(self.path) if self.is_folder else ([], [])
+
+    @property
     def images(self) -> list[str]:
         """The photographs below a folder (see files.list_images)."""
-        return list_images(self.path) if self.is_folder else []
+        return self._listed[0]
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """The text files below a folder: path without its ending -> path, '.txt' in any case; hidden ones left out."""
+        found = {}
+        for current, folders, files in os.walk(self.path):
+            folders[:] = [name for name in folders if name != "__MACOSX" and not name.startswith(".")]
+            for name in sorted(files):  # '.TXT' comes before '.txt', which is taken where there are both
+                stem, ending = os.path.splitext(name)  # noqa: PTH122
+                if ending.lower() == ".txt" and not name.startswith("."):
+                    here = Path(current).relative_to(self.path)
+                    found[(here / stem).as_posix()] = (here / name).as_posix()
+        return found
+
+    def count_passed_over(self, problems: Problems) -> None:
+        """Count what `images` leaves out: hidden ones, folders that are links or cannot be listed.
+
+        They are no bad samples: a budget of those is not for what nobody meant to give.
+        """
+        for path, reason in self._listed[1]:
+            problems.add(reason, path)
 
     @cached_property
     def head(self) -> bytes:

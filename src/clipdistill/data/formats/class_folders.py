@@ -23,7 +23,7 @@ def _is_class_folder(place: Place) -> bool:
     splits = {alias for aliases in _SPLITS.values() for alias in aliases}
     found = 0
     for entry in sorted(place.path.iterdir()):
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
             continue
         if entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES | {".csv", ".tsv", ".parquet"}:
             return False
@@ -64,12 +64,14 @@ class FolderLabels(LabelledSource):
 def open_folders(place: Place, config: LabelledConfig) -> FolderLabels:
     """The images of the class folders (of one split, where the folders above are named after splits)."""
     root = _split_folder(place.path, config.split)
-    images = Place(root).images
+    below = Place(root)
+    images = below.images
     if not images:
         raise InputError(f"labelled data '{root}': the folder holds no images")
     if not any("/" in image for image in images):
         raise InputError(f"labelled data '{root}': the {len(images)} images lie in no class folders")
     problems = Problems()
+    below.count_passed_over(problems)
     tops = {image.split("/", 1)[0] for image in images if "/" in image}
     # SUN397 sorts its classes into folders of one letter: a/abbey, a/apartment_building/outdoor
     lettered = all(len(top) == 1 and top.isalpha() for top in tops)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from clipdistill.data.captions import MISSING, clean_all
 from clipdistill.data.files import collect, read_image_file, refuse_split
@@ -12,16 +12,24 @@ from clipdistill.data.problems import BadSample, Problems
 
 
 def _has_captions(place: Place) -> bool:
-    return any((place.path / image).with_suffix(".txt").is_file() for image in place.images)
+    return bool(place.images) and any(os.path.splitext(image)[0] in place.texts for image in place.images)  # noqa: PTH122
 
 
 def open_folder(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
     """Pairs in the order of their paths, which are the keys."""
     folder, problems, entries = place.path, Problems(), []
     refuse_split(config.split, folder)
-    for name in place.images:
+    place.count_passed_over(problems)
+    for table in place.with_ending(".csv", ".tsv", ".parquet", ".pq"):
+        problems.add("table beside the images", table.name)
+    stems = {name: os.path.splitext(name)[0] for name in place.images}  # noqa: PTH122
+    for stem in sorted(place.texts.keys() - set(stems.values())):
+        problems.add("text file without image", place.texts[stem])
+    for name, stem in stems.items():
         try:
-            text = read_image_file(folder / Path(name).with_suffix(".txt"))
+            if stem not in place.texts:
+                raise BadSample(MISSING)
+            text = read_image_file(folder / place.texts[stem])
             lines = text.decode("utf-8-sig", errors="surrogateescape").splitlines()
         except BadSample:
             problems.add(MISSING, name)

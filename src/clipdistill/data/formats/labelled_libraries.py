@@ -16,6 +16,7 @@ from PIL import Image
 
 from clipdistill.data.files import read_image_file
 from clipdistill.data.formats import Format, Place
+from clipdistill.data.images import as_rgb, decode
 from clipdistill.data.labelled import LabelledConfig, LabelledSource
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError, nearest, needing
@@ -52,14 +53,21 @@ class TorchvisionLabels(LabelledSource):
         super().__init__(*arguments, **rest)
         self._dataset = dataset
         self._order = order
+        files = _image_files(dataset)
+        self._files = [str(files[i]) for i in order] if files else []
 
     def image(self, i: int, at_least: int | None = None) -> Image.Image:
         self._check(i)
         try:
-            picture: Image.Image = self._dataset[int(self._order[i])][0]
-            return picture.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            raise BadSample(f"corrupt image: {error}", self.key(i)) from error
+            if self._files:
+                return decode(read_image_file(self._files[i]), max_pixels=self.max_pixels, at_least=at_least)
+            try:
+                picture: Image.Image = self._dataset[int(self._order[i])][0]
+            except Exception as error:
+                raise BadSample(f"corrupt image: {error}") from error
+            return as_rgb(picture, self.max_pixels)
+        except BadSample as error:
+            raise BadSample(error.reason, self.key(i)) from error
 
     def _bytes(self, i: int) -> bytes:
         buffer = io.BytesIO()
@@ -104,6 +112,17 @@ def open_torchvision(place: Place, config: LabelledConfig) -> TorchvisionLabels:
         *(dataset, order, f"{name}/{split}", [keys[i] for i in order], labels[order], [str(text) for text in names]),
         **{**config.common, "known": known},
     )
+
+
+def _image_files(dataset: Any) -> list[Any]:
+    """Where the images lie, so that they are read within this package's limits; [] for sets held in arrays."""
+    if type(dataset).__name__ == "Caltech101":
+        folder = Path(dataset.root) / "101_ObjectCategories"
+        numbered = zip(dataset.y, dataset.index, strict=True)
+        return [folder / dataset.categories[label] / f"image_{number:04d}.jpg" for label, number in numbered]
+    samples = getattr(dataset, "samples", None)
+    kept = getattr(dataset, "_image_files", None) or getattr(dataset, "_images", None)
+    return [path for path, _ in samples] if samples else list(kept or [])
 
 
 def _image_paths(dataset: Any, root: Path) -> list[str]:

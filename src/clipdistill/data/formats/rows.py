@@ -102,6 +102,8 @@ class Rows:
 
 def required_column(name: str, columns: Sequence[str], setting: str, where: Path | str) -> str:
     """`name` if the table has it. Raises InputError with the nearest column and the setting to change."""
+    if columns.count(name) > 1:
+        raise InputError(f"{where}: {columns.count(name)} columns are called '{name}': rename one, or set {setting}")
     if name in columns:
         return name
     known = ", ".join(columns[:20])

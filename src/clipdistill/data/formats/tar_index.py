@@ -21,14 +21,13 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from clipdistill.data.captions import MISSING, clean_all
-from clipdistill.data.files import UNREAD, UNREAD_SUFFIXES
-from clipdistill.data.formats import PICTURES
+from clipdistill.data.files import PICTURES, UNREAD, UNREAD_SUFFIXES
 from clipdistill.data.formats.tar_headers import DamagedTar, Member, members
 from clipdistill.data.pairs import Strings
 from clipdistill.data.problems import Problems
 from clipdistill.runtime.files import new_file
 
-FORMAT = 4
+FORMAT = 5
 TEXTS = ("txt", "json")
 _LARGEST_TEXT = 1 << 24  # bytes of a .txt or .json member that are read
 DUPLICATE = "duplicate member name"
@@ -90,8 +89,11 @@ def samples_of(file: BinaryIO, length: int, label: str, texts: Sequence[str], pr
             folder, _, name = member.name.rpartition("/")
             stem, _, component = name.partition(".")
             component = component.lower()
-            if not stem or not component:
-                continue  # as WebDataset: files without an ending, and hidden ones, are no samples
+            if not stem or not component or "__MACOSX" in folder.split("/"):
+                # as WebDataset: files without an ending, and hidden ones, are no samples
+                if not stem and component.rpartition(".")[2] in PICTURES and not name.startswith("._"):
+                    problems.add("hidden image", f"{label}/{member.name}")
+                continue
             stem = f"{folder}/{stem}" if folder else stem
             stem = stem.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
             group = groups.setdefault(stem, [])
@@ -125,6 +127,8 @@ def _scan(file: BinaryIO, length: int, label: str, column: str | None) -> ShardI
         if image is None:
             index.problems.add(sample.why_no_image, key, dropped=True)
             continue
+        for kind in [kind for kind in PICTURES if kind in sample.components][1:]:
+            index.problems.add("image beside another of the same name", f"{key}.{kind}")
         captions = _captions(file, sample.components, key, column, index.problems)
         if not captions:
             index.problems.add("image without caption", key, dropped=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from clipdistill.data.files import is_remote, local_path, nothing_usable
+from clipdistill.data.files import IMAGE_SUFFIXES, is_remote, local_path, nothing_usable
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.formats.tar_headers import looks_like_tar
 from clipdistill.data.formats.tar_index import DUPLICATE, ShardIndex, index_shard
@@ -192,6 +192,8 @@ def open_tars(place: Place, config: DataConfig, default_split: str | None) -> Ta
         raise InputError(f"{len(missing)} of {len(shards)} shards do not exist, the first is '{missing[0]}'")
     labels = _labels(shards)
     problems = Problems()
+    for image in place.with_ending(*IMAGE_SUFFIXES):
+        problems.add("image beside the shards", image.name)
     indexes = []
     for path, label in zip(shards, labels):
         try:

@@ -1,0 +1,158 @@
+"""Commands given what nobody meant: a user's file as a result's place, options that cannot apply, odd consoles."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from clipdistill.cli import main
+from clipdistill.errors import InputError
+from clipdistill.runtime.files import require_place, write_json
+from tests.conftest import REPOSITORY
+
+RUN = str(REPOSITORY / "tests" / "kept" / "run")
+PAIRS = ["eval", RUN, "--data", "scenes:val"]
+LABELLED = ["eval", RUN, "--data", "scenes:zeroshot"]
+
+
+def refused(capsys, *command):
+    """The one sentence with which a command is refused."""
+    assert main([str(part) for part in command]) == 2, command
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1, said
+    return said
+
+
+OVER = {
+    "scores": [*PAIRS, "--json"],
+    "geometry": [*PAIRS, "--geometry"],
+    "comparisons": ["compare", RUN, RUN, "--json"],
+    "verdicts": ["claims", "published", RUN, "--json"],
+    "measurements": ["bench", RUN, "--json"],
+}
+
+
+@pytest.mark.parametrize("name", ["data.json", "run.json", "notes.txt", "photo.jpg"])
+@pytest.mark.parametrize("what", OVER)
+def test_a_file_of_the_user_is_never_replaced(what, name, tmp_path, capsys):
+    path = tmp_path / name
+    path.write_text('{"images": []}')
+    assert f"{path}: exists and is no file of {what}" in refused(capsys, *OVER[what], path)
+    assert path.read_text() == '{"images": []}'
+
+
+def test_data_beside_the_scores_are_never_replaced(tmp_path, capsys):
+    """`--json cifar10.json` writes cifar10.npz too, which may be the very data."""
+    (tmp_path / "cifar10.npz").write_bytes(b"data")
+    assert "cifar10.npz: exists" in refused(capsys, *PAIRS, "--json", tmp_path / "cifar10.json")
+    assert (tmp_path / "cifar10.npz").read_bytes() == b"data"
+    assert "name it .json" in refused(capsys, *PAIRS, "--json", tmp_path / "other.npz")
+    same = tmp_path / "both.json"
+    assert "each a file of its own" in refused(capsys, *PAIRS, "--json", same, "--geometry", same)
+
+
+@pytest.mark.parametrize("ending", [".html", ".md", ".csv"])
+def test_a_report_replaces_reports_only(ending, tmp_path, capsys):
+    path = (tmp_path / "captions").with_suffix(ending)
+    path.write_text("filepath,title")
+    assert f"{path}: exists" in refused(capsys, "report", RUN, "--out", tmp_path / "captions.html")
+    assert path.read_text() == "filepath,title"
+    path.unlink()
+    for _ in range(2):
+        assert main(["report", RUN, "--out", str(tmp_path / "captions.html")]) == 0
+
+
+def test_devices_and_pipes_are_not_replaced_by_files(tmp_path):
+    """A rename over /dev/null, as root, would leave the machine without it."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="not a file"):
+        require_place(tmp_path / "pipe", "scores")
+    with pytest.raises(InputError, match="not a file"):
+        write_json(tmp_path / "pipe", {})
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+EMPTY = [
+    ["search", "photos", "--model", "m", "--index", "", "--query", "x"],
+    ["search", "photos", "--model", "m", "--index=", "--query", "x"],
+    ["search", "", "--model", "m", "--query", "x"],
+    ["train", "--recipe", "clip", "--out", ""],
+    ["eval", RUN, "--data", ""],
+    ["report", RUN, "--out="],
+]
+
+
+@pytest.mark.parametrize("command", EMPTY, ids=range(len(EMPTY)))
+def test_an_empty_value_is_not_the_folder_one_is_in(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "the value is empty" in refused(capsys, *command)
+    assert not list(tmp_path.iterdir())
+
+
+UNUSED = [
+    ([*PAIRS, "--templates", "openai"], "--templates is for labelled sets"),
+    ([*PAIRS, "--classes", "names.txt"], "--classes is for labelled sets"),
+    ([*LABELLED, "--k", "3"], "--k is for image-caption pairs"),
+    ([*LABELLED, "--protocol", "first-caption"], "--protocol is for image-caption pairs"),
+    ([*LABELLED, "--geometry", "g.json"], "--geometry is for one set of image-caption pairs"),
+    ([*PAIRS, "--data", "scenes:val"], "named twice"),
+    ([*PAIRS, "--strict-counts"], "no published counts are known"),
+    (["search", ".", "--model", RUN, "--query", "x", "--port", "80"], "--port goes with --page"),
+    (["search", ".", "--model", RUN, "--query", "x", "--host", "::1"], "--host goes with --page"),
+    (["search", ".", "--model", RUN, "--query", "x", "--no-update", "--rehash"], "--rehash goes with an update"),
+    (["search", ".", "--model", RUN, "--json"], "--json goes with --query or --image"),
+    (["search", ".", "--model", RUN, "--query", "  "], "the query is empty"),
+    (["report", RUN, "--images", "5"], "--images says what --look looks at"),
+    (["report", RUN, "--device", "cpu"], "--device says what --look looks at"),
+    (["report", RUN, RUN], "named twice"),
+    (["claims", "published", RUN, RUN], "named twice"),
+    (["compare", RUN, RUN, "--against", RUN], "named twice"),
+    (["compare", RUN, RUN, "--metric", "t2i_R@1", "--metric", "t2i_R@1"], "named twice"),
+    (["bench", RUN, RUN], "named twice"),
+    (["bench", RUN, "--split", "val"], "give --data as well"),
+    (["bench", RUN, "--data", "scenes:val", "--towers", "text"], "which --towers leaves out"),
+    (["bench", RUN, "--rounds", "2"], "at least 3 rounds"),
+    (["bench", RUN, "--dtype", "int3"], "unknown number format"),
+    (["list", "recipes", "clip"], "takes no pattern"),
+    (["demo", "--recipes", "clip,clip"], "named twice"),
+    (["demo", "--seconds", "0"], "--seconds"),
+    (["scenes", "--out", "s", "--workers", "0"], "workers must be at least 1"),
+    (["cache", "info", "c", "--views", "3"], "--views is for filling a cache"),
+    (["cache", "verify", "c", "--dtype", "int8"], "--dtype is for filling a cache"),
+    (
+        ["cache", "--teacher", "scenes-teacher", "--data", "scenes", "--out", "c", "view.flip=0.5"],
+        "give --views as well",
+    ),
+    (["cache", "--teacher", "scenes-teacher", "--data", "scenes", "--out", "c", "--recipe", "clip-kd"], "give --views"),
+    (["export", RUN, "--to", "onnx", "--out", "e", "--budget", "2"], "--budget means nothing without --int8"),
+    (["export", RUN, "--to", "onnx", "--out", "e", "--calibration-size", "2"], "means nothing without --int8"),
+    (["export", RUN, "--to", "hf", "--out", "e", "--tolerance", "0.5"], "--tolerance goes with --to onnx"),
+]
+
+
+@pytest.mark.parametrize(("command", "sentence"), UNUSED, ids=range(len(UNUSED)))
+def test_an_option_that_cannot_apply_is_refused_before_the_work(command, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refused(capsys, *command)
+    assert not list(tmp_path.iterdir())
+
+
+def run_as_user(*command, **options):
+    code = "import sys; from clipdistill.cli import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", code, *command], capture_output=True, check=False, **options)
+
+
+def test_an_ascii_terminal_gets_escapes_not_a_traceback(tmp_path):
+    where = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = run_as_user("report", RUN, "--out", str(tmp_path / "r.html"), env=where)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u2192" in done.stdout or done.stdout.isascii()
+
+
+def test_a_closed_output_is_no_error():
+    done = subprocess.run(
+        ["sh", "-c", f'"{sys.executable}" -m clipdistill compare "{RUN}" "{RUN}" >&-'], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
