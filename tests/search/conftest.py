@@ -44,6 +44,9 @@ class StandIn:
         self.encoded = 0
         self.fail_after = fail_after
 
+    def expect(self, pictures: int) -> None:
+        """It has no engine to choose."""
+
     def at_least(self) -> int:
         return 8
 
