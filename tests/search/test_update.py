@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from clipdistill.errors import InputError, Preempted
+from clipdistill.runtime.files import CHECKSUM
 from clipdistill.search.photographs import printable, scan
-from clipdistill.search.store import SearchIndex, open_index
+from clipdistill.search.store import FORMAT, SearchIndex, open_index
 from clipdistill.search.update import update
 from tests.search.conftest import StandIn, draw
 
@@ -179,8 +180,8 @@ def test_one_update_at_a_time_and_one_model_an_index(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another model"):
         open_index(tmp_path / ".i", other)
     file = store.folder / "index.json"
-    file.write_text(file.read_text().replace('"format": 2', '"format": 3').replace('"checksum"', '"other"'))
-    with pytest.raises(InputError, match="format 3"):
+    file.write_text(file.read_text().replace(f'"format": {FORMAT}', '"format": 99').replace(f'"{CHECKSUM}"', '"other"'))
+    with pytest.raises(InputError, match="format 99"):
         fresh(tmp_path / ".i")
 
 
