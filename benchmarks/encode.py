@@ -118,6 +118,8 @@ class Ways:
         return lambda: self.encoder(engine).texts(self.captions)
 
     def caption_ways(self) -> dict[str, Way]:
+        if self.engine:
+            self.encoder(self.engine)  # converted before anything is timed
         ways: dict[str, Way] = {"full context": self.plain_captions}
         ways |= {"cut": self.cut_captions} if self.cut else {}
         ways |= {"cut, sorted": self.texts()} if self.sort else {}
