@@ -47,7 +47,7 @@ ORDER = (
 
 WINGS = (
     "models.inheritance", "scenes", "demo", "bank", "vectors", "bench", "export", "regions", "search", "reference",
-    "listing", "doctor",
+    "listing", "doctor", "data.formats.hub", "data.formats.labelled_libraries", "train.trackers",
 )  # fmt: skip
 """Rooms, and parts of rooms, that a run can do without. The core finds them by name and never imports them."""
 

@@ -54,8 +54,7 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All known names: built-in ones in their own order, then the others in the order of registration."""
         load_entry_points()
-        rooms = {name: place.partition(":")[0].split(".")[:2] for name, place in self._builtin.items()}
-        present = [name for name, room in rooms.items() if _is_here(".".join(room))]
+        present = [name for name, place in self._builtin.items() if _is_here(place.partition(":")[0])]
         return [*present, *(name for name in self._values if name not in self._builtin)]
 
     def __contains__(self, name: object) -> bool:
