@@ -255,7 +255,7 @@ def test_settings_that_contradict(tmp_path, capsys):
         (["--to", "hf", "--int8"], "--int8 goes with"),
         (["--to", "onnx", "--tolerance", "2"], "--tolerance must be"),
         (["--to", "onnx", "--int8"], "int8 needs pairs"),
-        (["--to", "onnx", "--budget", "nan"], "--budget is a number of points"),
+        (["--to", "onnx", "--int8", "--data", "scenes", "--budget", "nan"], "--budget is a number of points"),
         (["--to", "onnx", "--tolerance", "nan"], "--tolerance must be"),
         (["--to", "hf", "--data", "scenes"], "--data goes with"),
         (["--to", "onnx", "--limit", "4"], "--limit means nothing without --data"),

@@ -25,6 +25,26 @@ def nan_gradient(step: int, rank: int = 0) -> None:
     distil.forward_backward = poisoned
 
 
+def grown_weights(step: int) -> None:
+    """After one step (0-based) the student's matrices are as large as a rate far too high would make them."""
+    import torch
+
+    from clipdistill.train import distil
+
+    original, seen = distil.Distillation.after_step, [0]
+
+    def grown(self: Any, updated: bool) -> None:
+        original(self, updated)
+        if seen[0] == step:
+            with torch.no_grad():
+                for parameter in self.setup.student.module.parameters():
+                    if parameter.ndim > 1:
+                        parameter.fill_(1e30)
+        seen[0] += 1
+
+    distil.Distillation.after_step = grown  # type: ignore[method-assign]
+
+
 def stall(step: int, rank: int, seconds: float) -> None:
     """One rank does nothing for a while before a step."""
     from clipdistill.train import distil

@@ -11,6 +11,7 @@ import pytest
 
 from clipdistill.cache.store import CacheStore
 from clipdistill.errors import InputError
+from clipdistill.runtime.files import CHECKSUM
 from clipdistill.train.checkpoint import newest_checkpoint
 from clipdistill.train.run import distill
 from tests.cache.support import filled
@@ -28,6 +29,7 @@ def stopped(launcher: Launcher, models: Path, tmp_path: Path) -> Path:
 
 def edit(path: Path, **changes: object) -> None:
     values = json.loads(path.read_text())
+    values.pop(CHECKSUM, None)
     values |= changes
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import clipdistill as cd
 from clipdistill.errors import InputError
 from clipdistill.models import build_student, load_model, save_model
+from clipdistill.runtime.files import CHECKSUM
 from tests.bench.synthetic import Clock
 from tests.data.helpers import encoded
 from tests.reliability.support import STEPS, Launcher, lines, newest_step, ranks, require_same_run, training
@@ -89,7 +90,9 @@ def test_row_22_cache_of_another_teacher(
             ('"dtype": "fp16"', '"dtype": "bf16"', "dtype"),
         ):
             assert before in values
-            described.write_text(values.replace(before, after))
+            edited = json.loads(values.replace(before, after))
+            del edited[CHECKSUM]
+            described.write_text(json.dumps(edited))
             said = launcher.start(*cached(models, tmp_path / "run", pairs, cache)).finish(2)
             assert named in said
     finally:
@@ -150,6 +153,7 @@ def test_row_27_activation(models: Path, tmp_path: Path) -> None:
     described = json.loads((tmp_path / "m" / "model.json").read_text())
     assert described["activation"] == "gelu"
     described["architecture"]["quick_gelu"] = True
+    del described[CHECKSUM]
     (tmp_path / "m" / "model.json").write_text(json.dumps(described))
     with pytest.raises(InputError, match="'gelu' contradicts the architecture"):
         load_model(tmp_path / "m")
@@ -244,6 +248,6 @@ def test_models_of_other_formats_are_refused(models: Path, tmp_path: Path) -> No
     save_model(build_student(load_model(models / "student").architecture, seed=0,
                              tokenizer=load_model(models / "student").tokenizer), tmp_path / "m")  # fmt: skip
     path = tmp_path / "m" / "model.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2', 1))
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2', 1).replace(f'"{CHECKSUM}"', '"without"'))
     with pytest.raises(InputError, match="format 2 is not known here"):
         load_model(tmp_path / "m")

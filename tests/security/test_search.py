@@ -209,7 +209,7 @@ def test_an_index_is_not_written_through_a_link(
     monkeypatch.setattr("clipdistill.search.encoder.SearchModel", lambda *_: Model())
     settings = {
         "model": "x", "teacher": None, "index": None, "folder": folder, "device": "cpu", "update": True, "quiet": True,
-        "index_kind": "exact", "rehash": False, "batch_size": 8, "workers": 0,
+        "index_kind": "exact", "rehash": False, "batch_size": 8, "workers": 0, "engine": "torch",
     }  # fmt: skip
     with pytest.raises(InputError, match="is a link that leads out"):
         open_collection(**settings, out=sys.stdout)
