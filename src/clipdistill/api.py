@@ -33,7 +33,7 @@ def cache(
     dtype: Literal["fp16", "bf16", "int8"] = "fp16",
     batch_size: int = 64,
     device: str | None = None,
-    engine: EngineName = "auto",
+    engine: EngineName = "torch",
     quiet: bool = False,
     **settings: Any,
 ) -> FillReport:
@@ -71,7 +71,7 @@ def embed(
     device: str | None = None,
     workers: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    engine: EngineName = "auto",
+    engine: EngineName = "torch",
     progress: bool = True,
 ) -> EncodedPairs:
     """Embeddings of the images and captions of `data`, as `evaluate` computes them, in memory.

@@ -42,7 +42,7 @@ class CacheConfig(Config):
     """Pictures a forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the teacher's forward pass (auto: bf16 on a GPU, else fp32)."""
-    engine: EngineName = "auto"
+    engine: EngineName = "torch"
     """What runs the teacher (auto: the fastest installed, where the set pays for it; a store keeps its engine)."""
     workers: int | None = pydantic.Field(default=None, ge=0, le=1024)
     """Processes that decode (None: as many as keep the teacher busy, measured)."""

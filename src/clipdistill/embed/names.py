@@ -19,13 +19,13 @@ FORMATS = {"onnx": ("float32",), "openvino": ("float32", "bfloat16")}
 """Number formats of the engines that have not all."""
 
 
-def add_engine(add: Callable[..., Any], default: str | None = "auto") -> None:
+def add_engine(add: Callable[..., Any], default: str | None = "torch") -> None:
     """The option --engine, the same for all commands that encode."""
     add(
         "--engine",
         choices=ENGINES,
         default=default,
-        help="what runs the towers; auto: the fastest installed, timed where the set pays for it (default: auto)",
+        help="what runs the towers; auto: the fastest installed, timed where the set pays for it (default: torch)",
     )
 
 

@@ -217,6 +217,8 @@ def _load_openvino(path: Path, precision: str) -> Runner:
             raise InputError(f"{path}: openvino cannot load it ({str(error).strip().splitlines()[0][:200]})") from error
 
     one = compiled(PERFORMANCE_HINT="LATENCY")
+    shape = one.input(0).partial_shape
+    any_length = len(shape) == 2 and shape[1].is_dynamic
     busy = threading.Lock()
 
     @functools.cache  # made when first needed: it holds the weights once more
@@ -226,7 +228,8 @@ def _load_openvino(path: Path, precision: str) -> Runner:
 
     def run(values: np.ndarray) -> np.ndarray:
         # a request reuses its output memory, so a copy is handed out
-        if threads == 1 or len(values) < 2 * threads * _PIECE:
+        # captions of any length run one batch at a time: several requests of one such graph gave wrong rows, once
+        if threads == 1 or any_length or len(values) < 2 * threads * _PIECE:
             return np.array(one(values)[0], dtype=np.float32)
         pieces = np.array_split(values, -(-len(values) // _PIECE))
         found = []
@@ -241,6 +244,5 @@ def _load_openvino(path: Path, precision: str) -> Runner:
                     request.start_async({0: pieces[number]})
         return np.concatenate(found)
 
-    shape = one.input(0).partial_shape
-    run.any_length = len(shape) == 2 and shape[1].is_dynamic  # type: ignore[attr-defined]
+    run.any_length = any_length  # type: ignore[attr-defined]
     return run

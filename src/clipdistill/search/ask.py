@@ -69,7 +69,7 @@ def search(
     batch_size: int = 64,
     workers: int = 4,
     device: str | None = None,
-    engine: EngineName = "auto",
+    engine: EngineName = "torch",
     quiet: bool = True,
 ) -> SearchResult:
     """The photographs of a folder that are nearest to a query, after bringing the folder's index up to date.
