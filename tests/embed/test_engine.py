@@ -16,7 +16,8 @@ from clipdistill.embed.engine import LEAST_COSINE, choose_engine
 from clipdistill.embed.prepare import ahead
 from clipdistill.errors import InputError
 from clipdistill.evaluate.evaluate import evaluate
-from clipdistill.models import ClipModel
+from clipdistill.models import ClipModel, build_student
+from clipdistill.models.parameters import evaluation_mode
 from tests.export.conftest import Squares
 from tests.export.test_any_length import model_of
 
@@ -199,3 +200,19 @@ def test_workers_follow_from_cores_and_from_what_a_picture_takes(model, monkeypa
     assert encoder._suited_workers(images, 10.0, 100_000) == 8
     monkeypatch.setattr(encode, "cpu_count", lambda: 1)
     assert encoder._suited_workers(images, 10.0, 100_000) == 0
+
+
+def test_large_batches_run_after_the_graph_file_is_gone_on_many_threads() -> None:
+    pytest.importorskip("openvino")
+    model = build_student("scenes-student", seed=0, captions=["a red circle"])
+    images, threads = torch.randn(64, 3, model.image.size, model.image.size), torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with evaluation_mode(model.module), torch.no_grad():
+            engine = choose_engine(
+                model, "image", "openvino", model.module.encode_image, images, dtype="float32", items=64
+            )
+            assert engine.name == "openvino"
+            torch.testing.assert_close(engine.run(images), model.module.encode_image(images), rtol=1e-4, atol=1e-5)
+    finally:
+        torch.set_num_threads(threads)

@@ -210,13 +210,16 @@ def _load_openvino(path: Path, precision: str) -> Runner:
     # on processors with bfloat16 it would round silently
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": PRECISIONS[precision]}
 
-    def compiled(**more: object) -> Any:
-        try:
-            return openvino.Core().compile_model(str(path), "CPU", {**settings, **more})
-        except Exception as error:  # openvino raises RuntimeError and its own kinds
-            raise InputError(f"{path}: openvino cannot load it ({str(error).strip().splitlines()[0][:200]})") from error
+    core = openvino.Core()
 
-    one = compiled(PERFORMANCE_HINT="LATENCY")
+    def compiled(**more: object) -> Any:
+        return core.compile_model(model, "CPU", {**settings, **more})
+
+    try:
+        model = core.read_model(str(path))  # once: the file may be gone when the requests below are made
+        one = compiled(PERFORMANCE_HINT="LATENCY")
+    except Exception as error:  # openvino raises RuntimeError and its own kinds
+        raise InputError(f"{path}: openvino cannot load it ({str(error).strip().splitlines()[0][:200]})") from error
     shape = one.input(0).partial_shape
     any_length = len(shape) == 2 and shape[1].is_dynamic
     busy = threading.Lock()
