@@ -233,7 +233,8 @@ def _load_openvino(path: Path, precision: str) -> Runner:
         # a request reuses its output memory, so a copy is handed out
         # captions of any length run one batch at a time: several requests of one such graph gave wrong rows, once
         if threads == 1 or any_length or len(values) < 2 * threads * _PIECE:
-            return np.array(one(values)[0], dtype=np.float32)
+            with busy:  # one request serves all callers, whatever thread they are on
+                return np.array(one(values)[0], dtype=np.float32)
         pieces = np.array_split(values, -(-len(values) // _PIECE))
         found = []
         with busy:

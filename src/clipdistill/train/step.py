@@ -150,47 +150,34 @@ def forward_backward(
     may be 0. `attention` is that of `attention_by`.
     """
     with attention_by(attention):
-        return _forward_backward(towers, objective, images, tokens, teacher, micro_batch, precision, seed)
-
-
-def _forward_backward(
-    towers: nn.Module,
-    objective: Objective,
-    images: Tensor,
-    tokens: Tensor,
-    teacher: Embeddings | None,
-    micro_batch: int | None,
-    precision: str,
-    seed: tuple[int, int, int],
-) -> ObjectiveOutput:
-    rows = len(images)
-    if micro_batch is None or micro_batch >= rows:
-        torch.manual_seed(step_seed(*seed, 0))
-        with autocast(images.device, precision):
-            image, text, scale, bias = towers(images, tokens)
-        output = objective(student_embeddings(image, text, scale, bias), teacher)
-        (output.total + _touch(scale, bias)).backward()
-        return output
-    parts = list(zip(images.split(micro_batch), tokens.split(micro_batch), strict=True))
-    leaves, scale_leaf, bias_leaf = _embed(towers, parts, precision, seed)
-    output = objective(student_embeddings(*leaves, scale_leaf, bias_leaf), teacher)
-    output.total.backward()
-    gradients = [leaf.grad.split(micro_batch) for leaf in leaves if leaf.grad is not None]
-    for index, (part_images, part_tokens) in enumerate(parts):
-        last = index == len(parts) - 1
-        torch.manual_seed(step_seed(*seed, index))
-        with sum_over_microbatches(towers, enabled=not last):
+        rows = len(images)
+        if micro_batch is None or micro_batch >= rows:
+            torch.manual_seed(step_seed(*seed, 0))
             with autocast(images.device, precision):
-                image, text, scale, bias = towers(part_images, part_tokens)
-            surrogate = _touch(scale, bias)
-            for features, gradient in zip((image, text), gradients, strict=True):
-                surrogate = surrogate + (features * gradient[index]).sum()
-            if last:  # the scalars entered the objective once
-                for scalar, leaf in ((scale, scale_leaf), (bias, bias_leaf)):
-                    if scalar is not None and leaf is not None and leaf.grad is not None and scalar.requires_grad:
-                        surrogate = surrogate + (scalar * leaf.grad).sum()
-            surrogate.backward()
-    return output
+                image, text, scale, bias = towers(images, tokens)
+            output = objective(student_embeddings(image, text, scale, bias), teacher)
+            (output.total + _touch(scale, bias)).backward()
+            return output
+        parts = list(zip(images.split(micro_batch), tokens.split(micro_batch), strict=True))
+        leaves, scale_leaf, bias_leaf = _embed(towers, parts, precision, seed)
+        output = objective(student_embeddings(*leaves, scale_leaf, bias_leaf), teacher)
+        output.total.backward()
+        gradients = [leaf.grad.split(micro_batch) for leaf in leaves if leaf.grad is not None]
+        for index, (part_images, part_tokens) in enumerate(parts):
+            last = index == len(parts) - 1
+            torch.manual_seed(step_seed(*seed, index))
+            with sum_over_microbatches(towers, enabled=not last):
+                with autocast(images.device, precision):
+                    image, text, scale, bias = towers(part_images, part_tokens)
+                surrogate = _touch(scale, bias)
+                for features, gradient in zip((image, text), gradients, strict=True):
+                    surrogate = surrogate + (features * gradient[index]).sum()
+                if last:  # the scalars entered the objective once
+                    for scalar, leaf in ((scale, scale_leaf), (bias, bias_leaf)):
+                        if scalar is not None and leaf is not None and leaf.grad is not None and scalar.requires_grad:
+                            surrogate = surrogate + (scalar * leaf.grad).sum()
+                surrogate.backward()
+        return output
 
 
 def _embed(
