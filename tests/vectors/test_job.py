@@ -154,3 +154,17 @@ def test_what_cannot_be_is_one_sentence(model, pictures, tmp_path):
     refused("no picture of photographs can be read .the first, a.png", str(pictures))
     with pytest.raises(InputError, match="holds no embeddings"):
         cd.read_embeddings(tmp_path / "own.npy")
+
+
+def test_another_engine_gives_the_same_rows_and_is_recorded(model, expected, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pictures = cd.embed_to_file(model, "scenes:val?size=10", tmp_path / "x.npy", engine="onnx", part=4, progress=False)
+    np.testing.assert_allclose(cd.read_embeddings(pictures.path)[0], expected.image.numpy(), atol=1e-5)
+    texts = cd.embed_to_file(
+        model, "scenes:val?size=10", tmp_path / "t.npy", captions="all", engine="onnx", part=7, progress=False
+    )
+    np.testing.assert_allclose(cd.read_embeddings(texts.path)[0], expected.text.numpy(), atol=1e-5)
+    for path in (pictures.path, texts.path):
+        assert "was run by onnx" in " ".join(json.loads(path.with_name(f"{path.name}.json").read_text())["notes"])
+    with pytest.raises(InputError, match="another engine"):
+        cd.embed_to_file(model, "scenes:val?size=10", tmp_path / "x.npy", engine="openvino", progress=False)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipdistill.embed.names import add_engine
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
 from clipdistill.vectors.files import require_suffix
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=64, help="pictures or texts a forward pass (default 64)")
     add("--workers", type=int, default=0, help="processes that decode (default 0)")
     add("--dtype", default="float32", help="of the forward pass: float32, bfloat16, float16")
+    add_engine(add)
     add("--part", type=int, default=4096, help="rows kept at a time, so that a kill loses fewer (default 4096)")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
     add("--quiet", action="store_true", help="no progress on the terminal")
@@ -53,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         workers=arguments.workers,
         dtype=arguments.dtype,
+        engine=arguments.engine,
         part=arguments.part,
         device=arguments.device,
         progress=not arguments.quiet,
@@ -78,6 +81,7 @@ def embed_to_file(
     batch_size: int = 64,
     workers: int = 0,
     dtype: str = "float32",
+    engine: str = "torch",
     part: int = 4096,
     device: str | None = None,
     progress: bool = True,
@@ -88,8 +92,8 @@ def embed_to_file(
     or any object that `distill` takes. texts: instead of them a list of texts, or a file of one a line. captions:
     "first" or "all", the captions of `data` instead of its pictures. split: of data that has splits. out: FILE.npy
     (keys in FILE.jsonl), FILE.parquet or FILE.safetensors. batch_size: pictures or texts a forward pass; workers:
-    processes that decode; dtype: of the forward pass; part: rows kept at a time; device: None is CUDA where there is
-    one; progress: a bar on the error stream.
+    processes that decode; dtype: of the forward pass; engine: what runs the towers (`embed/names.py`: ENGINES); part:
+    rows kept at a time; device: None is CUDA where there is one; progress: a bar on the error stream.
 
     Returns an EmbedReport: path, rows, width, left_out, truncated. Raises InputError for unusable input, a file of
     something else at `out`, and work begun with other settings. `read_embeddings` reads such a file.
@@ -130,8 +134,9 @@ def embed_to_file(
     else:
         loaded = model if isinstance(model, ClipModel) else clip_model_of(model)
     return job.embed_to_file(
-        loaded, source, out, batch_size=batch_size, workers=workers, dtype=dtype, part=part, progress=progress
-    )
+        loaded, source, out, batch_size=batch_size, workers=workers, dtype=dtype, engine=engine, part=part,
+        progress=progress,
+    )  # fmt: skip
 
 
 def _lines(path: Path) -> list[str]:

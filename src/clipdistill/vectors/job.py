@@ -93,13 +93,14 @@ def embed_to_file(
     batch_size: int = 256,
     workers: int = 0,
     dtype: str = "float32",
+    engine: str = "torch",
     part: int = 4096,
     progress: bool = True,
 ) -> EmbedReport:
     """Embed the pictures of a source, or texts, into the file `out`; called again, it goes on where it stopped.
 
-    part: rows that are kept at a time. Raises InputError for a file of something else at `out`, work begun with other
-    settings, and where no picture can be read.
+    engine: what runs the towers (embed/engine.py); part: rows that are kept at a time. Raises InputError for a file of
+    something else at `out`, work begun with other settings, and where no picture can be read.
     """
     start = time.perf_counter()
     require_suffix(out)
@@ -109,6 +110,8 @@ def embed_to_file(
     identity = {
         "what": what, "model": model.fingerprint(), "data": source.fingerprint(), "count": len(source), "dtype": dtype,
     }  # fmt: skip
+    if engine != "torch":
+        identity["engine"] = engine
     if isinstance(source, PairSource):
         identity["pictures"] = source.images_fingerprint()
     description = out.with_name(f"{out.name}.json")
@@ -118,7 +121,7 @@ def embed_to_file(
     folder = make_folder(out.with_name(f"{out.name}.parts"), "the embeddings")
     with FolderLock(folder / "lock", f"{folder} is being filled"):
         _require_same(folder / "identity.json", identity, f"{folder}: begun with")
-        encoder = Encoder(model, batch_size=batch_size, workers=workers, dtype=dtype, progress=False)
+        encoder = Encoder(model, batch_size=batch_size, workers=workers, dtype=dtype, engine=engine, progress=False)
         starts = range(0, len(source), part)
         missing = [first for first in starts if _read(folder, first) is None]
         done = sum(min(part, len(source) - first) for first in set(starts) - set(missing))
@@ -130,7 +133,7 @@ def embed_to_file(
         report = _assemble(source, out, folder, starts, model.embed_dim, time.perf_counter() - start)
         details = {"format": FORMAT, "identity": identity, "model": model.name, "data": source.name}
         details |= {"rows": report.rows, "width": report.width}
-        details |= {"left_out": report.left_out, "truncated": report.truncated}
+        details |= {"left_out": report.left_out, "truncated": report.truncated, "notes": encoder.notes(model.name)}
         write_json(description, details)
     shutil.rmtree(folder, ignore_errors=True)
     return report
@@ -163,11 +166,17 @@ def _require_same(path: Path, identity: dict[str, Any], begins: str, key: str | 
 def _embed_texts(
     encoder: Encoder, source: TextList, folder: Path, missing: Sequence[int], part: int, advance: Callable[..., None]
 ) -> None:
+    if missing and encoder.engine != "torch":
+        sample = sorted((source.entry(i)["text"] for i in range(min(64, len(source)))), key=len)
+        tokens = encoder.model.shorten(encoder.model.tokenizer(sample[len(sample) // 2 :]))[0]
+        encoder.expected["text"] = len(source)
+        encoder.settle("text", tokens.to(encoder.device))
     for first in missing:
         numbers = range(first, min(first + part, len(source)))
         texts = [source.entry(i)["text"] for i in numbers]
         # an encoder of its own: what one has embedded it keeps
         own = Encoder(encoder.model, batch_size=encoder.batch_size, dtype=encoder.dtype, progress=False)
+        own.engine, own.engines = encoder.engine, encoder.engines
         rows = own.texts(texts, source.name).numpy()
         _write(folder, first, rows, list(numbers), [], own.truncated(texts))
         advance(len(texts))
