@@ -1,11 +1,12 @@
 """Try a great many bad inputs on everything that reads files from elsewhere.
 
-    python -m tests.fuzz [--inputs 100000] [--seconds 7200] [--targets image,tar] [--out fuzz-out]
+    python -m tests.fuzz [--inputs 100000] [--seconds 7200] [--targets image,tar] [--seed 0] [--out fuzz-out]
     python -m tests.fuzz --replay fuzz-out/failures/tar-0123456789ab.bin
 
 Coverage-guided: an input that makes the readers take a new step is kept and mangled further. A worker process does the
 reading, so crashes and hangs of native code are found too. Exit code 1 when something was not handled as promised; the
-inputs that show it are kept. `--out` of an earlier run is continued with what it had kept.
+inputs that show it are kept. `--out` of an earlier run is continued with what it had kept; one that was ended early goes
+on where it was. Another `--seed` tries other inputs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 import clipdistill.data
+from clipdistill.data.class_names import imagenet_wnids
 from tests.fuzz.cache_targets import cache_targets
 from tests.fuzz.engine import fuzz, replay, write_result
 from tests.fuzz.own_targets import own_targets
@@ -48,6 +50,7 @@ def main() -> int:
     unknown = sorted(set(names) - set(every))
     if unknown:
         parser.error(f"no target {', '.join(unknown)}; there are {', '.join(every)}")
+    imagenet_wnids()  # loads timm here, not in every worker
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     result = fuzz(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -37,6 +38,8 @@ CLOCK = 120.0
 SILENT, GONE = "silent", "gone"
 MEMORY = 400 << 20
 """Bytes by which one input may raise the process's peak (pictures have at most a million pixels)."""
+ROUND = 5000
+"""Inputs after which a worker is replaced, with the next seed, and what was found is written: a killed run goes on."""
 
 
 @dataclass
@@ -53,6 +56,8 @@ class Failure:
 class Result:
     """What a run has tried and found."""
 
+    seed: int = 0
+    rounds: int = 0
     tried: int = 0
     refused: int = 0
     accepted: int = 0
@@ -65,6 +70,16 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def unfinished(cls, out: Path, seed: int, inputs: int) -> Result:
+        """What an earlier run of this seed into `out` had found before it ended early, or an empty one."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found = cls(**json.loads((out / "result.json").read_text(encoding="utf-8")))
+            if found.seed == seed and found.tried < inputs:
+                found.failures = [Failure(**failure) for failure in found.failures]  # type: ignore[arg-type]
+                return found
+        return cls(seed=seed)
 
 
 class TooLong(BaseException):
@@ -211,24 +226,24 @@ def fuzz(
 ) -> Result:
     """Try `inputs` inputs, or as many as `seconds` allow; prints progress every `each` seconds.
 
-    Failures are kept below `out`/failures, one for each place in the code; `stop_at` different ones end the run.
+    Failures are kept below `out`/failures, one for each place in the code; `stop_at` different ones end the run. An
+    earlier run of this seed that ended before its time is continued at the round after its last whole one.
     """
-    result, began, said = Result(), time.monotonic(), time.monotonic()
-    counts: Counter[str] = Counter()
+    result, began, said = Result.unfinished(out, seed, inputs), time.monotonic(), time.monotonic()
+    before, counts = result.seconds, Counter(result.by_target)
     known: set[str] = set()
     place = sandbox()
     corpus = out / "corpus"
     context = multiprocessing.get_context("fork")
     try:
-        round_ = 0
         while result.tried < inputs and time.monotonic() - began < seconds and len(known) < stop_at:
             here, there = context.Pipe(duplex=False)
-            left = inputs - result.tried
-            arguments = (there, targets, files, place, corpus, seed + round_, left, began + seconds)
+            left = min(inputs - result.tried, ROUND)
+            arguments = (there, targets, files, place, corpus, 1000 * seed + result.rounds, left, began + seconds)
             process = context.Process(target=_work, args=arguments)
             process.start()
             there.close()
-            round_ += 1
+            result.rounds += 1
             while True:
                 message = _receive(here, CLOCK)
                 if message in (SILENT, GONE):
@@ -268,10 +283,11 @@ def fuzz(
                     process.join()
                     break
             here.close()
+            result.seconds = before + time.monotonic() - began
+            result.by_target = dict(sorted(counts.items()))
+            write_result(result, out)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    result.seconds = time.monotonic() - began
-    result.by_target = dict(sorted(counts.items()))
     result.kept = sum(1 for _ in corpus.rglob("*") if _.is_file()) if corpus.is_dir() else 0
     return result
 

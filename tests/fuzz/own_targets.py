@@ -154,7 +154,7 @@ def own_targets() -> list[Target]:
     samples = {**SAMPLES, "model.json": model, "manifest.json": {**model, "logit_scale": 14.3, "towers": {"image": {}}}}
     return [
         Target(f"own-{name.replace('.', '-')}", [json_text(values).encode(), json_text(with_checksum(values)).encode()],
-               run, WORDS, structured=(mangle_json,), weight=1 if name in _REPORTED else 3)
+               run, WORDS, structured=(mangle_json,), weight=2 if name in _REPORTED else 3)
         for name, run in makers.items()
         for values in (samples[name],)
     ]  # fmt: skip

@@ -123,6 +123,6 @@ def run_targets() -> list[Target]:
     return [
         Target(name.replace(".", "-"), [path.read_bytes()], run, WORDS,
                structured=(mangle_json,) if path.suffix == ".json" else (),
-               weight=1 if name in ("run-run.json", "run-recipe.yaml") or name.endswith("jsonl") else 3)
+               weight=2 if name in ("run-run.json", "run-recipe.yaml") or name.endswith("jsonl") else 3)
         for name, path, run in makers
     ]  # fmt: skip

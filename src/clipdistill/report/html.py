@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -30,11 +31,11 @@ _HYPHENATED = re.compile(r"(?<![\w&;-])[\w.+@/]{1,20}(?:-[\w.+@/]{1,20}){1,3}(?!
 def render(report: Report) -> str:
     """The report as one HTML document."""
     style, script = _asset("style.css"), _asset("script.js")
-    return _template(
-        "page.html.j2", autoescape=True, mark=lambda colour: Markup(legend_mark(colour)), prose=prose
-    ).render(
+    return _template("page.html.j2").render(
         **variables(report),
         **page_variables(report),
+        mark=lambda colour: Markup(legend_mark(colour)),
+        prose=prose,
         style=Markup(style),
         script=Markup(script),
         style_hash=_hash(style),
@@ -59,10 +60,10 @@ def to_markdown(report: Report) -> str:
             grid.add(entry, *(cell.text() if cell else "" for cell in cells))
         return markdown(grid.plain())
 
-    template = _template(
-        "page.md.j2", finalize=_finalize, code=code, grid=lambda grid: markdown(grid.plain()), scores=scores
+    found = _template("page.md.j2").render(
+        **variables(report), code=code, grid=lambda grid: markdown(grid.plain()), scores=scores
     )
-    return re.sub(r"\n{3,}", "\n\n", template.render(**variables(report)))
+    return re.sub(r"\n{3,}", "\n\n", found)
 
 
 def prose(text: str) -> Markup:
@@ -88,10 +89,16 @@ def _finalize(value: Any) -> Any:
     return value if isinstance(value, Markup) else escape_markdown(str(value))
 
 
-def _template(name: str, **options: Any) -> jinja2.Template:
-    known = {key: options.pop(key) for key in ("autoescape", "finalize") if key in options}
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, **known)
-    environment.globals.update(options)
+@cache
+def _template(name: str) -> jinja2.Template:
+    page = name == "page.html.j2"
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=page,
+        finalize=None if page else _finalize,
+    )
     return environment.from_string(_asset(name))
 
 
