@@ -5,7 +5,7 @@
 
 Coverage-guided: an input that makes the readers take a new step is kept and mangled further. A worker process does the
 reading, so crashes and hangs of native code are found too. Exit code 1 when something was not handled as promised; the
-inputs that show it are kept. `--out` of an earlier run is continued with what it had kept; one that was ended early goes
+inputs that show it are kept. `--out` of an earlier run is continued with what it had kept; one that ended early goes
 on where it was. Another `--seed` tries other inputs.
 """
 
