@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +149,32 @@ def test_an_unreadable_image_has_no_regions(tmp_path: Path, monkeypatch: pytest.
 def test_boxes_of_other_images_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="belongs to other images"):
         filled(tmp_path / "store", boxes_file(tmp_path, [{"key": "x", "boxes": []}]))
+
+
+def test_what_is_not_finite_is_neither_stored_nor_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = load_model("scenes-teacher", teacher=True)
+    store = filled(tmp_path / "store", some_boxes(tmp_path), clip=clip)
+    (block,) = store.folder.glob("block-*.safetensors")
+    header, tensors = stores.Block(block).metadata, stores.Block(block).arrays
+    damaged = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
+    damaged["embeddings"][0, 0] = float("nan")
+    stores.BlockFolder(store.folder, what="s", remedy="r").write(
+        block.stem, damaged, {name: header[name] for name in ("store", "images")}
+    )
+    with pytest.raises(InputError, match=r"block-00000\.safetensors: damaged block \(a number is not finite\)"):
+        filled(tmp_path / "store", some_boxes(tmp_path), clip=clip).read([0])
+    monkeypatch.setattr(clip.module, "encode_image", lambda images: torch.full((len(images), 128), 1e6))
+    with pytest.raises(InputError, match="gives NaN or infinite embeddings for regions"):
+        filled(tmp_path / "other", some_boxes(tmp_path), clip=clip)
+    assert not list((tmp_path / "other").rglob("*.safetensors"))
+
+
+def test_a_killed_writers_leftover_is_taken_away_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    store = filled(tmp_path / "store", some_boxes(tmp_path))
+    old, new = (store.folder / f".block-00000.safetensors.writing-{name}" for name in ("old", "new"))
+    old.write_bytes(b"half")
+    new.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    filled(tmp_path / "store", some_boxes(tmp_path))
+    assert new.exists()
+    assert not old.exists()

@@ -1,5 +1,6 @@
 """Claims: one owner at a time, taken over from the dead."""
 
+import errno
 import json
 import os
 import socket
@@ -7,6 +8,9 @@ import subprocess
 import sys
 import time
 
+import pytest
+
+from clipdistill.runtime import locks
 from clipdistill.runtime.locks import Claims, _started
 
 
@@ -62,3 +66,31 @@ def test_a_claim_cut_off_while_it_was_written_is_taken_over_after_a_moment(tmp_p
     old = time.time() - 60
     os.utime(tmp_path / "a.lock", (old, old))
     assert Claims(tmp_path).take("a")
+
+
+def test_two_that_find_a_lock_stale_do_not_both_get_it(tmp_path, monkeypatch):
+    """The second comes to its rename when the first has already made a lock of its own."""
+    _write(tmp_path, host=socket.gethostname(), pid=os.getpid(), started="0")
+    first, second, stale = Claims(tmp_path), Claims(tmp_path), locks._stale
+
+    def late(path, lease):
+        found = stale(path, lease)
+        monkeypatch.setattr(locks, "_stale", stale)
+        assert first.take("a")
+        return found
+
+    monkeypatch.setattr(locks, "_stale", late)
+    assert not second.take("a")
+    assert first.held == {"a"}
+    assert json.loads((tmp_path / "a.lock").read_text())["pid"] == os.getpid()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.lock"]
+
+
+def test_a_lock_that_does_not_fit_the_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(locks.json, "dump", full)
+    with pytest.raises(OSError, match="No space"):
+        Claims(tmp_path).take("a")
+    assert not list(tmp_path.iterdir())

@@ -29,6 +29,7 @@ from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel, hash_tensors
 from clipdistill.regions.box_file import BoxFile
 from clipdistill.regions.boxes import Boxes
+from clipdistill.runtime.files import remove_leftovers
 from clipdistill.train.region_config import BoxLimits
 
 FORMAT = 1
@@ -36,6 +37,7 @@ MANIFEST = "regions.json"
 BLOCK = 256
 _ZERO_ROW, _UNREADABLE = -1, -2  # instead of a count: nothing found, the released one zero row; no picture
 _IDENTITY = ("format", "data_sha256", "boxes_sha256", "image_tower_sha256", "crops", "limits", "whole_image")
+_ABANDONED = 600.0  # seconds after which what somebody was writing is a killed writer's: others may be filling too
 Progress = Callable[[int, int], None]
 
 
@@ -134,6 +136,7 @@ def fill_store(
         manifest = stored
     else:
         blocks.describe(as_dict(manifest))
+    remove_leftovers(blocks.folder, older_than=_ABANDONED)
     clip.module.eval().to(device)
     encoder = Encoder(clip, device=device)
     for number, part in enumerate(manifest.parts()):
@@ -195,8 +198,13 @@ def _tensors(images: Sequence[_Regions], encoder: Encoder, spec: ImageSpec, batc
         crops = [crop(image, box, spec) for image, box in cut[start : start + batch_size]]
         rows.append(encoder.encode_images(torch.stack(crops), "regions", unit=False).cpu())
     counts = [_UNREADABLE if image is None else len(boxes) or _ZERO_ROW for image, boxes in images]
+    embeddings = torch.cat(rows).half()
+    if not bool(embeddings.isfinite().all()):
+        raise InputError(
+            "the image tower gives NaN or infinite embeddings for regions (stored as fp16): nothing to keep"
+        )
     return {
-        "embeddings": torch.cat(rows).half(),
+        "embeddings": embeddings,
         "counts": torch.tensor(counts),
         "areas": torch.from_numpy(np.concatenate([boxes.areas for _, boxes in images])),
         "confidences": torch.from_numpy(np.concatenate([boxes.confidence for _, boxes in images])),
@@ -242,6 +250,8 @@ class RegionStore:
         wanted = {"embeddings": (rows, self.manifest.width), "counts": (len(self._parts[number]),)}
         if found != {**wanted, "areas": (rows,), "confidences": (rows,)} or counts.min() < _UNREADABLE:
             raise InputError(f"{block.path}: damaged block (its shapes {found} do not fit together): {block.remedy}")
+        if not all(np.isfinite(arrays[name]).all() for name in ("embeddings", "areas", "confidences")):
+            raise InputError(f"{block.path}: damaged block (a number is not finite): {block.remedy}")
         self._starts[number] = starts
 
     def counts(self) -> Tensor:

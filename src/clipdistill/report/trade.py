@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clipdistill.report.data import ReportedRun, optional, read_optional
+from clipdistill.report.data import ReportedRun, number, optional, read_optional
 from clipdistill.report.tables import Entry, Estimate, ScoreTable
 from clipdistill.statistics.records import is_noisy
+
+_LARGEST = 1e30
+"""Of what is counted or measured here; more is damage, and no axis of a chart."""
 
 
 @dataclass
@@ -197,13 +200,21 @@ def _setting(row: dict[str, Any]) -> tuple[str, str, int]:
 
 
 def _estimate(row: dict[str, Any]) -> Estimate:
-    return Estimate(float(row["value"]), float(row["low"]), float(row["high"]))
+    return Estimate(_positive(row["value"]), _positive(row["low"]), _positive(row["high"]))
+
+
+def _positive(value: Any) -> float:
+    """A number that a chart can show; raises ValueError."""
+    found = number(value)
+    if found is None or not 0 < found < _LARGEST:
+        raise ValueError(f"{value!r:.40} is no positive number")
+    return found
 
 
 def _extras(row: dict[str, Any]) -> tuple[tuple[float, float] | None, float | None]:
     """(median and 95th percentile of the latency, peak memory), where they were measured."""
     median, p95, peak = (
-        None if row.get(key) is None else float(row[key]) for key in ("median_ms", "p95_ms", "peak_bytes")
+        None if row.get(key) is None else _positive(row[key]) for key in ("median_ms", "p95_ms", "peak_bytes")
     )
     return None if median is None or p95 is None else (median, p95), peak
 
@@ -252,7 +263,7 @@ def _lend(device: BenchDevice, table: ScoreTable, sizes: dict[str, Size]) -> Non
 
 def _size_from_counts(counts: dict[str, Any]) -> Size:
     def pick(*names: str) -> float | None:
-        return next((float(counts[n]) for n in names if isinstance(counts.get(n), int | float)), None)
+        return next((found for n in names if 0 < (found := number(counts.get(n)) or 0) < _LARGEST), None)
 
     return Size(pick("total"), pick("image"), pick("text_total", "text", "text_transformer"))
 
@@ -262,9 +273,9 @@ def _size_from_bench(facts: dict[str, Any], known: Size | None) -> Size:
     size = _size_from_counts(counts) if isinstance(counts, dict) else (known or Size())
     flops = facts.get("flops")
     flops = flops if isinstance(flops, dict) else {}
-    size.bytes = float(facts["size_bytes"]) if facts.get("size_bytes") else None
-    size.image_flops = float(flops["image"]) if flops.get("image") else None
-    size.text_flops = float(flops["text"]) if flops.get("text") else None
+    size.bytes = _positive(facts["size_bytes"]) if facts.get("size_bytes") else None
+    size.image_flops = _positive(flops["image"]) if flops.get("image") else None
+    size.text_flops = _positive(flops["text"]) if flops.get("text") else None
     return size
 
 

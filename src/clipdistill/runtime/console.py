@@ -157,8 +157,8 @@ def compact(value: float) -> str:
 
 def rate(value: float) -> str:
     """A measured rate with three digits: "2.41", "48.6", "2,910"."""
-    if value == 0:
-        return "0"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
     digits = 2 - math.floor(math.log10(abs(value)))
     return f"{round(value, digits):,.{max(0, digits)}f}"
 

@@ -105,19 +105,35 @@ def _take(path: Path, lease: float) -> bool:
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
+            found = _identity(path)
             if not _stale(path, lease):
                 return False
             # renamed before it is removed: of several that find it stale, one gets the file
             aside = path.with_name(f"{path.name}.stale-{os.getpid()}-{time.monotonic_ns()}")
             with suppress(FileNotFoundError):
                 path.rename(aside)
+                if _identity(aside) != found:  # another took it over in between: this is its new file
+                    with suppress(OSError):
+                        os.link(aside, path)
                 aside.unlink()
             continue
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
-            json.dump({**owner, "space": _space(), "since": time.time()}, file)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+                json.dump({**owner, "space": _space(), "since": time.time()}, file)
+        except OSError:  # a full disk: an empty lock would hold others up
+            path.unlink(missing_ok=True)
+            raise
         return True
     return False
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Which file a name stands for, as it was written last."""
+    with suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
+    return 0, 0
 
 
 def _owner(path: Path) -> dict[str, Any]:
