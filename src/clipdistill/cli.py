@@ -26,8 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _refuse_empty(arguments)
         return _dispatch(arguments)
     except ClipdistillError as error:
-        print(f"clipdistill: {error}", file=sys.stderr)
-        return error.exit_code
+        told = error if error.exit_code > 2 else storage_error(error) or error
+        print(f"clipdistill: {told}", file=sys.stderr)
+        return told.exit_code
     except KeyboardInterrupt:
         print("clipdistill: stopped", file=sys.stderr)
         return 130

@@ -72,14 +72,24 @@ _RUST = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")
 def storage_error(
     error: BaseException, advice: str = "make room and run the same command again"
 ) -> StorageError | None:
-    """What to tell the user when `error` means that the disk is full or cannot be written; None for another error."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and type(error).__name__ == "SafetensorError" and (found := _RUST.search(str(error))):
-        number = int(found[1] or found[2])
+    """What to tell the user when `error` means that the disk is full or cannot be written; None for another error.
+
+    A full disk is also found behind an error that was raised from the system's (`raise ... from`).
+    """
+    number = system_number(error)
     if number not in _FULL:
-        return None
+        cause = error.__cause__
+        return storage_error(cause, advice) if cause is not None and system_number(cause) != errno.EROFS else None
     named = getattr(error, "filename", None)
     return StorageError(f"{f'{named}: ' if named else ''}{os.strerror(number)}: {advice}")
+
+
+def system_number(error: BaseException) -> int | None:
+    """The number (errno) of the system's error that this is, None for any other error."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = _RUST.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1] or found[2]) if found else None
 
 
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? .*", re.IGNORECASE)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clipdistill.cache.names import Dtype
 from clipdistill.cache.rows import row_bytes
-from clipdistill.errors import ClipdistillError
+from clipdistill.errors import StorageError
 from clipdistill.runtime.console import file_size
 
 VIEW_BYTES = 4 * 4 + 1 + 2 * 9
@@ -27,10 +27,11 @@ def sample_bytes(dims: Sequence[int], dtype: Dtype, views: int, captions: float)
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raises ClipdistillError when `needed` bytes (and a reserve of 2 %) do not fit on the disk of `folder`."""
+    """Raises StorageError when `needed` bytes (and a reserve of 2 %) do not fit on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
-    if free < needed * 1.02 + 1_000_000:
-        raise ClipdistillError(
-            f"{folder}: the cache needs {file_size(needed)} more and {file_size(free)} are free: make room, choose "
-            "another disk, or store less (--dtype int8 halves it; fewer --views; --captions first)"
+    wanted = needed * 1.02 + 1_000_000
+    if free < wanted:
+        raise StorageError(
+            f"{folder}: the cache needs {file_size(wanted)} more, with a reserve, and {file_size(free)} are free: make "
+            "room, choose another disk, or store less (--dtype int8 halves it; fewer --views; --captions first)"
         )

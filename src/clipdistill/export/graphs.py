@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -155,6 +157,8 @@ def write_graphs(
             try:
                 openvino.save_model(openvino.convert_model(str(path)), str(files[tower]), compress_to_fp16=False)
             except Exception as error:  # openvino's conversion errors share no base class
+                if shutil.disk_usage(folder).free < path.stat().st_size:  # all it says of that is "iostream error"
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(files[tower])) from error
                 raise InputError(
                     f"the {tower} tower of {model.name} cannot be converted to OpenVINO: {str(error).strip()[:300]}"
                 ) from error

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipdistill.errors import InputError, storage_error
+from clipdistill.errors import InputError, storage_error, system_number
 
 WRITING = ".writing-"
 CHECKSUM = "sha256"
@@ -49,9 +49,10 @@ def new_file(path: Path | str) -> Iterator[Path]:
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        _say_where(error, path, temporary)
         raise
 
 
@@ -122,8 +123,20 @@ def new_folder(path: Path | str, replaces: Callable[[Path], bool], what: str) ->
         else:
             temporary.rename(path)
         sync(path.parent)
+    except BaseException as error:
+        _say_where(error, path, temporary)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _say_where(error: BaseException | None, path: Path, temporary: Path) -> None:
+    """Name the file of a write that failed, which the error does not know, or knows by its temporary name."""
+    while error is not None and system_number(error) is None:
+        error = error.__cause__
+    named = getattr(error, "filename", None)
+    if error is not None and (not named or str(named).startswith(str(temporary))):
+        error.filename = str(path)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

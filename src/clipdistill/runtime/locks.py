@@ -121,8 +121,9 @@ def _take(path: Path, lease: float) -> bool:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
                 json.dump({**owner, "space": _space(), "since": time.time()}, file)
-        except OSError:  # a full disk: an empty lock would hold others up
+        except OSError as error:  # a full disk: an empty lock would hold others up
             path.unlink(missing_ok=True)
+            error.filename = str(path)
             raise
         return True
     return False
