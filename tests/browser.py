@@ -9,13 +9,18 @@ with Browser(profile) as browser:
 from __future__ import annotations
 
 import base64
+import contextlib
 import fcntl
+import functools
 import json
 import os
 import select
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +116,11 @@ class Browser:
             assert time.monotonic() < deadline, f"never true: {expression}"
             time.sleep(0.05)
 
-    def choose(self, selector: str, path: Path) -> None:
-        """Give a file to an <input type="file">."""
+    def choose(self, selector: str, *paths: Path) -> None:
+        """Give files to an <input type="file">."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.call("DOM.setFileInputFiles", files=[str(path)], nodeId=node)
+        self.call("DOM.setFileInputFiles", files=[str(path) for path in paths], nodeId=node)
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """A PNG of the page, of all of it or of the window."""
@@ -162,3 +167,25 @@ class Browser:
             self.console.append(f"{facts['entry']['text']} {facts['entry'].get('url', '')}")
         elif method == "Runtime.consoleAPICalled" and facts["type"] in ("error", "warning", "assert"):
             self.console.append(json.dumps(facts["args"])[:500])
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder as any static host does, without lines on the terminal; `asked` lists what was asked for."""
+
+    def __init__(self, *arguments: Any, asked: list[str], **settings: Any) -> None:
+        self.asked = asked
+        super().__init__(*arguments, **settings)
+
+    def log_message(self, *_: object) -> None:
+        self.asked.append(self.path)
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The address of `folder` on this machine, and the paths that were asked for so far."""
+    asked: list[str] = []
+    handler = functools.partial(Quiet, directory=str(folder), asked=asked)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield f"http://localhost:{server.server_port}/", asked
+        server.shutdown()

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from clipdistill.export.graphs import Exported
 
 SIZE, BUDGET, TOLERANCE = 128, 1.0, 1e-4
-TARGETS = ("onnx", "openvino", "open_clip", "hf")
+TARGETS = ("onnx", "openvino", "web", "open_clip", "hf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", help="pairs: R@1 is measured on them before and after (test split, else val)")
     add("--split", help="split of the data to measure on")
     add("--limit", type=int, help="measure on at most so many images, spread evenly over the data")
-    add("--int8", action="store_true", help="quantise both towers, calibrated on --calibrate or --data")
+    add("--int8", action="store_true", help="quantise both towers, calibrated on --calibrate or --data; web: weights")
     add("--calibrate", help="pairs to calibrate int8 on (default: --data, its training split where it has one)")
     add("--calibration-size", type=int, default=SIZE, help="pairs to calibrate on (default: 128)")
     add("--budget", type=float, default=BUDGET, help="points of R@1 that int8 may lose (default: 1)")
@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest difference of an entry of unit-length embeddings (default: 1e-4)",
     )
     add("--opset", type=int, default=None, help="ONNX operator set (default: 20; from 23 attention is one operator)")
+    add(
+        "--web-runtime",
+        type=Path,
+        metavar="DIR",
+        help="npm's onnxruntime-web (default: node_modules, else npm fetches it)",
+    )
     add("--push", metavar="OWNER/NAME", help="also upload the folder, with a model card, to the Hugging Face hub")
     add("--private", action="store_true", help="with --push: a private repository")
 
@@ -55,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def export(
     model: str | Path,
-    to: Literal["onnx", "openvino", "open_clip", "hf"],
+    to: Literal["onnx", "openvino", "web", "open_clip", "hf"],
     out: str | Path,
     *,
     data: str | None = None,
@@ -68,6 +74,7 @@ def export(
     normalised: bool = False,
     tolerance: float = TOLERANCE,
     opset: int | None = None,
+    web_runtime: str | Path | None = None,
     push: str | None = None,
     private: bool = False,
     quiet: bool = False,
@@ -78,8 +85,9 @@ def export(
     before and after, of their split `split` (None: test, else val), at most `limit` images.
     int8: quantise, calibrated on `calibration_size` pairs of `calibrate` (None: of data), losing at most `budget`
     points of R@1. normalised: embeddings of unit length; tolerance: largest difference of an entry of these; opset:
-    ONNX operator set (None: 20). push: OWNER/NAME on the Hugging Face hub, to upload the folder with a model card to;
-    private: as a private repository. quiet: print nothing.
+    ONNX operator set (None: 20). web_runtime: the folder of npm's onnxruntime-web for "web" (None: node_modules, else
+    npm fetches it), where int8 means the weights and needs no data. push: OWNER/NAME on the Hugging Face hub, to upload
+    the folder with a model card to; private: as a private repository. quiet: print nothing.
 
     Returns an Exported: folder, parities with the model, R@1 before and after. Raises InputError for what cannot be
     exported or misses the tolerance.
@@ -89,13 +97,16 @@ def export(
     check_model_name(model)
     if to not in TARGETS:
         raise InputError(f"unknown form '{to}': one of {', '.join(TARGETS)}")
-    graphs = to in ("onnx", "openvino")
-    for option, given in (
-        *(("int8", int8), ("data", data), ("normalised", normalised), ("opset", opset)),
-        ("tolerance", tolerance != TOLERANCE),
+    graphs = ("onnx", "openvino")
+    for option, given, forms in (
+        *((name, value, (*graphs, "web")) for name, value in (("int8", int8), ("data", data), ("opset", opset))),
+        ("tolerance", tolerance != TOLERANCE, (*graphs, "web")),
+        *((name, value, graphs) for name, value in (("normalised", normalised), ("calibrate", calibrate))),
+        ("calibration-size", calibration_size != SIZE, graphs),
+        ("web-runtime", web_runtime, ("web",)),
     ):
-        if given and not graphs:
-            raise InputError(f"--{option} goes with --to onnx or --to openvino, not with --to {to}")
+        if given and to not in forms:
+            raise InputError(f"--{option} goes with --to {' or --to '.join(forms)}, not with --to {to}")
     for option, given, needed, other in (
         ("split", split, data, "data"),
         ("limit", limit, data, "data"),
@@ -121,7 +132,7 @@ def export(
     from clipdistill.export.graphs import Exported, export_graphs
     from clipdistill.models.load import load_model
 
-    if graphs:
+    if to in (*graphs, "web"):
         from clipdistill.export.accuracy import open_calibration, open_test
         from clipdistill.export.gate import Tolerance
         from clipdistill.export.towers import OPSET
@@ -130,20 +141,27 @@ def export(
         if test is not None and test.problems:
             tell(test.problems.sentence(test.name))
         calibration = (
-            open_calibration(str(calibrate or data), calibration_size) if int8 and (calibrate or data) else None
+            open_calibration(str(calibrate or data), calibration_size)
+            if int8 and to != "web" and (calibrate or data)
+            else None
         )
-        exported = export_graphs(
-            load_model(model, teacher=True),
-            out,
-            runtime=to,
-            normalised=normalised,
-            int8=int8,
-            test=test,
-            calibration=calibration,
-            budget=budget,
-            tolerance=dataclasses.replace(Tolerance(), difference=tolerance, cosine=1 - 0.1 * tolerance),
-            opset=opset or OPSET,
-        )
+        allowed = dataclasses.replace(Tolerance(), difference=tolerance, cosine=1 - 0.1 * tolerance)
+        shared: dict[str, Any] = {"int8": int8, "test": test, "budget": budget, "tolerance": allowed}
+        shared["opset"] = opset or OPSET
+        if to == "web":
+            from clipdistill.export.web import runtime, site
+
+            libraries = runtime.web_runtime(None if web_runtime is None else Path(web_runtime))
+            exported = site.export_web(load_model(model, teacher=True), out, libraries, **shared)
+        else:
+            exported = export_graphs(
+                load_model(model, teacher=True),
+                out,
+                runtime=to,
+                normalised=normalised,
+                calibration=calibration,
+                **shared,
+            )
         for tower in ("image", "text"):
             own = [p for p in exported.parities if p.tower == tower]
             tell(
