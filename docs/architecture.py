@@ -23,7 +23,7 @@ ORDER = (
     ("errors", "version"),
     ("commands", "config", "registry"),
     ("recipes", "runtime"),
-    ("runs",),
+    ("remote", "runs"),
     ("data",),
     ("scenes", "models"),
     ("objective", "embed"),
@@ -47,7 +47,7 @@ ORDER = (
 
 WINGS = (
     "models.inheritance", "scenes", "demo", "bank", "vectors", "bench", "export", "regions", "search", "reference",
-    "listing", "doctor", "data.formats.hub", "data.formats.labelled_libraries", "train.trackers",
+    "listing", "doctor", "remote", "data.formats.hub", "data.formats.labelled_libraries", "train.trackers",
 )  # fmt: skip
 """Rooms, and parts of rooms, that a run can do without. The core finds them by name and never imports them."""
 

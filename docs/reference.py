@@ -38,7 +38,8 @@ COMMANDS_PAGE = """# Commands
 codes are in [Runs that survive](reliability.md). Completion of commands, options and recipes:
 `source <(clipdistill completion bash)` in `~/.bashrc`, or with `zsh` in `~/.zshrc`.
 
-Every command takes `--plugin FILE.py`, a file that is run first ([Extending](extending.md))."""
+Every command takes `--plugin FILE.py`, a file that is run first ([Extending](extending.md)), and `--local-cache DIR`
+with `--local-cache-size SIZE`, where copies of remote shards are kept ([Remote data](remote.md))."""
 
 
 PYTHON = """# Python
@@ -203,7 +204,7 @@ def commands_page() -> str:
         parts.append(f"## `{name}`\n\n{summary[0].upper()}{summary[1:]}.")
         table = TextTable(["argument", "value", "meaning"], text=range(3))
         for action in parser._actions:
-            if action.dest in ("help", "plugin"):
+            if action.dest in ("help", "plugin", "local_cache", "local_cache_size"):
                 continue
             words = ", ".join(f"`{option}`" for option in action.option_strings)
             choices = ", ".join(f"`{choice}`" for choice in action.choices or ())

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from clipdistill.ablate import command as ablate_command
-from clipdistill.cli import COMMANDS, _without_plugins, main
+from clipdistill.cli import COMMANDS, _without_shared, main
 from clipdistill.errors import InputError
 from clipdistill.scenes.pairs import open_scenes
 from clipdistill.train.command import settings_of
@@ -40,7 +40,7 @@ def parsed(command: Command) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"clipdistill {name}")
     module.add_arguments(parser)
     try:
-        return parser.parse_intermixed_args(_without_plugins(rest)[0])
+        return parser.parse_intermixed_args(_without_shared(rest)[0])
     except SystemExit as error:
         if error.code == 0:  # --help
             return argparse.Namespace(help=True)

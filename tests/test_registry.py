@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdistill.cli import _without_plugins
+from clipdistill.cli import _without_shared
 from clipdistill.errors import InputError
 from clipdistill.registry import Registry, load_plugin
 
@@ -86,5 +86,5 @@ def test_a_missing_plugin(tmp_path: Path) -> None:
 
 
 def test_plugins_are_taken_out_of_the_arguments() -> None:
-    rest, plugins = _without_plugins(["--plugin", "a.py", "x", "--plugin=b.py", "--out", "y"])
-    assert (rest, plugins) == (["x", "--out", "y"], ["a.py", "b.py"])
+    rest, shared = _without_shared(["--plugin", "a.py", "x", "--plugin=b.py", "--out", "y"])
+    assert (rest, shared["--plugin"]) == (["x", "--out", "y"], ["a.py", "b.py"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -85,25 +86,33 @@ def _dispatch(arguments: list[str]) -> int:
     if known.command not in COMMANDS:
         print(f"clipdistill: unknown command '{known.command}'{nearest(known.command, COMMANDS)}", file=sys.stderr)
         return 2
-    rest, plugins = _without_plugins(rest + arguments[1:])
+    rest, shared = _without_shared(rest + arguments[1:])
+    plugins, folder, size = shared.values()
     for path in plugins:
         load_plugin(path)
+    if folder or size:
+        local_cache = importlib.import_module("clipdistill.remote").local_cache
+        local_cache(*(values[-1] if values else None for values in (folder, size)))
+    if any("pipe:" in argument for argument in rest):  # a command that was typed may be run
+        importlib.import_module("clipdistill.remote").allow_pipe(*rest)
     module, command = command_parser(known.command)
     parsed = command.parse_intermixed_args(rest)
     parsed.plugins = plugins
     return int(module.run(parsed) or 0)
 
 
-def _without_plugins(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments without `--plugin FILE`, and the files; taken out first, since what they register can be named."""
-    rest, plugins, waiting = [], [], iter(arguments)
+def _without_shared(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The arguments without the options of every command, and the values of those: what a plug-in registers can be
+    named in the others."""
+    rest, waiting = [], iter(arguments)
+    shared: dict[str, list[str]] = {"--plugin": [], "--local-cache": [], "--local-cache-size": []}
     for argument in waiting:
         name, separator, value = argument.partition("=")
-        if name == "--plugin":
-            plugins.append(value if separator else next(waiting, ""))
+        if name in shared:
+            shared[name].append(value if separator else next(waiting, ""))
         else:
             rest.append(argument)
-    return rest, plugins
+    return rest, shared
 
 
 if __name__ == "__main__":

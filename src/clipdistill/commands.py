@@ -50,4 +50,6 @@ def command_parser(name: str) -> tuple[ModuleType, argparse.ArgumentParser]:
     )
     module.add_arguments(parser)
     parser.add_argument("--plugin", metavar="FILE.py", help="run a file first: it registers terms, formats, students")
+    parser.add_argument("--local-cache", metavar="DIR", help="keep copies of remote shards here (docs/remote.md)")
+    parser.add_argument("--local-cache-size", metavar="SIZE", help="of all copies together, for example 200GB")
     return module, parser

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -37,10 +39,14 @@ UNREAD = "image format that is not read"
 _PROBES = 50  # names tried in each candidate folder
 
 
-def local_path(name: str) -> Path:
-    """The path that a user's name of a file or folder means. Raises InputError for what can be none."""
+def data_path(name: str, pattern: Path | None = None) -> Path:
+    """The path that a user's name of a file or folder means; for a URL what clipdistill.remote has instead, with the
+    same methods. pattern: what the name was made from. Raises InputError for what can be none."""
     if "\0" in name:
         raise InputError(f"{name!r} is not the name of a file: it holds a null character")
+    if is_remote(name):
+        path: Path = importlib.import_module("clipdistill.remote").remote_path(name, pattern)
+        return path
     try:
         return Path(name).expanduser()
     except RuntimeError as error:  # the home folder of a user that does not exist
@@ -52,16 +58,46 @@ def is_remote(name: str) -> bool:
     return re.match(r"(?:[a-z][a-z0-9+.-]*://|pipe:)", name, re.IGNORECASE) is not None
 
 
+def is_url(path: object) -> bool:
+    """Whether `path` is one of clipdistill.remote, on another machine."""
+    return not isinstance(path, str | Path)
+
+
 def is_there(path: Path) -> bool:
     """Whether there is a file or folder; False for names that no file system takes."""
     try:
         return path.exists()
+    except InputError:  # what is wrong with a URL
+        raise
     except (OSError, ValueError):
         return False
 
 
+def to_read(path: Path) -> Any:
+    """What libraries read a file by: its path, or an open file that reads by ranges."""
+    return path.open("rb") if is_url(path) else path
+
+
+def walk(folder: Path, onerror: Any = None) -> Iterator[tuple[PurePath, list[str], list[str]]]:
+    """As os.walk, sorted, with each folder relative to the first."""
+    if is_url(folder):
+        yield from folder.walk()  # type: ignore[attr-defined]
+        return
+    for current, folders, files in os.walk(folder, onerror=onerror):
+        folders.sort()
+        yield Path(current).relative_to(folder), folders, sorted(files)
+
+
+def read_ahead(read: Callable[[int], Any], indices: Sequence[int]) -> None:
+    """Say which samples `read` is called with next, in this order: bytes on other machines are fetched meanwhile."""
+    if (remote := sys.modules.get("clipdistill.remote.path")) is not None:  # loaded where a URL was named
+        remote.read_ahead(read, indices)
+
+
 def read_image_file(path: str | Path) -> bytes:
     """The bytes of a regular file. Raises BadSample for all that cannot be read whole; pipes never block."""
+    if is_url(path):
+        return path.read_bytes()  # type: ignore[union-attr]
     try:
         # O_NONBLOCK: opening a named pipe would wait for a writer
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -95,11 +131,10 @@ def list_images(folder: Path) -> tuple[list[str], list[tuple[str, str]]]:
     def unlisted(error: OSError) -> None:
         passed.append((os.path.relpath(error.filename, folder), f"folder that cannot be listed: {error.strerror}"))
 
-    for current, folders, files in os.walk(folder, onerror=unlisted):
-        folders[:] = sorted(name for name in folders if name != "__MACOSX")
-        here = Path(current).relative_to(folder)
+    for here, folders, files in walk(folder, unlisted):
+        folders[:] = [name for name in folders if name != "__MACOSX"]
         for name in folders:
-            link = Path(current, name)
+            link = folder / here / name
             if link.is_symlink() and not is_inside(folder, link / "x"):  # else what lies in it is listed where it is
                 passed.append(((here / name).as_posix(), "link to a folder"))
         hidden = any(part.startswith(".") for part in here.parts)
@@ -139,6 +174,7 @@ class FilePairs(IndexedPairs):
     ) -> None:
         super().__init__(name, paths if keys is None else keys, captions, problems, max_pixels)
         self._root = str(root)
+        self._elsewhere: Any = root if is_url(root) else None
         raw = Strings.pack(paths)
         # the same memory where the keys are the paths, as they are unless a name is not UTF-8
         self._paths = self._keys if np.array_equal(raw.buffer, self._keys.buffer) else raw
@@ -148,7 +184,7 @@ class FilePairs(IndexedPairs):
         return os.path.join(self._root, self._paths[i])  # noqa: PTH118 - a Path costs more than the rest of this call
 
     def image_bytes(self, i: int) -> bytes:
-        return read_image_file(self.path(i))
+        return read_image_file(self.path(i) if self._elsewhere is None else self._elsewhere / self._paths[i])
 
 
 def find_image_root(names: Iterable[str], declared: str | None, beside: Path) -> Path:
@@ -159,7 +195,7 @@ def find_image_root(names: Iterable[str], declared: str | None, beside: Path) ->
     """
     probes = [name for name, _ in zip(names, range(_PROBES))]
     if declared is not None:
-        root = Path(declared)
+        root = data_path(declared)
         if not root.is_dir():
             raise InputError(f"image_root '{declared}' is not a folder")
         if not any(_exists(root, name) for name in probes):
@@ -265,7 +301,8 @@ def collect(
 
     Raises InputError when nothing is left.
     """
-    present = Presence(root)
+    entries = list(entries)
+    present = root.presence(path for path, _ in entries) if is_url(root) else Presence(root)  # type: ignore[attr-defined]
     paths: list[str] = []
     captions: list[list[str]] = []
     for path, texts in entries:

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from clipdistill.data.files import read_ahead
 from clipdistill.data.images import decode
 from clipdistill.data.pairs import PairSource, one_or_several
 from clipdistill.data.problems import BadSample
@@ -311,6 +312,7 @@ class _Preparation(torch.utils.data.Dataset):
         kept: list[tuple[int, str, int, str, View]] = []
         problems: list[tuple[str, str]] = []
         choices: list[Choice] = []
+        read_ahead(self.source.image, mine.tolist())
         for index in mine.tolist():
             key = self.source.key(index)
             rng = sample_generator(self.sampler.seed, epoch, index)

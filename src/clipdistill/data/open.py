@@ -6,13 +6,14 @@ the other whether a name is theirs; those that were registered from outside are 
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from clipdistill.data.class_names import KNOWN_SETS
-from clipdistill.data.files import is_remote, is_there, local_path
+from clipdistill.data.files import data_path, is_remote, is_there
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.images import MAX_PIXELS
 from clipdistill.data.labelled import LabelledConfig, LabelledSource, Naming, read_class_file
@@ -58,6 +59,8 @@ def open_pairs(data: str | DataConfig, *, split: str | None = None, default_spli
     take when nobody named a split and the data has several. Raises InputError with what is wrong and what to do.
     """
     config = DataConfig(path=data) if isinstance(data, str) else data
+    if isinstance(data, str) and data.startswith("pipe:"):  # in a program, not in a file
+        importlib.import_module("clipdistill.remote").allow_pipe(data)
     if split is not None:
         config = config.model_copy(update={"split": split})
     if not config.path.strip() or "\0" in config.path:
@@ -82,7 +85,7 @@ def _readings(config: DataConfig) -> Iterator[tuple[Place, DataConfig]]:
     place = Place(config.path)
     yield place, config
     with_split = None if place.there else _WITH_SPLIT.match(config.path)
-    if with_split and is_there(local_path(with_split["path"])):
+    if with_split and is_there(data_path(with_split["path"])):
         changes = {"path": with_split["path"], "split": config.split or with_split["split"]}
         yield Place(with_split["path"]), config.model_copy(update=changes)
 
@@ -114,7 +117,7 @@ def _no_format(place: Place) -> str:
     path, name = place.path, str(place)
     if not place.there:
         if is_remote(name):
-            return f"'{name}' is not on this machine: only local files are read; download it first"
+            return f"data '{name}': nothing of that name is there, or no folder can be listed there"
         return f"data '{name}': no such file or folder{_near(path)}"
     if place.is_folder:
         return _no_folder(place)
@@ -179,7 +182,7 @@ def open_labelled(
         split: for sets that have several.
     Raises: InputError (nothing there, no class names, a label without a name, ...).
     """
-    own = None if classes is None else read_class_file(Path(classes))
+    own = None if classes is None else read_class_file(data_path(str(classes)))
     known, text = _declared(str(path))
     place = Place(text)
     config = LabelledConfig(text, known, own, names if own is None else "stored", split, max_pixels)
@@ -197,7 +200,7 @@ def open_labelled(
 def _declared(text: str) -> tuple[str | None, str]:
     """(known set, path) of 'imagenet-r@PATH'; (None, text) of anything else."""
     match = re.match(r"([\w-]+)@(.+)$", text)
-    if match is None or is_there(Path(text)):
+    if match is None or is_remote(text) or is_there(Path(text)):
         return None, text
     if match[1] not in KNOWN_SETS:
         raise InputError(f"'{text}': unknown classification set '{match[1]}'{nearest(match[1], KNOWN_SETS)}")

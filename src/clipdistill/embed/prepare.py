@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipdistill.data.files import read_ahead
 from clipdistill.data.loader import truncated
 from clipdistill.data.problems import BadSample
 from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, View, ViewPolicy, render_pixels, sample_view
@@ -81,6 +82,7 @@ class Preparation(torch.utils.data.Dataset):
         views: list[list[View]] = []
         rows = len(items) * (1 + self.views) if any(item.images for item in items) else 0
         pixels = [np.zeros((rows, s.size, s.size, 3), dtype=np.uint8) for s in self.specs]
+        read_ahead(self.source.image, [item.index for item in items if item.images])
         for number, item in enumerate(items):
             problem, drawn = None, list(item.views or ())
             if item.images:

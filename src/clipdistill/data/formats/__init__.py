@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipdistill.data.files import is_there, list_images, local_path, read_json
+from clipdistill.data.files import data_path, is_there, list_images, read_json, walk
 from clipdistill.data.problems import Problems
 from clipdistill.errors import InputError
 
@@ -23,7 +23,7 @@ class Place(str):
     @cached_property
     def path(self) -> Path:
         """The path that the name would mean."""
-        return local_path(self)
+        return data_path(self)
 
     @cached_property
     def there(self) -> bool:
@@ -61,12 +61,11 @@ class Place(str):
     def texts(self) -> dict[str, str]:
         """The text files below a folder: path without its ending -> path, '.txt' in any case; hidden ones left out."""
         found = {}
-        for current, folders, files in os.walk(self.path):
+        for here, folders, files in walk(self.path):
             folders[:] = [name for name in folders if name != "__MACOSX" and not name.startswith(".")]
-            for name in sorted(files):  # '.TXT' comes before '.txt', which is taken where there are both
+            for name in files:  # '.TXT' comes before '.txt', which is taken where there are both
                 stem, ending = os.path.splitext(name)  # noqa: PTH122
                 if ending.lower() == ".txt" and not name.startswith("."):
-                    here = Path(current).relative_to(self.path)
                     found[(here / stem).as_posix()] = (here / name).as_posix()
         return found
 

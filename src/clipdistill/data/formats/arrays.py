@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipdistill.data.files import refuse_split
+from clipdistill.data.files import refuse_split, to_read
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.labelled import LabelledConfig, LabelledSource
 from clipdistill.data.problems import BadSample
@@ -54,7 +54,7 @@ class ArrayLabels(LabelledSource):
 
     def _archive(self) -> Any:
         try:
-            archive = np.load(self._path, allow_pickle=False)
+            archive = np.load(to_read(self._path), allow_pickle=False)
             _ = archive.files  # one array alone has none
             return archive
         except Exception as error:  # zipfile and numpy raise almost any type on damaged archives
@@ -108,8 +108,10 @@ def open_arrays(place: Place, config: LabelledConfig) -> ArrayLabels:
 
 
 def _holds_labels(place: Place) -> bool:
-    with zipfile.ZipFile(place.path) as archive:
+    with zipfile.ZipFile(to_read(place.path)) as archive:
         return {"images.npy", "labels.npy"} <= set(archive.namelist())
 
 
-FORMAT = Format(lambda place: bool(place.head) and zipfile.is_zipfile(place.path), open_arrays, surely=_holds_labels)
+FORMAT = Format(
+    lambda place: bool(place.head) and zipfile.is_zipfile(to_read(place.path)), open_arrays, surely=_holds_labels
+)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from clipdistill.data.class_names import class_labels, imagenet_wnids
-from clipdistill.data.files import IMAGE_SUFFIXES, UNREAD, read_image_file, refuse_split, unread_ending
+from clipdistill.data.files import IMAGE_SUFFIXES, UNREAD, is_url, read_image_file, refuse_split, unread_ending, walk
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.labelled import LabelledConfig, LabelledSource, OwnNames
 from clipdistill.data.pairs import Strings
@@ -39,12 +38,8 @@ def _is_class_folder(place: Place) -> bool:
 
 
 def _first_image(folder: Path) -> Path | None:
-    for current, folders, files in os.walk(folder):
-        folders.sort()
-        for file in sorted(files):
-            if Path(file).suffix.lower() in IMAGE_SUFFIXES:
-                return Path(current, file)
-    return None
+    found = ((here, file) for here, _, files in walk(folder) for file in files)
+    return next((folder / here / file for here, file in found if Path(file).suffix.lower() in IMAGE_SUFFIXES), None)
 
 
 class FolderLabels(LabelledSource):
@@ -54,11 +49,12 @@ class FolderLabels(LabelledSource):
         self, root: Path, paths: Sequence[str], labels: Sequence[int], class_labels: Sequence[str], **rest: Any
     ):
         super().__init__(root.name, paths, labels, class_labels, **rest)
-        self._root = str(root)
+        self._root = root if is_url(root) else str(root)
         self._paths = Strings.pack(paths)
 
     def _bytes(self, i: int) -> bytes:
-        return read_image_file(f"{self._root}/{self._paths[i]}")
+        root = self._root
+        return read_image_file(f"{root}/{self._paths[i]}" if isinstance(root, str) else root / self._paths[i])
 
 
 def open_folders(place: Place, config: LabelledConfig) -> FolderLabels:

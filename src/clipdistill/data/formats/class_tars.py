@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from clipdistill.data.class_names import class_labels
-from clipdistill.data.files import refuse_split
+from clipdistill.data.files import is_url, refuse_split
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.formats.tar_headers import members
 from clipdistill.data.formats.tar_index import samples_of
@@ -34,11 +34,13 @@ class TarLabels(LabelledSource):
 
     def __init__(self, shards: Sequence[Path], places: Sequence[tuple[int, int, int]], *arguments: Any, **rest: Any):
         super().__init__(*arguments, **rest)
-        self._shards = [str(shard) for shard in shards]
+        self._shards: list[Any] = [shard if is_url(shard) else str(shard) for shard in shards]
         self._places = np.array(places, dtype=np.int64).reshape(-1, 3)
 
     def _bytes(self, i: int) -> bytes:
         shard, offset, size = (int(value) for value in self._places[i])
+        if is_url(self._shards[shard]):
+            return self._shards[shard].read_range(offset, size)
         try:
             with open(self._shards[shard], "rb") as file:  # noqa: PTH123 - a Path costs more than the read
                 file.seek(offset)

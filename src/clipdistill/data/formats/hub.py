@@ -137,5 +137,5 @@ def _is_saved(place: Place) -> bool:
 
 
 _SETTINGS = frozenset({"image_root", "image_column", "caption_column"})
-HUB = Format(lambda place: place.startswith("hf:"), open_hub, _SETTINGS)
+HUB = Format(lambda place: place.startswith("hf:") and not place.startswith("hf://"), open_hub, _SETTINGS)
 SAVED = Format(_is_saved, open_saved, _SETTINGS)

@@ -216,4 +216,8 @@ def _column(rows: Any, asked: str | None, kind: type, name: str, what: str) -> s
 
 
 TORCHVISION = Format(lambda place: place.startswith("torchvision:"), open_torchvision)
-HUB = Format(lambda place: place.startswith("hf:"), open_hub_labelled, surely=lambda place: "label=" in place)
+HUB = Format(
+    lambda place: place.startswith("hf:") and not place.startswith("hf://"),
+    open_hub_labelled,
+    surely=lambda place: "label=" in place,
+)

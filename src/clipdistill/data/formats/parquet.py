@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from clipdistill.data.files import to_read
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.formats.rows import WITHOUT_IMAGE, Rows, find_columns
 from clipdistill.data.pairs import DataConfig, IndexedPairs, PairSource
@@ -94,7 +95,7 @@ def _open(file: Path) -> Any:
         raise InputError(f"'{file}': pyarrow opens only files whose name is valid UTF-8: rename it") from None
     try:
         # mapped, and without pyarrow's read-ahead threads: both must survive the fork into workers
-        table = pq.ParquetFile(file, memory_map=True, pre_buffer=False)
+        table = pq.ParquetFile(to_read(file), memory_map=isinstance(file, Path), pre_buffer=False)
         _ = table.schema_arrow  # raises for damaged ones
         return table
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -185,7 +186,7 @@ class ParquetPairs(IndexedPairs):
     ) -> None:
         """places: file, row group and row of each image."""
         super().__init__(name, keys, captions, rows.problems, rows.config.max_pixels)
-        self._paths = [Path(file) for file in files]
+        self._paths = list(files)
         self._column = column
         self._places = np.array(places, dtype=np.int64)
         self._forget_files()

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from clipdistill.data.files import IMAGE_SUFFIXES, is_remote, local_path, nothing_usable
+from clipdistill.data.files import IMAGE_SUFFIXES, data_path, is_url, nothing_usable
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.formats.tar_headers import looks_like_tar
 from clipdistill.data.formats.tar_index import DUPLICATE, ShardIndex, index_shard
@@ -96,8 +96,8 @@ class TarPairs(IndexedPairs):
         captions = [group for index in indexes for group in index.captions]
         super().__init__(name, keys, captions, problems, max_pixels)
         counts = [len(index.stems) for index in indexes]
-        self._shards = [str(path) for path in shards]
-        self._labels = dict(zip(labels, self._shards))
+        self._shards: list[Any] = [path if is_url(path) else str(path) for path in shards]
+        self._labels = {label: str(path) for label, path in zip(labels, shards)}
         self._lengths = [path.stat().st_size for path in shards]
         self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
         self._offset = _joined([index.offsets for index in indexes])
@@ -129,6 +129,9 @@ class TarPairs(IndexedPairs):
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         shard, size = int(self._shard[i]), int(self._size[i])
+        if is_url(self._shards[shard]):
+            remote: bytes = self._shards[shard].read_range(int(self._offset[i]), size)
+            return remote
         try:
             data = self._read(shard, int(self._offset[i]), size)
         except OSError as error:
@@ -170,7 +173,7 @@ def shards_of(place: Place) -> list[Path]:
         return place.with_ending(".tar")
     if place.there:
         return [place.path] if looks_like_tar(place.head) else []
-    return [local_path(name) for name in expand_braces(place)] if "{" in place and not is_remote(place) else []
+    return [data_path(name, place.path) for name in expand_braces(place)] if "{" in place else []
 
 
 def open_tars(place: Place, config: DataConfig, default_split: str | None) -> TarPairs:
@@ -187,22 +190,26 @@ def open_tars(place: Place, config: DataConfig, default_split: str | None) -> Ta
     column = (
         None if config.caption_column == DataConfig.model_fields["caption_column"].default else config.caption_column
     )
-    missing = [path for path in shards if not path.is_file()]
+    run: Any = shards[0].in_parallel if is_url(shards[0]) else map  # type: ignore[attr-defined]
+    missing = [path for path, there in zip(shards, run(type(shards[0]).is_file, shards)) if not there]
     if missing:
         raise InputError(f"{len(missing)} of {len(shards)} shards do not exist, the first is '{missing[0]}'")
     labels = _labels(shards)
     problems = Problems()
     for image in place.with_ending(*IMAGE_SUFFIXES):
         problems.add("image beside the shards", image.name)
-    indexes = []
-    for path, label in zip(shards, labels):
+
+    def indexed(path: Path, label: str) -> ShardIndex:
         try:
-            index = index_shard(path, label, column)
+            return index_shard(path, label, column)
         except OSError as error:
             index = ShardIndex()
             index.problems.add(f"unreadable shard: {error.strerror or error}", label)
+            return index
+
+    indexes = list(run(indexed, shards, labels))
+    for index in indexes:
         problems.merge(index.problems)
-        indexes.append(index)
     if problems.counts[DUPLICATE]:
         first = next(key for key, reason in problems.rows if reason == DUPLICATE)
         _log.warning(
@@ -221,7 +228,7 @@ def _labels(shards: Sequence[Path]) -> list[str]:
     stems = [valid_text(path.stem) for path in shards]
     if len(set(stems)) == len(stems):
         return stems
-    paths = [os.path.abspath(path) for path in shards]  # noqa: PTH100 - links are to stay as they are named
+    paths = [os.path.abspath(str(path)) for path in shards]  # noqa: PTH100 - links are to stay as they are named
     common = os.path.commonpath(paths)
     labels = [valid_text(os.path.relpath(path, common)) for path in paths]
     if len(set(labels)) < len(labels):

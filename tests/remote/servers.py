@@ -1,0 +1,181 @@
+"""Servers on 127.0.0.1 for the tests: a web server that fails when it is told to, and one that speaks S3."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import http.server
+import os
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+
+class WebServer(http.server.ThreadingHTTPServer):
+    """Serves the files of `objects` (path without the first '/' -> bytes).
+
+    faults: what happens to the next requests, one each: a status, "reset", "short", "hang", "drip", "slow".
+    always: what happens to every request for a path. ranges, etags: whether the server knows them.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, objects: dict[str, bytes] | None = None, *, ranges: bool = True, etags: bool = True) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.objects = dict(objects or {})
+        self.ranges, self.etags = ranges, etags
+        self.faults: list[int | str] = []
+        self.always: dict[str, int | str] = {}
+        self.asked: list[tuple[str, str]] = []
+        self.sent: Counter[str] = Counter()
+        self.headers: list[dict[str, str]] = []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def serve_folder(self, folder: Path, prefix: str = "") -> None:
+        """Serve the files below a folder."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.objects[prefix + path.relative_to(folder).as_posix()] = path.read_bytes()
+
+    def __enter__(self) -> WebServer:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is no news."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: WebServer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        name = unquote(urlsplit(self.path).path).lstrip("/")
+        with self.server.lock:
+            self.server.asked.append((name, self.headers.get("Range", "")))
+            self.server.headers.append(dict(self.headers))
+            fault = self.server.always.get(name) or (self.server.faults.pop(0) if self.server.faults else None)
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+            return
+        if fault == "hang":
+            time.sleep(3)
+            self.close_connection = True
+            return
+        if isinstance(fault, int):
+            self._answer(fault, b"no", {"Retry-After": "0"} if fault in (429, 503) else {})
+            return
+        if name in self.server.objects:
+            self._object(name, self.server.objects[name], fault)
+        else:
+            self._index(name)
+
+    def _object(self, name: str, content: bytes, fault: str | None) -> None:
+        tag = f'"{hashlib.md5(content).hexdigest()}"'
+        headers = {"ETag": tag} if self.server.etags else {}
+        if self.headers.get("If-Match", tag) != tag:
+            self._answer(412, b"", headers)
+            return
+        status, body = 200, content
+        wanted = self.headers.get("Range", "")
+        if wanted and self.server.ranges:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            start, end = int(first), min(int(last) + 1, len(content)) if last else len(content)
+            if start >= len(content):
+                self._answer(416, b"", {**headers, "Content-Range": f"bytes */{len(content)}"})
+                return
+            status, body = 206, content[start:end]
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+        self.server.sent[name] += len(body)
+        self._answer(status, body, headers, fault)
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str], fault: str | None = None) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if fault == "short":
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+        elif fault == "drip":
+            for place in range(0, len(body), 1):
+                self.wfile.write(body[place : place + 1])
+                self.wfile.flush()
+                time.sleep(0.05)
+        else:
+            if fault == "slow":
+                time.sleep(0.2)
+            self.wfile.write(body)
+
+    def _index(self, name: str) -> None:
+        folder = f"{name.rstrip('/')}/" if name.strip("/") else ""
+        inside = {other[len(folder) :] for other in self.server.objects if other.startswith(folder)}
+        if not inside:
+            self._answer(404, b"not here", {})
+        elif folder and not name.endswith("/"):
+            self._answer(301, b"", {"Location": f"/{quote(folder)}"})
+        else:
+            entries = sorted({f"{part.partition('/')[0]}/" if "/" in part else part for part in inside})
+            links = "".join(f'<li><a href="{quote(e)}">{html.escape(e)}</a></li>' for e in entries)
+            page = f'<html><a href="../">..</a><a href="?C=N">Name</a><ul>{links}</ul></html>'.encode()
+            self._answer(200, page, {"Content-Type": "text/html; charset=utf-8"})
+
+
+@contextmanager
+def s3_server(bucket: str = "pairs") -> Iterator[str]:
+    """moto's server with an empty bucket, and the environment in which S3's own rules find it; gives its URL."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    own = {
+        **{"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"},
+        **{"AWS_ENDPOINT_URL": url, "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1"},
+    }
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    try:
+        boto3.client("s3").create_bucket(Bucket=bucket)
+        yield url
+    finally:
+        server.stop()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def fill_bucket(folder: Path, bucket: str = "pairs", prefix: str = "") -> None:
+    """Put the files below a folder into a bucket."""
+    import boto3
+
+    client = boto3.client("s3")
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            key = prefix + path.relative_to(folder).as_posix()
+            client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())

@@ -1,0 +1,110 @@
+"""Every format behind every kind of URL: the same pairs, in the same order, to the bit."""
+
+from __future__ import annotations
+
+import pytest
+
+from clipdistill.data.files import read_ahead
+from clipdistill.data.open import check_data_name, is_labelled_name, open_labelled, open_pairs
+from clipdistill.errors import InputError
+from tests.remote.conftest import LABELLED, PAIRS
+
+
+def _same_pairs(far, near):
+    assert far.fingerprint() == near.fingerprint()
+    assert [far.key(i) for i in range(len(far))] == [near.key(i) for i in range(len(near))]
+    assert [far.captions(i) for i in range(len(far))] == [near.captions(i) for i in range(len(near))]
+    order = [*range(1, len(far), 2), *range(0, len(far), 2)]
+    read_ahead(far.image, order)
+    assert [far.image_bytes(i) for i in order] == [near.image_bytes(i) for i in order]
+    assert far.images_fingerprint() == near.images_fingerprint()
+    assert far.problems.counts == near.problems.counts
+
+
+def _same_labels(far, near):
+    assert far.fingerprint() == near.fingerprint()
+    read_ahead(far.image, range(len(far)))
+    assert all(far.image(i).tobytes() == near.image(i).tobytes() for i in range(len(far)))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("kind", ["memory", "web", "s3"])
+def test_pairs_are_the_same_as_from_a_disk(kind, name, request, everything):
+    base = _base(kind, request, everything)
+    check_data_name(f"{base}/{name}")
+    assert not is_labelled_name(f"{base}/{name}")
+    _same_pairs(open_pairs(f"{base}/{name}"), open_pairs(f"{everything}/{name}"))
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("kind", ["memory", "web", "s3"])
+def test_labelled_sets_are_the_same_as_from_a_disk(kind, name, request, everything):
+    base = _base(kind, request, everything)
+    assert is_labelled_name(f"{base}/{name}")
+    _same_labels(open_labelled(f"{base}/{name}"), open_labelled(f"{everything}/{name}"))
+
+
+def _base(kind, request, everything) -> str:
+    found = request.getfixturevalue(kind)
+    if kind == "web":
+        found.serve_folder(everything)
+        return found.url
+    return "s3://pairs" if kind == "s3" else found
+
+
+def test_a_table_on_this_machine_names_images_of_a_store(memory, everything):
+    from clipdistill.data.pairs import DataConfig
+
+    far = open_pairs(DataConfig(path=str(everything / "pairs.csv"), image_root=memory))
+    _same_pairs(far, open_pairs(str(everything / "pairs.csv")))
+
+
+def test_class_names_are_read_from_a_url(memory, everything):
+    far = open_labelled(f"{memory}/labelled/0.tar", classes=f"{memory}/labelled/classes.txt")
+    assert far.class_names == ("cat", "dog")
+
+
+def test_images_of_a_server_without_index_pages_are_asked_for_one_by_one(web, everything):
+    web.serve_folder(everything)
+    web.always |= {"": 403, "images/": 403}
+    _same_pairs(open_pairs(f"{web.url}/pairs.csv"), open_pairs(str(everything / "pairs.csv")))
+
+
+def test_a_missing_image_is_counted_as_on_a_disk(web, everything):
+    web.serve_folder(everything)
+    del web.objects["images/001.jpg"]
+    far = open_pairs(f"{web.url}/pairs.csv")
+    assert len(far) == 11
+    assert far.problems.counts == {"missing image file": 1}
+
+
+def test_a_name_in_a_table_leads_nowhere_else(web, everything, tmp_path):
+    web.serve_folder(everything)
+    (tmp_path / "secret.jpg").write_bytes(web.objects["images/001.jpg"])
+    rows = [tmp_path / "secret.jpg", "../../secret.jpg", f"{web.url}/images/002.jpg", "images/001.jpg"]
+    web.objects["names.csv"] = ("filepath,title\n" + "".join(f"{row},a caption\n" for row in rows)).encode()
+    far = open_pairs(f"{web.url}/names.csv")
+    assert [far.key(i) for i in range(len(far))] == ["images/001.jpg"]
+    assert far.problems.counts == {"missing image file": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("memory://nothing/here.tar", "nothing of that name"),
+        ("memory://formats/shards/{00000..00009}.tar", "7 of 10 shards do not exist"),
+        ("foo://bucket/x.tar", "no way to read foo://"),
+        ("gs://bucket/x.tar", "clipdistill\\[gs\\]"),
+        ("az://bucket/x.tar", "clipdistill\\[az\\]"),
+        ("s3://", "not the URL of a file"),
+        ("http://127.0.0.1:notaport/x.tar", "not the address"),
+    ],
+)
+def test_a_wrong_url_is_one_sentence(name, said, memory):
+    with pytest.raises(InputError, match=said) as caught:
+        open_pairs(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_url_is_this_machine(shards):
+    _same_pairs(open_pairs(f"file://{shards}"), open_pairs(str(shards)))
