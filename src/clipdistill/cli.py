@@ -86,22 +86,18 @@ def _dispatch(arguments: list[str]) -> int:
     if known.command not in COMMANDS:
         print(f"clipdistill: unknown command '{known.command}'{nearest(known.command, COMMANDS)}", file=sys.stderr)
         return 2
-    rest, shared = _without_shared(rest + arguments[1:])
-    plugins, folder, size = shared.values()
+    rest, (plugins, folder, size) = _without_shared(rest + arguments[1:])
     for path in plugins:
         load_plugin(path)
-    if folder or size:
-        local_cache = importlib.import_module("clipdistill.remote").local_cache
-        local_cache(*(values[-1] if values else None for values in (folder, size)))
-    if any("pipe:" in argument for argument in rest):  # a command that was typed may be run
-        importlib.import_module("clipdistill.remote").allow_pipe(*rest)
+    if folder or size or any("pipe:" in argument for argument in rest):
+        importlib.import_module("clipdistill.remote").typed(rest, folder, size)
     module, command = command_parser(known.command)
     parsed = command.parse_intermixed_args(rest)
     parsed.plugins = plugins
     return int(module.run(parsed) or 0)
 
 
-def _without_shared(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+def _without_shared(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
     """The arguments without the options of every command, and the values of those: what a plug-in registers can be
     named in the others."""
     rest, waiting = [], iter(arguments)
@@ -112,7 +108,7 @@ def _without_shared(arguments: list[str]) -> tuple[list[str], dict[str, list[str
             shared[name].append(value if separator else next(waiting, ""))
         else:
             rest.append(argument)
-    return rest, shared
+    return rest, list(shared.values())
 
 
 if __name__ == "__main__":

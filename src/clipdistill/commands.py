@@ -23,14 +23,8 @@ COMMANDS = {
     ),
     "eval": ("clipdistill.evaluate.command", "measure retrieval and zero-shot classification under a named protocol"),
     "export": ("clipdistill.export.command", "write a model as ONNX, OpenVINO, int8, open_clip or Hugging Face files"),
-    "compare": (
-        "clipdistill.statistics.compare_command",
-        "two models, or seeds of two methods, on the same queries",
-    ),
-    "claims": (
-        "clipdistill.statistics.claims_command",
-        "claims judged: supported, contradicted or undecided",
-    ),
+    "compare": ("clipdistill.statistics.compare_command", "two models, or seeds of two methods, on the same queries"),
+    "claims": ("clipdistill.statistics.claims_command", "claims judged: supported, contradicted or undecided"),
     "bench": ("clipdistill.bench.command", "measure throughput, latency and size"),
     "report": ("clipdistill.report.command", "one HTML page from any number of runs"),
     "search": ("clipdistill.search.command", "search a folder of photographs, student beside teacher"),

@@ -40,11 +40,7 @@ def _counted(seeds: Any) -> Any:
     return tuple(range(seeds))
 
 
-Seeds = Annotated[
-    tuple[int, ...],
-    pydantic.BeforeValidator(_counted),
-    pydantic.AfterValidator(_distinct),
-]
+Seeds = Annotated[tuple[int, ...], pydantic.BeforeValidator(_counted), pydantic.AfterValidator(_distinct)]
 _NAME = re.compile(r"^[\w][\w.%+=@-]{0,79}$")
 _MOST_SEEDS = 1000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -256,23 +257,16 @@ def safe_relative(name: object) -> str | None:
     return str(path)
 
 
-class Presence:
-    """Whether image files exist, with one listing a folder rather than one question a file."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = str(root)
-        self._listings: dict[str, set[str]] = {}
-
-    def __contains__(self, name: str) -> bool:
-        folder, file = os.path.split(os.path.join(self._root, name))  # noqa: PTH118
-        listing = self._listings.get(folder)
-        if listing is None:
-            try:
-                listing = set(os.listdir(folder or "."))  # noqa: PTH208
-            except (OSError, ValueError):
-                listing = set()
-            self._listings[folder] = listing
-        return file in listing
+def _present(root: Path, names: Sequence[str]) -> set[str]:
+    """Those of `names` that are there: one listing a folder rather than one question a file."""
+    if is_url(root):
+        return root.presence(names)  # type: ignore[attr-defined, no-any-return]
+    places = {name: os.path.split(os.path.join(root, name)) for name in names}  # noqa: PTH118
+    listed: dict[str, set[str]] = {folder: set() for folder, _ in places.values()}
+    for folder in listed:
+        with contextlib.suppress(OSError, ValueError):
+            listed[folder] = set(os.listdir(folder or "."))  # noqa: PTH208
+    return {name for name, (folder, file) in places.items() if file in listed[folder]}
 
 
 def read_json(path: Path) -> Any:
@@ -302,7 +296,7 @@ def collect(
     Raises InputError when nothing is left.
     """
     entries = list(entries)
-    present = root.presence(path for path, _ in entries) if is_url(root) else Presence(root)  # type: ignore[attr-defined]
+    present = _present(root, [path for path, _ in entries])
     paths: list[str] = []
     captions: list[list[str]] = []
     for path, texts in entries:

@@ -10,7 +10,7 @@ __getattr__ = lazy_package(
     __name__,
     {
         "clipdistill.remote.path": "RemotePath read_ahead",
-        "clipdistill.remote.names": "remote_path",
+        "clipdistill.remote.names": "remote_path typed",
         "clipdistill.remote.pipe": "allow_pipe",
         "clipdistill.remote.copies": "local_cache",
         "clipdistill.remote.retry": "RemoteError",

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from clipdistill.errors import InputError
+from clipdistill.remote.copies import local_cache
 from clipdistill.remote.path import RemotePath
-from clipdistill.remote.pipe import PipePath
+from clipdistill.remote.pipe import PipePath, allow_pipe
+
+
+def typed(arguments: Sequence[str], folder: Sequence[str], size: Sequence[str]) -> None:
+    """What the command line says: commands of pipes that may be run, --local-cache, --local-cache-size."""
+    allow_pipe(*arguments)
+    local_cache(*(values[-1] if values else None for values in (folder, size)))
 
 
 def remote_path(name: str, pattern: Any = None) -> Any:

@@ -20,15 +20,7 @@ from clipdistill.errors import InputError, Preempted
 from clipdistill.registry import TASKS
 from clipdistill.runs.folder import CHECKPOINTS, SCORES, STUDENT, RunFolder
 from clipdistill.runtime.console import html_page
-from clipdistill.runtime.distributed import (
-    ProcessGroup,
-    agree,
-    barrier,
-    gather_lists,
-    is_main,
-    on_main,
-    world_size,
-)
+from clipdistill.runtime.distributed import ProcessGroup, agree, barrier, gather_lists, is_main, on_main, world_size
 from clipdistill.runtime.files import sha256
 from clipdistill.runtime.machine import keep_freed_memory, pick_device, return_freed_memory
 from clipdistill.runtime.signals import Interrupted, StopSignal
@@ -103,12 +95,7 @@ def distill(
     chosen = choose(config, callbacks)
     place = Whereabouts(rows=_rows(config))
     limit = timedelta(seconds=config.train.rank_timeout)
-    with (
-        StopSignal() as stop,
-        ProcessGroup(device, limit) as group,
-        explained(place),
-        contextlib.ExitStack() as held,
-    ):
+    with StopSignal() as stop, ProcessGroup(device, limit) as group, explained(place), contextlib.ExitStack() as held:
         place.group = group
         if device.type == "cpu":
             keep_freed_memory()
@@ -284,11 +271,7 @@ def _describe(loop: Loop, status: str, fingerprint: str | None) -> None:
         "status": status,
         "callbacks_failed": loop.callbacks.failed,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": {
-            "clipdistill": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "versions": {"clipdistill": __version__, "python": platform.python_version(), "torch": torch.__version__},
         "command": " ".join(["clipdistill", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "clipdistill" else None,
     }
     RunFolder(config.out).write_facts(described)

@@ -138,11 +138,7 @@ def _write_list(out: Path, configs: Sequence[RunConfig], status: str) -> None:
     if not _writes():
         return
     entries = [
-        {
-            "folder": config.out.name,
-            "status": RunFolder(config.out).status() or "waiting",
-            "student": config.student,
-        }
+        {"folder": config.out.name, "status": RunFolder(config.out).status() or "waiting", "student": config.student}
         for config in configs
     ]
     described = {"format": FORMAT, "recipe": configs[0].recipe, "status": status, "stages": entries}

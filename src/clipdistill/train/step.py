@@ -26,11 +26,7 @@ class Towers(nn.Module):
     module: Any
 
     def __init__(
-        self,
-        module: Any,
-        fixed_logit_scale: float | None = None,
-        mask_ratio: float | None = None,
-        masks: Any = None,
+        self, module: Any, fixed_logit_scale: float | None = None, mask_ratio: float | None = None, masks: Any = None
     ):
         super().__init__()
         self.module = module

@@ -112,6 +112,4 @@ def _holds_labels(place: Place) -> bool:
         return {"images.npy", "labels.npy"} <= set(archive.namelist())
 
 
-FORMAT = Format(
-    lambda place: bool(place.head) and zipfile.is_zipfile(to_read(place.path)), open_arrays, surely=_holds_labels
-)
+FORMAT = Format(lambda at: bool(at.head) and zipfile.is_zipfile(to_read(at.path)), open_arrays, surely=_holds_labels)

@@ -67,16 +67,19 @@ def index_shard(path: Path, label: str, column: str | None = None) -> ShardIndex
     """Scan a shard, or take what an earlier run remembered. Damage is counted under `label`, what is whole is used.
 
     column: where captions are instead of the usual places: a key of the .json, or 'txt'.
-    Raises OSError when the file cannot be opened.
     """
-    status = path.stat()
-    remembered = _cache_file(path, column)
-    key = json.dumps([FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns, label, column])
-    index = _recall(remembered, key, status.st_size)
-    if index is None:
-        with path.open("rb") as file:
-            index = _scan(file, status.st_size, label, column)
-        _remember(remembered, key, index)
+    try:
+        status = path.stat()
+        remembered = _cache_file(path, column)
+        key = json.dumps([FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns, label, column])
+        index = _recall(remembered, key, status.st_size)
+        if index is None:
+            with path.open("rb") as file:
+                index = _scan(file, status.st_size, label, column)
+            _remember(remembered, key, index)
+    except OSError as error:
+        index = ShardIndex()
+        index.problems.add(f"unreadable shard: {error.strerror or error}", label)
     return index
 
 

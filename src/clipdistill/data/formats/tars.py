@@ -198,16 +198,7 @@ def open_tars(place: Place, config: DataConfig, default_split: str | None) -> Ta
     problems = Problems()
     for image in place.with_ending(*IMAGE_SUFFIXES):
         problems.add("image beside the shards", image.name)
-
-    def indexed(path: Path, label: str) -> ShardIndex:
-        try:
-            return index_shard(path, label, column)
-        except OSError as error:
-            index = ShardIndex()
-            index.problems.add(f"unreadable shard: {error.strerror or error}", label)
-            return index
-
-    indexes = list(run(indexed, shards, labels))
+    indexes = list(run(index_shard, shards, labels, itertools.repeat(column)))
     for index in indexes:
         problems.merge(index.problems)
     if problems.counts[DUPLICATE]:
