@@ -15,6 +15,7 @@ from clipdistill.models.architecture import build_module
 from clipdistill.models.text_length import STEP, any_length, by_length, needed_lengths
 from clipdistill.models.tokenizers import build_words_tokenizer
 from clipdistill.scenes.pairs import open_scenes
+from clipdistill.train.step import Towers
 from tests.models.conftest import tiny_architecture
 
 WORDS = [f"word{i}" for i in range(30)]
@@ -142,6 +143,28 @@ def test_groups_hold_every_row_once() -> None:
         highest = [int(needed_lengths(tokens[group]).max()) for group in groups]
         assert highest == sorted(highest)
     assert len(groups) > 3
+
+
+def test_towers_in_groups_give_each_caption_its_own_embedding_and_gradient() -> None:
+    texts = [CAPTIONS[(7 * i) % 10] + f" word{i % 30}" * (i % 5) for i in range(70)]
+    model = model_of()
+    module, tokens = model.module.train(), model.shorten(model.tokenizer(texts))[0]
+    images = torch.zeros(70, 3, model.image.size, model.image.size)
+    weights = torch.randn(70, model.embed_dim, generator=torch.Generator().manual_seed(0))
+    found, widths = [], []
+    encode = module.encode_text
+    for grouped in (False, True):
+        module.zero_grad()
+        module.encode_text = lambda part: widths.append(tuple(part.shape)) or encode(part)
+        text = Towers(module, group_captions=grouped)(images, tokens)[1]
+        (text * weights).sum().backward()
+        found.append([text.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)])
+    assert widths[0] == tuple(tokens.shape)
+    assert len(widths) > 2
+    assert sum(rows for rows, _ in widths[1:]) == 70
+    assert min(length for _, length in widths[1:]) < tokens.shape[1]
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_the_encoder_gives_each_caption_its_own_row() -> None:

@@ -32,7 +32,7 @@ from clipdistill.embed.prepare import Item, Pictures, Preparation, ahead
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.parameters import evaluation_mode
-from clipdistill.models.text_length import by_length
+from clipdistill.models.text_length import encode_by_length
 from clipdistill.models.tokenizers import as_captions
 from clipdistill.runtime.console import say as console_say
 from clipdistill.runtime.machine import cpu_count
@@ -290,16 +290,13 @@ class Encoder:
         """Unit rows (n, D) float32, on the device, of tokens (n, L); `what` and `at_once` as in `encode_images`."""
         if tokens.device.type != "cpu" or not len(tokens):  # on another device: who put it there has cut it
             return self._encoded("text", tokens.to(self.device), what, at_once, True)
-        several = len(tokens) >= 64 and self.model.reads_only_text
-        groups = by_length(tokens) if several else [torch.arange(len(tokens))]
-        parts = []
-        for group in groups:
-            (part,) = self.model.shorten(tokens[group] if len(groups) > 1 else tokens)
-            parts.append(self._encoded("text", part.to(self.device, non_blocking=True), what, at_once, True))
-        if len(parts) == 1:
-            return parts[0]
-        rows = torch.cat(parts)
-        return rows[torch.cat(groups).argsort().to(rows.device)]
+
+        def encode(part: Tensor) -> Tensor:
+            return self._encoded("text", part.to(self.device, non_blocking=True), what, at_once, True)
+
+        if len(tokens) >= 64 and self.model.reads_only_text:
+            return encode_by_length(encode, tokens, least=32)
+        return encode(*self.model.shorten(tokens))
 
     def prepare(
         self, source: PairSource, views: int = 1, most: int | None = None, kept: Mapping[str, str] | None = None

@@ -9,6 +9,7 @@ must get all of it. Which kind a tower is, is asked of the tower itself: does it
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def needed_lengths(tokens: Tensor) -> Tensor:
 
 def by_length(tokens: Tensor, least: int = 32) -> list[Tensor]:
     """The rows of tokens (N, L) in groups of like length, the shortest first, each of at least `least` rows."""
-    lengths = needed_lengths(tokens)
+    lengths = needed_lengths(tokens).cpu()
     order = lengths.argsort(stable=True)
     ends = torch.bincount(lengths[order] // STEP).cumsum(0).tolist()
     groups, start = [], 0
@@ -45,6 +46,19 @@ def by_length(tokens: Tensor, least: int = 32) -> list[Tensor]:
             groups.append(order[start:end])
             start = end
     return [*groups, order[start:]]
+
+
+def encode_by_length(encode: Callable[[Tensor], Tensor], tokens: Tensor, least: int) -> Tensor:
+    """encode(tokens) (N, D) of tokens (N, L), computed in groups of like length, each cut to its longest caption.
+
+    For towers that read only text. A batch has one caption of 30 places or 77 and many of 16.
+    """
+    groups = by_length(tokens, least)
+    if len(groups) == 1:
+        return encode(tokens[:, : int(needed_lengths(tokens).max())])
+    parts = [tokens[group.to(tokens.device)] for group in groups]
+    rows = torch.cat([encode(part[:, : int(needed_lengths(part).max())]) for part in parts])
+    return rows[torch.cat(groups).argsort().to(rows.device)]
 
 
 def reads_only_text(module: Any, tokenizer: Any) -> bool:

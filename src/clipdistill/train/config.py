@@ -74,6 +74,9 @@ class TrainConfig(Config):
     timed before step 0 on a CPU in runs of 100 steps and more; the run's record keeps it."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the student's towers. auto: in runs long enough to pay for it, where it is found to be faster."""
+    group_captions: bool = True
+    """Captions of like length pass through the text tower together, each group cut to its longest, where the tower
+    reads nothing behind the text and is not compiled. Same embeddings up to rounding."""
     deterministic: bool = False
     """Only deterministic kernels, at some cost in speed: the same command gives the same bits."""
     seed: int = pydantic.Field(default=0, ge=0, lt=2**63)

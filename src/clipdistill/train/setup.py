@@ -190,7 +190,8 @@ def _make_trainable(student: ClipModel, config: RunConfig, device: torch.device,
             tower.head.noise, tower.head.dropout = train.feature_noise, train.feature_dropout
     hold_frozen_statistics(module.to(device).train())
     masks = None if masking is None else masking.masks
-    towers: nn.Module = Towers(module, train.fixed_logit_scale, train.mask_ratio, masks)
+    grouped = train.group_captions and student.reads_only_text
+    towers: nn.Module = Towers(module, train.fixed_logit_scale, train.mask_ratio, masks, grouped)
     broadcast_module(towers)
     if world_size() > 1:
         if masking is not None:

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipdistill.data.loader import Batch
+from clipdistill.models.text_length import encode_by_length
 from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
+
+LEAST_GROUP = 16
+"""Captions that are worth a pass of their own through the text tower."""
 
 
 class Towers(nn.Module):
@@ -26,13 +30,19 @@ class Towers(nn.Module):
     module: Any
 
     def __init__(
-        self, module: Any, fixed_logit_scale: float | None = None, mask_ratio: float | None = None, masks: Any = None
+        self,
+        module: Any,
+        fixed_logit_scale: float | None = None,
+        mask_ratio: float | None = None,
+        masks: Any = None,
+        group_captions: bool = False,
     ):
         super().__init__()
         self.module = module
         self.masks = masks
         self.fixed_logit_scale = fixed_logit_scale
         self.mask_ratio = mask_ratio
+        self.group_captions = group_captions and masks is None  # gates are drawn once a pass
         self._compiled: tuple[int, Any, Any] | None = None
         if fixed_logit_scale is not None:
             module.logit_scale.requires_grad_(False)
@@ -80,7 +90,11 @@ class Towers(nn.Module):
         encode_image, encode_text = self._encoders(images, captions)
         with hiding, masks:
             image = encode_image(images)
-            text = encode_text(captions)
+            by_tokens = not captions.is_floating_point()  # and not by the features of a locked tower
+            if self.group_captions and by_tokens and encode_text == self.module.encode_text:
+                text = encode_by_length(encode_text, captions, least=max(LEAST_GROUP, len(captions) // 8))
+            else:
+                text = encode_text(captions)
         if tokens.ndim == 3:
             text = text.reshape(*tokens.shape[:2], text.shape[-1])
         if self.fixed_logit_scale is not None:
