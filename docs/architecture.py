@@ -46,8 +46,8 @@ ORDER = (
 """Floors from the lowest up; rooms of one floor do not know each other."""
 
 WINGS = (
-    "models.inheritance", "scenes", "demo", "bank", "vectors", "bench", "export", "regions", "search", "reference",
-    "listing", "doctor", "remote", "data.formats.hub", "data.formats.labelled_libraries", "train.trackers",
+    "models.inheritance", "scenes", "demo", "bank", "vectors", "bench", "ablate", "export", "regions", "search",
+    "reference", "listing", "doctor", "remote", "data.formats.hub", "data.formats.labelled_libraries", "train.trackers",
 )  # fmt: skip
 """Rooms, and parts of rooms, that a run can do without. The core finds them by name and never imports them."""
 
