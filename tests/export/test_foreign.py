@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 
 import pytest
@@ -116,6 +117,21 @@ def test_files_are_what_the_libraries_expect(tiny, tmp_path):
     export_foreign(tiny, tmp_path / "out", "hf")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["text_config"]["eos_token_id"] == tiny.tokenizer.end == config["text_config"]["vocab_size"] - 1
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
+    graphs = {path.name for path in (tmp_path / "out" / "onnx").glob("*")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} - {"onnx"} == {
+        "config.json", "model.safetensors", "modules.json", "preprocessor_config.json", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
+    assert graphs == {f"{t}_model{k}.onnx" for t in ("text", "vision") for k in ("", "_fp16", "_quantized")} or (
+        importlib.util.find_spec("onnx") is None and not graphs
+    )
+
+
+def test_without_the_extra_there_is_no_onnx_folder_and_that_is_said(tiny, tmp_path, monkeypatch):
+    from clipdistill.export import foreign
+
+    monkeypatch.setattr(foreign, "find_spec", lambda name: None)
+    (note,) = export_foreign(tiny, tmp_path / "out", "hf")
+    assert "transformers.js" in note
+    assert "clipdistill[export]" in note
+    assert not (tmp_path / "out" / "onnx").exists()

@@ -51,7 +51,16 @@ def model(tmp_path):
 
 def test_card_says_how_it_was_made_and_measured(run, model):
     card = model_card(model, "me/student", run)
-    assert card.startswith("---\nlibrary_name: open_clip\n")
+    facts = front(card)
+    assert facts["library_name"] == "open_clip"
+    assert facts["base_model"] == "timm/vit_base_patch16_clip_224.laion400m_e32"  # where open_clip's own table has it
+    assert facts["datasets"] == ["flickr8k"]
+    (score, latency) = [entry["metrics"][0] for entry in facts["model-index"][0]["results"]]
+    assert (score["name"], score["type"], score["value"]) == ("image to text R@1", "recall", 41.2)
+    assert score["args"]["interval_95"] == [39.0, 43.0]
+    assert "standard: flickr8k/test, 1,000 images" in score["args"]["protocol"]
+    assert latency["name"] == "milliseconds, eager, float32"
+    assert latency["value"] == pytest.approx(1000 / 55.5, abs=1e-3)
     for part in (
         "CLIP-RD", "ViT-B-16/laion400m_e32", "| data | flickr8k.json |", "1,234,567", "26,000,000",
         "retrieval, standard: flickr8k/test, 1,000 images, 5,000 captions (all)", "41.2 [39.0, 43.0]",
@@ -61,9 +70,32 @@ def test_card_says_how_it_was_made_and_measured(run, model):
     assert "/home" not in card
 
 
+def test_licence_and_unknown_teachers(run, model):
+    facts = front(model_card(model, "me/student", run, "apache-2.0"))
+    assert facts["license"] == "apache-2.0"
+    values = json.loads((run / "run.json").read_text())
+    for teacher, base in (
+        ("hf:me/teacher", "me/teacher"),
+        ("runs/teacher", None),
+        ("towers:image=timm:x,text=hf:me/y", None),
+        (["hf:me/a", "hf-hub:me/b", "/data/c"], ["me/a", "me/b"]),
+    ):
+        (run / "run.json").write_text(json.dumps(values | {"teacher": teacher, "data": "scenes/train"}))
+        facts = front(model_card(model, "me/student", run))
+        assert facts.get("base_model") == base, teacher
+        assert facts["datasets"] == ["scenes"]
+        assert "license" not in facts
+
+
+def front(card):
+    """The YAML at the top of a card, as the hub's own client reads it."""
+    return huggingface_hub.ModelCard(card, ignore_metadata_errors=False).data.to_dict()
+
+
 def test_card_of_an_export_repeats_its_manifest(exported):
     card = model_card(exported, "me/tiny")
-    assert "library_name: onnx" in card
+    assert front(card)["library_name"] == "onnx"
+    assert "model-index" not in front(card)
     assert "R@1 before" in card
     assert "squares/test, 16 images, 32 captions" in card
     assert "example.py" in card

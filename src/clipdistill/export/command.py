@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="npm's onnxruntime-web (default: node_modules, else npm fetches it)",
     )
     add("--push", metavar="OWNER/NAME", help="also upload the folder, with a model card, to the Hugging Face hub")
+    add("--licence", metavar="ID", help="with --push: licence of the weights as the hub names it (apache-2.0)")
     add("--private", action="store_true", help="with --push: a private repository")
 
 
@@ -76,6 +77,7 @@ def export(
     opset: int | None = None,
     web_runtime: str | Path | None = None,
     push: str | None = None,
+    licence: str | None = None,
     private: bool = False,
     quiet: bool = False,
 ) -> Exported:
@@ -87,7 +89,8 @@ def export(
     points of R@1. normalised: embeddings of unit length; tolerance: largest difference of an entry of these; opset:
     ONNX operator set (None: 20). web_runtime: the folder of npm's onnxruntime-web for "web" (None: node_modules, else
     npm fetches it), where int8 means the weights and needs no data. push: OWNER/NAME on the Hugging Face hub, to upload
-    the folder with a model card to; private: as a private repository. quiet: print nothing.
+    the folder with a model card to; licence: of the weights, as the hub names it; private: as a private repository.
+    quiet: print nothing.
 
     Returns an Exported: folder, parities with the model, R@1 before and after. Raises InputError for what cannot be
     exported or misses the tolerance.
@@ -114,6 +117,7 @@ def export(
         ("calibration-size", calibration_size != SIZE, int8, "int8"),
         ("budget", budget != BUDGET, int8, "int8"),
         ("private", private, push, "push"),
+        ("licence", licence, push, "push"),
     ):
         if given and not needed:
             raise InputError(f"--{option} means nothing without --{other}")
@@ -178,9 +182,10 @@ def export(
     else:
         from clipdistill.export.foreign import export_foreign
 
-        export_foreign(load_model(model, teacher=True), out, to)
-        exported = Exported(out, [])
+        exported = Exported(out, [], notes=export_foreign(load_model(model, teacher=True), out, to))
+        for line in exported.notes:
+            tell(line)
     tell(f"written: {out}")
     if push is not None:
-        tell(f"uploaded: {hub.push_to_hub(out, push, source=Path(model), private=private)}")
+        tell(f"uploaded: {hub.push_to_hub(out, push, source=Path(model), private=private, licence=licence)}")
     return exported

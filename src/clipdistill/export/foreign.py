@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from clipdistill.export.folder import export_folder
 from clipdistill.export.gate import Runner, Tolerance, compare, require
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.tokenizer_json import tokenizer_json
+from clipdistill.export.transformers_js import write_transformers_js
 from clipdistill.models import sized
 from clipdistill.models.architecture import JOINED
 from clipdistill.models.clip_model import ClipModel
@@ -32,6 +34,7 @@ from clipdistill.models.open_clip_models import SAFE_WEIGHTS
 from clipdistill.models.tokenizers import ClipBpeTokenizer, HuggingFaceTokenizer, WordsTokenizer
 from clipdistill.runtime.files import write_json
 
+SENTENCE_TRANSFORMER = "modules.json"
 _TOLERANCE = Tolerance(difference=1e-5, cosine=0.999999)
 _VISION = {"image_size", "patch_size", "layers", "width", "head_width", "mlp_ratio", "norm_kwargs"}
 _TEXT = {"context_length", "vocab_size", "layers", "width", "heads", "mlp_ratio", "norm_kwargs", "pool_type", "eos_id"}
@@ -39,18 +42,29 @@ _TEXT = {"context_length", "vocab_size", "layers", "width", "heads", "mlp_ratio"
 _TEXT_IGNORED = {"hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode", "pad_id"}
 
 
-def export_foreign(model: ClipModel, out: Path, to: str) -> None:
-    """Write `model` as a folder for "open_clip" or "hf" (transformers). Raises InputError for what cannot be said."""
+def export_foreign(model: ClipModel, out: Path, to: str) -> list[str]:
+    """Write `model` as a folder for "open_clip" or "hf" (transformers, sentence-transformers, transformers.js).
+
+    Returns what is not in it, in sentences. Raises InputError for what cannot be said.
+    """
     if "exported" in model.architecture:
         raise InputError(f"'{model.name}' is an exported graph: name the model it was made from")
     if is_own_module(model.architecture):
         raise InputError(f"'{model.name}' is a module of your own, which {to} cannot build: export it with --to onnx")
     write = {"open_clip": write_open_clip, "hf": write_hugging_face}[to]
+    notes: list[str] = []
     with export_folder(out) as folder:
         write(model, folder)
         _check_foreign(model, folder, to, out)
         back = load_model(folder, teacher=True)
         _require_equal(model, back, f"{out}, read again")
+        if to == "hf" and all(map(find_spec, ("onnx", "onnxscript", "onnxruntime"))):
+            notes = write_transformers_js(model, folder)
+        elif to == "hf":
+            notes = [
+                "without onnx/ for transformers.js, which needs the extra export:  pip install 'clipdistill[export]'"
+            ]
+    return notes
 
 
 def _require_equal(model: ClipModel, other: ClipModel, what: str) -> None:
@@ -138,13 +152,18 @@ def write_open_clip(model: ClipModel, folder: Path) -> None:
 
 
 def write_hugging_face(model: ClipModel, folder: Path) -> None:
-    """config.json, model.safetensors, preprocessor_config.json and tokenizer files, for transformers.CLIPModel."""
+    """config.json, model.safetensors, preprocessor_config.json and tokenizer files, for transformers.CLIPModel.
+
+    modules.json makes the same files a SentenceTransformer.
+    """
     write_json(folder / CONFIG, hugging_face_config(model))
     write_json(folder / "preprocessor_config.json", _preprocessor(model))
     tensors = {name.removeprefix("text."): t for name, t in model.module.state_dict().items() if name != "attn_mask"}
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
     save_file(_tensors(rename_back(tensors)), folder / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(model, folder, clean=True)
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.CLIPModel"}
+    write_json(folder / SENTENCE_TRANSFORMER, [module])
 
 
 def hugging_face_config(model: ClipModel) -> dict[str, Any]:

@@ -29,18 +29,20 @@ def check_push(repository: str) -> None:
         raise InputError(f"the upload to {repository} needs the network, and the Hugging Face hub cannot be reached")
 
 
-def push_to_hub(folder: Path, repository: str, *, source: Path | None = None, private: bool = False) -> str:
+def push_to_hub(
+    folder: Path, repository: str, *, source: Path | None = None, private: bool = False, licence: str | None = None
+) -> str:
     """Upload an export or model folder to `owner/name`, with a card made from the run `source`; returns its address.
 
-    Credentials are huggingface_hub's own (`hf auth login` or HF_TOKEN). Raises InputError as `check_push`, and for
-    whatever the hub refuses.
+    licence: of the weights, as the hub names it ("apache-2.0"). Credentials are huggingface_hub's own (`hf auth login`
+    or HF_TOKEN). Raises InputError as `check_push`, and for whatever the hub refuses.
     """
     if not folder.is_dir() or not any(folder.iterdir()):
         raise InputError(f"{folder}: no such folder, or an empty one: export the model first")
     check_push(repository)
     with needing("huggingface_hub", "hf", "an upload to the hub"):
         from huggingface_hub import HfApi
-    write_text(folder / CARD, model_card(folder, repository, source))
+    write_text(folder / CARD, model_card(folder, repository, source, licence))
     _name_tokenizer(folder, repository)
     api = HfApi()
     try:
@@ -60,14 +62,19 @@ def _name_tokenizer(folder: Path, repository: str) -> None:
         write_json(folder / OPEN_CLIP_CONFIG, config)
 
 
-def model_card(folder: Path, repository: str, source: Path | None = None) -> str:
+def model_card(folder: Path, repository: str, source: Path | None = None, licence: str | None = None) -> str:
     """The README.md of a model: method, teacher, data, scores with their protocols, cost, use. Markdown with YAML.
 
     source: the run folder the model comes from; without one the card holds only what the folder itself says.
+    licence: as the hub names it. The YAML is huggingface_hub's ModelCardData with the scores as model-index.
     """
     run = _json(source / "run.json") if source is not None else {}
     manifest = _json(folder / MANIFEST)
-    sections = [_front(folder), f"# {repository.partition('/')[2]}", _summary(run, manifest)]
+    sections = [
+        _front(folder, repository, run, source, licence),
+        f"# {repository.partition('/')[2]}",
+        _summary(run, manifest),
+    ]
     scores = _scores(source)
     if scores:
         sections += ["## Scores", scores]
@@ -82,14 +89,114 @@ def model_card(folder: Path, repository: str, source: Path | None = None) -> str
     return "\n\n".join(sections) + "\n"
 
 
-def _front(folder: Path) -> str:
-    library = "transformers" if (folder / "preprocessor_config.json").is_file() else "open_clip"
-    library = (
-        "onnx" if (folder / "image.onnx").is_file() else "openvino" if (folder / "image.xml").is_file() else library
-    )
+def _front(folder: Path, repository: str, run: dict[str, Any], source: Path | None, licence: str | None) -> str:
+    """The YAML at the top of the card, by which the hub finds and sorts models."""
+    with needing("huggingface_hub", "hf", "a model card"):
+        from huggingface_hub import ModelCardData
+    transformers = (folder / "preprocessor_config.json").is_file()
+    graphs = {"onnx": "image.onnx", "openvino": "image.xml"}
+    library = next((name for name, file in graphs.items() if (folder / file).is_file()), None)
     tags = ["clip", "knowledge-distillation", "clipdistill"]
-    lines = [f"library_name: {library}", "pipeline_tag: zero-shot-image-classification", "tags:"]
-    return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
+    tags += ["sentence-transformers"] if (folder / "modules.json").is_file() else []
+    tags += ["transformers.js", "onnx"] if (folder / "onnx").is_dir() else []
+    teachers = [name for name in map(_hub_name, _listed(run.get("teacher"))) if name]
+    data = list(dict.fromkeys(_data_name(text) for text in _listed(run.get("data"))))
+    results = _results(source)
+    card = ModelCardData(
+        base_model=teachers[0] if len(teachers) == 1 else teachers or None,
+        datasets=data or None,
+        eval_results=results or None,
+        library_name=library or ("transformers" if transformers else "open_clip"),
+        license=licence,
+        model_name=repository.partition("/")[2] if results else None,
+        pipeline_tag="zero-shot-image-classification",
+        tags=tags,
+    )
+    return f"---\n{card.to_yaml()}\n---"
+
+
+def _listed(value: Any) -> list[str]:
+    """A text, or a list of texts, as a list."""
+    return [str(one) for one in (value if isinstance(value, list) else [value]) if one]
+
+
+def _hub_name(teacher: str) -> str | None:
+    """owner/name on the hub of a teacher, or None for one that is not there."""
+    kind, _, name = teacher.rpartition(":")
+    if kind in ("hf", "hf-hub"):
+        return name if _REPOSITORY.fullmatch(name) else None
+    architecture, _, tag = teacher.partition("/")
+    if kind or not tag or "/" in tag:
+        return None
+    from open_clip.pretrained import get_pretrained_cfg
+
+    place = str(get_pretrained_cfg(architecture, tag).get("hf_hub") or "").rstrip("/")
+    return place if _REPOSITORY.fullmatch(place) else None
+
+
+def _data_name(text: str) -> str:
+    """'flickr8k' of a path to dataset_flickr8k.json, 'scenes' of scenes/train."""
+    name = Path(_public(text)).with_suffix("")
+    first = name.parts[-1] if text.startswith(("/", "~")) or name.suffix else name.parts[0]
+    return first.partition(":")[0].removeprefix("dataset_")
+
+
+_METRICS = {"i2t": "image to text", "t2i": "text to image", "top1": "top-1", "top5": "top-5"}
+_TASKS = {"retrieval": "image-text-retrieval", "zero-shot": "zero-shot-image-classification"}
+
+
+def _results(source: Path | None) -> list[Any]:
+    """Scores of the student and its latency as entries of model-index: each with protocol, interval and queries."""
+    from huggingface_hub import EvalResult
+
+    found: list[Any] = []
+    scores = _read_scores(source)
+    for score in scores or ():
+        if score.model != "student" or score.metric not in _SHOWN:
+            continue
+        protocol = score.protocol
+        direction, _, recall = score.metric.partition("_")
+        facts: dict[str, Any] = {"protocol": protocol.label(), "queries": score.n}
+        if score.low is not None and score.high is not None:
+            facts["interval_95"] = [round(100 * score.low, 2), round(100 * score.high, 2)]
+        found.append(
+            EvalResult(
+                task_type=_TASKS[protocol.task],
+                dataset_type=protocol.dataset,
+                dataset_name=protocol.dataset,
+                dataset_split=protocol.split,
+                metric_type="recall" if recall.startswith("R@") else "accuracy",
+                metric_name=f"{_METRICS[direction]} {recall}".strip() if direction in _METRICS else score.metric,
+                metric_value=round(100 * score.value, 2),
+                metric_args=facts,
+            )
+        )
+    bench = _json(source / "bench.json") if source is not None else {}
+    names = {source.resolve().name, "student"} if source is not None else set()
+    for row in _measured(bench):
+        if str(row["model"]) in names:
+            found.append(
+                EvalResult(
+                    task_type="image-feature-extraction" if row["tower"] == "image" else "feature-extraction",
+                    dataset_type="latency",
+                    dataset_name=f"{row['tower']} tower, batch 1",
+                    metric_type="latency",
+                    metric_name=f"milliseconds, {row['backend']}, {row['dtype']}",
+                    metric_value=round(1000 / row["value"], 3),
+                    metric_args={"device": bench.get("device", {}).get("label", "an unknown device")},
+                )
+            )
+    return found
+
+
+def _measured(bench: dict[str, Any]) -> list[dict[str, Any]]:
+    """The measurements of single pictures and captions that were not disturbed."""
+    rows = bench.get("measurements", [])
+    return [
+        row
+        for row in rows
+        if row.get("tower") in ("image", "text") and row.get("batch") == 1 and not row.get("noisy") and row["value"] > 0
+    ]
 
 
 def _summary(run: dict[str, Any], manifest: dict[str, Any]) -> str:
@@ -111,11 +218,17 @@ def _summary(run: dict[str, Any], manifest: dict[str, Any]) -> str:
     return "A CLIP student distilled with clipdistill.\n\n| | |\n|---|---|\n" + table.rstrip("\n")
 
 
-def _scores(source: Path | None) -> str:
+def _read_scores(source: Path | None) -> Scores | None:
     path = None if source is None else source / "scores.json"
     if path is None or not path.is_file():
+        return None
+    return Scores.from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def _scores(source: Path | None) -> str:
+    scores = _read_scores(source)
+    if scores is None:
         return ""
-    scores = Scores.from_json(path.read_text(encoding="utf-8"), str(path))
     return scores.to_markdown(_SHOWN).strip() + "\n\nPercent, with 95 % intervals in brackets."
 
 
@@ -143,6 +256,17 @@ def _use(folder: Path, repository: str) -> str:
         )
     if (folder / "preprocessor_config.json").is_file():
         code = f'from transformers import CLIPModel\n\nmodel = CLIPModel.from_pretrained("{repository}")'
+        if (folder / "modules.json").is_file():
+            code += "\n\nfrom sentence_transformers import SentenceTransformer\n\n"
+            code += f'embeddings = SentenceTransformer("{repository}").encode(["a photo of a dog"])'
+        if (folder / "onnx").is_dir():
+            script = (
+                "import { CLIPTextModelWithProjection, CLIPVisionModelWithProjection } "
+                'from "@huggingface/transformers";\n\n'
+                f'const text = await CLIPTextModelWithProjection.from_pretrained("{repository}");\n'
+                f'const vision = await CLIPVisionModelWithProjection.from_pretrained("{repository}");'
+            )
+            return f"```python\n{code}\n```\n\n```js\n{script}\n```"
     elif (folder / "open_clip_config.json").is_file():
         code = f'import open_clip\n\nmodel, _, transform = open_clip.create_model_and_transforms("hf-hub:{repository}")'
     else:
@@ -155,12 +279,11 @@ def _cost(run: dict[str, Any], source: Path | None) -> str:
     if isinstance(run.get("seconds"), int | float):
         lines.append(f"- training: {run['seconds'] / 3600:.2f} hours on {run.get('device', 'an unknown device')}")
     bench = _json(source / "bench.json") if source is not None else {}
-    for row in bench.get("measurements", []):
-        if row.get("tower") in ("image", "text") and row.get("batch") == 1 and not row.get("noisy"):
-            lines.append(
-                f"- {_public(str(row['model']))}, {row['tower']} tower, {row['backend']}, {row['dtype']}, batch 1: "
-                f"{row['value']:.1f} per second"
-            )
+    for row in _measured(bench):
+        lines.append(
+            f"- {_public(str(row['model']))}, {row['tower']} tower, {row['backend']}, {row['dtype']}, batch 1: "
+            f"{row['value']:.1f} per second"
+        )
     if bench.get("measurements"):
         lines.append(f"- measured on: {bench.get('device', {}).get('label', 'an unknown device')}")
     return "\n".join(lines)

@@ -25,7 +25,7 @@ from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.towers import OPSET
 from clipdistill.export.transform import EXAMPLE
 from clipdistill.export.web.runtime import PACKAGE, VERSION, copy_runtime
-from clipdistill.export.web.weights import shrink_weights
+from clipdistill.export.web.weights import COSINE, shrink_weights
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import TOWERS, load_graph, read_exported
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
@@ -33,8 +33,6 @@ from clipdistill.runtime.console import file_size
 from clipdistill.runtime.files import read_json, sha256, write_json
 
 PAGE = Path(__file__).with_name("page")
-COSINE = {"float16": 0.999, "int8": 0.99}
-"""Least cosine with the model, on the gate's inputs, that weights of a kind must keep."""
 CAPTION = "a photo of a dog"
 KNOWN = {
     "normalizer": {

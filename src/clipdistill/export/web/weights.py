@@ -14,7 +14,8 @@ import numpy as np
 
 from clipdistill.errors import InputError, needing
 
-PRECISIONS = ("float16", "int8")
+COSINE = {"float16": 0.999, "int8": 0.99}
+"""Kinds of weights, and the least cosine with the model, on the gate's inputs, that each must keep."""
 _SMALL = 256  # numbers; what is smaller stays as it is
 _CHANNEL = {("MatMul", 1): 1, ("Gather", 0): 0, ("Conv", 1): 0}
 """(operator, which of its inputs) -> the axis that has a scale for each entry."""
