@@ -244,7 +244,11 @@ _TERMS = (
 TERMS: Registry[Any] = Registry(
     "term",
     {name: f"clipdistill.objective.terms.{name}:TERM" for name in _TERMS}
-    | {name: f"clipdistill.bank.{name}:TERM" for name in ("bank_cross", "bank_within", "bank_xrd")},
+    | {name: f"clipdistill.bank.{name}:TERM" for name in ("bank_cross", "bank_within", "bank_xrd")}
+    | {
+        name: f"clipdistill.objective.one_modality:{name.upper()}"
+        for name in ("cosine_image", "cosine_text", "within_image", "within_text")
+    },
 )
 """Terms of the objective (clipdistill.objective.term.Term)."""
 
@@ -278,6 +282,21 @@ LABELLED_FORMATS: Registry[Any] = Registry(
     },
 )
 """Readers of images with a label each, asked in this order."""
+
+ANY_SET: Registry[Any] = Registry(
+    "way to open a set",
+    {
+        "open": "clipdistill.data.mixture.opening:open_any",
+        "check": "clipdistill.data.mixture.opening:check_any",
+        "require": "clipdistill.data.mixture.opening:require_terms",
+    },
+)
+"""Functions for training data that are not plain pairs."""
+
+FEATURES: Registry[Any] = Registry(
+    "way to keep features", {"locked towers": "clipdistill.train.features:features_of_locked_towers"}
+)
+"""Functions that compute before the first step what a training would otherwise compute at each."""
 
 STUDENTS: Registry[Any] = Registry("student")
 """Functions that build a student."""

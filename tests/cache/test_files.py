@@ -79,7 +79,7 @@ def test_plain_embeddings_are_matched_by_key(tmp_path):
         ({"logit_scale": np.array("100")}, "'logit_scale' must be one number"),
         ({"logit_scale": np.array(True)}, "'logit_scale' must be one number"),
         ({"logit_scales": 20.0}, r"unknown array 'logit_scales' \(did you mean 'logit_scale'"),
-        ({"text": None, "texts": np.ones((6, 8))}, "the array 'text' is missing"),
+        ({"text": None, "texts": np.ones((6, 8))}, r"unknown array 'texts' \(did you mean 'text'"),
     ],
 )
 def test_unusable_plain_embeddings_are_refused(tmp_path, changes, message):

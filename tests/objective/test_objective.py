@@ -305,7 +305,8 @@ def test_rows_that_a_loss_needs() -> None:
     """One row says nothing to a term that compares pairs; a distance of rows is content with one."""
     assert ObjectiveConfig(weights={"fd": 1, "cosine": 2}).least_rows == 1
     for name in TERMS.names():
-        expected = 1 if name in ("fd", "cosine") or TERMS.get(name).bank else 2
+        alone = name in ("fd", "cosine", "cosine_image", "cosine_text") or TERMS.get(name).bank
+        expected = 1 if alone else 2
         assert ObjectiveConfig(weights={"fd": 1, name: 1}).least_rows == expected
     settings = {"student": "scenes-student", "data": {"path": "scenes"}, "out": "x", "teacher": "scenes-teacher"}
     with pytest.raises(InputError, match=r"train.batch_size=1: terms of the mix \(task, crd, .* at least 2"):

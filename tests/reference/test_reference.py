@@ -57,7 +57,7 @@ def test_types_ranges_and_defaults_are_said_in_words() -> None:
     assert rows["train.epsilon"].default == "1e-6"
     assert (rows["train.schedule"].kind, rows["train.schedule"].default) == ("choice", "cosine")
     assert rows["objective.reinforced_lambda"].range == "at least 0, at most 1"
-    assert rows["data.path"].default == "needed"
+    assert rows["held_out.data"].default == "needed"
 
 
 def test_the_pages_are_what_the_code_says(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

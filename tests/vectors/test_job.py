@@ -11,11 +11,11 @@ from safetensors.numpy import load_file
 
 import clipdistill as cd
 from clipdistill.cli import main
+from clipdistill.data.mixture.pictures import open_pictures
 from clipdistill.data.pairs import Subset
 from clipdistill.errors import InputError
 from clipdistill.scenes.pairs import open_scenes
 from clipdistill.vectors import job
-from clipdistill.vectors.pictures import open_pictures
 from tests.conftest import shared_folder
 
 TEXTS = ["a red circle", "two blue squares", "a red circle", "a green triangle"]

@@ -86,12 +86,13 @@ def _recompute(store: CacheStore, source: PairSource, number: int, device: torch
             image = source.image(index)
         except BadSample:
             continue
-        texts, stored = [source.captions(index)[caption]], [*store.read(number, [index], [caption], [view])]
+        texts = list(source.captions(index)[caption:][:1])
+        stored = [*store.read(number, [index], [caption], [view])][: 1 + len(texts)]
         if synthetic is not None:
             texts.append(store.synthetic(index)[synthetic])
             stored.append(store.read_synthetic(number, [index], [synthetic]))
         image_row = encoder.encode_images(render(image, store.view(index, view), model.image)[None]).cpu()
-        found = [image_row, *encoder.encode_tokens(model.tokenizer(texts)).cpu().split(1)]
+        found = [image_row, *(encoder.encode_tokens(model.tokenizer(texts)).cpu().split(1) if texts else ())]
         for what, a, b in zip(("image", "caption", "added caption"), found, stored):
             cosine = float(torch.nn.functional.cosine_similarity(a, b).item())
             floor = COSINE_FLOOR[store.manifest.dtype] if entry.precision == "fp32" else _BF16_FLOOR
@@ -112,7 +113,8 @@ def _probes(store: CacheStore, samples: int) -> Iterator[tuple[int, int, int, in
     chosen = np.linspace(0, len(store) - 1, num=min(samples, len(store))).round().astype(int)
     for order, index in enumerate(np.unique(chosen).tolist()):
         if store.valid(index):
-            caption = int(rng.integers(int(store.samples.captions[index])))
+            captions = int(store.samples.captions[index])
+            caption = int(rng.integers(captions)) if captions else -1
             added = len(store.synthetic(index)) if store.has_synthetic else 0
             yield index, order % (1 + store.view_count), caption, int(rng.integers(added)) if added else None
 
@@ -215,8 +217,10 @@ def _check_block(store: CacheStore, part: Part, teacher: int, number: int) -> in
     good = indices[valid].tolist()
     if good:
         views = [number % (1 + store.view_count) for number in range(len(good))]
-        for name, rows in zip(("image", "text"), store.read(teacher, good, [0] * len(good), views)):
-            wrong = ((rows.norm(dim=-1) - 1).abs() > _UNIT).nonzero().flatten().tolist()
+        firsts = np.minimum(store.samples.captions[good], 1) - 1  # -1 for a picture without captions
+        for name, rows in zip(("image", "text"), store.read(teacher, good, firsts.tolist(), views)):
+            off = (rows.norm(dim=-1) - 1).abs() > _UNIT
+            wrong = (off & torch.from_numpy((firsts == 0) | (name == "image"))).nonzero().flatten().tolist()
             if wrong:
                 raise InputError(
                     f"{path}: the {name} row of '{store.samples.key(good[wrong[0]])}' is not of unit length"

@@ -220,7 +220,7 @@ def _records(source: PairSource, captions: str, rows: Sequence[int] | np.ndarray
             {
                 "key": key,
                 "row": int(rows[index]),
-                "captions": 1 if captions == "first" else len(texts),
+                "captions": min(len(texts), 1) if captions == "first" else len(texts),
                 "digest": sample_digest(key, texts),
                 "synthetic": None,
             }

@@ -28,7 +28,7 @@ from clipdistill.cache.store import CacheStore, Part
 from clipdistill.cache.stored_views import pack_views
 from clipdistill.data.ledger import BadSampleLedger
 from clipdistill.data.loader import geometry, prepared
-from clipdistill.data.open import open_pairs
+from clipdistill.data.open import open_training
 from clipdistill.data.pairs import PairSource
 from clipdistill.embed.encode import Encoder
 from clipdistill.embed.prepare import Item, Preparation, Prepared
@@ -93,7 +93,10 @@ def fill(
     rate in images a second. Raises InputError for unusable input or a store that differs, ClipdistillError when the
     disk is too small, BudgetError above the budget of bad samples.
     """
-    source = open_pairs(config.data, default_split="train") if source is None else source
+    source = open_training(config.data) if source is None else source
+    texts = [own.name for own in getattr(source, "sets", [source]) if not own.pictured]
+    if texts:
+        raise InputError(f"{texts[0]}: texts without pictures: a cache is filled from pictures; take the teacher live")
     if source.problems:
         say(source.problems.sentence(source.name))
     device = pick_device(config.device)

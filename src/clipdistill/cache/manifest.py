@@ -53,7 +53,7 @@ class DataEntry(Config):
     path: str
     fingerprint: str
     samples: int = pydantic.Field(ge=1)
-    captions: int = pydantic.Field(ge=1)
+    captions: int = pydantic.Field(ge=0)
 
 
 class SyntheticEntry(Config):

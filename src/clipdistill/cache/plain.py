@@ -63,7 +63,7 @@ class PlainEmbeddings(StoredEmbeddings):
         if (
             len(image) != len(self.keys)
             or len(counts) != len(self.keys)
-            or counts.min() < 1
+            or counts.min() < (1 if len(text) else 0)
             or len(text) != counts.sum(dtype=np.float64)
         ):
             raise InputError(
@@ -98,7 +98,12 @@ class PlainEmbeddings(StoredEmbeddings):
                 f"'{missing[0]}', the file's first is '{self.keys[0]}')"
             )
         self.rows = np.asarray([known[source.key(i)] for i in range(len(source))], dtype=np.int64)
-        if captions == "first":
+        if not len(self.text) and source.captioned:
+            raise InputError(
+                f"{self.path}: holds no text embeddings, and {source.name} has captions: leave them aside with "
+                "data.caption_column=null where no term reads them"
+            )
+        if captions == "first" or not source.captioned:
             return
         counts = np.diff(self.starts)
         for index, row in enumerate(self.rows.tolist()):
@@ -116,8 +121,11 @@ class PlainEmbeddings(StoredEmbeddings):
     ) -> tuple[Tensor, Tensor]:
         """See StoredEmbeddings.read; rows as long as they are in the file."""
         rows = self.rows[np.asarray(indices, dtype=np.int64)]
-        texts = self.starts[rows] + np.asarray(captions, dtype=np.int64)
-        return torch.from_numpy(self.image[rows]).float(), torch.from_numpy(self.text[texts]).float()
+        image = torch.from_numpy(self.image[rows]).float()
+        if not len(self.text):
+            return image, torch.zeros_like(image)
+        texts = self.starts[rows] + np.maximum(np.asarray(captions, dtype=np.int64), 0)
+        return image, torch.from_numpy(self.text[texts]).float()
 
 
 _Table = tuple[list[str], np.ndarray, np.ndarray, np.ndarray, Any]
@@ -127,16 +135,17 @@ _Table = tuple[list[str], np.ndarray, np.ndarray, np.ndarray, Any]
 def _read_npz(path: Path) -> _Table:
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
-    _require_names(path, "array", list(arrays), ("keys", "image", "text"), ("captions", "logit_scale"))
-    keys = arrays["keys"]
+    _require_names(path, "array", list(arrays), ("keys", "image"), ("text", "captions", "logit_scale"))
+    keys, bare = arrays["keys"], "text" not in arrays
     if keys.ndim != 1 or keys.dtype.kind not in "US":
         raise InputError(f"{path}: 'keys' must be a one-dimensional array of text, found {keys.dtype} {keys.shape}")
     names = [key.decode("utf-8") if isinstance(key, bytes) else str(key) for key in keys.tolist()]
-    counts = arrays.get("captions", np.ones(len(names), dtype=np.int64))
+    counts = arrays.get("captions", np.full(len(names), int(not bare), dtype=np.int64))
     scale = arrays.get("logit_scale", np.asarray(DEFAULT_SCALE))
     if scale.ndim or scale.dtype.kind not in "iuf":
         raise InputError(f"{path}: 'logit_scale' must be one number, found {scale.dtype} {scale.shape}")
-    return names, _numbers(arrays["image"], path), _numbers(arrays["text"], path), counts, scale
+    image = _numbers(arrays["image"], path)
+    return names, image, image[:0] if bare else _numbers(arrays["text"], path), counts, scale
 
 
 def _read_parquet(path: Path) -> _Table:

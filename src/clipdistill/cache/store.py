@@ -242,8 +242,8 @@ class CacheStore(DescribedEmbeddings):
         self, teacher: int, indices: Sequence[int], captions: Sequence[int], views: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         dtype, dim = self.manifest.dtype, self.dims[teacher]
-        image, text = (np.empty((len(indices), dim), _NUMPY[dtype]) for _ in range(2))
-        scales = np.empty((2, len(indices), groups(dim)), np.float16) if dtype == "int8" else None
+        image, text = (np.zeros((len(indices), dim), _NUMPY[dtype]) for _ in range(2))
+        scales = np.zeros((2, len(indices), groups(dim)), np.float16) if dtype == "int8" else None
         rows = self.samples.rows[np.asarray(indices, dtype=np.int64)]
         blocks = self.layout.find(rows)
         positions = rows - self.layout.starts[blocks]
@@ -251,11 +251,15 @@ class CacheStore(DescribedEmbeddings):
             zip(blocks.tolist(), positions.tolist(), captions, views, strict=True)
         ):
             arrays = self.block("pairs", teacher, number).arrays
-            place = self._text_row(arrays, position, caption, indices[i])
             image[i] = arrays["image"][position, view]
+            if scales is not None:
+                scales[0, i] = arrays["image_scale"][position, view]
+            if caption < 0:  # no caption is read: its row stays 0
+                continue
+            place = self._text_row(arrays, position, caption, indices[i])
             text[i] = arrays["text"][place]
             if scales is not None:
-                scales[0, i], scales[1, i] = arrays["image_scale"][position, view], arrays["text_scale"][place]
+                scales[1, i] = arrays["text_scale"][place]
         image_scale, text_scale = (None, None) if scales is None else scales
         return unpack(image, image_scale, dtype), unpack(text, text_scale, dtype)
 

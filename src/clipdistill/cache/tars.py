@@ -267,8 +267,12 @@ class ShardEmbeddings(DescribedEmbeddings):
     ) -> tuple[Tensor, Tensor]:
         if not len(indices):
             return torch.zeros(0, self.dims[teacher]), torch.zeros(0, self.dims[teacher])
+        none = torch.zeros(self.dims[teacher])
         rows = [
-            (self.sample(index).image[teacher][view], self.sample(index).text[teacher][caption])
+            (
+                self.sample(index).image[teacher][view],
+                none if caption < 0 else self.sample(index).text[teacher][caption],
+            )
             for index, caption, view in zip(indices, captions, views, strict=True)
         ]
         return torch.stack([image for image, _ in rows]), torch.stack([text for _, text in rows])

@@ -290,8 +290,11 @@ def collect(
     problems: Problems,
     max_pixels: int,
     where: Path | str,
+    bare: bool = False,
 ) -> FilePairs:
     """FilePairs of the (image path, captions) whose file exists and that have a caption; the rest is counted.
+
+    bare: pictures without captions are meant.
 
     Raises InputError when nothing is left.
     """
@@ -300,7 +303,7 @@ def collect(
     paths: list[str] = []
     captions: list[list[str]] = []
     for path, texts in entries:
-        if not texts:
+        if not texts and not bare:
             problems.add("image without caption", path, dropped=True)
         elif unread_ending(path):
             problems.add(f"{UNREAD}: {unread_ending(path)}", path, dropped=True)

@@ -18,7 +18,7 @@ import numpy as np
 from clipdistill.config import Config
 from clipdistill.data.formats import Place
 from clipdistill.data.open import open_pairs
-from clipdistill.data.pairs import DataConfig, PairSource, Subset
+from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.errors import InputError
 from clipdistill.registry import FORMATS
@@ -59,7 +59,7 @@ def without_held_out(source: PairSource, config: HeldOutConfig) -> PairSource:
         )
     if len(shared) == len(source):
         raise InputError(f"every image of {source.name} is in the held-out {where}: nothing is left to train on")
-    kept = Subset(source, indices=[i for i in range(len(source)) if i not in shared])
+    kept = source.subset([i for i in range(len(source)) if i not in shared])
     kept.name = f"{source.name} without {config.split}"
     kept.problems = Problems()
     kept.problems.merge(source.problems)

@@ -76,6 +76,8 @@ class Batch:
     (B, 3, size, size); tokens: int64 (B, L), L at most the context length; truncated_*: captions whose tokens were cut.
     The teacher's tensors are the student's own objects where both models want the same, None without a teacher.
     stored: what a stored teacher gave for these rows; synthetic_tokens: one of its added captions for the student.
+    Images or tokens are None, and captions empty, where no term reads them or the set has none. part: of several sets
+    the one that the batch is of.
     """
 
     indices: Tensor
@@ -94,6 +96,7 @@ class Batch:
     epoch: int = 0
     stored: dict[str, Tensor] | None = None
     synthetic_tokens: Tensor | None = None
+    part: str = ""
 
 
 class PairLoader:
@@ -101,6 +104,7 @@ class PairLoader:
 
     batch_size: over all ranks. caption: which of an image's captions. device: where the batch is wanted.
     stored: a teacher on disk instead of `teacher`; it chooses the views.
+    modalities: what to read of each sample; a set that lacks one of them gives batches without it.
     exact: False takes faster, slightly different pixels (views.render_pixels, images.decode with `at_least`).
     start_method: of the workers; None is fork where the system has it safely (Linux), else spawn.
     Raises InputError for impossible sizes; an unreadable sample is never an error here but listed in its batch.
@@ -125,10 +129,11 @@ class PairLoader:
         exact: bool = True,
         start_method: str | None = None,
         stored: StoredTeacher | None = None,
+        modalities: Sequence[str] = ("image", "text"),
     ) -> None:
         if not 0 <= start_step <= steps:
             raise InputError(f"cannot start at step {start_step} of {steps}")
-        self.sampler = StepSampler(len(source), batch_size, seed, rank, world)
+        self.sampler = source.sampler(batch_size, seed, rank, world)
         self.start_step = start_step
         self.steps = steps
         self.workers = workers
@@ -139,7 +144,7 @@ class PairLoader:
         self._shorten = getattr(student, "shorten", lambda *tokens: tokens)
         self._shorten_teacher = getattr(teacher, "shorten", lambda *tokens: tokens)
         self._preparation = _Preparation(
-            source, self.sampler, student, teacher, view or ViewPolicy(), caption, exact, stored
+            source, self.sampler, student, teacher, view or ViewPolicy(), caption, exact, stored, modalities
         )
 
     @property
@@ -171,23 +176,25 @@ class PairLoader:
 
     def _assemble(self, step: int, chunks: list[dict[str, Any]]) -> Batch:
         student_spec, teacher_spec = self._specs
-        student_images = self._images([c["student_pixels"] for c in chunks], student_spec)
-        whole = torch.cat([c["student_tokens"] for c in chunks])
-        added = [torch.cat([c["synthetic_tokens"] for c in chunks])] if "synthetic_tokens" in chunks[0] else []
-        student_tokens, *synthetic_tokens = map(self._on_device, self._shorten(whole, *added))
+        student_images: Any = None
+        student_tokens: Any = None
         teacher_images = teacher_tokens = None
-        if teacher_spec is not None:
-            if teacher_spec == student_spec:
-                teacher_images = student_images
-            else:
-                shared = self._preparation.share_pixels
-                teacher_images = self._images(
-                    [c["student_pixels" if shared else "teacher_pixels"] for c in chunks], teacher_spec
-                )
-            shared = self._preparation.share_tokens
-            (cut,) = self._shorten_teacher(whole if shared else torch.cat([c["teacher_tokens"] for c in chunks]))
-            same = shared and cut.shape == student_tokens.shape
-            teacher_tokens = student_tokens if same else self._on_device(cut)
+        synthetic_tokens: list[Tensor] = []
+        if "student_pixels" in chunks[0]:
+            student_images = self._images([c["student_pixels"] for c in chunks], student_spec)
+            if teacher_spec is not None:
+                name = "student_pixels" if self._preparation.share_pixels else "teacher_pixels"
+                same = teacher_spec == student_spec
+                teacher_images = student_images if same else self._images([c[name] for c in chunks], teacher_spec)
+        shared = "teacher_tokens" not in chunks[0]
+        if "student_tokens" in chunks[0]:
+            whole = torch.cat([c["student_tokens"] for c in chunks])
+            added = [torch.cat([c["synthetic_tokens"] for c in chunks])] if "synthetic_tokens" in chunks[0] else []
+            student_tokens, *synthetic_tokens = map(self._on_device, self._shorten(whole, *added))
+            if teacher_spec is not None:
+                (cut,) = self._shorten_teacher(whole if shared else torch.cat([c["teacher_tokens"] for c in chunks]))
+                same = shared and cut.shape == student_tokens.shape
+                teacher_tokens = student_tokens if same else self._on_device(cut)
         cut_student = sum(c["truncated_student"] for c in chunks)
         cut_teacher = sum(c.get("truncated_teacher", 0) for c in chunks)
         joined: dict[str, Any] = {
@@ -201,12 +208,13 @@ class PairLoader:
             teacher_images=teacher_images,
             teacher_tokens=teacher_tokens,
             truncated_student=cut_student,
-            truncated_teacher=cut_student if self._preparation.share_tokens else cut_teacher,
+            truncated_teacher=cut_student if shared and teacher_spec is not None else cut_teacher,
             views=[View.from_json(view) for c in chunks for view in c["views"]],
             step=step,
             epoch=self.sampler.epoch(step),
             stored=_joined([c["stored"] for c in chunks], self.device) if "stored" in chunks[0] else None,
             synthetic_tokens=synthetic_tokens[0] if synthetic_tokens else None,
+            part=chunks[0]["part"],
         )
 
     def _images(self, parts: list[Tensor], spec: ImageSpec) -> Tensor:
@@ -264,6 +272,7 @@ class _Preparation(torch.utils.data.Dataset):
         caption: str,
         exact: bool,
         stored: StoredTeacher | None,
+        modalities: Sequence[str],
     ) -> None:
         if caption not in ("random", "first"):
             raise InputError(f"caption must be 'random' or 'first', got {caption!r}")
@@ -274,6 +283,7 @@ class _Preparation(torch.utils.data.Dataset):
         self.caption = caption
         self.exact = exact
         self.stored = stored
+        self.modalities = tuple(modalities)
         self.student_spec, self.student_tokenizer = student.image, student.tokenizer
         self.teacher_spec: ImageSpec | None = None
         self.teacher_tokenizer: Any = None
@@ -300,64 +310,81 @@ class _Preparation(torch.utils.data.Dataset):
                 tokenizer(["a"])
 
     def __getitem__(self, task: int) -> dict[str, Any]:
-        step, part = divmod(task, self.parts)
-        mine = np.array_split(self.sampler.indices(step), self.parts)[part]
+        step, number = divmod(task, self.parts)
+        drawn_samples = self.sampler.indices(step)
+        part = self.source.part(int(drawn_samples[0]))
+        texts_read, images_read = (
+            part.captioned and "text" in self.modalities,
+            part.pictured and "image" in self.modalities,
+        )
+        mine = np.array_split(drawn_samples, self.parts)[number]
         epoch = self.sampler.epoch(step)
         count = len(mine)
         student_size, teacher_spec = self.student_spec.size, None if self.share_pixels else self.teacher_spec
-        student_pixels = np.empty((count, student_size, student_size, 3), dtype=np.uint8)
+        teacher_spec = teacher_spec if images_read else None
+        student_pixels = np.empty((count * images_read, student_size, student_size, 3), dtype=np.uint8)
         teacher_pixels = None
         if teacher_spec is not None:
             teacher_pixels = np.empty((count, teacher_spec.size, teacher_spec.size, 3), dtype=np.uint8)
-        kept: list[tuple[int, str, int, str, View]] = []
+        kept: list[tuple[int, str, int, View]] = []
+        texts: list[str] = []
+        originals: list[str] = []
         problems: list[tuple[str, str]] = []
         choices: list[Choice] = []
         read_ahead(self.source.image, mine.tolist())
         for index in mine.tolist():
             key = self.source.key(index)
             rng = sample_generator(self.sampler.seed, epoch, index)
-            captions = one_or_several(self.source.captions(index))
-            drawn = int(rng.integers(len(captions)))  # drawn even if unused: the view must not depend on the mode
-            chosen = drawn if self.caption == "random" else 0
+            captions = one_or_several(self.source.captions(index)) if texts_read else ()
+            # drawn even if unused: the view must not depend on the mode; -1: no caption
+            drawn = int(rng.integers(len(captions))) if captions else -1
+            chosen = drawn if (part.rule or self.caption) == "random" else min(drawn, 0)
             try:
                 choice = None if self.stored is None else self.stored.choose(index, rng)
-                image = self.source.image(index, self.at_least)
+                image = self.source.image(index, self.at_least) if images_read else None
             except BadSample as error:
                 problems.append((key, error.reason))
                 continue
-            if choice is None:
-                width, height = image.info.get("source_size", image.size)
-                view = sample_view(self.view, width, height, rng)
-            else:
+            view = EVALUATION_VIEW
+            if choice is not None:
                 view = choice.view
                 choices.append(choice)
+            elif image is not None:
+                width, height = image.info.get("source_size", image.size)
+                view = sample_view(self.view, width, height, rng)
             row = len(kept)
-            student_pixels[row] = render_pixels(image, view, self.student_spec, exact=self.exact)
-            if teacher_pixels is not None and teacher_spec is not None:
-                teacher_pixels[row] = render_pixels(image, view, teacher_spec, exact=self.exact)
-            kept.append((index, key, chosen, captions[chosen], view))
-        texts = [caption for _, _, _, caption, _ in kept]
+            if image is not None:
+                student_pixels[row] = render_pixels(image, view, self.student_spec, exact=self.exact)
+                if teacher_pixels is not None and teacher_spec is not None:
+                    teacher_pixels[row] = render_pixels(image, view, teacher_spec, exact=self.exact)
+            kept.append((index, key, chosen, view))
+            texts += captions[chosen:][:1]
+            originals += captions[:1]
         result: dict[str, Any] = {
             "indices": torch.tensor([index for index, *_ in kept], dtype=torch.int64),
             "keys": [key for _, key, *_ in kept],
-            "caption_indices": torch.tensor([chosen for _, _, chosen, *_ in kept], dtype=torch.int64),
+            "caption_indices": torch.tensor([chosen for _, _, chosen, _ in kept], dtype=torch.int64),
             "captions": texts,
             "views": [view.to_json() for *_, view in kept],
             "problems": problems,
-            "student_pixels": torch.from_numpy(student_pixels[: len(kept)]),
-            "student_tokens": self.student_tokenizer(texts),
             "truncated_student": truncated(self.student_tokenizer, texts),
+            "part": "" if part is self.source else part.name,
         }
+        if images_read:
+            result["student_pixels"] = torch.from_numpy(student_pixels[: len(kept)])
+        if texts_read:
+            result["student_tokens"] = self.student_tokenizer(texts)
         if self.stored is not None:
-            result["stored"] = self.stored.read(choices, [chosen for _, _, chosen, *_ in kept])
+            result["stored"] = self.stored.read(choices, [chosen for _, _, chosen, _ in kept])
             synthetic = [choice.synthetic for choice in choices if choice.synthetic is not None]
             if "synthetic_text" in result["stored"]:
                 result["synthetic_tokens"] = self.student_tokenizer(synthetic)
         if teacher_pixels is not None:
             result["teacher_pixels"] = torch.from_numpy(teacher_pixels[: len(kept)])
-        if self.teacher_spec is not None and not self.share_tokens:
-            result["teacher_tokens"] = self.teacher_tokenizer(texts)
-            result["truncated_teacher"] = truncated(self.teacher_tokenizer, texts)
+        if self.teacher_spec is not None and texts_read and (part.parallel or not self.share_tokens):
+            read = originals if part.parallel else texts
+            result["teacher_tokens"] = self.teacher_tokenizer(read)
+            result["truncated_teacher"] = truncated(self.teacher_tokenizer, read)
         return result
 
 

@@ -6,6 +6,7 @@ from PIL import Image
 
 from clipdistill.data.labelled import LabelledSource
 from clipdistill.data.pairs import DerivedPairs, PairSource
+from clipdistill.data.sampler import StepSampler
 
 BUDGET = 1 << 30
 
@@ -56,6 +57,9 @@ class KeptInMemory(_Kept, DerivedPairs):
         if self._fingerprint is None:
             self._fingerprint = self.source.fingerprint()
         return self._fingerprint
+
+    def sampler(self, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> StepSampler:
+        return self.source.sampler(batch_size, seed, rank, world)
 
 
 class KeptLabelled(_Kept, LabelledSource):

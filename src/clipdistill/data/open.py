@@ -19,7 +19,7 @@ from clipdistill.data.images import MAX_PIXELS
 from clipdistill.data.labelled import LabelledConfig, LabelledSource, Naming, read_class_file
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.errors import InputError, nearest
-from clipdistill.registry import FORMATS, LABELLED_FORMATS, Registry
+from clipdistill.registry import ANY_SET, FORMATS, LABELLED_FORMATS, Registry
 
 _WITH_SPLIT = re.compile(r"(?P<path>.+):(?P<split>\w[\w+]*)$")
 _OF_SOME = ("image_root", "image_column", "caption_column", "separator", "size", "seed")
@@ -63,6 +63,8 @@ def open_pairs(data: str | DataConfig, *, split: str | None = None, default_spli
         importlib.import_module("clipdistill.remote").allow_pipe(data)
     if split is not None:
         config = config.model_copy(update={"split": split})
+    if config.sets:
+        raise InputError("data.sets: several sets with weights are for training and caches: name one of them here")
     if not config.path.strip() or "\0" in config.path:
         raise InputError(f"{config.path!r} is not the name of a data set")
     for place, named in _readings(config):
@@ -72,6 +74,14 @@ def open_pairs(data: str | DataConfig, *, split: str | None = None, default_spli
                 source: PairSource = format.open(place, named, default_split)
                 return source
     raise InputError(_no_format(Place(config.path)))
+
+
+def open_training(config: DataConfig) -> PairSource:
+    """What a training or a cache takes: pairs, and (data/mixture) pictures alone, texts alone, several sets."""
+    if not ANY_SET.names():
+        return open_pairs(config, default_split="train")
+    source: PairSource = ANY_SET.get("open")(config)
+    return source
 
 
 def check_data_name(name: str) -> None:

@@ -10,15 +10,17 @@ import hashlib
 import importlib
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from clipdistill.config import Config
+from clipdistill.config import Config, read_yaml
 from clipdistill.data.problems import BadSample, Problems, valid_text
+from clipdistill.data.sampler import StepSampler
 from clipdistill.errors import InputError
 
 __all__ = ["BadSample", "DataConfig", "IndexedPairs", "PairSource", "Problems", "Strings", "Subset"]
@@ -34,16 +36,19 @@ def __getattr__(name: str) -> Any:
 class DataConfig(Config):
     """Which pairs to open and how."""
 
-    path: str
+    path: str = ""
     """A file or folder, a brace pattern of tars, hf:owner/name, scenes, scenes:val, ..."""
+    sets: tuple[dict[str, Any], ...] = ()
+    """Instead of a path: several sets with weights, for training and caches (docs/unlabelled.md). A path that ends in
+    .yaml is a file of them."""
     split: str | None = None
     """Split to read, where the format has splits (None: that of the purpose, train or val)."""
     image_root: str | None = None
     """Folder of the images, where it is not found by itself."""
     image_column: str = "filepath"
     """Column of a table with the image's path."""
-    caption_column: str = "title"
-    """Column of a table with the caption."""
+    caption_column: str | None = "title"
+    """Column of a table with the caption, or key of a tar's .json (None: pictures without captions)."""
     separator: str | None = None
     """Of CSV and TSV files (None: found from the header)."""
     missing_captions: Literal["error", "skip"] = "error"
@@ -56,6 +61,17 @@ class DataConfig(Config):
     """Share of the samples seen that may be bad before the run stops."""
     max_pixels: int = Field(default=64_000_000, gt=0)
     """Images with more pixels are refused before they are decoded."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_sets(cls, values: Any) -> Any:
+        path = values.get("path") if isinstance(values, Mapping) else None
+        if not isinstance(path, str) or not path.endswith((".yaml", ".yml")) or not Path(path).is_file():
+            return values
+        read = read_yaml(Path(path))
+        if not isinstance(read.get("sets"), list):
+            raise InputError(f"{path}: no file of sets: it must hold  sets:  with a list of them (docs/unlabelled.md)")
+        return {**values, "path": "", **read}
 
 
 class Strings:
@@ -101,7 +117,17 @@ class PairSource(ABC):
     problems: Problems
     max_pixels: int = 64_000_000
     captioned: bool = True
-    """False for pictures without captions (vectors/pictures.py), whose `captions` are empty."""
+    """False for pictures without captions (data/mixture/pictures.py), whose `captions` are empty."""
+    pictured: bool = True
+    """False for texts without pictures (data/mixture/texts.py)."""
+    rule: str | None = None
+    """Which of a sample's captions a step takes, where the set has a rule of its own: random or first."""
+    uneven: bool = False
+    """Some steps have pictures or captions, and others do not."""
+    lacks: str = ""
+    """What the reader of pairs said of a set that holds none."""
+    parallel: bool = False
+    """The captions of a sample are one text in several languages; a teacher reads the first."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -130,6 +156,18 @@ class PairSource(ABC):
     def shard_of(self, key: str) -> str | None:
         """The archive that the sample with this key lies in, where there is one (for the list of bad samples)."""
         return None
+
+    def part(self, i: int) -> PairSource:
+        """The set that sample i belongs to, where there are several (data/mixture/mixed.py); a batch is of one."""
+        return self
+
+    def sampler(self, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> StepSampler:
+        """The samples of each step of a training."""
+        return StepSampler(len(self), batch_size, seed, rank, world)
+
+    def subset(self, indices: Sequence[int]) -> PairSource:
+        """The samples `indices` alone."""
+        return Subset(self, indices=indices)
 
     def fingerprint(self) -> str:
         """SHA-256 over all keys and captions in order: two sources with the same value hold the same pairs."""
@@ -175,6 +213,7 @@ class IndexedPairs(PairSource):
         self.max_pixels = max_pixels
         self._keys = Strings.pack(valid_text(key) for key in keys)
         self._captions = Strings.pack(c for group in captions for c in group)
+        self.captioned = len(self._captions) > 0
         self._starts = np.zeros(len(captions) + 1, dtype=np.int64)
         np.cumsum([len(c) for c in captions], out=self._starts[1:])
         self._fingerprint: str | None = None
@@ -204,7 +243,8 @@ class DerivedPairs(PairSource):
         self.name = name
         self.problems = problems
         self.max_pixels = source.max_pixels
-        self.captioned = source.captioned
+        self.captioned, self.pictured, self.parallel = source.captioned, source.pictured, source.parallel
+        self.rule, self.uneven, self.lacks = source.rule, source.uneven, source.lacks
 
     def _at(self, i: int) -> int:
         """The number of sample i in the source."""
@@ -227,6 +267,10 @@ class DerivedPairs(PairSource):
 
     def shard_of(self, key: str) -> str | None:
         return self.source.shard_of(key)
+
+    def part(self, i: int) -> PairSource:
+        inner = self.source.part(self._at(i))
+        return self if inner is self.source else inner
 
 
 class Subset(DerivedPairs):

@@ -11,7 +11,7 @@ import pydantic
 
 from clipdistill.config import Config
 from clipdistill.errors import InputError, nearest
-from clipdistill.objective.mix import Mix, checked_weights
+from clipdistill.objective.mix import Mix, checked_weights, modalities
 from clipdistill.objective.term import Setting, options_model
 from clipdistill.registry import TERMS
 
@@ -98,6 +98,11 @@ class ObjectiveConfig(Config):
     def needs_teacher(self) -> bool:
         """Some term reads the teacher's embeddings."""
         return Mix.of(checked_weights(self.weights), Setting(options=self.options)).reads_teacher
+
+    @property
+    def modalities(self) -> dict[str, tuple[str, ...]]:
+        """Term by term, the modalities whose rows it reads."""
+        return {name: modalities(name, Setting(options=self.options)) for name in self.active_terms}
 
     @property
     def needs_bank(self) -> bool:

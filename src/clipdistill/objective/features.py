@@ -17,7 +17,8 @@ from clipdistill.errors import InputError
 class Embeddings:
     """What one model made of a batch.
 
-    image, text: (N, D), rows need not be normalised. With an ensemble of K teachers the blocks lie side by side,
+    image, text: (N, D), rows need not be normalised; None for a modality that the step does not have: the terms that
+        read it are left out. With an ensemble of K teachers the blocks lie side by side,
         (N, D_1 + ... + D_K), and `blocks` = (D_1, ..., D_K).
     logit_scale: the multiplier itself (already exponentiated), a number or 0-dimensional tensor; for an ensemble (K,).
     logit_bias: added to the logits by sigmoid losses; a number or tensor of the shape of logit_scale.
@@ -32,6 +33,11 @@ class Embeddings:
     synthetic_text: Tensor | None = None
     blocks: Sequence[int] | None = None
     bank: Any = None
+
+    @property
+    def any(self) -> Tensor:
+        """The rows of a modality that is there."""
+        return self.text if self.image is None else self.image
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Features:
 
 def check(who: str, embeddings: Embeddings, width: int) -> int:
     """The number of rows, or an InputError that names what does not fit together."""
-    rows = embeddings.image.shape[0]
+    rows = embeddings.any.shape[0]
     for part in ("image", "text", "synthetic_text"):
         matrix = getattr(embeddings, part)
         if matrix is None:
@@ -72,7 +78,7 @@ def working_dtype(*embeddings: Embeddings | None) -> torch.dtype:
     dtype = torch.float32
     for given in embeddings:
         for matrix in () if given is None else (given.image, given.text):
-            dtype = torch.promote_types(dtype, matrix.dtype)
+            dtype = dtype if matrix is None else torch.promote_types(dtype, matrix.dtype)
     return dtype
 
 
@@ -103,7 +109,7 @@ def scalars(name: str, value: Tensor | float | Sequence[float], count: int, like
 
 def blocks_of(embeddings: Embeddings) -> tuple[int, ...]:
     """Widths of the ensemble's blocks; one block when none are stated."""
-    return tuple(embeddings.blocks) if embeddings.blocks else (embeddings.image.shape[1],)
+    return tuple(embeddings.blocks) if embeddings.blocks else (embeddings.any.shape[1],)
 
 
 def is_matrix(name: str) -> bool:
@@ -133,7 +139,7 @@ class FeatureBuilder:
     def __init__(self, owner: Owner, student: Embeddings, teacher: Embeddings | None, teachers: int) -> None:
         self.owner, self.student, self.teacher, self.teachers = owner, student, teacher, teachers
         self.dtype = working_dtype(student, teacher)
-        self.like = torch.empty(0, dtype=self.dtype, device=student.image.device)
+        self.like = torch.empty(0, dtype=self.dtype, device=student.any.device)
         self.made: dict[str, Tensor] = {}
 
     def features(self, names: Iterable[str]) -> Features:

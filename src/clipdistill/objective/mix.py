@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from clipdistill.errors import InputError, nearest
 from clipdistill.objective.plan import Pairing, Plan, Primitive, named_logits, published_pairings
-from clipdistill.objective.term import Setting, Term
+from clipdistill.objective.term import MODALITIES, Setting, Term
 from clipdistill.registry import TERMS
 
 
@@ -55,6 +55,8 @@ class Mix:
         starts: dict[str, float] = {}
         for name in weights:
             term = TERMS.get(name)
+            if setting.modalities != MODALITIES and not set(modalities(name, setting)) <= {*setting.modalities}:
+                continue
             if term.primitives is None:
                 feature_terms[name] = term
                 reads.update(term.reads, term.gathers)
@@ -113,6 +115,13 @@ class Mix:
                 f"objective: the term '{wrong[0]}' compares with one teacher, {teachers} were given; "
                 "use 'reinforced' for an ensemble"
             )
+
+
+def modalities(name: str, setting: Setting) -> tuple[str, ...]:
+    """The modalities whose rows a term reads, of student or teacher."""
+    reads = Mix.of({name: 1.0}, replace(setting, modalities=MODALITIES)).reads
+    bank = TERMS.get(name).bank
+    return tuple(m for m in MODALITIES if bank or any(f"_{m}" in read and ":" not in read for read in reads))
 
 
 def _trainable(name: str) -> bool:

@@ -21,7 +21,7 @@ from clipdistill.objective.features import Embeddings, FeatureBuilder, blocks_of
 from clipdistill.objective.gather import current_world, gather_rows, sum_over_ranks
 from clipdistill.objective.mix import Mix, checked_weights
 from clipdistill.objective.plan import SCALES
-from clipdistill.objective.term import LocalBatch, Setting, Term
+from clipdistill.objective.term import MODALITIES, LocalBatch, Setting, Term
 from clipdistill.recipes import load_recipe
 from clipdistill.registry import TERMS
 from clipdistill.runtime.machine import free_memory
@@ -268,7 +268,7 @@ class Objective(nn.Module):
         Similarities are computed in float32 (float64 if any embedding is), also under autocast.
         Raises InputError when shapes do not fit, or a term and an ensemble of teachers do not go together.
         """
-        with torch.autocast(student.image.device.type, enabled=False):
+        with torch.autocast(student.any.device.type, enabled=False):
             return self._forward(student, teacher)
 
     def _forward(self, student: Embeddings, teacher: Embeddings | None) -> ObjectiveOutput:
@@ -278,7 +278,7 @@ class Objective(nn.Module):
             teacher = replace(teacher, logit_scale=torch.as_tensor(teacher.logit_scale) * factor)
         mix = self.mix(self._setting(student, teacher, rows))
         features = FeatureBuilder(self, student, teacher, mix.setting.teachers).features(mix.reads)
-        world = current_world(rows, student.image.device)
+        world = current_world(rows, student.any.device)
         names: dict[str, None] = dict.fromkeys(name for term in mix.feature_terms.values() for name in term.gathers)
         like = next(iter(features.matrices.values()))
         engine, _ = self.choose(
@@ -299,7 +299,7 @@ class Objective(nn.Module):
                 result = load_engine(engine)(features, plan, world, self.options)
             total = total + result.total
             terms |= result.terms
-        return ObjectiveOutput(total, {name: terms[name] for name in self.weights}, engine)
+        return ObjectiveOutput(total, {name: terms[name] for name in self.weights if name in terms}, engine)
 
     def _feature_terms(self, mix: Mix, batch: LocalBatch, like: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum and detached values of the terms that compare rows rather than pairs."""
@@ -316,9 +316,13 @@ class Objective(nn.Module):
     def _setting(self, student: Embeddings, teacher: Embeddings | None, rows: int) -> Setting:
         """How this step's terms are set, after checking that teacher and student fit."""
         synthetic = student.synthetic_text is not None
-        one = self.mix(self.setting)
+        given = tuple(modality for modality in MODALITIES if getattr(student, modality) is not None)
+        base = replace(self.setting, synthetic=synthetic, modalities=given)
+        one = self.mix(replace(base, synthetic=False))
+        if not one.reads:
+            raise InputError(f"objective: no term of {', '.join(self.weights)} reads the {given[0]} alone")
         if not one.reads_teacher:
-            return replace(self.setting, synthetic=synthetic)
+            return base
         if teacher is None:
             raise InputError(
                 f"objective: the terms {', '.join(self.weights)} need the teacher's embeddings, none given"
@@ -330,7 +334,7 @@ class Objective(nn.Module):
         teachers = len(blocks_of(teacher))
         if teachers > 1:
             one.check_ensemble(teachers)
-        setting = replace(self.setting, synthetic=synthetic, teachers=teachers)
+        setting = replace(base, teachers=teachers)
         if synthetic and teacher.synthetic_text is None and self.mix(setting).reads_teacher_synthetic:
             raise InputError(
                 "objective: the student's embeddings carry a synthetic caption, the teacher's do not; "

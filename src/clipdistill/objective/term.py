@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from clipdistill.objective.features import Features
     from clipdistill.objective.gather import World
 
+MODALITIES = ("image", "text")
 RESERVED = ("weights", "student_dim", "teacher_dim", "scales", "projection", "engine", "products", "schedules")
 """Settings of the objective itself, whose names no option may have."""
 
@@ -46,11 +47,12 @@ class Setting:
     """What a term's form depends on beside its weight; `setting[OPTION]` is an option's value.
 
     teachers: number of teachers in the ensemble (1: a single one). synthetic: the step carries a synthetic caption for
-    each image.
+    each image. modalities: those that the step has; terms that read another one are left out of it.
     """
 
     teachers: int = 1
     synthetic: bool = False
+    modalities: tuple[str, ...] = MODALITIES
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __getitem__(self, option: Option) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from clipdistill.config import as_dict
 from clipdistill.data.loader import Batch
+from clipdistill.data.mixture.opening import require_terms
 from clipdistill.data.pairs import Subset
 from clipdistill.data.sampler import StepSampler, sample_generator, steps_per_epoch
 from clipdistill.errors import InputError
@@ -54,6 +55,7 @@ class RegionTeaching:
         self.config, self.device = config, device
         train, sources = config.train, sources or Sources()
         self.source, validation = sources.training(config), sources.validation(config)
+        require_terms(config.objective.modalities, self.source)
         clip = config.teachers[0]
         self.teacher = MetaTeacher.start(load_model(clip, teacher=True), network, train.seed).to(device)
 

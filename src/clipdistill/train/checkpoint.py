@@ -296,6 +296,11 @@ def _unpack_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tenso
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimiser.load_state_dict({"state": state, "param_groups": current["param_groups"]})
+    # the fused kernel walks parameter and moments side by side in memory: they must be laid out alike (channels last)
+    for parameter, moments in optimiser.state.items():
+        for name, value in moments.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _bytes_of(

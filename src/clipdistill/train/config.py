@@ -12,7 +12,7 @@ from clipdistill.cache.names import is_cached
 from clipdistill.config import LARGEST_SCALE, Config, build, override
 from clipdistill.data.held_out import HeldOutConfig
 from clipdistill.data.open import check_data_name
-from clipdistill.data.pairs import DataConfig
+from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
 from clipdistill.models.known import hold
@@ -21,7 +21,7 @@ from clipdistill.models.names import check_model_name, check_student_name, check
 from clipdistill.models.towers.names import split_models
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import lay, load_recipe
-from clipdistill.registry import TERMS, is_loaded, load_plugin
+from clipdistill.registry import ANY_SET, TERMS, is_loaded, load_plugin
 from clipdistill.runs.folder import RunFolder
 from clipdistill.train.region_config import MetaTeacherConfig, RegionsConfig
 
@@ -122,6 +122,9 @@ class TrainConfig(Config):
     """Share of those features, and of the heads' hidden units, that is hidden in training."""
     mean_captions: float = pydantic.Field(default=0.0, ge=0, le=1)
     """Share of the pairs that take the mean of all the image's captions, as features of a locked text tower."""
+    other_tower: str = "own"
+    """The tower that no term trains. own: the student's; teacher: the teacher's, kept whole beside the one that trains;
+    or the name of a model whose tower is kept. auto: own where the student comes with weights, else the teacher's."""
     batch_statistics: Literal["auto", "frozen", "live"] = "auto"
     """Running statistics of batch normalisations. auto: frozen in pretrained image towers that were joined, else live
     (a locked layer's are always frozen)."""
@@ -305,7 +308,7 @@ def lay_own(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _path_of(data: Any) -> Any:
-    return data.get("path") if isinstance(data, Mapping) else data
+    return data.get("path") or ("several sets" if data.get("sets") else None) if isinstance(data, Mapping) else data
 
 
 def _built_in(data: Any) -> bool:
@@ -346,6 +349,13 @@ def resolve_values(values: Mapping[str, Any], recipe: str | Path) -> RunConfig:
     return config
 
 
+def read_modalities(config: RunConfig, source: PairSource) -> tuple[str, ...]:
+    """What a step reads of its samples: the modalities that some term needs and that (part of) the source has."""
+    needed = {modality for each in config.objective.modalities.values() for modality in each}
+    there = {"image": source.pictured, "text": source.captioned}
+    return tuple(modality for modality, has in there.items() if has and modality in needed)
+
+
 def check_names(config: RunConfig) -> None:
     """Raise InputError for a student, teacher, checkpoint or data set that cannot be there, before torch is loaded."""
     if config.meta_teacher is None and config.student_weights is None:  # with weights it is what reports call it
@@ -356,7 +366,9 @@ def check_names(config: RunConfig) -> None:
     if config.student_weights is not None:
         check_model_name(config.student_weights)
     for data in (config.data, config.validation):
-        if isinstance(data, DataConfig):
+        if data is config.data and ANY_SET.names():
+            ANY_SET.get("check")(data)
+        elif isinstance(data, DataConfig):
             check_data_name(data.path)
 
 

@@ -21,7 +21,7 @@ from clipdistill.train.config import RunConfig
 from clipdistill.train.health import Movement
 from clipdistill.train.setup import build
 from clipdistill.train.sources import Sources
-from clipdistill.train.step import Statistics, captions_of, forward_backward
+from clipdistill.train.step import Statistics, forward_backward, inputs_of
 from clipdistill.train.task import Outcome, Point, Say, Traced
 
 
@@ -78,8 +78,7 @@ class Distillation:
         output = forward_backward(
             setup.towers,
             setup.objective,
-            batch.student_images.to(self.device, non_blocking=True),
-            captions_of(batch).to(self.device, non_blocking=True),
+            *inputs_of(batch, self.device),
             None if setup.teacher is None else setup.teacher(batch),
             micro_batch=train.micro_batch,
             precision=train.precision,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from clipdistill.config import as_dict
 from clipdistill.data.loader import Batch, Choice, prepared, truncated
 from clipdistill.data.pairs import PairSource, Subset, one_or_several
 from clipdistill.data.problems import BadSample
-from clipdistill.data.sampler import StepSampler, sample_generator
+from clipdistill.data.sampler import sample_generator
 from clipdistill.data.views import EVALUATION_VIEW, normalise
 from clipdistill.embed.prepare import Item, Preparation
 from clipdistill.models import ClipModel
@@ -33,7 +34,7 @@ from clipdistill.models.parameters import evaluation_mode, is_joined
 from clipdistill.models.text_length import by_length
 from clipdistill.runtime.distributed import is_main, rank, world_size
 from clipdistill.runtime.files import digest_of
-from clipdistill.train.config import RunConfig
+from clipdistill.train.config import RunConfig, read_modalities
 from clipdistill.train.step import autocast
 from clipdistill.train.teacher import Teacher
 
@@ -60,6 +61,26 @@ class LockedFeatures:
         views = f", {len(self.image)} views a picture" if len(self.image) > 1 else ""
         return f"features of the locked {towers} computed once: {size / 1e6:.0f} MB in {self.seconds:.0f} s{views}"
 
+    def loader(
+        self,
+        source: PairSource,
+        student: ClipModel,
+        config: RunConfig,
+        teacher: Teacher | None,
+        start_step: int,
+        steps: int,
+    ) -> FeatureLoader:
+        """The batches of steps `start_step` to `steps` - 1."""
+        return FeatureLoader(self, source, student, config, teacher, start_step, steps)
+
+
+def features_of_locked_towers(
+    student: ClipModel, source: PairSource, config: RunConfig, device: torch.device, teacher: Teacher | None
+) -> LockedFeatures | None:
+    """`locked_features` where `can_keep` says so."""
+    fits = can_keep(student, config, source, teacher)
+    return locked_features(student, source, config, device, teacher) if fits else None
+
 
 def view_count(config: RunConfig, teacher: Teacher | None) -> int | None:
     """How many known views a picture has beside the evaluation view: 0 for that view alone, None for new ones at each
@@ -80,8 +101,10 @@ def can_keep(student: ClipModel, config: RunConfig, source: PairSource, teacher:
     module, views = student.module, view_count(config, teacher)
     if views is None or not is_joined(module) or not module.visual.locked or config.train.mask_ratio is not None:
         return False
+    if source.part(0) is not source or read_modalities(config, source)[0] != "image":
+        return False
     rows = max(views, 1) * len(source) * sum(module.visual.head.widths)
-    if module.text.locked:
+    if module.text.locked and source.captioned:
         rows += sum(len(one_or_several(source.captions(i))) for i in range(len(source))) * sum(module.text.head.widths)
     return 4 * rows <= LARGEST
 
@@ -110,7 +133,7 @@ def locked_features(
     )
     image, bad = found["image"], [i for i, valid in enumerate(found["valid"].tolist()) if not valid]
     text = None
-    if module.text.locked:
+    if module.text.locked and "text" in read_modalities(config, source):
         reads = [*data, student.tokenizer.to_dict(), student.architecture["towers"]["text"]["pooling"]]
         text = _kept(
             train.features_folder,
@@ -211,7 +234,8 @@ class FeatureLoader:
         self.features, self.source, self.student, self.caption = features, source, student, train.caption
         self.mean_captions = train.mean_captions
         self.start_step, self.steps = start_step, steps
-        self.sampler = StepSampler(len(source), train.batch_size, train.seed, rank(), world_size())
+        self.reads_text = "text" in read_modalities(config, source)
+        self.sampler = source.sampler(train.batch_size, train.seed, rank(), world_size())
 
     def __len__(self) -> int:
         return self.steps - self.start_step
@@ -227,10 +251,10 @@ class FeatureLoader:
         means: list[bool] = []
         problems: list[tuple[str, str]] = []
         for index in self.sampler.indices(step).tolist():
-            captions = one_or_several(self.source.captions(index))
+            captions = one_or_several(self.source.captions(index)) if self.reads_text else ()
             rng = sample_generator(self.sampler.seed, epoch, index)
-            drawn = int(rng.integers(len(captions)))
-            chosen = drawn if self.caption == "random" else 0
+            drawn = int(rng.integers(len(captions))) if captions else -1
+            chosen = drawn if self.caption == "random" else min(drawn, 0)
             try:
                 if index in features.problems:
                     raise BadSample(features.problems[index])
@@ -242,12 +266,15 @@ class FeatureLoader:
             except BadSample as error:
                 problems.append((self.source.key(index), error.reason))
             else:
-                kept.append((index, chosen, captions[chosen]))
+                kept.append((index, chosen, captions[chosen] if captions else ""))
                 means.append(self.mean_captions > 0 and rng.random() < self.mean_captions)
         indices = torch.tensor([index for index, *_ in kept], dtype=torch.int64)
         places = torch.tensor([chosen for _, chosen, _ in kept], dtype=torch.int64)
-        texts = [caption for *_, caption in kept]
-        if features.text is None:
+        texts = [caption for *_, caption in kept] if self.reads_text else []
+        tokens: Any = None
+        if not self.reads_text:
+            pass
+        elif features.text is None:
             (tokens,) = self.student.shorten(self.student.tokenizer(texts))
         else:
             rows = [features.first[i] + place for i, place in zip(indices.tolist(), places.tolist(), strict=True)]

@@ -50,6 +50,8 @@ class Progress:
     """The curve's point of this step is still to be measured: a signal came before or while it was."""
     best: dict[str, Any] = field(default_factory=dict)
     """The best point of the curve so far (train.best), where train.keep_best asks for one."""
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of several sets: samples so far and, in "window", sums since the last log line, by name."""
     towers: dict[str, Any] = field(default_factory=dict)
     """How the towers are computed (train.tune), so that a resumed run rounds as before."""
 
@@ -123,6 +125,10 @@ def _train(loop: Loop) -> None:
         now = time.monotonic()
         progress.seconds = now - began
         losses = {"total": float(output.total.detach()), **{k: float(v) for k, v in output.terms.items()}}
+        if batch.part:
+            own = progress.sets.setdefault(batch.part, {"samples": 0, "bad_samples": 0, "window": {}})
+            own["samples"], own["bad_samples"] = own["samples"] + int(seen), own["bad_samples"] + int(bad)
+            _add(own["window"], {**losses, "steps": 1} if finite else {})
         _accumulate(progress, losses, gradient_norm, finite, seen=seen, waited=waited, seconds=now - waiting)
         finished = progress.step == task.total_steps
         line = _log_line(loop, rate) if progress.step % config.log_every == 0 or finished else None
@@ -220,10 +226,15 @@ def _record_skipped(loop: Loop, batch: Batch, output: ObjectiveOutput) -> None:
 def _accumulate(
     progress: Progress, losses: dict[str, float], gradient_norm: float, finite: bool, **times: float
 ) -> None:
-    sums, values = progress.window, dict(times)
+    values = dict(times)
     if finite:
         values |= {name if name == "total" else f"term/{name}": value for name, value in losses.items()}
+        values |= {f"count/{name}": 1 for name in losses if name != "total"}  # not every step has every term
         values |= {"gradient": gradient_norm, "steps": 1}
+    _add(progress.window, values)
+
+
+def _add(sums: dict[str, float], values: dict[str, float]) -> None:
     for name, value in values.items():
         sums[name] = sums.get(name, 0.0) + value
 
@@ -238,7 +249,8 @@ def _log_line(loop: Loop, rate: float) -> dict[str, Any]:
         "epoch": round(progress.step / loop.task.steps_per_epoch, 4),
         "samples": progress.samples,
         "total": sums.get("total", math.nan) / count,
-        "terms": {k.removeprefix("term/"): v / count for k, v in sums.items() if k.startswith("term/")},
+        "terms": {k[5:]: v / sums.get(f"count/{k[5:]}", count) for k, v in sums.items() if k.startswith("term/")},
+        **({"sets": {name: _of_set(own) for name, own in progress.sets.items()}} if progress.sets else {}),
         "learning_rate": rate,
         "grad_norm": sums.get("gradient", math.nan) / count,
         **loop.task.numbers(progress.step),
@@ -248,6 +260,14 @@ def _log_line(loop: Loop, rate: float) -> dict[str, Any]:
         "bad_samples": progress.bad_samples,
         "seconds": round(progress.seconds, 3),
     }
+
+
+def _of_set(own: dict[str, Any]) -> dict[str, Any]:
+    """What the log tells of one of several sets; its window starts anew."""
+    sums, own["window"] = own["window"], {}
+    steps = sums.pop("steps", 0)
+    counts = {name: own[name] for name in ("samples", "bad_samples")}
+    return {**counts, "steps": steps, **{name: value / steps for name, value in sums.items()}}
 
 
 def _evaluate(loop: Loop) -> None:

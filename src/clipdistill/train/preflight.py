@@ -10,11 +10,12 @@ import torch
 from clipdistill.data.loader import Batch
 from clipdistill.errors import InputError
 from clipdistill.objective import Embeddings, Objective
+from clipdistill.objective.term import MODALITIES
 from clipdistill.runtime.distributed import is_main, world_size
 from clipdistill.runtime.machine import free_memory
 from clipdistill.train.config import RunConfig
 from clipdistill.train.setup import Setup, one_term
-from clipdistill.train.step import Towers, autocast, frozen_batch_statistics
+from clipdistill.train.step import Towers, autocast, frozen_batch_statistics, inputs_of
 from clipdistill.train.task import Say
 
 
@@ -36,6 +37,13 @@ def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, 
             f"{trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters train"
             + (f"; {still} of {len(layers)} batch normalisations keep their statistics" if still else "")
         )
+    named = config.student_weights or config.student.startswith(("towers:", "inherit:"))
+    if len(setup.modalities) == 1 and config.train.other_tower == "own" and not named:
+        other = "text" if setup.modalities[0] == "image" else "image"
+        say(
+            f"warning: the {other} tower has random weights and no term trains it: train.other_tower=teacher keeps "
+            "the teacher's in its place"
+        )
     if setup.features is not None:
         say(setup.features.sentence())
     for note in setup.teacher.notes if setup.teacher else []:
@@ -43,10 +51,14 @@ def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, 
     if setup.source.problems.total:
         say(f"left out when opening the data: {setup.source.problems.summary()}")
     batches = _sample(setup)
-    if setup.teacher is not None:
-        say(check(_teacher_embeddings(setup, batches, config.preflight.samples), setup.teacher.name))
-    student_cut, teacher_cut = truncation(batches)
-    say(f"captions cut at the context length: student {student_cut:.1%}, teacher {teacher_cut:.1%} of a sample")
+    pairs = [batch for batch in batches if None not in (batch.student_images, batch.student_tokens)]
+    if setup.teacher is not None and pairs:
+        say(check(_teacher_embeddings(setup, pairs, config.preflight.samples), setup.teacher.name))
+    elif setup.teacher is not None:
+        say("no pairs are read, so the teacher is not measured on them")
+    if any(batch.captions for batch in batches):
+        student_cut, teacher_cut = truncation(batches)
+        say(f"captions cut at the context length: student {student_cut:.1%}, teacher {teacher_cut:.1%} of a sample")
     _check_memory(setup, batches[0], say)
     if not explain:
         weights = setup.objective.weights.items()
@@ -137,14 +149,18 @@ def _magnitudes(setup: Setup, batches: list[Batch], say: Say) -> None:
     batch = batches[0]
     towers = setup.bare_towers
     with torch.no_grad(), frozen_batch_statistics(towers):
-        image, text, scale, bias = towers(batch.student_images.to(setup.device), batch.student_tokens.to(setup.device))
+        *encoded, scale, bias = towers(*inputs_of(batch, setup.device))
+    there = {modality: rows for modality, rows in zip(MODALITIES, encoded) if rows is not None}
     teacher = None if setup.teacher is None else setup.teacher(batch)
     say(f"{'term':<12}{'weight':>10}{'value':>12}{'weighted':>12}{'gradient norm':>16}")
     for name, weight in setup.objective.weights.items():
-        images, texts = leaves = image.clone().requires_grad_(), text.clone().requires_grad_()
+        if not {*setup.config.objective.modalities[name]} <= {*there}:
+            continue
+        leaves = {modality: rows.clone().requires_grad_() for modality, rows in there.items()}
         alone = one_term(setup, name)
-        output = alone(Embeddings(images, texts, scale, logit_bias=bias), teacher)
-        gradients = torch.autograd.grad(output.total, leaves, allow_unused=True)
+        student = Embeddings(leaves.get("image"), leaves.get("text"), scale, logit_bias=bias)  # type: ignore[arg-type]
+        output = alone(student, teacher)
+        gradients = torch.autograd.grad(output.total, list(leaves.values()), allow_unused=True)
         norm = sum(float(g.square().sum()) for g in gradients if g is not None) ** 0.5
         value = float(output.terms[name])
         say(f"{name:<12}{weight:>10.4g}{value:>12.4g}{weight * value:>12.4g}{norm:>16.4g}")
@@ -206,11 +222,11 @@ def estimate_memory(
         return tensor
 
     known = {p.untyped_storage().data_ptr() for p in towers.parameters()}
-    images, tokens = batch.student_images[:2].to(device), batch.student_tokens[:2].to(device)
+    inputs = [None if given is None else given[:2] for given in inputs_of(batch, device)]
     kept = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
     with kept, frozen_batch_statistics(towers), autocast(device, precision):
-        towers(images, tokens)
-    per_sample = sum(size for pointer, size in saved.items() if pointer not in known) / max(len(images), 1)
+        towers(*inputs)
+    per_sample = sum(size for pointer, size in saved.items() if pointer not in known) / max(len(batch.keys[:2]), 1)
     encoded = min(rows, micro_batch or rows)
     return MemoryEstimate(
         weights=4 * (parameters + trained),

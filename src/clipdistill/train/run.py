@@ -263,6 +263,7 @@ def _describe(loop: Loop, status: str, fingerprint: str | None) -> None:
         "bad_samples": progress.bad_samples,
         "skipped_steps": progress.skipped_steps,
         **({"best": progress.best} if progress.best else {}),
+        **({"sets": {name: own["samples"] for name, own in progress.sets.items()}} if progress.sets else {}),
         **({"towers": progress.towers} if progress.towers else {}),
         "truncated": {"student": progress.truncated_student, "teacher": progress.truncated_teacher},
         **task.facts(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,15 +28,13 @@ from clipdistill.models.parameters import (
     parameter_groups,
 )
 from clipdistill.objective import Objective
-from clipdistill.registry import INHERITANCE
+from clipdistill.objective.term import MODALITIES
+from clipdistill.registry import ANY_SET, FEATURES, INHERITANCE
 from clipdistill.runtime.distributed import broadcast_module, rank, world_size
-from clipdistill.train.config import RunConfig, TrainConfig
+from clipdistill.train.config import RunConfig, TrainConfig, read_modalities
 from clipdistill.train.sources import Sources
 from clipdistill.train.step import Towers, settle_buckets
 from clipdistill.train.teacher import Teacher, prepare_teacher
-
-if TYPE_CHECKING:
-    from clipdistill.train.features import LockedFeatures
 
 
 @dataclass
@@ -61,8 +59,8 @@ class Setup:
     """Masks over the student's parts until they are pruned (models.inheritance.masks.Masking), or None."""
     attention: str = "default"
     """Of the student's training passes (train.step.attention_by)."""
-    features: LockedFeatures | None = None
-    """Of locked towers, where they stay the same through the run."""
+    features: Any = None
+    """Of locked towers (train.features.LockedFeatures), where they stay the same through the run."""
 
     @property
     def bare_towers(self) -> Towers:
@@ -70,20 +68,24 @@ class Setup:
         assert isinstance(wrapped, Towers)
         return wrapped
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What a step reads."""
+        return read_modalities(self.config, self.source)
+
     def loader(self, start_step: int, steps: int | None = None) -> Iterable[Batch]:
         """Batches of this rank from optimiser step `start_step` on."""
         train = self.config.train
         if self.features is not None:
-            from clipdistill.train.features import FeatureLoader
-
             last = self.total_steps if steps is None else steps
-            return FeatureLoader(self.features, self.source, self.student, self.config, self.teacher, start_step, last)
+            return self.features.loader(self.source, self.student, self.config, self.teacher, start_step, last)
         return PairLoader(
             self.source,
             batch_size=train.batch_size,
             student=self.student,
             teacher=None if self.teacher is None else self.teacher.model,
             stored=None if self.teacher is None else self.teacher.stored,
+            modalities=self.modalities,
             view=ViewPolicy() if train.views == "fixed" else train.view,
             caption=train.caption,
             exact=train.pixels == "exact",
@@ -103,7 +105,7 @@ class Setup:
 
     def replace_student(self, student: ClipModel) -> None:
         self.student, self.masking = student, None
-        self.towers = _make_trainable(student, self.config, self.device, None)
+        self.towers = _make_trainable(student, self.config, self.device, None, self.source)
         self.optimiser = build_optimiser(student.module, self.objective, self.config.train)
 
 
@@ -117,6 +119,8 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
     source = sources.training(config)
     if len(source) < 2:
         raise InputError(f"data '{config.data.path}': {len(source)} usable pairs; training needs at least 2")
+    if ANY_SET.names():
+        ANY_SET.get("require")(config.objective.modalities, source)
     validation = sources.validation(config)
     teacher: Teacher | None = None
     if config.objective.needs_teacher:
@@ -138,13 +142,10 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
     masking = None
     if train.masks is not None:
         student, masking = INHERITANCE.get("masks")(student, train.masks, _mask_reference(config, teacher), device)
-    towers = _make_trainable(student, config, device, masking)
+    towers = _make_trainable(student, config, device, masking, source)
     features = None
-    if train.lock_image == "all":
-        from clipdistill.train.features import can_keep, locked_features
-
-        if can_keep(student, config, source, teacher):
-            features = locked_features(student, source, config, device, teacher)
+    if train.lock_image == "all" and FEATURES.names():
+        features = FEATURES.get("locked towers")(student, source, config, device, teacher)
     if features is None and (train.mean_captions or (teacher is None and train.views == "stored")):
         raise InputError(
             "train.views=stored without a cache, and train.mean_captions: features are kept for them, which takes "
@@ -172,13 +173,17 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
     )
 
 
-def _make_trainable(student: ClipModel, config: RunConfig, device: torch.device, masking: Any) -> nn.Module:
+def _make_trainable(
+    student: ClipModel, config: RunConfig, device: torch.device, masking: Any, source: PairSource
+) -> nn.Module:
     """The student's towers as the loop calls them: frozen where asked, on the device, the same on every rank."""
-    train, module = config.train, student.module
+    train, module, modalities = config.train, student.module, read_modalities(config, source)
     freeze(module, train.freeze)
     for tower, wanted in (("image", train.lock_image), ("text", train.lock_text)):
         if wanted != "none":
             lock(module, tower, 0 if wanted == "all" else wanted)
+    # a tower that no step reads stays as it is
+    freeze(module, [tower for tower in MODALITIES if tower not in modalities and hasattr(module, "visual")])
     if not any(p.requires_grad for p in module.parameters()):
         raise InputError("train.lock_image and train.lock_text: nothing is left to train: unlock some groups")
     if statistics_frozen(student, train):
@@ -196,9 +201,11 @@ def _make_trainable(student: ClipModel, config: RunConfig, device: torch.device,
     if world_size() > 1:
         if masking is not None:
             masking.masks.draw(train.seed, 0)
-        towers = DistributedDataParallel(towers, device_ids=[device] if device.type == "cuda" else None)
+        devices = [device] if device.type == "cuda" else None
+        towers = DistributedDataParallel(towers, device_ids=devices, find_unused_parameters=source.uneven)
         images = torch.zeros(2, 3, student.image.size, student.image.size, device=device)
-        settle_buckets(towers, images, student.tokenizer(["a"] * 2).to(device))
+        tokens = student.tokenizer(["a"] * 2).to(device)
+        settle_buckets(towers, images if "image" in modalities else None, tokens if "text" in modalities else None)
     return towers
 
 
@@ -252,14 +259,18 @@ def _student(
         # a student whose vocabulary is made from words shares the teacher's, so that both read the same captions; also
         # that of a teacher which is named and not used, so that a run without distillation starts like one with it
         shared = None
-        if (needs_vocabulary(config.student) or takes_tokenizer(config.student)) and config.teachers:
+        wants_words = needs_vocabulary(config.student) or takes_tokenizer(config.student)
+        if wants_words and config.teachers and not source.parallel:  # another language has words of its own
             shared = (teacher or sources.teacher(config, source, device)).tokenizer
         student = build_student(
             config.student,
             seed=train.seed,
             tokenizer=shared,
-            captions=(caption for i in range(len(source)) for caption in source.captions(i)),
+            captions=(caption for i in range(len(source)) for caption in source.captions(i))
+            if source.captioned
+            else ["a picture"],
         )
+    student = _with_other_tower(student, config, source, teacher)
     with torch.no_grad():
         if train.logit_scale_init is not None:
             student.module.logit_scale.fill_(torch.tensor(train.logit_scale_init).log())
@@ -268,6 +279,30 @@ def _student(
                 student.module.logit_bias = nn.Parameter(torch.zeros(()))
             student.module.logit_bias.fill_(train.logit_bias_init)
     return student
+
+
+def _with_other_tower(student: ClipModel, config: RunConfig, source: PairSource, teacher: Teacher | None) -> ClipModel:
+    """The student with the tower that no term trains taken from where train.other_tower says."""
+    asked, read = config.train.other_tower, read_modalities(config, source)
+    weights = config.student_weights is not None or config.student.startswith("towers:")
+    if asked == "own" or (asked == "auto" and weights):
+        return student
+    if len(read) != 1:
+        raise InputError(f"train.other_tower={asked}: the terms of the mix train both towers, so there is no other one")
+    if asked in ("auto", "teacher"):
+        names = (teacher.name,) if teacher is not None and is_cached(config.teachers) else config.teachers
+        if len(names) != 1 or " + " in names[0]:
+            raise InputError(f"train.other_tower={asked}: there is no single teacher to take it from: name a model")
+        asked = names[0]
+    from clipdistill.models.towers.read import read_towers
+
+    parts = {"student": student, "other": load_model(asked)}  # read anew: a model that gives a tower away is of no use
+    kinds = ("clip:student", "whole:other") if read == ("image",) else ("whole:other", "clip:student")
+    name = "towers:image={},text={},head=linear".format(*kinds)
+    made = read_towers(name, lambda part: parts[part], seed=config.train.seed)
+    made.architecture["towers"]["image"]["pretrained"] = weights or read == ("text",)
+    made.name = f"{student.name} and the other tower of {asked}"
+    return made
 
 
 def build_optimiser(

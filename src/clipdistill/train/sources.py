@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clipdistill.config import Config, as_dict
-from clipdistill.data.open import open_labelled, open_pairs
+from clipdistill.data.open import open_labelled, open_pairs, open_training
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.train.config import RunConfig
 from clipdistill.train.teacher import Teacher, open_teacher
@@ -27,7 +27,7 @@ class Sources:
 
     def training(self, config: RunConfig) -> PairSource:
         """The training pairs, with decoded pictures kept where `train.keep_in_memory` says so."""
-        source = _allowed(open_pairs(config.data, default_split="train"), config.held_out)
+        source = _allowed(open_training(config.data), config.held_out)
         return _kept(source) if config.train.keep_in_memory else source
 
     def validation(self, config: RunConfig) -> PairSource | None:
@@ -117,7 +117,9 @@ class SharedSources(Sources):
         keep = config.train.keep_in_memory or config.train.workers == 0
         key = ("pairs", _frozen(data), default_split, keep, repr(held_out))
         if key not in self._kept:
-            source = _allowed(open_pairs(data, default_split=default_split), held_out)
+            training = default_split == "train"
+            opened = open_training(data) if training else open_pairs(data, default_split=default_split)
+            source = _allowed(opened, held_out)
             self._kept[key] = _kept(source) if keep else source
         return self._kept[key]
 

@@ -68,17 +68,26 @@ class Towers(nn.Module):
         finally:
             self._compiled = kept
 
-    def _encoders(self, images: Tensor, tokens: Tensor) -> tuple[Any, Any]:
-        if self._compiled is None or not self.training or len(images) != self._compiled[0]:
+    def _encoders(self, images: Tensor | None, tokens: Tensor | None) -> tuple[Any, Any]:
+        rows = {len(given) for given in (images, tokens) if given is not None}
+        if self._compiled is None or not self.training or rows != {self._compiled[0]}:
             return self.module.encode_image, self.module.encode_text
-        # one graph for all lengths where the tower takes any, from the first batch on
-        torch._dynamo.maybe_mark_dynamic(tokens, 1)
+        if tokens is not None:  # one graph for all lengths where the tower takes any, from the first batch on
+            torch._dynamo.maybe_mark_dynamic(tokens, 1)
         return self._compiled[1:]
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _encode_captions(self, encode_text: Any, captions: Tensor) -> Tensor:
+        by_tokens = not captions.is_floating_point()  # and not by the features of a locked tower
+        if self.group_captions and by_tokens and encode_text == self.module.encode_text:
+            return encode_by_length(encode_text, captions, least=max(LEAST_GROUP, len(captions) // 8)).float()
+        found: Tensor = encode_text(captions).float()
+        return found
+
+    def forward(self, images: Any, tokens: Any) -> tuple[Any, Any, Tensor, Tensor | None]:
         """images (B, 3, H, W), tokens (B, L) -> raw features (B, D), (B, D), the logit multiplier, the logit bias.
 
-        tokens (B, C, L) of C captions an image give text features (B, C, D).
+        tokens (B, C, L) of C captions an image give text features (B, C, D). None, for a modality that the step does
+        not have, gives None.
         """
         hiding: AbstractContextManager[object] = nullcontext()
         if self.mask_ratio is not None and self.training:
@@ -86,23 +95,25 @@ class Towers(nn.Module):
 
             hiding = masked_image_tokens(self.module, self.mask_ratio)
         masks = nullcontext() if self.masks is None else self.masks.acting(sampled=self.training)
-        captions = tokens.flatten(0, -2)
+        captions = None if tokens is None else tokens.flatten(0, -2)
         encode_image, encode_text = self._encoders(images, captions)
         with hiding, masks:
-            image = encode_image(images)
-            by_tokens = not captions.is_floating_point()  # and not by the features of a locked tower
-            if self.group_captions and by_tokens and encode_text == self.module.encode_text:
-                text = encode_by_length(encode_text, captions, least=max(LEAST_GROUP, len(captions) // 8))
-            else:
-                text = encode_text(captions)
-        if tokens.ndim == 3:
+            image = None if images is None else encode_image(images).float()
+            text = None if captions is None else self._encode_captions(encode_text, captions)
+        if text is not None and tokens.ndim == 3:
             text = text.reshape(*tokens.shape[:2], text.shape[-1])
         if self.fixed_logit_scale is not None:
-            scale = image.new_tensor(self.fixed_logit_scale, dtype=torch.float32)
+            scale = self.module.logit_scale.new_tensor(self.fixed_logit_scale, dtype=torch.float32)
         else:
             scale = self.module.logit_scale.float().exp()
         bias = getattr(self.module, "logit_bias", None)
-        return image.float(), text.float(), scale, bias
+        return image, text, scale, bias
+
+
+def inputs_of(batch: Batch, device: torch.device) -> tuple[Any, Any]:
+    """What the student's towers take, on the device: pictures and `captions_of`; None for what the batch has not."""
+    images, tokens = batch.student_images, captions_of(batch)
+    return tuple(None if given is None else given.to(device, non_blocking=True) for given in (images, tokens))  # type: ignore[return-value]
 
 
 def captions_of(batch: Batch) -> Tensor:
@@ -112,9 +123,9 @@ def captions_of(batch: Batch) -> Tensor:
     return torch.stack([batch.student_tokens, batch.synthetic_tokens], 1)
 
 
-def student_embeddings(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None) -> Embeddings:
-    """What the objective takes; text (B, D), or (B, 2, D) with a synthetic caption each."""
-    if text.ndim == 2:
+def student_embeddings(image: Any, text: Any, scale: Tensor, bias: Tensor | None) -> Embeddings:
+    """What the objective takes; text (B, D), or (B, 2, D) with a synthetic caption each; None for one that is not."""
+    if text is None or text.ndim == 2:
         return Embeddings(image, text, scale, logit_bias=bias)
     return Embeddings(image, text[:, 0], scale, logit_bias=bias, synthetic_text=text[:, 1])
 
@@ -144,8 +155,8 @@ def step_seed(seed: int, step: int, rank: int, part: int) -> int:
 def forward_backward(
     towers: nn.Module,
     objective: Objective,
-    images: Tensor,
-    tokens: Tensor,
+    images: Any,
+    tokens: Any,
     teacher: Embeddings | None,
     *,
     micro_batch: int | None,
@@ -156,32 +167,34 @@ def forward_backward(
     """Accumulate the gradients of one step's objective into the parameters.
 
     images (B, 3, H, W) and tokens (B, L) are this rank's rows, `teacher` its embeddings of the same rows; tokens
-    (B, 2, L) are a real and a synthetic caption each. `seed` is (run seed, step, rank). B may differ between ranks and
-    may be 0. `attention` is that of `attention_by`.
+    (B, 2, L) are a real and a synthetic caption each; either may be None. `seed` is (run seed, step, rank). B may
+    differ between ranks and may be 0. `attention` is that of `attention_by`.
     """
     with attention_by(attention):
-        rows = len(images)
+        some = tokens if images is None else images
+        rows, device = len(some), some.device
         if micro_batch is None or micro_batch >= rows:
             torch.manual_seed(step_seed(*seed, 0))
-            with autocast(images.device, precision):
+            with autocast(device, precision):
                 image, text, scale, bias = towers(images, tokens)
             output = objective(student_embeddings(image, text, scale, bias), teacher)
             (output.total + _touch(scale, bias)).backward()
             return output
-        parts = list(zip(images.split(micro_batch), tokens.split(micro_batch), strict=True))
+        parts = split_inputs(images, tokens, micro_batch)
         leaves, scale_leaf, bias_leaf = _embed(towers, parts, precision, seed)
         output = objective(student_embeddings(*leaves, scale_leaf, bias_leaf), teacher)
         output.total.backward()
-        gradients = [leaf.grad.split(micro_batch) for leaf in leaves if leaf.grad is not None]
+        gradients = [None if leaf is None or leaf.grad is None else leaf.grad.split(micro_batch) for leaf in leaves]
         for index, (part_images, part_tokens) in enumerate(parts):
             last = index == len(parts) - 1
             torch.manual_seed(step_seed(*seed, index))
             with sum_over_microbatches(towers, enabled=not last):
-                with autocast(images.device, precision):
+                with autocast(device, precision):
                     image, text, scale, bias = towers(part_images, part_tokens)
                 surrogate = _touch(scale, bias)
                 for features, gradient in zip((image, text), gradients, strict=True):
-                    surrogate = surrogate + (features * gradient[index]).sum()
+                    if gradient is not None:
+                        surrogate = surrogate + (features * gradient[index]).sum()
                 if last:  # the scalars entered the objective once
                     for scalar, leaf in ((scale, scale_leaf), (bias, bias_leaf)):
                         if scalar is not None and leaf is not None and leaf.grad is not None and scalar.requires_grad:
@@ -190,21 +203,33 @@ def forward_backward(
         return output
 
 
+def split_inputs(images: Any, tokens: Any, size: int) -> list[tuple[Any, Any]]:
+    """Pictures and tokens in parts of `size` rows, the last smaller; None stays None."""
+    parts = [None if given is None else given.split(size) for given in (images, tokens)]
+    count = max(len(part) for part in parts if part is not None)
+    return [tuple(None if part is None else part[n] for part in parts) for n in range(count)]  # type: ignore[misc]
+
+
 def _embed(
-    towers: nn.Module, parts: list[tuple[Tensor, Tensor]], precision: str, seed: tuple[int, int, int]
-) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor | None]:
+    towers: nn.Module, parts: list[tuple[Any, Any]], precision: str, seed: tuple[int, int, int]
+) -> tuple[tuple[Any, Any], Tensor, Tensor | None]:
     """The whole batch's embeddings as leaves, encoded part by part without a graph."""
-    images, texts = [], []
+    encoded = []
     with torch.no_grad(), frozen_batch_statistics(towers):
         for index, (part_images, part_tokens) in enumerate(parts):
             torch.manual_seed(step_seed(*seed, index))
-            with autocast(part_images.device, precision):
-                image, text, scale, bias = towers(part_images, part_tokens)
-            images.append(image)
-            texts.append(text)
-    leaves = (torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_())
+            with autocast((part_tokens if part_images is None else part_images).device, precision):
+                *both, scale, bias = towers(part_images, part_tokens)
+            encoded.append(both)
+    leaves = joined(encoded)
     bias_leaf = None if bias is None else bias.detach().clone().requires_grad_()
     return leaves, scale.detach().clone().requires_grad_(), bias_leaf
+
+
+def joined(encoded: list[list[Any]]) -> tuple[Any, Any]:
+    """Embeddings of both modalities, put together from parts, as leaves of a new graph."""
+    image, text = (None if rows[0] is None else torch.cat(rows).requires_grad_() for rows in zip(*encoded))
+    return image, text
 
 
 def _touch(scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -264,7 +289,7 @@ class Statistics:
                 torch._foreach_copy_(live, kept)
 
 
-def settle_buckets(towers: DistributedDataParallel, images: Tensor, tokens: Tensor) -> None:
+def settle_buckets(towers: DistributedDataParallel, images: Tensor | None, tokens: Tensor | None) -> None:
     """One backward pass whose gradients are thrown away, before the first step.
 
     DDP sorts its buckets anew after the first backward pass that it sees, and the order in which numbers are summed
@@ -272,6 +297,6 @@ def settle_buckets(towers: DistributedDataParallel, images: Tensor, tokens: Tens
     from the same step of an uninterrupted run.
     """
     with frozen_batch_statistics(towers):
-        image, text, scale, bias = towers(images, tokens)
-        (0.0 * (image.sum() + text.sum()) + _touch(scale, bias)).backward()
+        *both, scale, bias = towers(images, tokens)
+        (sum(0.0 * rows.sum() for rows in both if rows is not None) + _touch(scale, bias)).backward()
     towers.zero_grad(set_to_none=True)

@@ -129,29 +129,31 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Embeddings:
         """The teacher's embeddings of this rank's rows: (B, sum of D_k) each."""
-        assert batch.teacher_images is not None
-        assert batch.teacher_tokens is not None
         own = getattr(self.models[0].module, OWN_EMBEDDINGS, None)
         if own is not None and len(self.models) == 1:
             return own_embeddings(self.model, own, batch, self.device, self.scales[0])
         return self.encode(batch.teacher_images, batch.teacher_tokens)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, tokens: Tensor) -> Embeddings:
-        """images (B, 3, H, W), tokens (B, L), on any device."""
-        images = images.to(self.device, non_blocking=True)
-        tokens = tokens.to(self.device, non_blocking=True)
-        image_blocks = [encoder.encode_images(images) for encoder in self.encoders]
-        text_blocks = [
-            # without a text tower the pictures stand for their captions
-            encoder.encode_tokens(tokens) if hasattr(encoder.model.module, "encode_text") else image
-            for encoder, image in zip(self.encoders, image_blocks)
-        ]
+    def encode(self, images: Tensor | None, tokens: Tensor | None) -> Embeddings:
+        """images (B, 3, H, W), tokens (B, L), on any device; None gives no embeddings."""
+        image: Any = None
+        text: Any = None
+        if images is not None:
+            images = images.to(self.device, non_blocking=True)
+            image_blocks = [encoder.encode_images(images) for encoder in self.encoders]
+            image = torch.cat(image_blocks, 1)
+        if tokens is not None:
+            tokens = tokens.to(self.device, non_blocking=True)
+            text_blocks = [
+                # without a text tower the pictures stand for their captions
+                encoder.encode_tokens(tokens) if hasattr(encoder.model.module, "encode_text") else image_blocks[number]
+                for number, encoder in enumerate(self.encoders)
+            ]
+            text = torch.cat(text_blocks, 1)
         single = len(self.models) == 1
         scale = torch.tensor(self.scales[0] if single else self.scales, device=self.device)
-        return Embeddings(
-            torch.cat(image_blocks, 1), torch.cat(text_blocks, 1), scale, blocks=None if single else self.blocks
-        )
+        return Embeddings(image, text, scale, blocks=None if single else self.blocks)
 
 
 def own_embeddings(

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from clipdistill.data.loader import Batch
 from clipdistill.objective import Embeddings
+from clipdistill.objective.term import MODALITIES
 from clipdistill.train.setup import Setup, one_term
 from clipdistill.train.step import (
     autocast,
-    captions_of,
     forward_backward,
     frozen_batch_statistics,
+    inputs_of,
+    joined,
+    split_inputs,
     step_seed,
     student_embeddings,
 )
@@ -25,45 +28,48 @@ from clipdistill.train.task import Traced
 def trace(setup: Setup, step: int, batch: Batch, precision: str) -> Iterator[Traced]:
     """Samples, weights, embeddings, each term with its gradients, then the gradients of all parameters."""
     keys = batch.keys
-    images, tokens = batch.student_images.to(setup.device), captions_of(batch).to(setup.device)
-    yield Traced("pixels", batch.student_images, keys)
+    images, tokens = inputs_of(batch, setup.device)
+    if images is not None:
+        yield Traced("pixels", images, keys)
     towers = setup.bare_towers
     if setup.masking is not None:
         setup.masking.masks.draw(setup.config.train.seed, step)
     yield Traced("weights", _parameters(setup))
     teacher = None if setup.teacher is None else setup.teacher(batch)
     if teacher is not None:
-        yield Traced("teacher, image embeddings", teacher.image, keys)
-        yield Traced("teacher, text embeddings", teacher.text, keys)
+        yield from _embeddings("teacher", (teacher.image, teacher.text), keys)
         yield Traced("teacher, logit scale", torch.as_tensor(teacher.logit_scale))
     watched = _Watched(towers.module)
     encoded = []
     with watched, torch.no_grad(), frozen_batch_statistics(towers):
-        for index, (part_images, part_tokens) in enumerate(_parts(setup, images, tokens)):
+        size = setup.config.train.micro_batch or max(len(keys), 1)
+        for index, (part_images, part_tokens) in enumerate(split_inputs(images, tokens, size)):
             torch.manual_seed(step_seed(setup.config.train.seed, step, 0, index))
             with autocast(setup.device, precision):
                 encoded.append(towers(part_images, part_tokens))
     yield from watched.found[:1]
-    image, text = (torch.cat([part[i] for part in encoded]) for i in (0, 1))
+    leaves = joined([part[:2] for part in encoded])
     _, _, scale, bias = encoded[0]
-    yield Traced("student, image embeddings", image, keys)
-    yield Traced("student, text embeddings", text, keys)
+    yield from _embeddings("student", leaves, keys)
     yield Traced("student, logit scale", scale)
     if bias is not None:
         yield Traced("student, logit bias", bias)
-    leaves = [tensor.detach().requires_grad_() for tensor in (image, text)]
-    student = student_embeddings(leaves[0], leaves[1], scale.detach(), bias)
-    for name in setup.objective.weights:
+    student = student_embeddings(*leaves, scale.detach(), bias)
+    there = {tower: leaf for tower, leaf in zip(MODALITIES, leaves) if leaf is not None}
+    for name, needed in setup.config.objective.modalities.items():
+        if not {*needed} <= {*there}:
+            continue
         output = one_term(setup, name)(student, teacher)
         yield Traced(f"term {name}", torch.as_tensor(output.terms[name]))
-        for tower, gradient in zip(("image", "text"), torch.autograd.grad(output.total, leaves, allow_unused=True)):
+        found = torch.autograd.grad(output.total, list(there.values()), allow_unused=True)
+        for tower, gradient in zip(there, found):
             if gradient is not None:
                 yield Traced(f"term {name}, gradient at the {tower}s", gradient, keys)
     yield from _gradients(setup, images, tokens, teacher, step, precision)
 
 
 def _gradients(
-    setup: Setup, images: Tensor, tokens: Tensor, teacher: Embeddings | None, step: int, precision: str
+    setup: Setup, images: Any, tokens: Any, teacher: Embeddings | None, step: int, precision: str
 ) -> Iterator[Traced]:
     """The gradients of the parameters, as the training step makes them."""
     train, towers = setup.config.train, setup.bare_towers
@@ -85,9 +91,10 @@ def _parameters(setup: Setup) -> dict[str, nn.Parameter]:
     return {name: p for module in (setup.bare_towers, setup.objective) for name, p in module.named_parameters()}
 
 
-def _parts(setup: Setup, images: Tensor, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    size = setup.config.train.micro_batch or max(len(images), 1)
-    return list(zip(images.split(size), tokens.split(size), strict=True))
+def _embeddings(who: str, rows: tuple[Any, Any], keys: list[str]) -> Iterator[Traced]:
+    for modality, matrix in zip(MODALITIES, rows):
+        if matrix is not None:
+            yield Traced(f"{who}, {modality} embeddings", matrix.detach(), keys)
 
 
 class _Watched:

@@ -38,13 +38,13 @@ REPEATS = 3
 
 
 class NoisePairs(NamedTuple):
-    """Images (B, 3, H, W) of noise and real captions (B, L), cut as the run's are."""
+    """Images (B, 3, H, W) of noise and real captions (B, L), cut as the run's are; None where the run reads none."""
 
-    images: Tensor
-    tokens: Tensor
+    images: Tensor | None
+    tokens: Tensor | None
 
     def first(self, rows: int) -> NoisePairs:
-        return NoisePairs(self.images[:rows], self.tokens[:rows])
+        return NoisePairs(*(None if given is None else given[:rows] for given in self))
 
 
 def tune(setup: Setup, known: dict[str, Any] | None, say: Say) -> dict[str, Any]:
@@ -127,20 +127,26 @@ class _Timing:
         generator = torch.Generator().manual_seed(train.seed)
         order = torch.randperm(len(setup.source), generator=generator)[:rows].tolist()
         repeated = (order * -(-self.rows // rows))[: self.rows]
-        captions = [one_or_several(setup.source.captions(i))[0] for i in order]
-        by_index = dict(zip(order, student.tokenizer(captions)))
-        (tokens,) = student.shorten(torch.stack([by_index[i] for i in repeated]))
-        images = torch.randn(self.rows, 3, student.image.size, student.image.size, generator=generator)
-        self.sample = NoisePairs(images.to(setup.device), tokens.to(setup.device))
+        images = tokens = None
+        if "text" in setup.modalities:
+            captions = [(*one_or_several(setup.source.captions(i)), "a picture")[0] for i in order]
+            by_index = dict(zip(order, student.tokenizer(captions)))
+            (tokens,) = student.shorten(torch.stack([by_index[i] for i in repeated]))
+            tokens = tokens.to(setup.device)
+        if "image" in setup.modalities:
+            side = student.image.size
+            images = torch.randn(self.rows, 3, side, side, generator=generator).to(setup.device)
+        self.sample = NoisePairs(images, tokens)
         self.step_seconds = 0.0
 
     def attention(self) -> dict[str, float]:
         """Seconds of a step by attention; nothing when timing or memory do not allow it."""
         few = self.sample.first(min(self.rows, 8))
         self._pass(few)
-        per_row = self._pass(few) / len(few.images)
+        few_rows = min(self.rows, 8)
+        per_row = self._pass(few) / few_rows
         self.step_seconds = per_row * self.rows * self.passes
-        rows = int(min(max(PASS_SECONDS / per_row, len(few.images)), self.rows))
+        rows = int(min(max(PASS_SECONDS / per_row, few_rows), self.rows))
         part = self.sample.first(rows)
         run = self.step_seconds * self.setup.total_steps
         if 2 * REPEATS * per_row * rows > SHARE * run or not self._fits("math"):
@@ -165,7 +171,7 @@ class _Timing:
         if not self.step_seconds:
             few = self.sample.first(min(self.rows, 8))
             self._pass(few)
-            self.step_seconds = self._pass(few) / len(few.images) * self.rows * self.passes
+            self.step_seconds = self._pass(few) / min(self.rows, 8) * self.rows * self.passes
         cost = COMPILE_SECONDS + 5 * self.step_seconds / self.passes
         return cost < SHARE * self.step_seconds * self.setup.total_steps
 
@@ -206,8 +212,8 @@ class _Timing:
         began = self._now()
         with attention_by(attention):
             with autocast(self.setup.device, self.setup.config.train.precision):
-                image, text, _, _ = self.towers(*sample)
-            total = image.square().sum() + text.square().sum()
+                both = self.towers(*sample)[:2]
+            total = sum(rows.square().sum() for rows in both if rows is not None)
             if total.requires_grad:  # not where both towers are frozen
                 torch.autograd.grad(total, parameters, allow_unused=True)
         return self._now() - began
@@ -232,5 +238,5 @@ class _Timing:
         with kept, attention_by(attention), autocast(self.setup.device, precision):
             self.towers(*pair)
         weights = {p.untyped_storage().data_ptr() for p in self.towers.parameters()}
-        per_row = sum(size for pointer, size in saved.items() if pointer not in weights) / len(pair.images)
+        per_row = sum(size for pointer, size in saved.items() if pointer not in weights) / min(self.rows, 2)
         return free is None or per_row * self.rows < free / 2

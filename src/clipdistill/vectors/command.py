@@ -111,7 +111,7 @@ def embed_to_file(
     given = _lines(Path(texts)) if isinstance(texts, str | Path) else texts
     source: Any = data
     if isinstance(data, str | Path):  # before torch is imported, so that a wrong name is told at once
-        from clipdistill.vectors.pictures import open_pictures
+        from clipdistill.data.mixture.pictures import open_pictures
 
         source = open_pictures(str(data), split=split, default_split="train")
     from clipdistill.data.objects import as_pairs

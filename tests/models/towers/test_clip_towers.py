@@ -175,3 +175,45 @@ def test_layers_decay_as_timm_groups_them(network, name, tmp_path):
     assert {rates[id(p)] for p in model.module.text.head.parameters()} == {1.0}
     blocks = model.module.text.transformer.encoder.layer
     assert [{rates[id(p)] for p in block.parameters()} for block in blocks] == [{0.125}, {0.25}, {0.5}]
+
+
+def test_a_whole_tower_keeps_the_embedding_of_its_model(tmp_path):
+    teacher = load_model("scenes-teacher", teacher=True)
+    images, tokens = torch.randn(2, 3, 64, 64), teacher.tokenizer(CAPTIONS[:1])
+    text = load_model("towers:image=clip:scenes-teacher,text=whole:scenes-teacher,head=linear", teacher=True)
+    assert torch.equal(text.module.encode_text(tokens), teacher.module.encode_text(tokens))
+    image = load_model(f"towers:image=whole:scenes-teacher,text={TEACHER},hidden=16", teacher=True)
+    assert torch.equal(image.module.encode_image(images), teacher.module.encode_image(images))
+    for model in (text, image):
+        assert model.embed_dim == teacher.embed_dim
+        assert torch.equal(model.module.logit_scale, teacher.module.logit_scale)
+        save_model(model, tmp_path / model.name[7:12])
+        assert load_model(tmp_path / model.name[7:12]).fingerprint() == model.fingerprint()
+    lock(text.module.requires_grad_(True), "text", 0)
+    assert not any(p.requires_grad for p in text.module.text.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("towers:image=whole:scenes-teacher+clip:scenes-teacher,text=clip:scenes-teacher", "stands alone"),
+        ("towers:image=whole:scenes-teacher,text=clip:scenes-teacher,dim=64", r"several widths: \[64, 128\]"),
+        ("towers:image=whole:,text=clip:scenes-teacher", "image=whole:MODEL"),
+        ("towers:image=clip:scenes-teacher,text=whole:scenes-teacher,text_layers=1", "text_layers is of"),
+    ],
+)
+def test_whole_towers_that_cannot_be(name, message):
+    with pytest.raises(InputError, match=message):
+        load_model(name)
+
+
+def test_a_saved_whole_tower_of_another_width_is_refused(tmp_path):
+    model = load_model("towers:image=clip:scenes-teacher,text=whole:scenes-teacher,head=linear")
+    save_model(model, tmp_path / "m")
+    path = tmp_path / "m" / "model.json"
+    description = json.loads(path.read_text())
+    description.pop(CHECKSUM, None)
+    description["architecture"]["embed_dim"] = 64
+    path.write_text(json.dumps(description))
+    with pytest.raises(InputError, match="a whole tower is one of a CLIP of the same embed_dim"):
+        load_model(tmp_path / "m")

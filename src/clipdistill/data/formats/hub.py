@@ -82,7 +82,7 @@ def _pairs(parts: Mapping[str, Any], name: str, config: DataConfig) -> PairSourc
             part = part.cast_column(image, datasets.Image(decode=False))
         table = part.select_columns([image])
         without = _null_rows(table, image)
-        for row, value in enumerate(part[caption][:]):
+        for row, value in enumerate([None] * len(part) if caption is None else part[caption][:]):
             key = f"{split}/{row}" if split else str(row)
             if row in without:
                 rows.problems.add(WITHOUT_IMAGE, key, dropped=True)

@@ -50,6 +50,8 @@ class Rows:
 
     def _usable(self, captions: object, key: str, place: str) -> list[str]:
         """The captions (one or a list) that are not missing, cleaned; the others are counted, for the error too."""
+        if self.config.caption_column is None:
+            return []
         values = captions if isinstance(captions, list | tuple) else [captions]
         present = [value for value in values if not is_missing(value)]
         gone = len(values) - len(present) or (0 if values else 1)
@@ -81,7 +83,8 @@ class Rows:
             raise nothing_usable(self.where, self.problems, "no rows with an image")
         root = find_image_root(merged, self.config.image_root, self.where)
         name = f"{self.where.stem}{label}"
-        return collect(name, merged.items(), root, self.problems, self.config.max_pixels, self.where)
+        bare = self.config.caption_column is None
+        return collect(name, merged.items(), root, self.problems, self.config.max_pixels, self.where, bare=bare)
 
     def cells(
         self, default_split: str | None, has_splits: bool
@@ -91,7 +94,7 @@ class Rows:
         kept = []
         for cell in self._cells:
             if chosen is None or cell[1] in chosen:
-                if cell[2]:
+                if cell[2] or self.config.caption_column is None:
                     kept.append(cell)
                 else:
                     self.problems.add("image without caption", cell[0], dropped=True)
@@ -118,13 +121,13 @@ _USUAL = {
 }
 
 
-def find_columns(config: DataConfig, columns: Sequence[str], where: Path | str) -> tuple[str, str]:
+def find_columns(config: DataConfig, columns: Sequence[str], where: Path | str) -> tuple[str, str | None]:
     """The columns of images and captions: as configured, or where that is left open, the one with a usual name."""
-    found = []
+    found: list[Any] = []
     for setting, usual in _USUAL.items():
         name: Any = getattr(config, setting)
         if name == DataConfig.model_fields[setting].default and name not in columns:
             fitting = [option for option in usual if option in columns]
             name = fitting[0] if len(fitting) == 1 else name
-        found.append(required_column(name, columns, setting, where))
+        found.append(None if name is None else required_column(name, columns, setting, where))
     return found[0], found[1]

@@ -46,7 +46,8 @@ def open_table(place: Place, config: DataConfig, default_split: str | None) -> P
         separator = _separator(first, path, config)
         header = [cell.strip() for cell in _cells(first, separator, path)]
         image = header.index(required_column(config.image_column, header, "image_column", path))
-        caption = header.index(required_column(config.caption_column, header, "caption_column", path))
+        title = config.caption_column
+        caption = None if title is None else header.index(required_column(title, header, "caption_column", path))
         split = header.index("split") if "split" in header else None
         rows = Rows(path, config)
         with path.open(encoding=encoding, errors="surrogateescape", newline="") as file, _long_cells():
@@ -57,7 +58,7 @@ def open_table(place: Place, config: DataConfig, default_split: str | None) -> P
                 elif cells:  # else a blank line
                     rows.add(
                         cells[image] if image < len(cells) else None,
-                        [cells[caption] if caption < len(cells) else None],
+                        [cells[caption] if caption is not None and caption < len(cells) else None],
                         cells[split] if split is not None and split < len(cells) else None,
                         f"line {line}",
                     )
@@ -75,7 +76,7 @@ def _separator(first: str, path: Path, config: DataConfig) -> str:
         if len(separator) != 1 or separator in '"\r\n':
             raise InputError(f"separator {config.separator!r} is not one character (write \\t for a tab)")
         return separator
-    wanted = {config.image_column, config.caption_column}
+    wanted = {config.image_column, config.caption_column or config.image_column}
     found = {option: [cell.strip() for cell in _cells(first, option, path)] for option in _SEPARATORS}
     for option, header in found.items():
         if wanted <= set(header):

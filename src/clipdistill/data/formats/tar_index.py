@@ -66,7 +66,7 @@ class Sample:
 def index_shard(path: Path, label: str, column: str | None = None) -> ShardIndex:
     """Scan a shard, or take what an earlier run remembered. Damage is counted under `label`, what is whole is used.
 
-    column: where captions are instead of the usual places: a key of the .json, or 'txt'.
+    column: where captions are instead of the usual places: a key of the .json, or 'txt'; '': pictures alone.
     """
     try:
         status = path.stat()
@@ -132,8 +132,8 @@ def _scan(file: BinaryIO, length: int, label: str, column: str | None) -> ShardI
             continue
         for kind in [kind for kind in PICTURES if kind in sample.components][1:]:
             index.problems.add("image beside another of the same name", f"{key}.{kind}")
-        captions = _captions(file, sample.components, key, column, index.problems)
-        if not captions:
+        captions = [] if column == "" else _captions(file, sample.components, key, column, index.problems)
+        if not captions and column != "":
             index.problems.add("image without caption", key, dropped=True)
             continue
         index.stems.append(stem)

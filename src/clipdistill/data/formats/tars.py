@@ -188,7 +188,9 @@ def open_tars(place: Place, config: DataConfig, default_split: str | None) -> Ta
     if config.split not in (None, "all"):
         raise InputError(f"tars have no splits: leave split='{config.split}' out and name the shards of that split")
     column = (
-        None if config.caption_column == DataConfig.model_fields["caption_column"].default else config.caption_column
+        None
+        if config.caption_column == DataConfig.model_fields["caption_column"].default
+        else config.caption_column or ""
     )
     run: Any = shards[0].in_parallel if is_url(shards[0]) else map  # type: ignore[attr-defined]
     missing = [path for path, there in zip(shards, run(type(shards[0]).is_file, shards)) if not there]

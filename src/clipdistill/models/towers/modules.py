@@ -7,7 +7,8 @@
         "text": {"kind": "bert", "config": {...}, "pooling": "mean", "padding": 0}}}
 
 A tower out of a CLIP has that model's own architecture: "clip" in the place of a trunk's network, "config" of a text
-tower of the kind "clip" (whose pooling is its own, "end" here). The dictionary may come from a file of unknown origin:
+tower of the kind "clip" (whose pooling is its own, "end" here). "whole": true beside them: no head, the tower's own
+embedding is the joint one. The dictionary may come from a file of unknown origin:
 it names values only, networks that timm has and the text encoders below, with sizes that are bounded. Nothing is
 fetched and no code of theirs is run.
 """
@@ -62,6 +63,7 @@ _OTHERS = (
 )
 CONFIG_KEYS = (*_SIZES, *_OTHERS)
 """What of a text encoder's config.json decides its function."""
+_TEXT = ("kind", "config", "pooling", "padding")
 LAYERS = {"distilbert": "n_layers", "t5": "num_layers"}
 """The key that counts a kind's layers, where it is not num_hidden_layers."""
 
@@ -112,7 +114,7 @@ class JoinedImages(_Tower):
         self.trunks = nn.ModuleList(_trunk(trunk, build) for trunk in values["trunks"])
         self._inputs = [_input_of(trunk, values) for trunk in values["trunks"]]
         widths = [_feature_width(trunk, v) for trunk, v in zip(self.trunks, values["trunks"])]
-        self.head = Head(widths, dim, head, hidden)
+        self.head = Whole(widths) if values.get("whole") else Head(widths, dim, head, hidden)
 
     def backbone(self) -> nn.Module:
         return self.trunks
@@ -147,7 +149,7 @@ class JoinedText(_Tower):
         else:
             self.transformer = _encoder(values["kind"], values["config"])
             width = self.transformer.config.hidden_size
-        self.head = Head([int(width)], dim, head, hidden)
+        self.head = Whole([int(width)]) if values.get("whole") else Head([int(width)], dim, head, hidden)
 
     def backbone(self) -> nn.Module:
         return self.transformer
@@ -202,6 +204,20 @@ class Head(nn.Module):
             return output
         first, activation, last = self.mlp
         return output + last(nn.functional.dropout(activation(first(even)), self.dropout, self.training))
+
+
+class Whole(nn.Module):
+    """In the place of a head behind a tower that keeps its own embedding."""
+
+    noise = dropout = 0.0
+
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        self.widths = widths
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D), as they came."""
+        return features
 
 
 def _input_of(trunk: Mapping[str, Any], shared: Mapping[str, Any]) -> tuple[int, list[float] | None, list[float]]:
@@ -307,8 +323,10 @@ def check_towers(
     towers = _mapping(result[KEY], f"{where}: {KEY}")
     _require_keys(towers, {"image", "text", "head", "hidden"}, f"{where}: {KEY}")
     image, text = (_mapping(towers[tower], f"{where}: {tower}") for tower in ("image", "text"))
-    _require_keys(image, {"size", "mean", "std", "trunks", "pretrained"}, f"{where}: image")
-    _require_keys(text, {"kind", "config", "pooling", "padding"}, f"{where}: text")
+    for part, keys in ((image, {"size", "mean", "std", "trunks", "pretrained"}), (text, {*_TEXT})):
+        _require_keys(part, keys | ({"whole"} & part.keys()), f"{where}: {'text' if part is text else 'image'}")
+        if part.get("whole", True) is not True:
+            raise InputError(f"{where}: 'whole' is true or left out, got {part['whole']!r:.100}")
     for value, limit, what in (
         (result["embed_dim"], 1 << 16, "embed_dim"),
         (towers["hidden"], 1 << 16, "hidden"),
@@ -340,6 +358,9 @@ def check_towers(
     if text["kind"] == "clip":
         text["config"] = check(config, f"{where}: the CLIP of the text tower")
         config = {}
+    for part, inner in ((image, [trunk.get("clip") for trunk in image["trunks"]]), (text, [text["config"]])):
+        if "whole" in part and [dict(clip or {}).get("embed_dim") for clip in inner] != [result["embed_dim"]]:
+            raise InputError(f"{where}: a whole tower is one of a CLIP of the same embed_dim, {result['embed_dim']}")
     for key, value in config.items():
         if key not in CONFIG_KEYS:
             raise InputError(f"{where}: text.config: unknown key '{key!s:.100}'{nearest(str(key), CONFIG_KEYS)}")

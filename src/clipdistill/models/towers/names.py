@@ -9,10 +9,11 @@ towers:image=clip:ViT-B-16/laion400m_e32,text=clip:runs/small
 image: timm networks, joined by '+' where several stand side by side (their features are concatenated); the weights come
 from a file after '@', from the hub where the name has one of timm's tags, and are random otherwise. text: a Hugging
 Face text encoder, a folder or owner/name. Either is also clip: and any name of a model, whose tower with its projection
-is taken. dim: the joint embedding (256). head: mlp (default) or linear. hidden: units of the mlp (1024). size: side of
-the pictures in pixels (the network's own). text_layers: only the encoder's first layers. pooling: mean, cls or end,
-instead of what the encoder was trained with. context: the longest caption in tokens. Commas in a path are part of it
-where the file or folder is there.
+is taken; whole: and the name of a model takes the tower as it stands, without a head: its embedding is the joint one.
+dim: the joint embedding (256; a whole tower has its own). head: mlp (default) or linear. hidden: units of the mlp
+(1024). size: side of the pictures in pixels (the network's own). text_layers: only the encoder's first layers. pooling:
+mean, cls or end, instead of what the encoder was trained with. context: the longest caption in tokens. Commas in a path
+are part of it where the file or folder is there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from clipdistill.errors import InputError, nearest
 from clipdistill.models.known import near, timm_networks
 from clipdistill.runtime.files import read_json
 
-PREFIX, CLIP = "towers:", "clip:"
+PREFIX, CLIP, WHOLE = "towers:", "clip:", "whole:"
 HEADS, POOLINGS = ("mlp", "linear"), ("mean", "cls", "end")
 TEXT_KINDS = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "distilbert", "t5")
 """Values of `model_type` in the config.json of the text encoders that can be a tower."""
@@ -41,6 +42,7 @@ class ImageTowerName:
     network: str
     file: Path | None = None
     clip: str | None = None
+    whole: bool = False
 
     @property
     def base(self) -> str:
@@ -53,13 +55,14 @@ class TowersName:
 
     images: tuple[ImageTowerName, ...]
     text: str
-    dim: int = 256
+    dim: int | None = None
     head: str = "mlp"
     hidden: int = 1024
     size: int | None = None
     text_layers: int | None = None
     pooling: str | None = None
     context: int | None = None
+    whole_text: bool = False
 
 
 def parse(name: str) -> TowersName:
@@ -82,17 +85,23 @@ def parse(name: str) -> TowersName:
             raise InputError(f"'{name}': {key} is {', '.join(known[:-1])} or {known[-1]}, not '{given[key]}'")
     numbers = {key: _number(given[key], key, name) for key in _NUMBERS if key in given}
     words = {key: given[key] for key in ("head", "pooling") if key in given}
-    images = tuple(_image(part, name) for part in re.split(r"\+(?=timm:|clip:|hf:)", given["image"]))
+    images = tuple(_image(part, name) for part in re.split(r"\+(?=timm:|clip:|hf:|whole:)", given["image"]))
+    if len(images) > 1 and any(image.whole for image in images):
+        raise InputError(f"'{name}': a whole image tower stands alone: take it as  clip:  beside others")
     kind, _, text = given["text"].partition(":")
-    if kind not in ("hf", "clip") or not text:
+    if kind not in ("hf", "clip", "whole") or not text:
         wrong = " (timm: names an image tower)" if kind == "timm" else ""
-        raise InputError(f"'{name}': a text tower is  text=hf:FOLDER,  text=hf:owner/name  or  text=clip:MODEL{wrong}")
-    if kind == "clip":
+        raise InputError(
+            f"'{name}': a text tower is  text=hf:FOLDER,  text=hf:owner/name,  text=clip:MODEL  or  text=whole:MODEL"
+            f"{wrong}"
+        )
+    whole = kind == "whole"
+    if kind != "hf":
         for key, why in (("text_layers", "cut it with  inherit:"), ("pooling", "a CLIP's pooling is its own")):
             if key in given:
                 raise InputError(f"'{name}': {key} is of  text=hf:  towers: {why}")
         text = f"{CLIP}{text}"
-    return TowersName(images, text, **words, **numbers)  # type: ignore[arg-type]
+    return TowersName(images, text, whole_text=whole, **words, **numbers)  # type: ignore[arg-type]
 
 
 def _items(text: str) -> Iterator[str]:
@@ -101,7 +110,7 @@ def _items(text: str) -> Iterator[str]:
     while parts:
         for n in range(len(parts), 1, -1):
             whole = ",".join(parts[:n])
-            places = (whole[match.end() :].strip() for match in re.finditer("=hf:|clip:|@", parts[0]))
+            places = (whole[match.end() :].strip() for match in re.finditer("=hf:|clip:|whole:|@", parts[0]))
             if any(Path(place).expanduser().exists() for place in places):
                 break
         else:
@@ -113,14 +122,14 @@ def _items(text: str) -> Iterator[str]:
 
 def _image(part: str, name: str) -> ImageTowerName:
     kind, _, rest = part.partition(":")
-    if kind == "clip" and rest:
-        return ImageTowerName(rest, clip=rest)
+    if kind in ("clip", "whole") and rest:
+        return ImageTowerName(rest, clip=rest, whole=kind == "whole")
     network, at, file = rest.partition("@")
     if kind != "timm" or not network or (at and not file):
         wrong = " (hf: names a text encoder)" if kind == "hf" else ""
         raise InputError(
-            f"'{name}': an image tower is  image=timm:NETWORK@FILE,  image=timm:NETWORK.TAG  or  image=clip:MODEL"
-            f"{wrong}"
+            f"'{name}': an image tower is  image=timm:NETWORK@FILE,  image=timm:NETWORK.TAG,  image=clip:MODEL  or  "
+            f"image=whole:MODEL{wrong}"
         )
     return ImageTowerName(network, Path(file).expanduser() if at else None)
 

@@ -50,6 +50,15 @@ def read_towers(name: str, load: Callable[..., ClipModel], *, seed: int = 0) -> 
     largest = max((description for description, _ in parts), key=lambda trunk: trunk["size"])
     image = {key: largest[key] for key in ("size", "mean", "std")}
     trunks = [{k: d[k] for k in ("clip", "network", "size", "mean", "std") if k in d} for d, _ in parts]
+    whole = [sources[str(image.clip)] for image in wanted.images if image.whole]
+    whole += [sources[wanted.text.removeprefix(CLIP)]] if wanted.whole_text else []
+    scales = [getattr(model.module, "logit_scale", None) for model in whole]  # the multiplier goes with the embedding
+    dims = {model.embed_dim for model in whole} | ({wanted.dim} if wanted.dim else set())
+    if len(dims) > 1:
+        raise InputError(
+            f"'{name}': a whole tower keeps its own embedding, and here are several widths: {sorted(dims)}"
+        )
+    dim = dims.pop() if dims else 256
     if wanted.text.startswith(CLIP):
         folder, source = None, sources[wanted.text.removeprefix(CLIP)]
         text, tokenizer = _describe_clip_text(source, wanted)
@@ -68,13 +77,14 @@ def read_towers(name: str, load: Callable[..., ClipModel], *, seed: int = 0) -> 
     pretrained = any(image.clip not in random and part[1] is not None for image, part in zip(wanted.images, parts))
     architecture = check_architecture(
         {
-            "embed_dim": wanted.dim,
+            "embed_dim": dim,
             "quick_gelu": False,
             KEY: {
                 "head": wanted.head,
                 "hidden": wanted.hidden,
-                "image": {**image, "trunks": trunks, "pretrained": pretrained},
-                "text": text,
+                "image": {**image, "trunks": trunks, "pretrained": pretrained}
+                | ({"whole": True} if wanted.images[0].whole else {}),
+                "text": text | ({"whole": True} if wanted.whole_text else {}),
             },
         },
         f"'{name}'",
@@ -91,8 +101,10 @@ def read_towers(name: str, load: Callable[..., ClipModel], *, seed: int = 0) -> 
         _fill_text(module, folder, text)
     elif source is not None:
         module.text.transformer.tower.load_state_dict(take_part(source.module, "text").state_dict())
+    if scales and scales[-1] is not None:
+        module.logit_scale.data.copy_(scales[-1].detach())
     spec = ImageSpec(**image, interpolation=largest["interpolation"], resize_mode=largest["resize_mode"])
-    return ClipModel(name, module, spec, tokenizer, wanted.dim, tokenizer.context_length, architecture)
+    return ClipModel(name, module, spec, tokenizer, dim, tokenizer.context_length, architecture)
 
 
 def _clips(wanted: TowersName) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image
 
-from clipdistill.data.files import FilePairs
+from clipdistill.data.files import collect
 from clipdistill.data.formats import Place
 from clipdistill.data.labelled import LabelledSource
 from clipdistill.data.open import is_labelled_name, open_labelled, open_pairs
@@ -36,25 +36,28 @@ class LabelledPictures(PairSource):
         return self.source.image(i, at_least)
 
 
+def open_bare(config: DataConfig, split: str | None = None) -> PairSource | None:
+    """The pictures of a classification set, or of a folder without captions; None for anything else."""
+    place, split = Place(config.path), split or config.split
+    if is_labelled_name(config.path):
+        return LabelledPictures(open_labelled(config.path, split=split, max_pixels=config.max_pixels))
+    if split is not None or not place.is_folder or not place.images:
+        return None
+    if any((place.path / image).with_suffix(".txt").is_file() for image in place.images):
+        return None
+    if place.with_ending(".json", ".csv", ".tsv", ".parquet", ".pq", ".tar"):
+        return None
+    problems, names = Problems(), place.images
+    place.count_passed_over(problems)
+    entries: list[tuple[str, list[str]]] = [(name, []) for name in names]
+    return collect(place.path.resolve().name, entries, place.path, problems, config.max_pixels, place.path, bare=True)
+
+
 def open_pictures(data: str | DataConfig, *, split: str | None = None, default_split: str | None = None) -> PairSource:
     """Pairs, as `open_pairs` opens them, or the pictures of a folder or classification set that has no captions.
 
     Raises InputError for what holds neither.
     """
     config = DataConfig(path=data) if isinstance(data, str) else data
-    place = Place(config.path)
-    if is_labelled_name(config.path):
-        split = split or config.split
-        return LabelledPictures(open_labelled(config.path, split=split, max_pixels=config.max_pixels))
-    if (
-        place.is_folder
-        and place.images
-        and not any((place.path / i).with_suffix(".txt").is_file() for i in place.images)
-    ):
-        bare = not place.with_ending(".json", ".csv", ".tsv", ".parquet", ".pq", ".tar")
-        if bare and split is None and config.split is None:
-            folder, names = place.path, place.images
-            source = FilePairs(folder.resolve().name, folder, names, [()] * len(names), Problems(), config.max_pixels)
-            source.captioned = False
-            return source
-    return open_pairs(config, split=split, default_split=default_split)
+    bare = open_bare(config, split)
+    return open_pairs(config, split=split, default_split=default_split) if bare is None else bare
