@@ -96,7 +96,7 @@ def test_a_cache_of_several_sets(sets, tmp_path):
 
 def test_a_term_that_no_set_serves_is_refused_by_name(sets, tmp_path):
     bare = [sets[1], {**sets[0], "caption": "none"}]
-    with pytest.raises(InputError, match=r"^the terms task, crd, icl, fd need captions, and 1 photographs : 2 pairs"):
+    with pytest.raises(InputError, match=r"^the terms task, crd, icl, fd need captions, and photographs has none"):
         run(tmp_path / "run", bare)
 
 
