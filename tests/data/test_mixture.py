@@ -78,6 +78,15 @@ def test_without_weights_sets_count_by_their_size(sets):
     assert opened(sets).weights == [7, 5]
 
 
+def test_plain_names_are_sets_too(sets):
+    assert opened([each["path"] for each in sets]).weights == [7, 5]
+
+
+def test_a_setting_beside_the_sets_is_refused(sets):
+    with pytest.raises(InputError, match=r"data.split=train is not applied to several sets: give it in each"):
+        open_training(DataConfig(sets=sets, split="train"))
+
+
 def test_contents_and_not_weights_make_the_fingerprint(sets, tmp_path):
     before = opened(sets).fingerprint()
     sets[0]["weight"] = 9
@@ -120,6 +129,7 @@ def test_held_out_pictures_leave_their_own_set(sets, tmp_path):
         ({"caption": "first"}, r"data.sets\[1\]: caption=first, and bare has no captions"),
         ({"path": "nowhere"}, r"data.sets\[1\]: data 'nowhere': no such file"),
         ({"path": None}, r"data.sets\[1\]: path"),
+        ({"bad_sample_budget": 0.5}, r"data.sets\[1\]: the budget is one for all sets"),
         ({"name": "captioned"}, r"data.sets\[1\]: two sets are called 'captioned'"),
     ],
 )
@@ -132,7 +142,7 @@ def test_sets_that_cannot_be(sets, change, message):
 def test_one_set_or_a_path_beside_them_is_refused(sets):
     with pytest.raises(InputError, match="one set alone needs no weights"):
         opened(sets[:1])
-    with pytest.raises(InputError, match="either a path or sets"):
+    with pytest.raises(InputError, match=r"data.path=.* is not applied to several sets"):
         open_training(DataConfig(path=sets[0]["path"], sets=sets))
     with pytest.raises(InputError, match="several sets with weights are for training and caches"):
         open_pairs(DataConfig(sets=sets))

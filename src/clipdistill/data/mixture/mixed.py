@@ -174,6 +174,10 @@ class TurnSampler(StepSampler):
 
 def open_mixture(config: DataConfig, open_one: Callable[[DataConfig], PairSource]) -> MixedPairs:
     """The sets of `config.sets`, each opened by `open_one`. Raises InputError that names the set."""
+    for name, field in DataConfig.model_fields.items():
+        value = getattr(config, name)
+        if name not in ("sets", "bad_sample_budget") and value != field.default:
+            raise InputError(f"data.{name}={value} is not applied to several sets: give it in each of data.sets")
     described = [build(SetConfig, values, f"data.sets[{n}]") for n, values in enumerate(config.sets)]
     weights = [each.weight for each in described]
     if None in weights and any(weights):
@@ -182,6 +186,8 @@ def open_mixture(config: DataConfig, open_one: Callable[[DataConfig], PairSource
     for number, each in enumerate(described):
         if each.sets:
             raise InputError(f"data.sets[{number}]: it is a file of sets itself: name them here")
+        if each.bad_sample_budget != DataConfig.model_fields["bad_sample_budget"].default:
+            raise InputError(f"data.sets[{number}]: the budget is one for all sets: set data.bad_sample_budget")
         try:
             source = open_one(each)
         except InputError as error:

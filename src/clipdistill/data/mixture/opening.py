@@ -20,8 +20,6 @@ MISSING = {"text": "captions", "image": "pictures"}
 def open_any(config: DataConfig) -> PairSource:
     """The set that `config` names, its training split where it has several. Raises InputError as `open_pairs`."""
     if config.sets:
-        if config.path:
-            raise InputError("data: give either a path or sets, not both")
         return open_mixture(config, open_any)
     try:
         return open_pairs(config, default_split="train")
