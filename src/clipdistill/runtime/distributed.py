@@ -130,14 +130,19 @@ def broadcast_module(module: torch.nn.Module) -> None:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace each gradient by its mean over the ranks; a parameter without one on some rank counts as zero there.
+    """Replace each gradient by its mean over the ranks; a parameter without one on some rank counts as zero there, and
+    one without any stays so: an optimiser passes it over, as it does in one process.
 
     For the objective's parameters, which take part outside of DistributedDataParallel's forward.
     """
-    if not dist.is_initialized():
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if not dist.is_initialized() or not trained:
         return
-    for parameter in parameters:
-        if parameter.requires_grad:
+    there = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.int32)
+    there = there.to(trained[0].device)
+    dist.all_reduce(there)
+    for parameter, count in zip(trained, there.tolist(), strict=True):
+        if count:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
