@@ -66,15 +66,15 @@ class DataConfig(Config):
     @classmethod
     def _read_sets(cls, values: Any) -> Any:
         path = values.get("path") if isinstance(values, Mapping) else None
-        if isinstance(values, Mapping) and isinstance(values.get("sets"), list | tuple):
-            sets = [{"path": each} if isinstance(each, str) else each for each in values["sets"]]
-            return {**values, "sets": sets}
-        if not isinstance(path, str) or not path.endswith((".yaml", ".yml")) or not Path(path).is_file():
+        if isinstance(path, str) and path.endswith((".yaml", ".yml")) and Path(path).is_file():
+            values = {**values, "path": "", **read_yaml(Path(path))}
+            if not isinstance(values.get("sets"), list):
+                raise InputError(
+                    f"{path}: no file of sets: it must hold  sets:  with a list of them (docs/unlabelled.md)"
+                )
+        if not isinstance(values, Mapping) or not isinstance(values.get("sets"), list | tuple):
             return values
-        read = read_yaml(Path(path))
-        if not isinstance(read.get("sets"), list):
-            raise InputError(f"{path}: no file of sets: it must hold  sets:  with a list of them (docs/unlabelled.md)")
-        return cls._read_sets({**values, "path": "", **read})
+        return {**values, "sets": [{"path": each} if isinstance(each, str) else each for each in values["sets"]]}
 
 
 class Strings:
