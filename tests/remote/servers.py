@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
+from clipdistill.remote import store
+
 
 class WebServer(http.server.ThreadingHTTPServer):
     """Serves the files of `objects` (path without the first '/' -> bytes).
@@ -158,14 +160,16 @@ def s3_server(bucket: str = "pairs") -> Iterator[str]:
     }
     before = {name: os.environ.get(name) for name in own}
     os.environ.update(own)
+    store._stores.clear()  # a process keeps its connections, to the server of an earlier test too
     try:
         boto3.client("s3").create_bucket(Bucket=bucket)
         yield url
     finally:
         server.stop()
+        store._stores.clear()
         for name, value in before.items():
             if value is None:
-                os.environ.pop(name)
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
 

@@ -42,7 +42,7 @@ def _read_all(pairs) -> list[bytes]:
 def test_the_second_pass_asks_for_nothing(served, shards, tmp_path):
     local_cache(tmp_path / "copies", "1GB")
     far = open_pairs(f"{served.url}/{{00000..00002}}.tar")
-    read_ahead(far.image, range(24))
+    read_ahead(far, range(24))
     assert _read_all(far) == _read_all(open_pairs(str(shards)))
     assert len(_copies(tmp_path / "copies")) == 3
     served.asked.clear()
@@ -59,7 +59,7 @@ def test_a_set_that_does_not_fit_keeps_what_fits_and_reads_the_rest_by_ranges(se
     far = open_pairs(f"{served.url}/{{00000..00002}}.tar")
     near = _read_all(open_pairs(str(shards)))
     for _ in range(2):
-        read_ahead(far.image, range(24))
+        read_ahead(far, range(24))
         assert _read_all(far) == near
     kept = _copies(tmp_path / "copies")
     assert len(kept) == 2

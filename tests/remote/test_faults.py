@@ -108,7 +108,7 @@ def test_headers_are_read_by_ranges_and_large_images_passed_over(web, tmp_path):
 def test_neighbours_are_one_request(served):
     far = open_pairs(f"{served.url}/{{00000..00002}}.tar")
     served.asked.clear()
-    read_ahead(far.image, range(24))
+    read_ahead(far, range(24))
     for i in range(24):
         far.image(i)
     assert len(served.asked) == 3
@@ -144,7 +144,7 @@ def test_a_server_that_sends_whole_objects_only(web, shards):
     assert web.asked == []  # each was fetched once, when it was indexed
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_failure_in_a_worker_is_one_sentence(workers, served, three_attempts):
     far = open_pairs(f"{served.url}/{{00000..00002}}.tar")
     loader = PairLoader(far, batch_size=8, student=FakeModel(ImageSpec(size=16)), workers=workers, steps=9)
@@ -153,8 +153,10 @@ def test_a_failure_in_a_worker_is_one_sentence(workers, served, three_attempts):
     served.always |= {f"{k:05d}.tar": 500 for k in range(3)}
     with pytest.raises(RemoteError) as caught:
         list(batches)
-    assert str(caught.value).startswith("http://127.0.0.1")
-    assert "\n" not in str(caught.value)
+    said = str(caught.value)
+    del batches, caught  # ends the workers
+    assert said.startswith("http://127.0.0.1")
+    assert "\n" not in said
 
 
 def test_the_command_line_says_it_in_one_sentence(served, three_attempts, capsys, tmp_path):

@@ -15,7 +15,7 @@ def _same_pairs(far, near):
     assert [far.key(i) for i in range(len(far))] == [near.key(i) for i in range(len(near))]
     assert [far.captions(i) for i in range(len(far))] == [near.captions(i) for i in range(len(near))]
     order = [*range(1, len(far), 2), *range(0, len(far), 2)]
-    read_ahead(far.image, order)
+    read_ahead(far, order)
     assert [far.image_bytes(i) for i in order] == [near.image_bytes(i) for i in order]
     assert far.images_fingerprint() == near.images_fingerprint()
     assert far.problems.counts == near.problems.counts
@@ -23,7 +23,7 @@ def _same_pairs(far, near):
 
 def _same_labels(far, near):
     assert far.fingerprint() == near.fingerprint()
-    read_ahead(far.image, range(len(far)))
+    read_ahead(far, range(len(far)))
     assert all(far.image(i).tobytes() == near.image(i).tobytes() for i in range(len(far)))
 
 

@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -89,10 +89,10 @@ def walk(folder: Path, onerror: Any = None) -> Iterator[tuple[PurePath, list[str
         yield Path(current).relative_to(folder), folders, sorted(files)
 
 
-def read_ahead(read: Callable[[int], Any], indices: Sequence[int]) -> None:
-    """Say which samples `read` is called with next, in this order: bytes on other machines are fetched meanwhile."""
+def read_ahead(source: Any, indices: Sequence[int]) -> None:
+    """Say which pictures of a source are read next, in this order: those on other machines are fetched meanwhile."""
     if (remote := sys.modules.get("clipdistill.remote.path")) is not None:  # loaded where a URL was named
-        remote.read_ahead(read, indices)
+        remote.read_ahead(source, indices)
 
 
 def read_image_file(path: str | Path) -> bytes:

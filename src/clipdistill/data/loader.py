@@ -331,7 +331,7 @@ class _Preparation(torch.utils.data.Dataset):
         originals: list[str] = []
         problems: list[tuple[str, str]] = []
         choices: list[Choice] = []
-        read_ahead(self.source.image, mine.tolist())
+        read_ahead(self.source, mine.tolist())
         for index in mine.tolist():
             key = self.source.key(index)
             rng = sample_generator(self.sampler.seed, epoch, index)

@@ -82,7 +82,7 @@ class Preparation(torch.utils.data.Dataset):
         views: list[list[View]] = []
         rows = len(items) * (1 + self.views) if any(item.images for item in items) else 0
         pixels = [np.zeros((rows, s.size, s.size, 3), dtype=np.uint8) for s in self.specs]
-        read_ahead(self.source.image, [item.index for item in items if item.images])
+        read_ahead(self.source, [item.index for item in items if item.images])
         for number, item in enumerate(items):
             problem, drawn = None, list(item.views or ())
             if item.images:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 _THREADS = 12
 _WAITING = 24
 """Requests that are on their way or waiting to be used."""
-GAP, LARGEST = 1 << 16, 8 << 20
+GAP, LARGEST = 1 << 16, 1 << 20
 """Ranges of one object closer than GAP bytes are one request, of at most LARGEST bytes."""
 
 

@@ -65,10 +65,15 @@ class Copies:
         make_folder(folder, "copies of shards")
 
     def read(self, name: str, start: int, size: int) -> bytes | None:
-        """Bytes of a copy; None where there is none."""
+        """Bytes of a copy; None where there is none, or a damaged one."""
         with self._lock:  # no other thread closes the file as the oldest
             descriptor = self._open(name)
-            return None if descriptor is None else os.pread(descriptor, size, start)
+            if descriptor is None:
+                return None
+            data = os.pread(descriptor, size, start)
+            if len(data) < size:
+                os.close(self._files.pop(name)[0])
+            return data if len(data) == size else None
 
     def _open(self, name: str) -> int | None:
         now = time.time()
@@ -89,6 +94,10 @@ class Copies:
             _, (oldest, _) = self._files.popitem(last=False)
             os.close(oldest)
         return found[0]
+
+    def is_open(self, name: str) -> bool:
+        """Whether this process reads the copy already."""
+        return name in self._files
 
     def fetch(self, name: str, size: int, since: float, write: Callable[[Path], None]) -> Path | None:
         """The copy, made by `write` where it is missing; None where there is no room for `size` bytes.

@@ -18,6 +18,8 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from clipdistill.errors import InputError
@@ -106,9 +108,11 @@ class HttpStore:
         answer = self._get(url, {}, most=_LARGEST_OBJECT, accepted=(200,))
         if not answer.whole:
             raise Temporary(f"more than {_LARGEST_OBJECT} bytes")
-        if answer.length not in (-1, len(answer.body)):
-            raise Temporary(f"{len(answer.body)} bytes came instead of {answer.length}")
         return answer.body
+
+    def save(self, url: str, path: Path) -> None:
+        with path.open("wb") as file:
+            self._get(url, {}, most=1 << 62, accepted=(200,), into=file)
 
     def children(self, url: str) -> list[tuple[str, Info]]:
         path, query = url.partition("?")[::2]
@@ -143,15 +147,20 @@ class HttpStore:
                     waiting.append((f"{below}{name}/", depth + 1))
         return sorted(found, key=lambda entry: entry[0])
 
-    def _get(self, url: str, headers: Mapping[str, str], *, most: int, accepted: tuple[int, ...]) -> HttpAnswer:
-        """The answer to a GET, of whose body at most `most` bytes are read. Raises what its status means."""
+    def _get(
+        self, url: str, headers: Mapping[str, str], *, most: int, accepted: tuple[int, ...], into: Any = None
+    ) -> HttpAnswer:
+        """The answer to a GET, of whose body at most `most` bytes are read, into a file where one is given.
+
+        Raises what its status means.
+        """
         own = urlsplit(url)
         for _ in range(_MOST_REDIRECTS):
             place = urlsplit(url)
             sent = {"Accept-Encoding": "identity", "User-Agent": f"clipdistill/{__version__}", **headers}
             if place.hostname == own.hostname and (place.scheme == own.scheme or place.scheme == "https"):
                 sent.update(self._credentials(own.username, own.password, own.hostname or ""))
-            answer = self._once(url, sent, most)
+            answer = self._once(url, sent, most, into)
             if answer.status in (301, 302, 303, 307, 308) and "location" in answer.headers:
                 url = urljoin(url, answer.headers["location"])
                 if urlsplit(url).scheme not in ("http", "https"):
@@ -176,7 +185,7 @@ class HttpStore:
         text = f"{unquote(user)}:{unquote(password or '')}"
         return {"Authorization": "Basic " + base64.b64encode(text.encode("utf-8")).decode("ascii")}
 
-    def _once(self, url: str, headers: dict[str, str], most: int) -> HttpAnswer:
+    def _once(self, url: str, headers: dict[str, str], most: int, into: Any) -> HttpAnswer:
         place = urlsplit(url)
         target = quote(place.path or "/", safe=_SAFE, errors="surrogateescape")
         target += f"?{quote(place.query, safe=_SAFE + '?')}" if place.query else ""
@@ -195,7 +204,7 @@ class HttpStore:
                 self._forget(url)
                 raise
         try:
-            body, whole = self._body(response, most if response.status < 300 else 0)
+            body, whole = self._body(response, most if response.status < 300 else 0, into)
         except BaseException:
             self._forget(url)
             raise
@@ -204,7 +213,7 @@ class HttpStore:
         named = {name.lower(): value for name, value in response.getheaders()}
         return HttpAnswer(url, response.status, response.reason, named, body, whole)
 
-    def _body(self, response: http.client.HTTPResponse, most: int) -> tuple[bytes, bool]:
+    def _body(self, response: http.client.HTTPResponse, most: int, into: Any) -> tuple[bytes, bool]:
         """(at most `most` bytes, whether that is all); an answer that drips ends with TimeoutError."""
         pieces, size = [], 0
         end = time.monotonic() + time_limit()
@@ -215,7 +224,7 @@ class HttpStore:
             piece = response.read1(min(_PIECE, most - size))
             if not piece:
                 break
-            pieces.append(piece)
+            pieces.append(piece) if into is None else into.write(piece)
             size += len(piece)
             if time.monotonic() > end + size / SLOWEST:
                 raise TimeoutError

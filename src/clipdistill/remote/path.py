@@ -7,6 +7,7 @@ import io
 import posixpath
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -231,6 +232,10 @@ class RemotePath:
 
     # bytes
 
+    def begin_to_read(self, names: Iterable[str]) -> None:
+        """Say which objects below this folder are read next, whole, in this order."""
+        _read_ahead([], [self / name for name in names])
+
     def open(
         self, mode: str = "r", encoding: str | None = None, errors: str | None = None, newline: str | None = None
     ) -> Any:
@@ -256,10 +261,13 @@ class RemotePath:
     def read_range(self, start: int, size: int) -> bytes:
         """`size` bytes from `start`: of a copy, of what was asked for ahead, or by a request. Raises RemoteError."""
         _note(self, start, size)
-        copy = self._copied()
-        if copy is not None:
-            data = copy[0].read(copy[1], start, size)
-            if data is not None and len(data) == size:
+        if (place := self._copies()) is not None:
+            data = place.read(self._copy_name, start, size)
+            if data is None:
+                the_ahead().take((*self._opening, "copy"))
+                made = place.fetch(self._copy_name, self._look().size, self._opened, self._write)
+                data = place.read(self._copy_name, start, size) if made else None
+            if data is not None:
                 return data
         found = the_ahead().take((*self._opening, start, size))
         return self.ranged(start, start + size) if found is None else found
@@ -282,10 +290,12 @@ class RemotePath:
 
     def _requests(self, ranges: Sequence[tuple[int, int, int, Any]]) -> list[tuple[int, Request]]:
         """What to fetch for these ranges: the object as a copy where copies are kept, else joined ranges."""
-        place, info = copies(), self._look()
-        if place is not None and info.ranges and info.identity and place.wants(self._copy_name, info.size):
+        place, name = self._copies(), self._copy_name
+        if place is not None and place.is_open(name):
+            return []
+        if place is not None and place.wants(name, self._look().size):
             first = min(number for _, _, number, _ in ranges)
-            return [(first, Request(self._make_copy, {(self.url, "copy"): (0, None)}))]
+            return [(first, Request(self._make_copy, {(*self._opening, "copy"): (0, None)}))]
         return joined(ranges, self.ranged)
 
     @property
@@ -294,10 +304,11 @@ class RemotePath:
         return self.url, self._opened
 
     def _make_copy(self) -> bytes:
-        self._copied()
+        if (place := self._copies()) is not None:
+            place.fetch(self._copy_name, self._look().size, self._opened, self._write)
         return b""
 
-    @property
+    @functools.cached_property
     def _copy_name(self) -> str:
         return copy_name(self.url, self._version)
 
@@ -306,13 +317,10 @@ class RemotePath:
         """What tells this content from another; where the store says nothing, each opening is a version."""
         return self._look().identity or f"opened {self._opened}"
 
-    def _copied(self) -> tuple[Copies, str] | None:
-        """(where, name) of this object's copy, which is made now where there is room; None without --local-cache."""
+    def _copies(self) -> Copies | None:
+        """Where copies of this object are kept; None without --local-cache, and where versions cannot be told."""
         place = copies()
-        if place is None or not self._look().ranges or not self._look().identity:
-            return None
-        made = place.fetch(self._copy_name, self._look().size, self._opened, self._write)
-        return (place, self._copy_name) if made else None
+        return place if place is not None and self._look().ranges and self._look().identity else None
 
     def _whole_copy(self) -> Path:
         """A copy of an object that can only be had whole."""
@@ -327,7 +335,7 @@ class RemotePath:
         """Write the whole object into a local file."""
         info = self._look()
         if not info.ranges:
-            path.write_bytes(self._read_whole())
+            attempted(self.url, lambda: store_of(self.url).save(self.url, path))
             return
         places = range(0, info.size, _BLOCK)
         requests = [
@@ -347,36 +355,49 @@ class _Noted(BaseException):
 _noting = threading.local()
 
 
-def read_ahead(read: Callable[[int], Any], indices: Iterable[int]) -> None:
-    """Begin to fetch what `read(i)` will read for these numbers, in this order.
+_far: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+"""Whether any sample of a source was seen to be an object of a store."""
 
-    Each is called once for this and ends at its first read of an object, which is noted down and not done.
+
+def read_ahead(source: Any, indices: Iterable[int]) -> None:
+    """Begin to fetch the encoded pictures of these samples, in this order.
+
+    Each is asked for once to note down which object it reads, which is not done; a source that turns out to be on this
+    machine is not asked again.
     """
+    read = getattr(source, "image_bytes", None) or getattr(source, "_bytes", None)
+    if read is None or _far.get(source) is False:
+        return
     ranges: list[tuple[RemotePath, int, int]] = []
     objects: list[RemotePath] = []
+    kept = getattr(source, "_pictures", ())  # decoded ones (data/memory.py)
     for i in indices:
-        _noting.wish = None
-        _noting.on = True
+        if i in kept:
+            continue
+        _noting.wish, _noting.on = None, True
         try:
             read(i)
         except _Noted:
-            path, start, size = _noting.wish
-            if path is None:
-                continue
-            if start is None:
-                objects.append(path)
-            else:
-                ranges.append((path, start, size))
+            if _noting.wish is not None:
+                path, start, size = _noting.wish
+                if start is None:
+                    objects.append(path)
+                else:
+                    ranges.append((path, start, size))
         except Exception:  # it is told when the sample is read
             continue
         finally:
             _noting.on = False
-    _read_ahead(ranges, objects)
+    if ranges or objects:
+        _far[source] = True
+        _read_ahead(ranges, objects)
+    elif source not in _far and not kept:
+        _far[source] = False
 
 
 def _note(path: RemotePath | None = None, start: int | None = None, size: int = 0) -> None:
     if getattr(_noting, "on", False):
-        _noting.wish = (path, start, size)
+        _noting.wish = None if path is None else (path, start, size)
         raise _Noted
 
 

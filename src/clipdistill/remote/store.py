@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from clipdistill.errors import InputError, MissingExtraError, first_line
@@ -51,6 +52,10 @@ class Store(Protocol):
 
     def whole(self, url: str) -> bytes:
         """All bytes of a small object."""
+        ...
+
+    def save(self, url: str, path: Path) -> None:
+        """All bytes of any object, into a local file."""
         ...
 
     def children(self, url: str) -> list[tuple[str, Info]]:
@@ -169,6 +174,9 @@ class FsspecStore:
 
     def whole(self, url: str) -> bytes:
         return bytes(self._call("cat_file", self.fs._strip_protocol(url)))
+
+    def save(self, url: str, path: Path) -> None:
+        path.write_bytes(self.whole(url))
 
     def children(self, url: str) -> list[tuple[str, Info]]:
         path = self.fs._strip_protocol(url).rstrip("/")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from clipdistill.data.captions import MISSING, clean_all
-from clipdistill.data.files import collect, read_ahead, read_image_file, refuse_split
+from clipdistill.data.files import collect, is_url, read_image_file, refuse_split
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import BadSample, Problems
@@ -25,8 +25,8 @@ def open_folder(place: Place, config: DataConfig, default_split: str | None) -> 
     stems = {name: os.path.splitext(name)[0] for name in place.images}  # noqa: PTH122
     for stem in sorted(place.texts.keys() - set(stems.values())):
         problems.add("text file without image", place.texts[stem])
-    beside = [folder / place.texts[stem] for stem in stems.values() if stem in place.texts]
-    read_ahead(lambda number: read_image_file(beside[number]), range(len(beside)))
+    if is_url(folder):
+        folder.begin_to_read(place.texts[stem] for stem in stems.values() if stem in place.texts)  # type: ignore[attr-defined]
     for name, stem in stems.items():
         try:
             if stem not in place.texts:
