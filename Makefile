@@ -49,10 +49,12 @@ test-oldest:
 fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --inputs $(FUZZ_INPUTS) --seconds 7200 --out $(FUZZ_OUT)
 
-# the book as a site in site/; a link that leads nowhere is an error
+# the book as a site in site/; a link that leads nowhere is an error. The demo's student is a page in it, site/try/
 docs: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(BIN)/zensical build --clean --strict
+	test -d demo/clip-rd/student || $(BIN)/clipdistill demo --out demo
+	$(BIN)/clipdistill export demo/clip-rd --to web --int8 --out site/try
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

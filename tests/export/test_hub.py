@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from clipdistill.errors import InputError
-from clipdistill.export.hub import model_card, push_to_hub
+from clipdistill.export.hub import model_card, public_text, push_to_hub
 from clipdistill.statistics.protocol import Protocol
 from clipdistill.statistics.scores import Score, Scores
 
@@ -85,6 +85,19 @@ def test_licence_and_unknown_teachers(run, model):
         assert facts.get("base_model") == base, teacher
         assert facts["datasets"] == ["scenes"]
         assert "license" not in facts
+
+
+def test_no_folder_of_this_machine_is_told():
+    for text, public in (
+        (
+            "towers:image=timm:a@/home/me/a.safetensors,text=hf:/home/me/minilm",
+            "towers:image=timm:a@a.safetensors,text=hf:minilm",
+        ),
+        ("/home/me/data/flickr8k.json:train", "flickr8k.json:train"),
+        ("s3://bucket/key and https://host/a/b", "s3://bucket/key and https://host/a/b"),
+        ("ViT-B-16/laion400m_e32 runs/rd", "ViT-B-16/laion400m_e32 runs/rd"),
+    ):
+        assert public_text(text) == public
 
 
 def front(card):

@@ -85,7 +85,7 @@ def model_card(folder: Path, repository: str, source: Path | None = None, licenc
     if cost:
         sections += ["## What it cost", cost]
     if run.get("command"):
-        sections += ["## How to make it again", f"```\n{_public(str(run['command']))}\n```"]
+        sections += ["## How to make it again", f"```\n{public_text(str(run['command']))}\n```"]
     return "\n\n".join(sections) + "\n"
 
 
@@ -136,7 +136,7 @@ def _hub_name(teacher: str) -> str | None:
 
 def _data_name(text: str) -> str:
     """'flickr8k' of a path to dataset_flickr8k.json, 'scenes' of scenes/train."""
-    name = Path(_public(text)).with_suffix("")
+    name = Path(public_text(text)).with_suffix("")
     first = name.parts[-1] if text.startswith(("/", "~")) or name.suffix else name.parts[0]
     return first.partition(":")[0].removeprefix("dataset_")
 
@@ -207,9 +207,9 @@ def _summary(run: dict[str, Any], manifest: dict[str, Any]) -> str:
     rows = [
         ("method", run.get("method") or run.get("recipe")),
         ("recipe", run.get("recipe")),
-        ("teacher", _public(str(run["teacher"])) if run.get("teacher") else None),
-        ("student", _public(str(run.get("student") or ""))),
-        ("data", _public(str(run.get("data") or ""))),
+        ("teacher", public_text(str(run["teacher"])) if run.get("teacher") else None),
+        ("student", public_text(str(run.get("student") or ""))),
+        ("data", public_text(str(run.get("data") or ""))),
         ("parameters", f"{parameters['total']:,}" if isinstance(parameters.get("total"), int) else None),
         ("samples seen", f"{run['samples_seen']:,}" if isinstance(run.get("samples_seen"), int) else None),
         ("seed", run.get("seed")),
@@ -281,7 +281,7 @@ def _cost(run: dict[str, Any], source: Path | None) -> str:
     bench = _json(source / "bench.json") if source is not None else {}
     for row in _measured(bench):
         lines.append(
-            f"- {_public(str(row['model']))}, {row['tower']} tower, {row['backend']}, {row['dtype']}, batch 1: "
+            f"- {public_text(str(row['model']))}, {row['tower']} tower, {row['backend']}, {row['dtype']}, batch 1: "
             f"{row['value']:.1f} per second"
         )
     if bench.get("measurements"):
@@ -289,9 +289,10 @@ def _cost(run: dict[str, Any], source: Path | None) -> str:
     return "\n".join(lines)
 
 
-def _public(text: str) -> str:
+def public_text(text: str) -> str:
     """Text without the folders of this machine: the last part of every absolute path."""
-    return re.sub(r"(?<![\w:/])~?/(?:[^\s/'\"]+/)+([^\s/'\"]+)", r"\1", text)
+    part = r"(?:(?!,\w+=)[^\s/'\"])+"
+    return re.sub(rf"(?<![\w/])~?/(?!/)(?:{part}/)+({part})", r"\1", text)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from clipdistill.data.images import decode
 from clipdistill.data.views import EVALUATION_VIEW, render
 from clipdistill.errors import InputError
 from tests.browser import OVERFLOW, Browser, needs_chromium, served
-from tests.conftest import shared_folder
+from tests.conftest import REPOSITORY, shared_folder
 
 for package in ("onnx", "onnxscript", "onnxruntime", "tokenizers"):
     pytest.importorskip(package)
@@ -247,3 +249,19 @@ def test_photographs(libraries, int8, least, tmp_path):
         rows = model.module.encode_text(model.tokenizer(captions)).numpy()
     for row, own in zip(np.array(texts).reshape(len(captions), -1), rows, strict=True):
         assert unit(row) @ unit(own) >= least
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_retrieval_of_photographs(libraries, tmp_path):
+    """R@1 on 200 pictures of Flickr8k, counted from the browser's embeddings and from the model's."""
+    data = shared_folder("data/flickr8k") / "dataset_flickr8k.json"
+    command = [sys.executable, "benchmarks/web.py", "scenes-teacher", "--data", str(data), "--index", "200"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "web")], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "web.json").read_text())
+    assert found["images"] == 200
+    for weights, least in (("float16", 0.999), ("int8", 0.99)):
+        assert min(found[weights]["image_cosine"][0], found[weights]["text_cosine"][0]) >= least
+        for metric in ("i2t_R@1", "t2i_R@1"):
+            assert abs(found[weights][metric] - found["torch"][metric]) <= 1.0

@@ -21,6 +21,7 @@ from clipdistill.export.accuracy import accuracy, embed
 from clipdistill.export.folder import export_folder
 from clipdistill.export.gate import Parity, Tolerance, compare, summary
 from clipdistill.export.graphs import Exported, export_graphs
+from clipdistill.export.hub import public_text
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.towers import OPSET
 from clipdistill.export.transform import EXAMPLE
@@ -83,7 +84,7 @@ def export_web(
             path = folder / f"{tower}.onnx"
             manifest["towers"][tower] |= {"files": {path.name: sha256(path)}, "bytes": path.stat().st_size}
             manifest["towers"][tower] |= {"precision": precision, f"{precision}_parity": facts}
-        manifest["name"] = Path(model.name).name
+        manifest["name"] = public_text(model.name)
         manifest["web"] = {"weights": precision, "runtime": f"{PACKAGE} {VERSION}", "check": _check(model, runners)}
         write_json(folder / MANIFEST, manifest, checked=True)
         if test is not None and result.before is not None:
