@@ -187,3 +187,21 @@ def test_a_random_tower_that_nothing_trains_is_told(photographs, tmp_path, capsy
     words = ["--recipe", "images-only", "--size", "debug", "--data", str(photographs), "--out", str(tmp_path / "run")]
     assert main(["train", *words, "train.other_tower=own", "train.steps=1"]) == 0
     assert "the text tower has random weights and no term trains it" in capsys.readouterr().err
+
+
+def test_a_skipped_step_of_pictures_is_replayed(photographs, tmp_path, monkeypatch, capsys):
+    from clipdistill.train.distil import Distillation
+
+    original = Distillation.gradients
+
+    def failing(self, step, batch):
+        output, norm = original(self, step, batch)
+        return output, float("nan") if step == 2 else norm
+
+    monkeypatch.setattr(Distillation, "gradients", failing)
+    run(tmp_path / "run", photographs)
+    monkeypatch.undo()
+    main(["replay", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "step 2" in said
+    assert "finite" in said

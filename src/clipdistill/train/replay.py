@@ -133,8 +133,8 @@ def _state(folder: Path, step: int) -> Checkpoint | None:
 
 
 def _require_same_samples(folder: Path, step: int, batch: Batch, records: Sequence[dict[str, Any]]) -> None:
-    captured = [pair for record in records for pair in zip(record["keys"], record["captions"])]
-    for number, (before, now) in enumerate(zip(captured, zip(batch.keys, batch.captions))):
+    captured = [pair for record in records for pair in _pairs(record["keys"], record["captions"])]
+    for number, (before, now) in enumerate(zip(captured, _pairs(batch.keys, batch.captions))):
         if before != now:
             raise InputError(
                 f"{folder}: the data now gives another batch for step {step}: sample {number} was '{before[0]}' with "
@@ -145,6 +145,11 @@ def _require_same_samples(folder: Path, step: int, batch: Batch, records: Sequen
             f"{folder}: step {step} had {len(captured)} samples and now has {len(batch.keys)}: a rank's record is "
             "missing, or samples can no longer be read"
         )
+
+
+def _pairs(keys: Sequence[str], captions: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Keys with their captions; '' where the batch has none."""
+    return zip(keys, captions or [""] * len(keys))
 
 
 def _findings(task: Task, batch: Batch, step: int, precision: str) -> Iterator[Finding]:
