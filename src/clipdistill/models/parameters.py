@@ -96,6 +96,29 @@ def is_new_head(module: nn.Module, name: str) -> bool:
     return is_joined(module) and name.startswith(_JOINED_HEADS)
 
 
+def checkpoint_gradients(module: nn.Module) -> None:
+    """Have the towers' blocks compute their activations again in the backward pass instead of keeping them.
+
+    Raises InputError where no part can, and for batch normalisations, whose running statistics would move twice.
+    """
+    moving = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    if moving:
+        raise InputError(
+            f"train.grad_checkpointing: the second pass would move the running statistics of {len(moving)} batch "
+            "normalisations twice; set train.batch_statistics=frozen"
+        )
+    parts: list[Any] = list(module.modules())
+    for part in parts:
+        with contextlib.suppress(AssertionError, NotImplementedError, ValueError):  # parts that cannot
+            if hasattr(part, "set_grad_checkpointing"):  # open_clip, timm
+                part.set_grad_checkpointing(True)
+            elif hasattr(part, "gradient_checkpointing_enable"):  # transformers
+                part.gradient_checkpointing_enable({"use_reentrant": False})
+    flags = ("grad_checkpointing", "gradient_checkpointing")
+    if not any(getattr(part, flag, False) is True for part in parts for flag in flags):
+        raise InputError("train.grad_checkpointing: no part of the student can compute its activations again")
+
+
 def freeze_statistics(module: nn.Module) -> int:
     """Keep the running statistics of all batch normalisations, trained or not; returns how many layers have them."""
     layers = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]

@@ -206,8 +206,9 @@ class RegionTeaching:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.train.clip_grad_norm or math.inf)
         return output, float(norm)
 
-    def after_step(self, updated: bool) -> None:
-        """The network has no running statistics."""
+    def after_step(self, updated: bool) -> bool:
+        """The network has no running statistics, and no loss scale."""
+        return False
 
     def schedule(self, step: int) -> tuple[int, int, int]:
         return step, self.total_steps, self.config.train.warmup_steps

@@ -3,7 +3,7 @@
     checkpoints/step-00000123/
         student/model.safetensors, student/model.json    an ordinary model folder (of a distillation)
         objective.safetensors                            the objective's scales and projections
-        optimizer.safetensors                            AdamW's moments
+        optimizer.safetensors                            the optimiser's moments
         average.safetensors                              the running average of the student's weights, if there is one
         masks.safetensors                                masks and multipliers, while there are any
         network.safetensors                              of a region teacher
@@ -142,7 +142,7 @@ def _prepared(
         file: {name: t.detach().to("cpu", copy=copied).contiguous() for name, t in content.items()}
         for file, content in tensors.items()
     }
-    described = copy.deepcopy({**state, "optimizer_groups": groups})
+    described = copy.deepcopy({**state, "optimizer_groups": groups, "optimizer_steps": _steps(optimiser)})
     write_student = None if student is None else model_writer(student)
     return lambda: _replace(root, write_student, tensors, described, keep)
 
@@ -266,9 +266,11 @@ def restore(
             raise InputError(
                 f"{checkpoint.folder}: its {name} has another architecture than this run's ({first})"
             ) from error
-    _unpack_optimiser(
-        optimiser, load_file(checkpoint.folder / "optimizer.safetensors"), checkpoint.state["optimizer_groups"]
-    )
+    moments = load_file(checkpoint.folder / "optimizer.safetensors")
+    _unpack_optimiser(optimiser, moments, checkpoint.state["optimizer_groups"])
+    for group, step in zip(optimiser.param_groups, checkpoint.state.get("optimizer_steps", [])):
+        if step is not None:
+            group["step"] = torch.tensor(step["tensor"]) if isinstance(step, dict) else step
 
 
 def remove_leftovers(root: Path) -> None:
@@ -287,19 +289,27 @@ def _pack_optimiser(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     return tensors, [list(group["params"]) for group in state["param_groups"]]
 
 
+def _steps(optimiser: torch.optim.Optimizer) -> list[int | dict[str, float] | None]:
+    """The count of steps that some optimisers keep by group: Adan as a number, LAMB as a tensor."""
+    steps = [group.get("step") for group in optimiser.param_groups]
+    return [{"tensor": step.item()} if isinstance(step, Tensor) else step for step in steps]
+
+
 def _unpack_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], groups: list[list[int]]) -> None:
     current = optimiser.state_dict()
     if [list(g["params"]) for g in current["param_groups"]] != groups:
         raise InputError("the checkpoint's optimiser has other parameter groups than this run's")
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Tensor | int]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        counter = value.ndim == 0 and not value.is_floating_point()
+        state.setdefault(int(index), {})[name] = int(value) if counter else value
     optimiser.load_state_dict({"state": state, "param_groups": current["param_groups"]})
     # the fused kernel walks parameter and moments side by side in memory: they must be laid out alike (channels last)
     for parameter, moments in optimiser.state.items():
         for name, value in moments.items():
-            if value.shape == parameter.shape and value.stride() != parameter.stride():
+            beside = isinstance(value, Tensor) and value.shape == parameter.shape
+            if beside and value.stride() != parameter.stride():
                 moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 

@@ -32,6 +32,11 @@ CurveMeasure = Literal[
     "t2i_R@1", "t2i_R@5", "t2i_R@10", "t2i_mAP@10", "t2i_MRR",
     "i2t_R@1", "i2t_R@5", "i2t_R@10", "i2t_mAP@10", "i2t_MRR",
 ]  # fmt: skip
+OptimizerName = Literal[
+    "adamw", "adabelief", "adafactor", "adam", "adamax", "adan", "adopt", "adoptw", "cadamw", "lamb", "lambc", "lars",
+    "lion", "madgradw", "mars", "muon", "nadamw", "novograd", "radamw", "rmsprop", "sgd", "sgdw",
+]  # fmt: skip
+"""torch's AdamW, and those of timm's optimisers that a checkpoint holds whole (tests/train/test_optimizers.py)."""
 Lock = Literal["none", "all"] | Annotated[int, pydantic.Field(ge=1)]
 
 
@@ -46,8 +51,10 @@ class TrainConfig(Config):
     """Length of the run in passes over the training images; give this or `steps`."""
     steps: int | None = pydantic.Field(default=None, ge=1)
     """Length of the run in optimiser steps; give this or `epochs`."""
+    optimizer: OptimizerName = "adamw"
+    """torch's AdamW, or an optimiser of timm, which takes of rate, decay, betas and epsilon what it has a use for."""
     learning_rate: Rate = 1e-3
-    """Highest rate of AdamW, reached after the warm-up."""
+    """Highest rate of the optimiser, reached after the warm-up."""
     final_learning_rate: float = pydantic.Field(default=0.0, ge=0, le=1000)
     """Rate at the last step of the schedules that fall."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
@@ -58,17 +65,20 @@ class TrainConfig(Config):
     warmup_steps: int = pydantic.Field(default=0, ge=0)
     """Steps over which the rate rises linearly from 0."""
     weight_decay: float = pydantic.Field(default=0.1, ge=0, le=1000)
-    """AdamW's decay of matrices; biases, norms and scales have none."""
+    """Decay of matrices; biases, norms and scales have none."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
-    """AdamW's decay of the first and second moments."""
+    """Decay of the first and second moments."""
     epsilon: float = pydantic.Field(default=1e-6, gt=0, le=1)
-    """AdamW's term that keeps the denominator from 0."""
+    """Term that keeps the denominator from 0."""
     clip_grad_norm: float | None = pydantic.Field(default=None, gt=0)
     """Largest norm of the whole gradient; larger ones are scaled down to it (None: never)."""
     layer_decay: float | None = pydantic.Field(default=None, gt=0, le=1)
     """Factor of the rate from each layer to the one below it (None: one rate for all)."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of the encoders. auto: bf16 on CUDA and on CPUs with matrix units for it (AMX), else fp32 (faster there)."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Of the encoders. auto: bf16 on CUDA and on CPUs with matrix units for it (AMX), else fp32 (faster there). fp16,
+    for GPUs without bf16: the loss is scaled up by a factor that follows the gradients (`loss_scale` in the log)."""
+    grad_checkpointing: bool = False
+    """Compute the towers' activations again in the backward pass instead of keeping them: less memory, more time."""
     attention: Literal["auto", "math", "default"] = "auto"
     """Of the student's training passes. math: plain products; default: torch's fused kernel. auto: the faster one,
     timed before step 0 on a CPU in runs of 100 steps and more; the run's record keeps it."""
@@ -426,6 +436,12 @@ def _check(config: RunConfig) -> None:
             "train.mean_captions: features of captions are averaged, of a locked text tower (train.lock_text=all) and "
             "without a teacher, which embeds single captions"
         )
+    if train.grad_checkpointing and train.masks is not None:
+        raise InputError("train.grad_checkpointing: masks act in the forward pass alone; leave one of the two out")
+    for name in ("optimizer", "precision", "grad_checkpointing"):
+        value, usual = getattr(train, name), TrainConfig.model_fields[name].default
+        if config.meta_teacher is not None and value not in (usual, "fp32"):
+            raise InputError(f"train.{name}={value}: not for region teachers; leave it out")
     if train.ema_decay is not None and (train.masks is not None or config.meta_teacher is not None):
         what = "train.masks changes the model in mid-run" if train.masks is not None else "a region teacher has none"
         raise InputError(f"train.ema_decay: {what}, so there is no one student to average: leave one of the two out")

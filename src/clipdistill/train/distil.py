@@ -19,6 +19,7 @@ from clipdistill.runtime.files import digest_of
 from clipdistill.train.average import WeightAverage
 from clipdistill.train.config import RunConfig
 from clipdistill.train.health import Movement
+from clipdistill.train.loss_scale import LossScale
 from clipdistill.train.setup import build
 from clipdistill.train.sources import Sources
 from clipdistill.train.step import Statistics, forward_backward, inputs_of
@@ -39,6 +40,7 @@ class Distillation:
         self._movement = Movement(self.setup.student.module, pretrained)
         decay = config.train.ema_decay
         self._average = None if decay is None else WeightAverage(self.setup.student.module, decay)
+        self._scale = LossScale().to(device) if config.train.precision == "fp16" else None
 
     def _evaluated(self) -> AbstractContextManager[object]:
         """Within, the student is the one that is measured and saved."""
@@ -84,8 +86,11 @@ class Distillation:
             precision=train.precision,
             seed=(train.seed, step, rank()),
             attention=setup.attention,
+            loss_scale=1.0 if self._scale is None else self._scale.factor,
         )
         average_gradients(setup.objective.parameters())
+        if self._scale is not None:
+            self._scale.take_out(p for group in setup.optimiser.param_groups for p in group["params"])
         if setup.masking is not None:
             setup.masking.constraint.add_gradients(setup.masking.masks, step)
         # bf16 needs no loss scaling, so the norm is that of the true gradients
@@ -96,16 +101,18 @@ class Distillation:
             return output, math.nan
         return output, float(norm)
 
-    def after_step(self, updated: bool) -> None:
+    def after_step(self, updated: bool) -> bool:
+        expected = self._scale is not None and self._scale.follow(updated)
         if not updated:
             self._statistics.restore()
-            return
+            return expected
         with torch.no_grad():
             self.setup.student.module.logit_scale.clamp_(0, math.log(self.config.train.max_logit_scale))
         if self.setup.masking is not None:
             self.setup.masking.masks.clamp()
         if self._average is not None:
             self._average.update()
+        return expected
 
     def schedule(self, step: int) -> tuple[int, int, int]:
         train = self.config.train
@@ -121,6 +128,7 @@ class Distillation:
             "logit_scale": float(self.setup.student.module.logit_scale.detach().float().exp()),
             "scales": self.setup.objective.effective_scales(),
             **({"moved": moved} if moved else {}),
+            **({} if self._scale is None else {"loss_scale": float(self._scale.factor)}),
             **({"weights": self.setup.objective.current_weights} if self.config.objective.schedules else {}),
             **({} if masking is None else {"sparsity": masking.log(step)}),
         }
@@ -204,6 +212,8 @@ class Distillation:
             modules["masks"] = self.setup.masking.state()
         if self._average is not None:
             modules["average"] = self._average
+        if self._scale is not None:
+            modules["loss_scale"] = self._scale
         return self.setup.student, modules
 
     def resume(self, folder: Path, files: Iterable[str]) -> None:

@@ -109,8 +109,8 @@ def _train(loop: Loop) -> None:
         rate = set_learning_rate(task.optimiser, learning_rate_factor(*task.schedule(progress.step), config))
         if finite:
             task.optimiser.step()
-        task.after_step(finite)
-        if not finite:
+        expected = task.after_step(finite)
+        if not finite and not expected:
             _record_skipped(loop, batch, output)
         progress.step = place.step = progress.step + 1
         counts = (len(batch.keys), len(batch.problems), batch.truncated_student, batch.truncated_teacher)

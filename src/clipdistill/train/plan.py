@@ -27,7 +27,10 @@ def planned(config: RunConfig, task: Task) -> TextTable:
         ["batch", f"{train.batch_size:,} pairs{ranks}{parts}"],
         ["steps", f"{total:,}: {epochs:.3g} epochs of {task.steps_per_epoch:,}, {total * train.batch_size:,} pairs"],
         ["learning rate", f"{train.learning_rate:g}{rise}{fall}"],
-        ["optimiser", f"AdamW, betas {betas}, epsilon {train.epsilon:g}, weight decay {train.weight_decay:g}"],
+        [
+            "optimiser",
+            f"{train.optimizer}, betas {betas}, epsilon {train.epsilon:g}, weight decay {train.weight_decay:g}",
+        ],
         ["gradient norm", f"at most {train.clip_grad_norm:g}" if train.clip_grad_norm else "not limited"],
         ["precision", f"{train.precision}, attention {train.attention}, compiled {str(train.compile).lower()}"],
         ["workers", f"{train.workers} a rank" if train.workers else "none: decoded in the training process"],

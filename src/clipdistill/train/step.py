@@ -131,10 +131,10 @@ def student_embeddings(image: Any, text: Any, scale: Tensor, bias: Tensor | None
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """bfloat16 autocast for the encoders, or nothing in float32."""
+    """Autocast for the encoders in "bf16" or "fp16", or nothing in "fp32"."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
 def attention_by(way: str) -> AbstractContextManager[object]:
@@ -163,12 +163,14 @@ def forward_backward(
     precision: str,
     seed: tuple[int, int, int],
     attention: str = "default",
+    loss_scale: float | Tensor = 1.0,
 ) -> ObjectiveOutput:
     """Accumulate the gradients of one step's objective into the parameters.
 
     images (B, 3, H, W) and tokens (B, L) are this rank's rows, `teacher` its embeddings of the same rows; tokens
     (B, 2, L) are a real and a synthetic caption each; either may be None. `seed` is (run seed, step, rank). B may
-    differ between ranks and may be 0. `attention` is that of `attention_by`.
+    differ between ranks and may be 0. `attention` is that of `attention_by`. The gradients are those of the objective
+    times `loss_scale`.
     """
     with attention_by(attention):
         some = tokens if images is None else images
@@ -178,12 +180,12 @@ def forward_backward(
             with autocast(device, precision):
                 image, text, scale, bias = towers(images, tokens)
             output = objective(student_embeddings(image, text, scale, bias), teacher)
-            (output.total + _touch(scale, bias)).backward()
+            ((output.total + _touch(scale, bias)) * loss_scale).backward()
             return output
         parts = split_inputs(images, tokens, micro_batch)
         leaves, scale_leaf, bias_leaf = _embed(towers, parts, precision, seed)
         output = objective(student_embeddings(*leaves, scale_leaf, bias_leaf), teacher)
-        output.total.backward()
+        (output.total * loss_scale).backward()
         gradients = [None if leaf is None or leaf.grad is None else leaf.grad.split(micro_batch) for leaf in leaves]
         for index, (part_images, part_tokens) in enumerate(parts):
             last = index == len(parts) - 1

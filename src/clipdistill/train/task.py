@@ -56,8 +56,11 @@ class Task(Protocol):
         """The step's gradients, averaged over ranks and clipped; the objective and the norm before clipping."""
         ...
 
-    def after_step(self, updated: bool) -> None:
-        """The optimiser has taken its step, or (False) it was left out and nothing may stay of the forward pass."""
+    def after_step(self, updated: bool) -> bool:
+        """The optimiser has taken its step, or (False) it was left out and nothing may stay of the forward pass.
+
+        Returns whether a step left out is nothing to report: the loss scale of fp16 was too high and is lower now.
+        """
         ...
 
     def schedule(self, step: int) -> tuple[int, int, int]:
