@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,3 +22,15 @@ def shared_folder(name: str = "") -> Path:
     if not path.exists():
         pytest.skip(f"needs the shared development folder {name!r}, which is not on this machine")
     return path
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    """Say how a worker of pytest-xdist ended: its exit code (negative: a signal), which is lost otherwise."""
+    process = getattr(getattr(getattr(node, "gateway", None), "_io", None), "popen", None)
+    if error and process is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code, most = process.wait(5), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            print(
+                f"\nworker ended with {code}; the largest process of the tests so far had {most >> 10} MiB", flush=True
+            )

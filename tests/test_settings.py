@@ -16,9 +16,13 @@ import pytest
 import yaml
 
 import clipdistill
+from clipdistill.ablate.plan import read_plan
 from clipdistill.config import LARGEST_FLOAT, Config, as_dict, build
 from clipdistill.errors import InputError
+from clipdistill.recipes import FOLDER, recipe_names
+from clipdistill.statistics.claims import read_claims
 from clipdistill.train.config import RunConfig, resolve
+from clipdistill.train.stages import resolve_stages
 
 NUMBERS: list[Any] = [
     True,
@@ -128,3 +132,97 @@ def test_on_the_command_line_a_number_is_refused_by_name_or_kept(key: str) -> No
         assert key.split(".")[1] in said
         assert "\n" not in said
         assert len(said) < 700
+
+
+ODD: list[Any] = [None, True, -1, "", "\0", "\ud800", "x" * 100_000, "[/b]", [], ["x"], [None], {}, {"x": 1}, {1: 2},
+                  {None: None}, {"a": {"b": [1, {"c": 2}]}}, b"x", object(), 3 + 4j, float, {1, 2}]  # fmt: skip
+OTHERS = [(kind, name) for kind in configs() for name in kind.model_fields if (kind, name) not in FIELDS]
+
+
+@pytest.mark.parametrize(("kind", "name"), OTHERS, ids=lambda value: getattr(value, "__name__", value))
+def test_every_other_setting_is_refused_in_one_sentence_or_can_be_written_down(kind: type[Config], name: str) -> None:
+    for value in ODD:
+        try:
+            found = build(kind, {name: value}, "here")
+        except InputError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+            assert 0 < len(str(error)) < 900  # noqa: PT017
+        else:
+            json.dumps(as_dict(found))
+
+
+SHAPES: list[Any] = [None, True, -1, 10**30, math.nan, "", "x", "\0", "[/b]", [], ["x"], [None], {}, {"x": 1}, {1: 2},
+                     {None: None}, [[1]], {"x": {"y": 1}}]  # fmt: skip
+
+
+def in_nested(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if path:
+        yield path
+    pairs = values.items() if isinstance(values, dict) else enumerate(values[:2]) if isinstance(values, list) else ()
+    for key, value in pairs:
+        yield from in_nested(value, (*path, key))
+
+
+def refused_or_taken(path: Path, given: dict[str, Any], size: str | None = None) -> None:
+    """As a run and as a run in stages: settings, or one sentence."""
+    for read in (resolve_stages, resolve):
+        try:
+            read(path, given, size=size)
+        except InputError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+            assert 0 < len(str(error)) < 1000  # noqa: PT017
+
+
+FEW = ["clip-rd", "dclip-stages"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in FEW else pytest.mark.slow) for n in recipe_names()])
+def test_every_key_of_a_recipe_takes_any_shape_or_says_one_sentence(name: str, tmp_path: Path) -> None:
+    base = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    given = {"teacher": "T", "student": "S", "data": "scenes", "out": tmp_path / "o"}
+    for number, place in enumerate(in_nested(base)):
+        for value in SHAPES if name not in FEW else SHAPES[number % 6 :: 6]:
+            changed = json.loads(json.dumps(base))
+            node = changed
+            for key in place[:-1]:
+                node = node[key]
+            node[place[-1]] = value
+            (tmp_path / "own.yaml").write_text(yaml.safe_dump(changed))
+            refused_or_taken(tmp_path / "own.yaml", given)
+
+
+@pytest.mark.parametrize("key", [*RunConfig.model_fields, "from", "about", "sizes", "stages", "size", "recipe"])
+def test_every_key_of_an_own_recipe_takes_any_shape_or_says_one_sentence(key: str, tmp_path: Path) -> None:
+    for number, value in enumerate(SHAPES):
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump({"from": "clip", key: value}))
+        data = ("scenes", "/x/own.json")[number % 2]
+        given = {"teacher": "T", "student": "S", "data": data, "out": tmp_path / "o"}
+        refused_or_taken(tmp_path / "own.yaml", given, "debug")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("from: clip-rd\nfrom: clip\n", "(line 2): not readable as YAML: the key 'from' stands twice"),
+        ("train: {steps: 1, steps: 2}\n", "the key 'steps' stands twice"),
+        ("1: 2\n1: 3\n", "the key '1' stands twice"),
+        ("true: 1\ntrue: 2\n", "the key 'True' stands twice"),
+        ("train: {steps: 010}\n", "'010' is not a plain number"),
+        ("train: {steps: 1:30}\n", "'1:30' is not a plain number"),
+        ("train: {steps: -01_0}\n", "'-01_0' is not a plain number"),
+        ("a: 1\n---\na: 2\n", "another document"),
+        ("a: &a {x: *a}\n", "aliases unfold"),
+        ("<<: 3\n", "for merging"),
+        ("? [a]\n: 1\n", "unhashable key"),
+        ("a: !!python/object:os.system {}\n", "could not determine a constructor"),
+    ],
+)
+def test_yaml_that_means_two_things_is_refused_everywhere(text: str, said: str, tmp_path: Path) -> None:
+    """Recipes, plans of ablations, claims: one reader."""
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    for read in (resolve, read_plan, read_claims):
+        with pytest.raises(InputError) as caught:
+            read(path)
+        assert said in str(caught.value)
+        assert "own.yaml" in str(caught.value)

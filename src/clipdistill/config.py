@@ -86,6 +86,8 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "configuration")
         return cls.model_validate(dict(values))
     except pydantic.ValidationError as error:
         raise InputError(f"{where}: {_first_problem(cls, error)}") from error
+    except UnicodeEncodeError as error:  # a validator's own sentence about such a text
+        raise InputError(f"{where}: a text holds half of a character (\\ud800 to \\udfff), which is none") from error
 
 
 def _first_problem(cls: type[Config], error: pydantic.ValidationError) -> str:
@@ -160,7 +162,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A key that stands twice in one mapping is an error: the first would be dropped in silence."""
+    """A key that stands twice in one mapping is an error: the first would be dropped in silence.
+
+    So are 010 and 1:30, which YAML 1.1 takes for 8 and for 90.
+    """
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node))
+        digits = text.lstrip("+-").replace("_", "")
+        if ":" in text or (len(digits) > 1 and digits[0] == "0" and digits.isdigit()):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"'{text:.40}' is not a plain number: quote it if it is a text", node.start_mark
+            )
+        return int(super().construct_yaml_int(node))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
@@ -174,6 +188,9 @@ class _UniqueKeys(yaml.SafeLoader):
                 )
             seen.append(key)
         return super().construct_mapping(node, deep)
+
+
+_UniqueKeys.add_constructor("tag:yaml.org,2002:int", _UniqueKeys.construct_yaml_int)
 
 
 def parse_yaml(text: str, where: str) -> Any:

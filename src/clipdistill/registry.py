@@ -192,7 +192,7 @@ def load_plugin(path: str | Path) -> Any:
 
 def is_loaded(path: str | Path) -> bool:
     """Whether this plug-in file has run in this process."""
-    return os.path.realpath(Path(path).expanduser()) in _loaded
+    return "\0" not in str(path) and os.path.realpath(Path(path).expanduser()) in _loaded
 
 
 def load_entry_points() -> None:

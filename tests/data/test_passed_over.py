@@ -68,6 +68,29 @@ def test_linked_and_unlisted_folders_are_counted(tmp_path: Path) -> None:
     assert labelled.problems.counts == {"link to a folder": 1}  # a circle is nothing
 
 
+def test_parquet_with_fewer_images_than_it_says_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A footer that counts more rows than the column of images has: fewer samples without a word, or an IndexError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from clipdistill.data.formats import parquet
+
+    path = tmp_path / "data.parquet"
+    cells = [encoded(0)] * 5
+    pq.write_table(pa.table({"image": cells, "caption": ["a red square"] * 5}), path)
+    whole, read = open_pairs(str(path)), parquet._read_cells
+    monkeypatch.setattr(parquet, "_read_cells", lambda *given: read(*given)[:3])
+    with pytest.raises(BadSample, match=r"missing row: row group 0 of data\.parquet holds 3 images"):
+        whole.image_bytes(4)
+    pq.write_table(pa.table({"image": [*cells[:4], None], "caption": ["a red square"] * 5}), path)
+    with pytest.raises(InputError, match=r"damaged Parquet file .*holds 3 images and says 5"):
+        open_pairs(str(path))
+    monkeypatch.setattr(parquet, "_columns", lambda table, names: iter([("a red square", None)] * 2))
+    monkeypatch.setattr(parquet, "_places", lambda table, column: iter([(0, row, False) for row in range(5)]))
+    with pytest.raises(InputError, match="damaged Parquet file"):
+        open_pairs(str(path))
+
+
 def test_endings_of_captions_and_images_in_any_case(tmp_path: Path) -> None:
     source = open_pairs(str(write(tmp_path, "a.JPG", "a.TXT", "b.jfif", "b.txt", "c.JPE", "c.Txt")))
     assert [source.captions(i) for i in range(3)] == [

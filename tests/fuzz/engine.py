@@ -38,7 +38,7 @@ CLOCK = 120.0
 SILENT, GONE = "silent", "gone"
 MEMORY = 400 << 20
 """Bytes by which one input may raise the process's peak (pictures have at most a million pixels)."""
-ROUND = 5000
+ROUND = 20_000
 """Inputs after which a worker is replaced, with the next seed, and what was found is written: a killed run goes on."""
 
 

@@ -59,6 +59,14 @@ def test_seeds_of_one_recipe_become_one_entry_with_students_interval(tmp_path: P
     assert (cell.value, cell.low, cell.high) == pytest.approx((np.mean(values), low, high))
 
 
+def test_the_interval_of_a_share_stays_within_the_possible(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"s{i}", "clip-rd", seed=i, shift=v) for i, v in enumerate((-0.3, 0.3))]
+    table = table_of(*folders)
+    [entry] = table.students
+    cell = table.lead[0].cells[entry.label]
+    assert (cell.low, cell.high) == (0, 1)  # Student's alone would lie far outside
+
+
 def test_the_same_seed_twice_is_not_two_seeds(tmp_path: Path) -> None:
     table = table_of(write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=1))
     assert [e.label for e in table.students] == ["CLIP-RD (a)", "CLIP-RD (b)"]

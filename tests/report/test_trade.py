@@ -100,3 +100,26 @@ def test_a_benchmark_that_is_no_json_is_told(tmp_path: Path, content: bytes) -> 
     [notice] = trade_of(folder).notices
     assert notice.startswith(str(folder / "bench.json"))
     assert notice.endswith("it is left out here.")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0, -3, 1e308, 10**400, True, "3", None])
+@pytest.mark.parametrize("key", ["value", "low", "high"])
+def test_speeds_that_no_chart_can_show_are_told(tmp_path: Path, key: str, value: object) -> None:
+    folder = write_run(tmp_path / "rd")
+    path = write_bench(tmp_path / "bench.json", {"student": (10.0, 20.0)})
+    bench = json.loads(path.read_text())
+    bench["measurements"][0][key] = value
+    path.write_text(json.dumps(bench))
+    trade = trade_of(folder)
+    assert trade.devices == []
+    assert "no positive number" in trade.notices[0]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 0, -3, 1e308, 10**400, True, "3", None, []])
+def test_sizes_that_are_none_are_left_out(tmp_path: Path, value: object) -> None:
+    folder = write_run(tmp_path / "rd")
+    facts = json.loads((folder / "run.json").read_text())
+    facts["parameters"] = {"total": value, "image": 5}
+    (folder / "run.json").write_text(json.dumps(facts))
+    size = trade_of(folder).sizes["CLIP-RD"]
+    assert (size.parameters, size.image_parameters) == (None, 5)

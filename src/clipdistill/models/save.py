@@ -24,7 +24,7 @@ from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.known import is_own_module
 from clipdistill.models.own import plugin_of, rebuilt
 from clipdistill.models.tokenizers import OwnTokenizer, tokenizer_from_dict
-from clipdistill.runtime.files import new_folder, read_json, sha256, write_json
+from clipdistill.runtime.files import new_folder, read_json, require_readable, sha256, write_json
 
 FORMAT = 1
 DESCRIPTION, WEIGHTS = "model.json", "model.safetensors"
@@ -188,6 +188,7 @@ def read_safetensors(path: Path, expected: dict[str, torch.Size], what: str) -> 
     """The tensors of a safetensors file, whose names and shapes must be those `expected` of `what`."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    require_readable(path)
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

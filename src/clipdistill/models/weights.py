@@ -17,6 +17,7 @@ from torch import nn
 
 from clipdistill.errors import InputError
 from clipdistill.models.save import require_equal_shapes
+from clipdistill.runtime.files import require_readable
 
 # wrappers of DDP, torch.compile and TinyCLIP, which split the model in three
 _PREFIXES = ("module.", "_orig_mod.", "_image_encoder.", "_text_encoder.", "_logit_scale.")
@@ -66,6 +67,7 @@ def _is_safetensors(path: Path) -> bool:
 
 def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file. Raises InputError when it is not one."""
+    require_readable(path)
     try:
         return load_file(path)
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:

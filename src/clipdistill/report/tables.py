@@ -362,13 +362,16 @@ def _single(row: Record) -> Estimate:
 
 
 def _over_seeds(rows: Sequence[Record]) -> Estimate:
-    """Mean over seeds with Student's interval."""
+    """Mean over seeds with Student's interval; of a share no further than 0 to 100 %."""
     from scipy import stats
 
     values = [row.value for row in rows]
     interval = seed_interval(values)
     error = (interval.high - interval.low) / (2 * float(stats.t.ppf(0.975, len(values) - 1)))
-    return Estimate(interval.value, interval.low, interval.high, error, rows[0].n, len(values), tuple(values))
+    low, high = interval.low, interval.high
+    if is_share(rows[0].metric):
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Estimate(interval.value, low, high, error, rows[0].n, len(values), tuple(values))
 
 
 def _unequal(a: Entry, b: Entry) -> list[str]:

@@ -341,6 +341,14 @@ def _read(path: Path, hint: str) -> bytes:
     return content
 
 
+def require_readable(path: Path) -> None:
+    """Raise InputError for a file that cannot be opened; safetensors calls every such file missing."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
 def sha256(path: Path | str) -> str:
     """sha256 (hex) of a file's content."""
     with Path(path).open("rb") as file:

@@ -58,7 +58,7 @@ class Score:
         """The value as printed: '41.2' percent points with '[39.8, 42.6]', ranks and counts as they are."""
         scale, digits = (1.0, 1) if _is_rank(self.metric) else (1.0, 0) if self.metric in _COUNTS else (100.0, 1)
         result = f"{self.value * scale:.{digits}f}"
-        if interval and self.low is not None and self.high is not None:
+        if interval and self.low is not None and self.high is not None and math.isfinite(self.high - self.low):
             result += f" [{self.low * scale:.{digits}f}, {self.high * scale:.{digits}f}]"
         return result
 

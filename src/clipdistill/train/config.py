@@ -308,10 +308,10 @@ def lay_own(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         base.pop("data")
         if _built_in(base.get("validation")):
             base.pop("validation")
-        evaluation = dict(base.get("evaluation") or {})
-        if any(_built_in(name) for name in evaluation.get("zero_shot") or ()):
-            evaluation.pop("zero_shot")
-        base["evaluation"] = evaluation
+        evaluation = base.get("evaluation")
+        sets = evaluation.get("zero_shot") if isinstance(evaluation, Mapping) else None
+        if any(map(_built_in, sets if isinstance(sets, list | tuple) else [sets])):
+            base["evaluation"] = {key: value for key, value in evaluation.items() if key != "zero_shot"}
     if _path_of(over.get("validation")) and not _built_in(over["validation"]) and _built_in(base.get("validation")):
         base.pop("validation")
     return lay(base, over)
@@ -329,11 +329,18 @@ def _built_in(data: Any) -> bool:
 def checked_recipe(recipe: str | Path, size: str | None) -> dict[str, Any]:
     """`load_recipe` of a file that may come from anywhere: it can name values, and code only if the user does too."""
     values = load_recipe(recipe, size)
-    named = values.get("plugins") or ()
-    for name in [named] if isinstance(named, str) else named:
+    for name in _plugins(values, recipe):
         if not is_loaded(name):
             raise InputError(f"recipe {recipe}: it names the plug-in {name!r}: give it as --plugin if you trust it")
     return values
+
+
+def _plugins(values: Mapping[str, Any], recipe: str | Path) -> Sequence[str | Path]:
+    named = values.get("plugins")
+    plugins: Any = [named] if isinstance(named, str | Path) else [] if named is None else named
+    if not isinstance(plugins, list | tuple) or not all(isinstance(name, str | Path) for name in plugins):
+        raise InputError(f"recipe {recipe}: 'plugins' must be a list of files, found {named!r:.200}")
+    return plugins
 
 
 def resolve_values(values: Mapping[str, Any], recipe: str | Path) -> RunConfig:
@@ -342,10 +349,7 @@ def resolve_values(values: Mapping[str, Any], recipe: str | Path) -> RunConfig:
     Plug-ins that the settings name, or that the run in `out` was begun with, are loaded first.
     """
     values = {**values, "recipe": str(recipe)}
-    named = values.get("plugins")
-    plugins: list[Any] = [named] if isinstance(named, str | Path) else [] if named is None else named
-    if not isinstance(plugins, list | tuple) or not all(isinstance(name, str | Path) for name in plugins):
-        raise InputError(f"recipe {recipe}: 'plugins' must be a list of files, found {named!r:.200}")
+    plugins = _plugins(values, recipe)
     if not plugins and isinstance(values.get("out"), (str, Path)):
         plugins = RunFolder(Path(values["out"])).load_plugins()
     for name in plugins:

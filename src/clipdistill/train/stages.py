@@ -64,6 +64,8 @@ def resolve_stages(
         if not _NAME.match(str(name)):
             raise InputError(f"recipe {recipe}: stage '{name}': a name has letters, digits and . % + - _ only")
         stage = lay(lay(lay(values, overlay), over), own.get(name, {}))
+        if not all(isinstance(part.get("train", {}), Mapping) for part in (stage, overlay)):
+            raise InputError(f"recipe {recipe}: stage '{name}': 'train' must be a mapping of settings")
         if "seed" not in overlay.get("train", {}):
             stage = lay(stage, {"train": {"seed": stage.get("train", {}).get("seed", 0) + number - 1}})
         stage["out"] = str(out / f"stage-{number}-{name}")

@@ -117,8 +117,8 @@ def embed_to_file(
     description = out.with_name(f"{out.name}.json")
     if out.exists():
         return _finished(out, description, identity)
-    require_place(out, "the embeddings")
-    folder = make_folder(out.with_name(f"{out.name}.parts"), "the embeddings")
+    require_place(out, "embeddings")
+    folder = make_folder(out.with_name(f"{out.name}.parts"), "embeddings")
     with FolderLock(folder / "lock", f"{folder} is being filled"):
         _require_same(folder / "identity.json", identity, f"{folder}: begun with")
         encoder = Encoder(model, batch_size=batch_size, workers=workers, dtype=dtype, engine=engine, progress=False)

@@ -57,6 +57,11 @@ class Place(str):
         """The photographs below a folder (see files.list_images)."""
         return self._listed[0]
 
+    @property
+    def unlisted(self) -> str | None:
+        """A folder that cannot be listed, and why."""
+        return next((f"'{path}' is a {reason}" for path, reason in self._listed[1] if "be listed" in reason), None)
+
     @cached_property
     def texts(self) -> dict[str, str]:
         """The text files below a folder: path without its ending -> path, '.txt' in any case; hidden ones left out."""

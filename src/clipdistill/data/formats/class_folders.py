@@ -26,7 +26,7 @@ def _is_class_folder(place: Place) -> bool:
             continue
         if entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES | {".csv", ".tsv", ".parquet"}:
             return False
-        if entry.is_dir():
+        if entry.is_dir() and os.access(entry, os.R_OK | os.X_OK):  # others are told when the set is opened
             first = _first_image(entry)
             if first is None or first.with_suffix(".txt").exists():
                 return False
@@ -66,6 +66,8 @@ def open_folders(place: Place, config: LabelledConfig) -> FolderLabels:
         raise InputError(f"labelled data '{root}': the folder holds no images")
     if not any("/" in image for image in images):
         raise InputError(f"labelled data '{root}': the {len(images)} images lie in no class folders")
+    if below.unlisted:
+        raise InputError(f"labelled data '{root}': {below.unlisted}: a set without one of its classes is another set")
     problems = Problems()
     below.count_passed_over(problems)
     tops = {image.split("/", 1)[0] for image in images if "/" in image}

@@ -66,7 +66,7 @@ def open_parquet(place: Place, config: DataConfig, default_split: str | None) ->
         for number, (file, table) in enumerate(zip(files, tables)):
             beside = f" of {file.name}" if len(files) > 1 else ""
             if in_cells:
-                lines = zip(_columns(table, (caption, split)), _places(table, image))
+                lines = zip(_columns(table, (caption, split)), _places(table, image), strict=True)
                 for line, ((texts, label), (group, row, null)) in enumerate(lines):
                     if null:
                         rows.problems.add(WITHOUT_IMAGE, f"{file.stem}/{line}", dropped=True)
@@ -156,6 +156,8 @@ def _places(table: Any, column: str) -> Iterator[tuple[int, int, bool]]:
             nulls = np.zeros(about.num_rows, dtype=bool)
         else:
             nulls = _read_cells(table, group, column).is_null().to_numpy(zero_copy_only=False)
+            if len(nulls) != about.num_rows:
+                raise ValueError(f"row group {group} holds {len(nulls)} images and says {about.num_rows}")
         for row in range(about.num_rows):
             yield group, row, bool(nulls[row])
 
@@ -211,7 +213,10 @@ class ParquetPairs(IndexedPairs):
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         file, group, row = (int(v) for v in self._places[i])
-        value: bytes | None = self._group(file, group)[row].as_py()
+        cells = self._group(file, group)
+        if row >= len(cells):
+            raise BadSample(f"missing row: row group {group} of {self._paths[file].name} holds {len(cells)} images")
+        value: bytes | None = cells[row].as_py()
         if value is None:
             raise BadSample("empty image file")
         return value
