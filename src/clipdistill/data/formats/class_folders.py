@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def _is_class_folder(place: Place) -> bool:
             continue
         if entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES | {".csv", ".tsv", ".parquet"}:
             return False
-        if entry.is_dir() and os.access(entry, os.R_OK | os.X_OK):  # others are told when the set is opened
+        # what cannot be listed is told when the set is opened
+        if entry.is_dir() and (is_url(place.path) or os.access(entry, os.R_OK | os.X_OK)):
             first = _first_image(entry)
             if first is None or first.with_suffix(".txt").exists():
                 return False
