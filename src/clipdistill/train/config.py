@@ -310,7 +310,7 @@ def lay_own(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             base.pop("validation")
         evaluation = base.get("evaluation")
         sets = evaluation.get("zero_shot") if isinstance(evaluation, Mapping) else None
-        if any(map(_built_in, sets if isinstance(sets, list | tuple) else [sets])):
+        if evaluation and any(map(_built_in, sets if isinstance(sets, list | tuple) else [sets])):
             base["evaluation"] = {key: value for key, value in evaluation.items() if key != "zero_shot"}
     if _path_of(over.get("validation")) and not _built_in(over["validation"]) and _built_in(base.get("validation")):
         base.pop("validation")
