@@ -172,6 +172,16 @@ def test_every_command_takes_the_options(served, tmp_path, capsys):
     assert "--local-cache DIR" in capsys.readouterr().err
 
 
+def test_parquet_files_are_copied_too(web, everything, tmp_path):
+    web.serve_folder(everything)
+    local_cache(tmp_path / "copies", "1GB")
+    far, near = open_pairs(f"{web.url}/parquet"), open_pairs(str(everything / "parquet"))
+    web.asked.clear()
+    assert _read_all(far) == _read_all(near)
+    assert web.asked == []
+    assert len(_copies(tmp_path / "copies")) == 2
+
+
 def test_without_the_option_nothing_is_kept(served, tmp_path):
     _read_all(open_pairs(f"{served.url}/00000.tar"))
     assert not list(tmp_path.rglob("*.copy"))

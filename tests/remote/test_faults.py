@@ -114,6 +114,21 @@ def test_neighbours_are_one_request(served):
     assert len(served.asked) == 3
 
 
+def test_a_set_of_a_mixture_is_fetched_ahead_beside_one_of_this_machine(served, shards):
+    from clipdistill.data.mixture.opening import open_any
+    from clipdistill.data.pairs import DataConfig
+
+    sets = [{"path": str(shards), "name": "near"}, {"path": f"{served.url}/{{00000..00002}}.tar", "name": "far"}]
+    both = open_any(DataConfig(sets=sets))
+    served.asked.clear()
+    read_ahead(both, range(24))
+    assert [both.image_bytes(i) for i in range(24)] == [both.image_bytes(24 + i) for i in range(24)]
+    served.asked.clear()
+    read_ahead(both, range(24, 48))
+    assert [both.image_bytes(i) for i in range(24)] == [both.image_bytes(24 + i) for i in range(24)]
+    assert len(served.asked) == 3
+
+
 def test_images_of_a_folder_are_never_left_out_for_a_failure(web, everything, three_attempts):
     web.serve_folder(everything)
     far = open_pairs(f"{web.url}/pairs.csv")

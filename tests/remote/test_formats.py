@@ -7,6 +7,7 @@ import pytest
 from clipdistill.data.files import read_ahead
 from clipdistill.data.open import check_data_name, is_labelled_name, open_labelled, open_pairs
 from clipdistill.errors import InputError
+from tests.data.helpers import encoded
 from tests.remote.conftest import LABELLED, PAIRS
 
 
@@ -104,6 +105,17 @@ def test_a_wrong_url_is_one_sentence(name, said, memory):
     with pytest.raises(InputError, match=said) as caught:
         open_pairs(name)
     assert "\n" not in str(caught.value)
+
+
+def test_pictures_and_texts_alone(web):
+    from clipdistill.data.mixture.opening import open_any
+    from clipdistill.data.pairs import DataConfig
+
+    web.objects |= {f"pictures/a/{k}.jpg": encoded(k) for k in range(5)}
+    web.objects["texts.tsv"] = "\n".join(f"sentence {k}\tSatz {k}" for k in range(4)).encode()
+    pictures, texts = (open_any(DataConfig(path=f"{web.url}/{name}")) for name in ("pictures", "texts.tsv"))
+    assert (len(pictures), pictures.captioned, pictures.image_bytes(3)) == (5, False, encoded(3))
+    assert texts.captions(2) == ("sentence 2", "Satz 2")
 
 
 def test_a_file_url_is_this_machine(shards):

@@ -25,6 +25,8 @@ _BLOCK = 8 << 20
 """Bytes of a request when an object is copied."""
 _LEAST_BLOCK, _LARGEST_BLOCK, _THROUGH = 1 << 14, 4 << 20, 1 << 18
 """A reader that goes forward reads ever larger blocks; one that jumps further than _THROUGH begins small again."""
+_COPIED = (".parquet", ".pq")
+"""Files whose parts are read by other libraries through an open file; of tars, copies are made by `read_range`."""
 _BLOCKS = 3  # of an object that is copied, on their way at a time
 _MOST = 4 * _BLOCK  # bytes of one request of a reader
 
@@ -243,6 +245,10 @@ class RemotePath:
         raw: Any
         if self._look().folder:
             raise IsADirectoryError(self.url)
+        if self.suffix.lower() in _COPIED and (place := self._copies()) is not None:
+            copy = place.fetch(self._copy_name, self._look().size, self._opened, self._write)
+            if copy is not None:
+                return copy.open(mode, encoding=encoding, errors=errors, newline=newline)
         raw = RemoteFile(self)
         file = io.BufferedReader(raw, 1 << 13)
         return file if "b" in mode else io.TextIOWrapper(file, encoding or "utf-8", errors, newline)
@@ -359,14 +365,17 @@ _far: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 """Whether any sample of a source was seen to be an object of a store."""
 
 
-def read_ahead(source: Any, indices: Iterable[int]) -> None:
+def read_ahead(source: Any, indices: Sequence[int]) -> None:
     """Begin to fetch the encoded pictures of these samples, in this order.
 
     Each is asked for once to note down which object it reads, which is not done; a source that turns out to be on this
     machine is not asked again.
     """
     read = getattr(source, "image_bytes", None) or getattr(source, "_bytes", None)
-    if read is None or _far.get(source) is False:
+    if read is None or not len(indices):
+        return
+    part = source.part(indices[0]) if hasattr(source, "part") else source  # of several sets, a batch is of one
+    if _far.get(part) is False:
         return
     ranges: list[tuple[RemotePath, int, int]] = []
     objects: list[RemotePath] = []
@@ -389,10 +398,10 @@ def read_ahead(source: Any, indices: Iterable[int]) -> None:
         finally:
             _noting.on = False
     if ranges or objects:
-        _far[source] = True
+        _far[part] = True
         _read_ahead(ranges, objects)
-    elif source not in _far and not kept:
-        _far[source] = False
+    elif part not in _far and not kept:
+        _far[part] = False
 
 
 def _note(path: RemotePath | None = None, start: int | None = None, size: int = 0) -> None:

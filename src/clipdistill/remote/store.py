@@ -131,7 +131,9 @@ class FsspecStore:
             data = self._s3(path, start, end, info.identity)
         else:
             self._look(url, info)
-            data = self._call("cat_file", path, start=start, end=end)
+            buffered = not getattr(self.fs, "async_impl", False) and self.scheme != "memory"
+            more = {"cache_type": "none"} if buffered else {}  # they would read megabytes beyond the range
+            data = self._call("cat_file", path, start=start, end=end, **more)
         if len(data) != end - start:
             self._looked.pop(url, None)
             self._look(url, info)
@@ -200,11 +202,18 @@ def _info(found: dict[str, Any]) -> Info:
 def _known(error: Exception) -> Exception:
     """An error of a library as one of ours."""
     kind, text = type(error).__name__, f"{error} {error.__cause__ or ''}"
-    if isinstance(error, PermissionError) or "Credentials" in kind or "Unauthorized" in kind or "Forbidden" in kind:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if (
+        status in (401, 403)
+        or isinstance(error, PermissionError)
+        or "Credentials" in kind
+        or "Unauthorized" in kind
+        or "Forbidden" in kind
+    ):
         return Refused(first_line(error))
     if "PreconditionFailed" in text or "pre-conditions" in text or kind == "FileExpired":
         return Changed("its ETag is another")
-    if "NotFound" in kind:  # the hub's and Azure's own
+    if status == 404 or "NotFound" in kind:  # the hub's and Azure's own
         return FileNotFoundError(str(error))
     return Temporary(first_line(error))
 
