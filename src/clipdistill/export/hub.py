@@ -250,6 +250,8 @@ def _export(manifest: dict[str, Any]) -> str:
 
 
 def _use(folder: Path, repository: str) -> str:
+    if (folder / "index.html").is_file():
+        return "The folder is a page that searches pictures in the browser; any static host serves it."
     if (folder / MANIFEST).is_file():
         return (
             '`python example.py PICTURE "a caption" "another"` needs nothing of clipdistill; the file is some 20 lines.'

@@ -15,7 +15,7 @@ import numpy as np
 from clipdistill.errors import InputError
 from clipdistill.export.gate import Tolerance, compare, require
 from clipdistill.export.towers import write_onnx
-from clipdistill.export.web.weights import COSINE, shrink_weights
+from clipdistill.export.web.weights import COSINE, light_tower
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import load_graph
 
@@ -43,8 +43,7 @@ def write_transformers_js(model: ClipModel, folder: Path) -> list[str]:
             require(compare(model, {tower: load_graph(path, "onnx")}), Tolerance(), str(path.name))
             for precision, suffix in _SUFFIXES.items():
                 light = path.with_name(f"{name}{suffix}.onnx")
-                shrink_weights(path, light, precision)
-                cosine = min(parity.cosine for parity in compare(model, {tower: load_graph(light, "onnx")}))
+                cosine = min(parity.cosine for parity in light_tower(model, tower, path, light, precision))
                 if cosine < COSINE[precision]:
                     light.unlink()
                     notes.append(

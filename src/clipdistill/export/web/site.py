@@ -19,14 +19,14 @@ from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
 from clipdistill.export.accuracy import accuracy, embed
 from clipdistill.export.folder import export_folder
-from clipdistill.export.gate import Parity, Tolerance, compare, summary
+from clipdistill.export.gate import Parity, Tolerance, summary
 from clipdistill.export.graphs import Exported, export_graphs
 from clipdistill.export.hub import public_text
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.towers import OPSET
 from clipdistill.export.transform import EXAMPLE
 from clipdistill.export.web.runtime import PACKAGE, VERSION, copy_runtime
-from clipdistill.export.web.weights import COSINE, shrink_weights
+from clipdistill.export.web.weights import COSINE, light_tower
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import TOWERS, load_graph, read_exported
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
@@ -73,10 +73,10 @@ def export_web(
         for path in graphs.iterdir():
             if path.is_file() and path.name not in (EXAMPLE, MANIFEST) and not path.name.startswith(TOWERS):
                 shutil.copyfile(path, folder / path.name)
+        parities: list[Parity] = []
         for tower in TOWERS:
-            shrink_weights(graphs / f"{tower}.onnx", folder / f"{tower}.onnx", precision)
+            parities += light_tower(model, tower, graphs / f"{tower}.onnx", folder / f"{tower}.onnx", precision)
         runners = {tower: load_graph(folder / f"{tower}.onnx", "onnx") for tower in TOWERS}
-        parities = compare(model, runners)
         _require_cosine(parities, precision, str(out))
         manifest = read_json(graphs / MANIFEST)
         manifest.pop("sha256", None)
