@@ -68,12 +68,10 @@ def main() -> None:
         for what, model in (("teacher", teacher), ("before", out / "student"), ("adapted", adapted[name])):
             found = measure(model, test, out / "scores" / f"{name}-{what}.json")
             cells = [found["top1"], *neighbours(model, teacher, test)]
-            rows.append(row(f"{name}, {what}", [*cells, *retrieval(model, pairs, out, f"{name}-{what}")]))
+            rows.append(row(f"{name}, {what}", [*cells, *retrieval(model, pairs, out)]))
     for what in ("begun", ""):
         model = out / f"texts{what and '-' + what}"
-        rows.append(
-            row(f"texts alone{', ' + what if what else ''}", [None] * 3 + retrieval(model, pairs, out, model.name))
-        )
+        rows.append(row(f"texts alone{', ' + what if what else ''}", [None] * 3 + retrieval(model, pairs, out)))
     write_text(out / "table.md", "\n".join(rows) + "\n")
     print("\n".join(rows))
 
@@ -82,9 +80,9 @@ def row(name: str, cells: list[float | None]) -> str:
     return f"| {name} | " + " | ".join("" if cell is None else f"{100 * cell:.1f}" for cell in cells) + " |"
 
 
-def retrieval(model: Path, pairs: Path, out: Path, name: str) -> list[float | None]:
+def retrieval(model: Path, pairs: Path, out: Path) -> list[float | None]:
     """R@1 and R@10 among the 1,000 photographs of Flickr8k's validation split."""
-    found = measure(model, pairs, out / "scores" / f"{name}-flickr8k.json", "--split", "val")
+    found = measure(model, pairs, out / "scores" / f"{model.name}-flickr8k.json", "--split", "val")
     return [found["t2i_R@1"], found["t2i_R@10"]]
 
 
