@@ -186,7 +186,9 @@ def test_without_the_terms_for_it_there_is_no_other_tower(tmp_path):
 def test_a_random_tower_that_nothing_trains_is_told(photographs, tmp_path, capsys):
     words = ["--recipe", "images-only", "--size", "debug", "--data", str(photographs), "--out", str(tmp_path / "run")]
     assert main(["train", *words, "train.other_tower=own", "train.steps=1"]) == 0
-    assert "the text tower has random weights and no term trains it" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the text tower has random weights and no term trains it" in said
+    assert "the image tower learns through a new linear map" in said
 
 
 def test_a_skipped_step_of_pictures_is_replayed(photographs, tmp_path, monkeypatch, capsys):

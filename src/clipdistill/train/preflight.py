@@ -44,6 +44,11 @@ def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, 
             f"warning: the {other} tower has random weights and no term trains it: train.other_tower=teacher keeps "
             "the teacher's in its place"
         )
+    if len(setup.modalities) == 1 and getattr(setup.objective, f"{setup.modalities[0]}_projection") is not None:
+        say(
+            f"warning: the {setup.modalities[0]} tower learns through a new linear map into the teacher's width, so "
+            "nothing holds it to the student's other tower: train.other_tower=teacher gives one that fits"
+        )
     if setup.features is not None:
         say(setup.features.sentence())
     for note in setup.teacher.notes if setup.teacher else []:
