@@ -97,7 +97,8 @@ _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)? .*", re.IGNORECASE)
 
 def worker_lost(error: BaseException, doing: str = "", advice: str = "") -> ClipdistillError | None:
     """What to tell the user when `error` means that a process preparing data has died; None for another error."""
-    found = _WORKER.search(" ".join(str(error).split())) if isinstance(error, RuntimeError) else None
+    words = " ".join(str(error).split()) if isinstance(error, RuntimeError) else ""
+    found = re.match(".*", words) if type(error).__name__ == "BrokenProcessPool" else _WORKER.search(words)
     if found is None:
         return None
     return ClipdistillError(

@@ -76,7 +76,7 @@ def killed(work: Callable[[], object], folder: Path, look: Callable[[], object])
 def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones, so that a kill comes between them; what is left of a block is old at once."""
     monkeypatch.setattr(stores, "BLOCK", 4)
-    monkeypatch.setattr(stores, "_ABANDONED", 0.0)
+    monkeypatch.setattr(stores, "ABANDONED", 0.0)
     monkeypatch.setattr(box_file, "_IMAGES", 4)
 
 

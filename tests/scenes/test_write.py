@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from clipdistill import cli
 from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError
+from clipdistill.scenes import write
 from clipdistill.scenes.pairs import open_scenes
 from clipdistill.scenes.write import write_scenes
 
@@ -56,6 +59,37 @@ def test_an_interrupted_run_continues(tmp_path: Path) -> None:
     write_scenes(tmp_path, "webdataset", "val", 30, shard_size=10, workers=1)
     assert kept.stat().st_mtime_ns == before
     assert lost.read_bytes() == content
+
+
+@pytest.mark.parametrize("format", ["webdataset", "karpathy"])
+def test_what_a_kill_leaves_is_taken_away_by_the_next_run(tmp_path: Path, format: str) -> None:
+    write_scenes(tmp_path, format, "val", 4, shard_size=2, workers=1)
+    folder = tmp_path if format == "webdataset" else tmp_path / "images" / "00000"
+    old, new = (folder / f".00001.tar.writing-{name}" for name in ("old", "new"))
+    old.write_bytes(b"half")
+    new.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    write_scenes(tmp_path, format, "val", 4, shard_size=2, workers=1)
+    assert new.exists()  # another process may be writing it
+    assert not old.exists()
+
+
+def _killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(write, "_write_tar", _killed)
+    command = ["scenes", "--out", str(tmp_path / "s"), "--size", "8", "--shard-size", "2", "--workers", "2"]
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert "a data worker died, usually for lack of memory" in said
+    assert "Traceback" not in said
+    monkeypatch.undo()
+    assert cli.main(command) == 0
+    assert len([*(tmp_path / "s").glob("*.tar")]) == 4
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel, hash_tensors
 from clipdistill.regions.box_file import BoxFile
 from clipdistill.regions.boxes import Boxes
-from clipdistill.runtime.files import remove_leftovers
+from clipdistill.runtime.files import ABANDONED, remove_leftovers
 from clipdistill.train.region_config import BoxLimits
 
 FORMAT = 1
@@ -37,7 +37,6 @@ MANIFEST = "regions.json"
 BLOCK = 256
 _ZERO_ROW, _UNREADABLE = -1, -2  # instead of a count: nothing found, the released one zero row; no picture
 _IDENTITY = ("format", "data_sha256", "boxes_sha256", "image_tower_sha256", "crops", "limits", "whole_image")
-_ABANDONED = 600.0  # seconds after which what somebody was writing is a killed writer's: others may be filling too
 Progress = Callable[[int, int], None]
 
 
@@ -136,7 +135,7 @@ def fill_store(
         manifest = stored
     else:
         blocks.describe(as_dict(manifest))
-    remove_leftovers(blocks.folder, older_than=_ABANDONED)
+    remove_leftovers(blocks.folder, older_than=ABANDONED)
     clip.module.eval().to(device)
     encoder = Encoder(clip, device=device)
     for number, part in enumerate(manifest.parts()):

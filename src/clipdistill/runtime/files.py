@@ -20,6 +20,8 @@ from typing import Any
 from clipdistill.errors import InputError, storage_error, system_number
 
 WRITING = ".writing-"
+ABANDONED = 600.0
+"""Seconds after which what somebody was writing is a killed writer's, in places where others may be writing too."""
 CHECKSUM = "sha256"
 _LARGEST_JSON = 1 << 30  # bytes
 

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from clipdistill.errors import InputError, nearest
-from clipdistill.runtime.files import make_folder, new_file, read_json, write_bytes, write_json
+from clipdistill.runtime.files import (
+    ABANDONED,
+    make_folder,
+    new_file,
+    read_json,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+)
 from clipdistill.runtime.machine import cpu_count
 from clipdistill.runtime.progress import Meter
 from clipdistill.scenes.pairs import ScenePairs, open_scenes
@@ -103,6 +111,8 @@ def _claim(out: Path, source: ScenePairs, format: str, shard_size: int) -> None:
     if mark.is_file():
         with contextlib.suppress(InputError):  # a damaged mark says that the folder holds something else
             if read_json(mark) == about:
+                for folder in (out, *out.glob("images/*")):  # of a run that was killed
+                    remove_leftovers(folder, older_than=ABANDONED)
                 return
         raise InputError(f"'{out}' already holds other scenes ({mark.name} says which): name another folder")
     if any(out.iterdir()):
