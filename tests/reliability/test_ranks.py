@@ -198,3 +198,41 @@ def test_rows_17_20_under_torchrun(models: Path, two_ranks: Path, tmp_path: Path
     said, _ = again.communicate(timeout=4 * LIMIT)
     assert again.returncode == 0, said[-4000:]
     require_same_run(two_ranks, out)
+
+
+PLUGIN = """
+import json, os
+import clipdistill as cd
+
+class Noting:
+    def on_step(self, view):
+        with open({path!r} + os.environ.get("RANK", "0"), "a") as file:
+            file.write(json.dumps([{word!r}, view.step]) + "\\n")
+
+cd.register_callback("noting", Noting)
+"""
+
+
+def test_a_plug_in_with_callbacks_is_part_of_the_identity_on_every_rank(
+    launcher: Launcher, models: Path, tmp_path: Path
+) -> None:
+    """Changed between stop and resume: refused by all ranks, or let through and recorded once; no step twice."""
+    out, plugin, told = tmp_path / "run", tmp_path / "own.py", str(tmp_path / "told-")
+    command = [*training(models, out, "callbacks=[noting]"), "--plugin", str(plugin)]
+    plugin.write_text(PLUGIN.format(path=told, word="first"))
+    for child in ranks(launcher, 2, *command, fault="stop_at", step=2):
+        child.finish(75)
+    stopped = newest_step(out)
+    before = (out / "identity.json").read_bytes()
+    plugin.write_text(PLUGIN.format(path=told, word="second"))
+    for child in ranks(launcher, 2, *command):
+        assert "the plug-in own.py is not what the run began with" in child.finish(2)
+    assert (out / "identity.json").read_bytes() == before
+    assert newest_step(out) == stopped
+    for child in ranks(launcher, 2, *command, "--allow-changes"):
+        child.finish()
+    changes = json.loads((out / "identity.json").read_text())["changes"]
+    assert [change["part"] for change in changes] == ["plug-in own.py"]
+    notes = [json.loads(line) for line in Path(told + "0").read_text().splitlines()]
+    assert [step for _, step in notes] == list(range(1, STEPS + 1))
+    assert {word for word, step in notes if step > (stopped or 0)} == {"second"}
