@@ -30,7 +30,7 @@ ORDER = (
     ("cache", "vectors"),
     ("bank",),
     ("statistics",),
-    ("evaluate",),
+    ("evaluate", "probe"),
     ("train",),
     ("regions",),
     ("bench",),
@@ -47,8 +47,8 @@ ORDER = (
 
 WINGS = (
     "models.inheritance", "scenes", "demo", "bank", "vectors", "bench", "ablate", "export", "regions", "search",
-    "reference", "listing", "doctor", "remote", "data.formats.hub", "data.formats.labelled_libraries", "data.mixture",
-    "objective.one_modality", "train.features", "train.trackers",
+    "probe", "reference", "listing", "doctor", "remote", "data.formats.hub", "data.formats.labelled_libraries",
+    "data.mixture", "objective.one_modality", "train.features", "train.trackers",
 )  # fmt: skip
 """Rooms, and parts of rooms, that a run can do without. The core finds them by name and never imports them."""
 

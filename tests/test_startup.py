@@ -56,6 +56,8 @@ CASES = {
     ),
     "embed": (["embed", "absent-run", "--data", "scenes:val", "--out", "x.npy"], "absent-run"),
     "embed data": (["embed", "scenes-teacher", "--data", "absent", "--out", "x.npy"], "absent"),
+    "probe": (["probe", "absent-run", "--train", "a", "--test", "b"], "absent-run"),
+    "probe data": (["probe", "scenes-teacher", "--train", "absent", "--test", "absent"], "absent"),
     "eval": (["eval", "absent-run", "--data", "scenes:val"], "absent-run"),
     "export": (["export", "absent-run", "--to", "onnx", "--out", "{tmp}/e"], "absent-run"),
     "compare": (["compare", "absent-a", "absent-b"], "absent-a"),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from clipdistill.models import load_model, load_student, register_student
     from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
     from clipdistill.objective.term import register_term
+    from clipdistill.probe.linear import probe
     from clipdistill.search.ask import search
     from clipdistill.statistics.compare import compare
     from clipdistill.statistics.scores import Scores
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Callback", "Embeddings", "Objective", "ObjectiveOutput", "Run", "Scores", "__version__", "bench", "cache",
     "compare", "distill", "embed", "embed_to_file", "evaluate", "export", "load_model", "load_student",
-    "read_embeddings", "register_callback", "register_format", "register_student", "register_term", "retrieval",
-    "search"
+    "probe", "read_embeddings", "register_callback", "register_format", "register_student", "register_term",
+    "retrieval", "search",
 ]  # fmt: skip
 
 _attribute = lazy_package(
@@ -51,6 +52,6 @@ _attribute = lazy_package(
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("bench", "cache", "embed", "evaluate", "export", "search"):  # packages that can be called
+    if name in ("bench", "cache", "embed", "evaluate", "export", "probe", "search"):  # packages that can be called
         return importlib.import_module(f"clipdistill.{name}")
     return _attribute(name)

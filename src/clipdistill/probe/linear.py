@@ -1,0 +1,168 @@
+"""Multinomial logistic regression on frozen embeddings: the linear probe of CLIP (Radford et al. 2021, appendix A.3).
+
+The loss is the mean cross entropy plus strength / 2 times the squared weights (not the biases), minimised by L-BFGS in
+float64. The strength is the one of STRENGTHS that is best on pictures held out for it: a fifth of the training pictures
+of each class, or, with K pictures a class, min(K, 4) others of each (as in CoOp, arXiv 2109.01134).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipdistill.data.labelled import LabelledSource
+from clipdistill.data.open import open_labelled
+from clipdistill.embed.encode import Encoder
+from clipdistill.errors import InputError
+from clipdistill.models import load_model
+from clipdistill.models.clip_model import ClipModel
+from clipdistill.statistics.bootstrap import Interval, bootstrap, seed_interval
+
+STRENGTHS = tuple(10.0**power for power in range(-7, 0))
+USUAL = 1e-4
+"""The strength where no picture is left to choose it on."""
+_HELD_OUT = 0.2
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """weights (C, D), biases (C,)."""
+
+    weights: Array
+    biases: Array
+
+    def predict(self, features: Array) -> NDArray[np.int64]:
+        """(N,) classes for features (N, D)."""
+        return (features @ self.weights.T + self.biases).argmax(1)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Top-1 on the test pictures after training on `shots` pictures a class (None: on all of them).
+
+    top1: with its 95 % interval, over the draws of training pictures, or over the test pictures for a single one (all
+    of them, or one draw); draws: top-1 of each; strengths: of the regularisation, one a draw; pictures: trained on.
+    """
+
+    shots: int | None
+    top1: Interval
+    draws: tuple[float, ...]
+    strengths: tuple[float, ...]
+    pictures: int
+
+
+def fit(features: Array, labels: NDArray[np.int64], classes: int, strength: float) -> Classifier:
+    """The minimum of the loss for features (N, D) with labels (N,) in 0..classes-1."""
+    from scipy.optimize import minimize
+
+    count, width = features.shape
+    rows = np.arange(count)
+
+    def loss(flat: Array) -> tuple[float, Array]:
+        matrix = flat.reshape(classes, width + 1)
+        logits = features @ matrix[:, :-1].T + matrix[:, -1]  # (N, C)
+        logits -= logits.max(1, keepdims=True)
+        shares = np.exp(logits)
+        sums = shares.sum(1, keepdims=True)
+        value = float((np.log(sums[:, 0]) - logits[rows, labels]).mean() + strength / 2 * (matrix[:, :-1] ** 2).sum())
+        shares /= sums
+        shares[rows, labels] -= 1
+        slope = np.empty_like(matrix)
+        slope[:, :-1] = shares.T @ features / count + strength * matrix[:, :-1]
+        slope[:, -1] = shares.mean(0)
+        return value, slope.ravel()
+
+    options = {"maxiter": 1000, "maxcor": 20, "ftol": 1e-12, "gtol": 1e-6}
+    found = minimize(loss, np.zeros(classes * (width + 1)), jac=True, method="L-BFGS-B", options=options)
+    matrix = found.x.reshape(classes, width + 1)
+    return Classifier(matrix[:, :-1], matrix[:, -1])
+
+
+def drawn(labels: NDArray[np.int64], most: int, generator: np.random.Generator) -> list[NDArray[np.int64]]:
+    """For each class that occurs, at most `most` of its rows in random order."""
+    return [generator.permutation(np.flatnonzero(labels == label))[:most] for label in np.unique(labels)]
+
+
+def chosen_strength(
+    features: Array, labels: NDArray[np.int64], train: NDArray[np.int64], held_out: NDArray[np.int64], classes: int
+) -> float:
+    """The strength that is right most often on the held-out rows; of equals the strongest."""
+    if not len(held_out):
+        return USUAL
+    right = {
+        strength: (
+            fit(features[train], labels[train], classes, strength).predict(features[held_out]) == labels[held_out]
+        ).mean()
+        for strength in STRENGTHS
+    }
+    return max(right, key=lambda strength: (right[strength], strength))
+
+
+def probe(
+    model: str | Path | ClipModel | Encoder,
+    train: str | Path | LabelledSource,
+    test: str | Path | LabelledSource,
+    *,
+    shots: Sequence[int | None] = (None,),
+    seeds: int = 5,
+    progress: bool = True,
+) -> list[ProbeResult]:
+    """Train on `train`'s pictures, measure on `test`'s: a result for each number of pictures a class (None: all).
+
+    model: any name of a model, a loaded one, or an Encoder with settings of its own; train, test: labelled sets by name
+    or opened. seeds: draws for each number of shots; progress: a bar on the error stream.
+
+    Returns a list of ProbeResult: shots, top1 with its interval, draws, strengths, pictures. Raises InputError for sets
+    of other classes, unreadable sets, and more shots than any class has pictures. Source: the linear probe of
+    arXiv 2103.00020, appendix A.3.
+    """
+    if seeds < 1 or any(number is not None and number < 1 for number in shots):
+        raise InputError("probe: shots and seeds must be at least 1")
+    if isinstance(model, str | Path):
+        model = load_model(model, teacher=True)
+    train, test = (open_labelled(part) if isinstance(part, str | Path) else part for part in (train, test))
+    encoder = model if isinstance(model, Encoder) else Encoder(model, progress=progress)
+    names = list(train.class_labels)
+    place = {name: number for number, name in enumerate(names)}
+    other = next((name for name in test.class_labels if name not in place), None)
+    if other is not None or len(place) < len(names):
+        what = (
+            f"the class '{other}' of {test.name} is not" if other else f"a class of {train.name} stands twice, not once"
+        )
+        raise InputError(f"probe: {what} among the classes of {train.name}: name two sets of the same classes")
+    image, kept, _ = encoder.images(train)
+    features, labels = image.double().numpy(), train.labels[kept]
+    image, kept, _ = encoder.images(test)
+    there = np.array([place[name] for name in test.class_labels])
+    test_features, right = image.double().numpy(), there[test.labels[kept]]
+    classes = len(names)
+    largest = int(np.bincount(labels).max())
+    found = []
+    for number in shots:
+        if number is not None and number > largest:
+            raise InputError(f"probe: {number} shots, and no class of {train.name} has more than {largest} pictures")
+        draws, strengths, hits, pictures = [], [], np.zeros(len(right)), 0
+        for seed in range(seeds if number is not None else 1):
+            generator = np.random.default_rng(seed)
+            groups = drawn(labels, len(labels), generator)
+            if number is None:
+                cut = [max(1, round(_HELD_OUT * len(group))) if len(group) > 1 else 0 for group in groups]
+                held_out = np.concatenate([group[:n] for group, n in zip(groups, cut)])
+                part, rows = np.concatenate([group[n:] for group, n in zip(groups, cut)]), np.arange(len(labels))
+            else:
+                rows = part = np.concatenate([group[:number] for group in groups])
+                held_out = np.concatenate([group[number : number + min(number, 4)] for group in groups])
+            strength = chosen_strength(features, labels, part, held_out, classes)
+            hits = (fit(features[rows], labels[rows], classes, strength).predict(test_features) == right).astype(float)
+            draws.append(float(hits.mean()))
+            strengths.append(strength)
+            pictures = len(rows)
+        interval = seed_interval(draws) if len(draws) > 1 else bootstrap(hits)
+        found.append(ProbeResult(number, interval, tuple(draws), tuple(strengths), pictures))
+    return found
