@@ -23,7 +23,8 @@ class WebServer(http.server.ThreadingHTTPServer):
     """Serves the files of `objects` (path without the first '/' -> bytes).
 
     faults: what happens to the next requests, one each: a status, "reset", "short", "hang", "drip", "slow".
-    always: what happens to every request for a path. ranges, etags: whether the server knows them.
+    always: what happens to every request for a path. leads: where paths are redirected to. ranges, etags: whether the
+    server knows them.
     """
 
     daemon_threads = True
@@ -35,6 +36,7 @@ class WebServer(http.server.ThreadingHTTPServer):
         self.ranges, self.etags = ranges, etags
         self.faults: list[int | str] = []
         self.always: dict[str, int | str] = {}
+        self.leads: dict[str, str] = {}
         self.asked: list[tuple[str, str]] = []
         self.sent: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
@@ -87,7 +89,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if isinstance(fault, int):
             self._answer(fault, b"no", {"Retry-After": "0"} if fault in (429, 503) else {})
             return
-        if name in self.server.objects:
+        if name in self.server.leads:
+            self._answer(302, b"", {"Location": self.server.leads[name]})
+        elif name in self.server.objects:
             self._object(name, self.server.objects[name], fault)
         else:
             self._index(name)

@@ -196,3 +196,30 @@ def test_secrets_of_a_url_are_not_told(web, three_attempts):
 def test_an_address_where_nobody_listens(three_attempts):
     with pytest.raises(ClipdistillError, match=r"127\.0\.0\.1:1/x\.tar.*3 attempts"):
         open_pairs("http://127.0.0.1:1/x.tar")
+
+
+def test_redirects_are_followed_and_passwords_stay(web, shards):
+    from tests.remote.servers import WebServer
+
+    near = open_pairs(str(shards / "00000.tar"))
+    with WebServer({"x.tar": (shards / "00000.tar").read_bytes()}) as other:
+        web.leads["00000.tar"] = other.url.replace("127.0.0.1", "localhost") + "/x.tar"
+        far = open_pairs(web.url.replace("http://", "http://me:secret@") + "/00000.tar")
+        assert [far.image_bytes(i) for i in range(8)] == [near.image_bytes(i) for i in range(8)]
+        assert all("Authorization" in headers for headers in web.headers)
+        assert not any("Authorization" in headers for headers in other.headers)
+
+
+@pytest.mark.parametrize("place", ["file:///etc/passwd", "ftp://127.0.0.1/x", "/00000.tar"])
+def test_a_redirect_to_elsewhere_or_in_a_circle_is_refused(place, web):
+    web.leads["00000.tar"] = place
+    with pytest.raises(ClipdistillError, match=r"00000\.tar: access is refused"):
+        open_pairs(f"{web.url}/00000.tar")
+
+
+def test_the_proxy_of_the_environment_is_used(served, shards, monkeypatch):
+    monkeypatch.setenv("http_proxy", served.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    far = open_pairs("http://data.example/{00000..00002}.tar")
+    assert far.fingerprint() == open_pairs(str(shards)).fingerprint()

@@ -65,12 +65,13 @@ def test_copies_serve_when_the_server_has_ended(shards, tmp_path, monkeypatch):
     near = open_pairs(str(shards))
     for name in ("CLIPDISTILL_LOCAL_CACHE", "CLIPDISTILL_LOCAL_CACHE_SIZE"):
         monkeypatch.setenv(name, "")
-    with s3_server("own"):
+    with s3_server("own") as url:
         fill_bucket(shards, "own")
         local_cache(tmp_path / "copies", "1GB")
         far = open_pairs("s3://own/{00000..00001}.tar")
         far.image_bytes(0), far.image_bytes(8)
         other = open_pairs("s3://own/00002.tar")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)  # not that of another test's server, which knows the bucket too
     assert [far.image_bytes(i) for i in range(16)] == [near.image_bytes(i) for i in range(16)]
     begun = time.monotonic()
     with pytest.raises(RemoteError, match=r"s3://own/00002\.tar"):

@@ -184,7 +184,7 @@ def open_tars(place: Place, config: DataConfig, default_split: str | None) -> Ta
     elif place.there:
         name = place.path.stem
     else:
-        name = Path(place).name if Path(place).parent == Path() else str(place)
+        name = place.path.name if is_url(place.path) or Path(place).parent == Path() else str(place)
     if config.split not in (None, "all"):
         raise InputError(f"tars have no splits: leave split='{config.split}' out and name the shards of that split")
     column = (
