@@ -1,0 +1,16 @@
+# docker build -t clipdistill .                             training and everything else, with CUDA's torch
+# docker build --build-arg PIP_ARGUMENTS="..." -t clipdistill .   e.g. the index of torch's builds for CPUs alone
+# docker run --gpus all -v "$PWD:/work" clipdistill train --recipe clip-rd --data captions.json ... --out runs/first
+FROM python:3.12-slim
+ARG PIP_ARGUMENTS=""
+ARG EXTRAS="export,openvino,search,tensorboard"
+# a compiler, for torch.compile
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY pyproject.toml README.md LICENSE /source/
+COPY src /source/src
+RUN pip install --no-cache-dir ${PIP_ARGUMENTS} "/source[${EXTRAS}]"
+RUN useradd --create-home clipdistill && mkdir /work && chown clipdistill /work
+USER clipdistill
+WORKDIR /work
+ENTRYPOINT ["clipdistill"]
+CMD ["doctor"]
