@@ -29,6 +29,7 @@ from clipdistill.bench.device import describe_device, describe_libraries
 from clipdistill.data.pairs import PairSource
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.export.accuracy import embed, open_test
+from clipdistill.export.hub import public_text
 from clipdistill.export.web.runtime import web_runtime
 from clipdistill.export.web.site import export_web
 from clipdistill.models import load_model
@@ -100,7 +101,7 @@ def main() -> None:
     images, texts = torch_rows.image.numpy(), torch_rows.text.numpy()
     own = torch_rows.text_to_image
     result: dict[str, Any] = {
-        "model": model.name,
+        "model": public_text(model.name),
         "data": source.name,
         "images": len(source),
         "captions": len(captions),
