@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -149,3 +150,18 @@ def test_graphs_of_any_length_from_elsewhere_are_asked_whether_they_read_their_p
     np.testing.assert_allclose(
         again.module.encode_text(again.shorten(tokens)[0]), again.module.encode_text(tokens), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_callers_on_several_threads_get_their_own_rows(runtime, squares, tmp_path):
+    """One graph, one request: without a lock a caller was given the rows of another."""
+    model = model_of(squares)
+    export_graphs(model, tmp_path / "e", runtime=runtime)
+    module = load_model(f"{runtime}:{tmp_path / 'e'}", teacher=True).module
+    texts = [squares.captions(i)[0] for i in range(len(squares))]
+    tokens = model.tokenizer((texts * 20)[:120])
+    batches = [tokens[start : start + 1 + start % 7] for start in range(100)] * 4
+    expected = [module.encode_text(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(module.encode_text, batches))
+    assert all(torch.equal(rows, wanted) for rows, wanted in zip(found, expected, strict=True))
