@@ -60,7 +60,7 @@ def main() -> None:
     texts = f"towers:image=whole:{teacher},text=hf:{encoder},text_layers=1,head=linear"
     alone = ["--teacher", teacher, "--student", texts, "--data", pairs, "train.warmup_steps=20"]
     train(out / "texts-begun", "text-only", *alone, "train.steps=1", "train.learning_rate=1e-9")
-    train(out / "texts", "text-only", *alone, "train.epochs=8", "train.learning_rate=1e-3")
+    train(out / "texts", "text-only", *alone, "train.steps=60", "train.learning_rate=1e-3")
 
     adapted = {name: out / f"adapted-{name}" for name in SETS}
     rows = ["| | by name | neighbours | as the teacher | text-to-image R@1 | R@10 |", "|---|---:|---:|---:|---:|---:|"]
