@@ -32,8 +32,9 @@ SETS = {"flowers5": "flowers5_a", "imagenette": "imagenette_val_a"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("data", "towers", "out"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="the folder with flickr8k, flowers5 and imagenette")
+    parser.add_argument("--towers", type=Path, required=True, help="the folder with the pretrained towers")
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--teacher", type=Path, help="a finished run of the teacher (default: trained here)")
     given = parser.parse_args()
     data, out = given.data, given.out
