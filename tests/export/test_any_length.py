@@ -165,3 +165,39 @@ def test_callers_on_several_threads_get_their_own_rows(runtime, squares, tmp_pat
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(module.encode_text, batches))
     assert all(torch.equal(rows, wanted) for rows, wanted in zip(found, expected, strict=True))
+
+
+SIGNALLED = """
+import gc, os, signal, sys, threading
+from clipdistill.models.exported import _load_openvino
+from pathlib import Path
+signal.signal(signal.SIGCHLD, lambda *_: None)
+held = [_load_openvino(Path(sys.argv[1]), "float32")]
+thread = threading.Thread(target=held.clear)
+thread.start()
+thread.join()
+gc.collect()
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+stack = Stack()
+ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack))
+ranges = ([int(end, 16) for end in line.split()[0].split("-")] for line in open("/proc/self/maps"))
+there = any(low <= stack.place < high for low, high in ranges)
+os.kill(os.getpid(), signal.SIGCHLD)
+print("alive", there or not stack.place)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_signal_after_a_graph_of_openvino_has_gone_is_survived(squares, tmp_path):
+    """Its plug-in sets a stack for signals in the thread that loads it and frees it from another: see the diary."""
+    pytest.importorskip("openvino")
+    export_graphs(model_of(squares), tmp_path / "e", runtime="openvino")
+    ran = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(tmp_path / "e" / "image.xml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, "alive True\n"), ran.stderr

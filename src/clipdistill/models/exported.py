@@ -203,14 +203,26 @@ def _load_onnx(path: Path) -> Runner:
     return run
 
 
+@functools.cache
+def _openvino_core() -> Any:
+    """The one Core of the process, which never ends.
+
+    Its CPU plug-in gives the thread that loads it a stack for signals, and takes the memory back when it goes, from
+    whatever thread; the next signal (a data worker's or a subprocess's end) then kills the process without a word.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def _load_openvino(path: Path, precision: str) -> Runner:
     with needing("openvino", "openvino", f"'{path.name}'"):
-        import openvino
+        import openvino  # noqa: F401
     threads = torch.get_num_threads()
     # on processors with bfloat16 it would round silently
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": PRECISIONS[precision]}
 
-    core = openvino.Core()
+    core = _openvino_core()
 
     def compiled(**more: object) -> Any:
         return core.compile_model(model, "CPU", {**settings, **more})
