@@ -33,8 +33,8 @@ def main() -> None:
             gains.setdefault(pictures, []).append((steps, *(100 * v for v in (claim["effect"], low, high))))
     values = [v for points in gains.values() for _, *numbers in points for v in numbers]
     y = Axis(min(0.0, *values), max(values), "gain in text-to-image R@1, points", show=lambda v: f"{v:g}")
-    chart = Chart(Axis(90, 1100, "steps of 512 pairs", log=True), y, "gain of distillation", width=720, height=360)
-    chart.path([80, 1200], [0, 0], "zero")
+    chart = Chart(Axis(90, 1800, "steps of 512 pairs", log=True), y, "gain of distillation", width=720, height=360)
+    chart.path([80, 1900], [0, 0], "zero")
     for place, (pictures, points) in enumerate(sorted(gains.items())):
         points.sort()
         shift = 1.06 ** (place - 1)  # whiskers beside each other
@@ -45,7 +45,7 @@ def main() -> None:
                 steps * shift, gain, COLOURS[pictures], f"{gain:+.2f}", y_range=(low, high), focus=False, hollow=hollow
             )
         steps, gain, *_ = points[-1]
-        chart.label(steps * shift, gain, f"{pictures:,} pictures", COLOURS[pictures])
+        chart.label(steps * 1.15, gain, f"{pictures:,} pictures", COLOURS[pictures])
     style = resources.files("clipdistill.ablate").joinpath("picture.css").read_text(encoding="utf-8")
     words = "whiskers: 95 % over seeds and queries; hollow: undecided"
     write_text(given.out, figure(720, 384, chart.name, [chart.render((0, 0)), text(360, 378, words, "middle")], style))

@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("grid")
     opened = []
     patch = pytest.MonkeyPatch()
-    for name in ("open_pairs", "open_teacher"):
+    for name in ("open_training", "open_pairs", "open_teacher"):
         original = getattr(sources, name)
         patch.setattr(sources, name, lambda *a, _f=original, _n=name, **k: opened.append(_n) or _f(*a, **k))
     grid = build_grid(plan_of(VARIANTS, seeds=2), out)
@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
 def test_everything_is_opened_once_for_all_runs(trained):
     grid, outcome, opened = trained
     assert outcome.finished == [run.name for run in grid]
-    assert sorted(opened) == ["open_pairs", "open_pairs", "open_teacher"]  # training, validation, teacher
+    assert sorted(opened) == ["open_pairs", "open_teacher", "open_training"]  # validation, teacher, training
 
 
 def test_the_runs_of_a_seed_start_alike_and_end_apart(trained):
