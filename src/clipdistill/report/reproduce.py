@@ -78,7 +78,7 @@ def _data(stored: Any, run: ReportedRun) -> list[str] | None:
     path = str(stored["path"])
     drawn = path.partition(":")[0] == "scenes"
     if not drawn:
-        unusual = {k: v for k, v in stored.items() if k not in _PLAIN and v not in (None, False, "error", 0.001)}
+        unusual = {k: v for k, v in stored.items() if k not in _PLAIN and v not in (None, False, "error", 0.001, [])}
         columns = {"image_column": "filepath", "caption_column": "title", "max_pixels": 64_000_000}
         if any(columns.get(key) != value for key, value in unusual.items()):
             return None

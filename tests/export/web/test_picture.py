@@ -1,6 +1,6 @@
 """The page's pixels are those of the evaluation transform: at most two levels of 255 apart.
 
-Pillow 13 resizes the longer reduction first and older versions always across first, which rounds differently.
+Pillow 13 resizes the longer reduction first, as the page does; older versions always across first.
 """
 
 from __future__ import annotations

@@ -82,9 +82,22 @@ export function resized(source, sourceWidth, sourceHeight, width, height, left, 
 /** Python's round: halves go to the even neighbour. */
 const round = (x) => { const low = Math.floor(x), rest = x - low; return rest === 0.5 ? low + (low % 2 ? 1 : 0) : Math.floor(x + 0.5); };
 
+/** Rows and columns exchanged. */
+function turned(bytes, width, height, channels) {
+  const out = new Uint8Array(bytes.length);
+  for (let y = 0, p = 0; y < height; y++) {
+    for (let x = 0; x < width; x++) { for (let c = 0; c < channels; c++) { out[(x * height + y) * channels + c] = bytes[p++]; } }
+  }
+  return out;
+}
+
 /** RGB bytes (size x size) of the evaluation view: RGBA bytes and their width and height, transform.json. */
 export function square(source, width, height, { size, resize_mode: mode, interpolation }) {
-  if (mode === "squash") { return resized(source, width, height, size, size, 0, 0, size, size, interpolation); }
+  if (mode === "squash") {
+    // as Pillow 13: the longer reduction first, since values are rounded and cut off between the two
+    if (height > width && height > size) { return turned(resized(turned(source, width, height, 4), height, width, size, size, 0, 0, size, size, interpolation), size, size, 3); }
+    return resized(source, width, height, size, size, 0, 0, size, size, interpolation);
+  }
   if (mode === "longest") {
     const ratio = Math.max(width, height) / size;
     const [w, h] = [Math.max(1, round(width / ratio)), Math.max(1, round(height / ratio))];
