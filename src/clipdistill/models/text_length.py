@@ -37,12 +37,15 @@ def needed_lengths(tokens: Tensor) -> Tensor:
 
 def by_length(tokens: Tensor, least: int = 32) -> list[Tensor]:
     """The rows of tokens (N, L) in groups of like length, the shortest first, each of at least `least` rows."""
-    lengths = needed_lengths(tokens).cpu()
+    return _groups(needed_lengths(tokens).cpu(), least)
+
+
+def _groups(lengths: Tensor, least: int) -> list[Tensor]:
     order = lengths.argsort(stable=True)
     ends = torch.bincount(lengths[order] // STEP).cumsum(0).tolist()
     groups, start = [], 0
     for end in ends:
-        if end - start >= least and len(tokens) - end >= least:
+        if end - start >= least and len(lengths) - end >= least:
             groups.append(order[start:end])
             start = end
     return [*groups, order[start:]]
@@ -53,11 +56,11 @@ def encode_by_length(encode: Callable[[Tensor], Tensor], tokens: Tensor, least: 
 
     For towers that read only text. A batch has one caption of 30 places or 77 and many of 16.
     """
-    groups = by_length(tokens, least)
+    lengths = needed_lengths(tokens).cpu()  # once: a GPU is waited for here and nowhere below
+    groups = _groups(lengths, least)
     if len(groups) == 1:
-        return encode(tokens[:, : int(needed_lengths(tokens).max())])
-    parts = [tokens[group.to(tokens.device)] for group in groups]
-    rows = torch.cat([encode(part[:, : int(needed_lengths(part).max())]) for part in parts])
+        return encode(tokens[:, : int(lengths.max())])
+    rows = torch.cat([encode(tokens[g.to(tokens.device), : int(lengths[g[-1]])]) for g in groups])
     return rows[torch.cat(groups).argsort().to(rows.device)]
 
 

@@ -5,6 +5,7 @@
         objective.safetensors                            the objective's scales and projections
         optimizer.safetensors                            the optimiser's moments
         average.safetensors                              the running average of the student's weights, if there is one
+        loss_scale.safetensors                           the factor of float16 losses, with train.precision=fp16
         masks.safetensors                                masks and multipliers, while there are any
         network.safetensors                              of a region teacher
         state.json                                       counters, checksums of the files and of itself
