@@ -48,6 +48,8 @@ CASES = {
         ["ablate", "--recipe", "clip", "--size", "debug", "--student", "ViT-T16", "--out", "{tmp}/out"],
         "did you mean 'ViT-T-16'",
     ),
+    "fetch": (["fetch", "cifar11"], "did you mean 'cifar10'"),
+    "fetch, what cannot be": (["fetch", "imagenet"], "put there its validation pictures"),
     "regions": (["regions", "boxes", "--data", "absent.json", "--detector", "grid:1", "--out", "x"], "absent.json"),
     "cache, teacher": (["cache", "--teacher", "ViT-B16", "--data", "scenes", "--out", "{tmp}/c"], "did you mean"),
     "cache, setting": (

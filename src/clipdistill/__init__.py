@@ -11,6 +11,7 @@ from clipdistill.version import __version__
 if TYPE_CHECKING:
     from clipdistill.api import cache, embed
     from clipdistill.bench.measure import bench
+    from clipdistill.data.benchmarks.fetch import fetch
     from clipdistill.data.open import register_format
     from clipdistill.evaluate.evaluate import evaluate
     from clipdistill.evaluate.retrieval import retrieval
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Callback", "Embeddings", "Objective", "ObjectiveOutput", "Run", "Scores", "__version__", "bench", "cache",
-    "compare", "distill", "embed", "embed_to_file", "evaluate", "export", "load_model", "load_student",
+    "compare", "distill", "embed", "embed_to_file", "evaluate", "export", "fetch", "load_model", "load_student",
     "probe", "read_embeddings", "register_callback", "register_format", "register_student", "register_term",
     "retrieval", "search",
 ]  # fmt: skip
@@ -37,6 +38,7 @@ __all__ = [
 _attribute = lazy_package(
     __name__,
     {
+        "clipdistill.data.benchmarks.fetch": "fetch",
         "clipdistill.data.open": "register_format",
         "clipdistill.evaluate.retrieval": "retrieval",
         "clipdistill.models": "load_model load_student register_student",

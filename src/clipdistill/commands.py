@@ -22,6 +22,7 @@ COMMANDS = {
         "embeddings of pictures or texts as .npy, Parquet or safetensors, with keys",
     ),
     "eval": ("clipdistill.evaluate.command", "measure retrieval and zero-shot classification under a named protocol"),
+    "fetch": ("clipdistill.data.benchmarks.fetch", "bring published classification sets once, by name"),
     "probe": ("clipdistill.probe.command", "linear and few-shot probes of models on a labelled set"),
     "export": ("clipdistill.export.command", "write a model as ONNX, OpenVINO, int8, open_clip or Hugging Face files"),
     "compare": ("clipdistill.statistics.compare_command", "two models, or seeds of two methods, on the same queries"),

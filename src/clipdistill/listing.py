@@ -100,6 +100,15 @@ def datasets() -> TextTable:
         ("scenes, scenes:val?size=1000", "the built-in procedural set"),
     ):
         table.rows.append([name, what])
+    from clipdistill.data.benchmarks.places import sources
+
     for name, known in KNOWN_SETS.items():
-        table.rows.append([name, f"labelled: {known}"])
+        bring = f"FOLDER/{name}/val" if sources()[name].layout else f"clipdistill fetch {name}"
+        table.rows.append([name, f"labelled: {known} ({bring})"])
+    for name, what in (
+        ("wds/cars, wds/vtab/dtd, ...", "CLIP_benchmark's sets in its WebDataset layout (clipdistill fetch wds/NAME)"),
+        ("sugar_crepe/, winoground/", "captions to be told apart, from the files they are given out in"),
+        ("captions.jsonl:de, XTD10/", "Crossmodal-3600 and XTD: retrieval in one language, several (:de+en) or all"),
+    ):
+        table.rows.append([name, what])
     return table

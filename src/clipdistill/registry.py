@@ -264,8 +264,10 @@ FORMATS: Registry[Any] = Registry(
         "parquet": f"{_HOME}.parquet:FORMAT",
         "karpathy": f"{_HOME}.documents:KARPATHY",
         "coco": f"{_HOME}.documents:COCO",
+        "languages": "clipdistill.data.benchmarks.languages:FORMAT",
         "table": f"{_HOME}.table:FORMAT",
         "folder": f"{_HOME}.folder:FORMAT",
+        "named": "clipdistill.data.benchmarks.named:PAIRS",
     },
 )
 """Readers of image-caption pairs (clipdistill.data.formats.Format), asked in this order whether a name is theirs."""
@@ -274,6 +276,7 @@ LABELLED_FORMATS: Registry[Any] = Registry(
     "format of classification sets",
     {
         "scenes": "clipdistill.scenes.zero_shot:FORMAT",
+        "named": "clipdistill.data.benchmarks.named:LABELLED",
         "torchvision": f"{_HOME}.labelled_libraries:TORCHVISION",
         "hub": f"{_HOME}.labelled_libraries:HUB",
         "class tars": f"{_HOME}.class_tars:FORMAT",
@@ -292,6 +295,11 @@ ANY_SET: Registry[Any] = Registry(
     },
 )
 """Functions for training data that are not plain pairs."""
+
+OTHER_SETS: Registry[Any] = Registry(
+    "kind of evaluated set", {"matching": "clipdistill.evaluate.matching:open_matching"}
+)
+"""Functions from a name to the sets it stands for that measure themselves, or None (neither pairs nor labelled)."""
 
 FEATURES: Registry[Any] = Registry(
     "way to keep features", {"locked towers": "clipdistill.train.features:features_of_locked_towers"}

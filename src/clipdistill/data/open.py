@@ -76,6 +76,16 @@ def open_pairs(data: str | DataConfig, *, split: str | None = None, default_spli
     raise InputError(_no_format(Place(config.path)))
 
 
+def parts_of(name: str, split: str | None) -> list[tuple[str, str | None]]:
+    """(name, split) of each set that an evaluation measures by itself: each language of captions in several."""
+    for place, config in _readings(DataConfig(path=name, split=split)):
+        for _, format in _matching(FORMATS, place):
+            if format.parts is not None:
+                return [(str(place), part) for part in format.parts(place, config.split)]
+            return [(name, split)]
+    return [(name, split)]
+
+
 def open_training(config: DataConfig) -> PairSource:
     """What a training or a cache takes: pairs, and (data/mixture) pictures alone, texts alone, several sets."""
     if not ANY_SET.names():

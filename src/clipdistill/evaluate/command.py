@@ -119,6 +119,9 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n" + scores.to_markdown(names=names))
     else:
         scores.print(names=names)
+    if len(scores.protocols()) > 1:
+        overview = scores.overview(names)
+        print("\n" + overview.markdown()) if arguments.markdown else overview.print()
     return 0
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from clipdistill.data.files import refuse_split
 from clipdistill.data.labelled import LabelledSource
-from clipdistill.data.open import is_labelled_name, open_labelled, open_pairs
+from clipdistill.data.open import is_labelled_name, open_labelled, open_pairs, parts_of
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.embed.encode import EncodedPairs, Encoder
 from clipdistill.errors import InputError
@@ -24,6 +25,7 @@ from clipdistill.models.clip_model import ClipModel, require_usable_scale
 from clipdistill.models.load import load_model
 from clipdistill.models.own import clip_model_of
 from clipdistill.models.tokenizers import unknown_texts
+from clipdistill.registry import OTHER_SETS
 from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.bootstrap import bootstrap
 from clipdistill.statistics.protocol import (
@@ -69,7 +71,8 @@ def evaluate(
     """Measure a model, and its teacher where given, on image-caption pairs (retrieval) and labelled sets (zero-shot).
 
     model, teacher: names (see load_model), loaded models, or any nn.Module with encode_image and encode_text.
-    data: one set or several: names, opened sources, or any objects that data.objects.as_pairs takes.
+    data: one set or several: names (one may stand for several, docs/benchmarks.md), opened sources, or any objects
+    that data.objects.as_pairs takes.
     protocol: "standard" (all captions, any of an image's captions is a hit) or "first-caption" (the released CLIP-KD
     and CLIP-RD: one caption an image, one positive both ways); only retrieval is concerned.
     ks: K of R@K. templates, classes: prompt templates and class-name file of labelled sets (None: the set's own).
@@ -88,7 +91,7 @@ def evaluate(
     check_retrieval_protocol(protocol)
     if captions is not None and (captions in ("first", "first 1")) != (protocol == "first-caption"):
         raise InputError(f"captions='{captions}' contradicts the protocol '{protocol}': one caption is 'first-caption'")
-    sources = [opened_data(item, split, classes) for item in _listed(data)]
+    sources = [source for item in _listed(data) for source in _opened_all(item, split, classes)]
     if strict_counts and not any(_has_known_counts(source) for source in sources):
         named = ", ".join(source.name for source in sources)
         raise InputError(f"strict counts: no published counts are known of {named}, so nothing would be checked")
@@ -121,6 +124,8 @@ def evaluate(
                         encoder, source, encoded, protocol, rule, name, fingerprint, ks, intervals, strict_counts
                     )
                 )
+            elif not isinstance(source, LabelledSource):
+                own.add(source.measure(encoder, name, fingerprint, intervals))
             else:
                 if strict_counts and source.deviation():
                     raise InputError(f"{source.name}: {source.deviation()}")
@@ -133,7 +138,7 @@ def evaluate(
     return result
 
 
-def _has_known_counts(source: PairSource | LabelledSource) -> bool:
+def _has_known_counts(source: Any) -> bool:
     if isinstance(source, LabelledSource):
         return source.known is not None or source.deviation() is not None
     name, split = known_name(source.name)
@@ -193,7 +198,7 @@ def _retrieval_scores(
     queries: dict[str, np.ndarray] = found.pop("per_query")
     owner = encoded.text_to_image.numpy()
     clusters = {name: owner for name in queries if name.startswith("t2i")}
-    scores = Scores(_with_intervals(found, queries, clusters, protocol, model, intervals))
+    scores = Scores(with_intervals(found, queries, clusters, protocol, model, intervals))
     scores.queries[model, protocol.question()] = Queries(queries, clusters)
     scores.notes += _without_meaning(encoded.image, encoded.text, ks, source.name)
     scores.notes += _left_out(source, encoded.problems)
@@ -243,7 +248,7 @@ def _zero_shot_scores(
     queries["mean_per_class"] = found.top1 * len(found.labels) / (share * len(np.unique(found.labels)))
     values = found.scores()
     queries = {name: queries[name] for name in values}
-    scores = Scores(_with_intervals(values, queries, {}, protocol, model, intervals))
+    scores = Scores(with_intervals(values, queries, {}, protocol, model, intervals))
     scores.queries[model, protocol.question()] = Queries(queries, {})
     scores.notes += _left_out(source, found.problems)
     if found.indistinct:
@@ -264,7 +269,7 @@ def _left_out(source: PairSource | LabelledSource, problems: Sequence[tuple[str,
     return [f"{source.name}: {few} (first: {problems[0][0]}, {problems[0][1]})"]
 
 
-def _with_intervals(
+def with_intervals(
     values: dict[str, Any],
     queries: dict[str, np.ndarray],
     clusters: dict[str, np.ndarray],
@@ -297,9 +302,20 @@ def _listed(data: Data | Sequence[Data]) -> list[Data]:
     return items
 
 
-def opened_data(item: Data, split: str | None, classes: str | Path | None) -> PairSource | LabelledSource:
+def _opened_all(item: Data, split: str | None, classes: str | Path | None) -> list[Any]:
+    """The sets that an item of `data` names: one, the languages of captions in several, the files of SugarCrepe."""
+    if not isinstance(item, str | Path):
+        return [opened_data(item, split, classes)]
+    for kind in OTHER_SETS.names():
+        if (found := OTHER_SETS.get(kind)(str(item))) is not None:
+            refuse_split(split, str(item))
+            return list(found)
+    return [opened_data(name, part, classes) for name, part in parts_of(str(item), split)]
+
+
+def opened_data(item: Any, split: str | None, classes: str | Path | None) -> Any:
     """What `evaluate` takes as data, opened: the test split, else val, where none is named."""
-    if isinstance(item, PairSource | LabelledSource):
+    if isinstance(item, PairSource | LabelledSource) or hasattr(item, "measure"):
         return item
     if not isinstance(item, str | Path | DataConfig):
         from clipdistill.data.objects import as_pairs

@@ -12,11 +12,22 @@ from clipdistill.models.hub import offline, reachable
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.models.known import OPEN_CLIP_CONFIG
 from clipdistill.runtime.files import read_json, write_json, write_text
-from clipdistill.statistics.scores import Scores
+from clipdistill.statistics.scores import MATCHING, Scores
 
 CARD = "README.md"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_SHOWN = ("i2t_R@1", "i2t_R@5", "i2t_R@10", "t2i_R@1", "t2i_R@5", "t2i_R@10", "top1", "top5", "mean_per_class")
+_SHOWN = (
+    "i2t_R@1",
+    "i2t_R@5",
+    "i2t_R@10",
+    "t2i_R@1",
+    "t2i_R@5",
+    "t2i_R@10",
+    "top1",
+    "top5",
+    "mean_per_class",
+    *MATCHING,
+)
 
 
 def check_push(repository: str) -> None:
@@ -142,7 +153,11 @@ def _data_name(text: str) -> str:
 
 
 _METRICS = {"i2t": "image to text", "t2i": "text to image", "top1": "top-1", "top5": "top-5"}
-_TASKS = {"retrieval": "image-text-retrieval", "zero-shot": "zero-shot-image-classification"}
+_TASKS = {
+    "retrieval": "image-text-retrieval",
+    "zero-shot": "zero-shot-image-classification",
+    "matching": "image-text-matching",
+}
 
 
 def _results(source: Path | None) -> list[Any]:

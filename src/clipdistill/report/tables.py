@@ -19,18 +19,19 @@ from clipdistill.report.data import Question, ReportedRun
 from clipdistill.statistics.bootstrap import seed_interval
 from clipdistill.statistics.judge import Verdict, adjust, decide
 from clipdistill.statistics.records import Record
+from clipdistill.statistics.scores import MATCHING
 
-LEAD_METRICS = ("t2i_R@1", "i2t_R@1", "top1")
+LEAD_METRICS = ("t2i_R@1", "i2t_R@1", "top1", "group_score", "accuracy")
 """The measures that the headline, the trade-off and the comparisons are about, the first available one in front."""
 
-MAIN_METRICS = ("i2t_R@1", "t2i_R@1", "i2t_mAP@10", "t2i_mAP@10", "top1", "top5")
+MAIN_METRICS = ("i2t_R@1", "t2i_R@1", "i2t_mAP@10", "t2i_mAP@10", "top1", "top5", *MATCHING)
 """The columns of the short table; all others are in the full one."""
 
 PLAIN_METHODS = ("contrastive", "clip")
 """Training without a teacher: what every distillation method has to beat."""
 
 _METRIC_ORDER = [f"{d}_{m}" for m in ("R@1", "R@5", "R@10", "mAP@10", "MRR", "median_rank") for d in ("i2t", "t2i")]
-_METRIC_ORDER += ["top1", "top5", "mean_per_class"]
+_METRIC_ORDER += ["top1", "top5", "mean_per_class", *MATCHING]
 _PLAIN_METRICS = ("ties", "median_rank", "gap", "loss")  # not shares of one, so not shown in per cent
 _Z = NormalDist().inv_cdf(0.975)
 

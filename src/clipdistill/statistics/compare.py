@@ -20,10 +20,22 @@ from clipdistill.statistics.bootstrap import mcnemar
 from clipdistill.statistics.judge import Verdict, adjust, decide
 from clipdistill.statistics.protocol import Protocol, difference
 from clipdistill.statistics.records import Record, records_of
-from clipdistill.statistics.scores import FILE, Scores
+from clipdistill.statistics.scores import FILE, MATCHING, Scores
 from clipdistill.statistics.verdicts import basis_text, better_text, bounds_text, more_seeds, p_text
 
-_TESTED = ("t2i_R@1", "i2t_R@1", "t2i_R@5", "i2t_R@5", "t2i_R@10", "i2t_R@10", "t2i_MRR", "i2t_MRR", "top1", "top5")
+_TESTED = (
+    "t2i_R@1",
+    "i2t_R@1",
+    "t2i_R@5",
+    "i2t_R@5",
+    "t2i_R@10",
+    "i2t_R@10",
+    "t2i_MRR",
+    "i2t_MRR",
+    "top1",
+    "top5",
+    *MATCHING,
+)
 """Metrics compared unless others are named: where there are per-query results, and a mean of them is the score."""
 
 

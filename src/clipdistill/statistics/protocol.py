@@ -48,7 +48,7 @@ class Protocol(Config):
     """
 
     name: str
-    task: Literal["retrieval", "zero-shot"]
+    task: Literal["retrieval", "zero-shot", "matching"]
     dataset: str
     split: str | None = None
     images: int

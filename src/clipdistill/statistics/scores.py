@@ -37,6 +37,10 @@ _AGAIN = "measure again with  clipdistill eval RUN --data ... --json RUN/scores.
 _LARGEST_ARRAY = 1 << 30  # bytes
 _RANKS = ("median_rank",)  # smaller is better, and not a fraction
 _COUNTS = ("ties",)
+MATCHING = ("accuracy", "text_score", "image_score", "group_score")
+"""Metrics of evaluate/matching.py."""
+HEADLINES = ("i2t_R@1", "t2i_R@1", "top1", *MATCHING)
+"""The metrics of a table over several sets."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,23 @@ class Scores:
         caption = "percent, with 95 % intervals" if any("[" in cell for row in rows for cell in row) else "percent"
         return TextTable(heads, rows, protocol.label(), caption)
 
+    def overview(self, names: Mapping[str, str] | None = None) -> TextTable:
+        """One table over all sets: a row a set and headline metric, a column a model; last the mean over the
+        classification sets where there are several (each set counts the same)."""
+        heads = [(names or {}).get(model, model) for model in self.models()]
+        table = TextTable(["set", "metric", *heads], [], "all sets", "percent", text=(0, 1))
+        for protocol in self.protocols():
+            own = [s for s in self.scores if comparable(s.protocol, protocol)]
+            for metric in dict.fromkeys(s.metric for s in own if s.metric in HEADLINES):
+                cells = {s.model: s.text() for s in own if s.metric == metric}
+                where = protocol.dataset + (f"/{protocol.split}" if protocol.split else "")
+                table.rows.append([where, metric, *(cells.get(model, "") for model in self.models())])
+        top = {m: [s.value for s in self.scores if s.model == m and s.metric == "top1"] for m in self.models()}
+        if len(counts := {len(values) for values in top.values()}) == 1 and (count := counts.pop()) > 1:
+            means = (f"{100 * sum(values) / count:.1f}" for values in top.values())
+            table.rows.append([f"mean of {count} classification sets", "top1", *means])
+        return table
+
     def to_markdown(self, metrics: Sequence[str] | None = None, names: Mapping[str, str] | None = None) -> str:
         """The tables in Markdown, each under its protocol; percent, with 95 % intervals in brackets."""
         blocks = [f"**{table.title}**\n\n{table.markdown()}\n" for table in self.table(metrics, names=names)]
@@ -325,7 +346,10 @@ class Scores:
                         raise ValueError(f"{info.filename} holds {info.file_size:,} bytes")
                     # read to its end first, where zip files have their checksum
                     values = np.lib.format.read_array(io.BytesIO(archive.read(info)), allow_pickle=False)
-                    i, model, metric, *clusters = info.filename.removesuffix(".npy").split("/")
+                    # the name of a model may be a path
+                    i, _, rest = info.filename.removesuffix(".npy").partition("/")
+                    clusters = rest.endswith("/clusters")
+                    model, _, metric = rest.removesuffix("/clusters").rpartition("/")
                     if values.ndim != 1 or values.dtype.kind not in "biuf":
                         raise ValueError(f"{info.filename} is no list of numbers")
                     queries = self.queries.setdefault((model, protocols[int(i)].question()), Queries())
@@ -339,7 +363,9 @@ def require_scores_place(path: Path) -> None:
     if path.suffix.lower() == ".npz":
         raise InputError(f"{path}: scores are JSON, and results query by query go beside them as .npz: name it .json")
     require_place(path, "scores", (b'"protocols"', b'"scores"'))
-    require_place(path.with_suffix(".npz"), "results query by query", (b"/i2t_", b"/t2i_", b"/top1"))
+    require_place(
+        path.with_suffix(".npz"), "results query by query", (b"/i2t_", b"/t2i_", b"/top1", b"/accuracy", b"/text_score")
+    )
 
 
 def _row(score: Score, place: Mapping[Protocol, int]) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class Place(str):
         if not self.head.strip():
             return None
         is_json = self.head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"["))
+        is_json &= self.path.suffix.lower() != ".jsonl"
         return read_json(self.path) if is_json or self.path.suffix.lower() == ".json" else None
 
 
@@ -109,10 +110,12 @@ class Format:
     matches(place): whether the name, or what lies there, is of this form. open(place, config, default_split): its
     PairSource; for labelled sets open(place, config): its LabelledSource. settings: the fields of DataConfig that it
     uses beside those that all do (None: all of them); others are refused. surely(place), for labelled sets: whether a
-    quick look tells it from image-caption pairs (default: as `matches`).
+    quick look tells it from image-caption pairs (default: as `matches`). parts(place, split): the splits that an
+    evaluation measures one by one (languages).
     """
 
     matches: Callable[[Place], bool]
     open: Callable[..., Any]
     settings: frozenset[str] | None = frozenset()
     surely: Callable[[Place], bool] | None = None
+    parts: Callable[[Place, str | None], list[str]] | None = None

@@ -25,15 +25,15 @@ def _is_class_folder(place: Place) -> bool:
     for entry in sorted(place.path.iterdir()):
         if entry.name.startswith(".") or entry.name == "__MACOSX":
             continue
-        if entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES | {".csv", ".tsv", ".parquet"}:
+        if entry.is_file() and entry.suffix.lower() in IMAGE_SUFFIXES | {".csv", ".tsv", ".parquet", ".jsonl"}:
             return False
         # what cannot be listed is told when the set is opened
         if entry.is_dir() and (is_url(place.path) or os.access(entry, os.R_OK | os.X_OK)):
             first = _first_image(entry)
             if first is None or first.with_suffix(".txt").exists():
                 return False
-            # train/0001.jpg is a split of something else, train/cat/0001.jpg is a class in a split
-            if entry.name.lower() in splits and first.parent == entry:
+            # train/0001.jpg is a split of something else (as is images/0001.jpg), train/cat/0001.jpg a class in a split
+            if entry.name.lower() in {*splits, "images"} and first.parent == entry:
                 return False
             found += 1
     return found > 0

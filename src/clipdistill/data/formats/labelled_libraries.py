@@ -31,7 +31,7 @@ def _splits(*names: str) -> dict[str, dict[str, Any]]:
 
 _Labels = Callable[[Any], Sequence[int]]
 # name: (known set, constructor settings by split with the default split last, where the labels are)
-_TORCHVISION: dict[str, tuple[str | None, dict[str, dict[str, Any]], _Labels]] = {
+TORCHVISION_SETS: dict[str, tuple[str | None, dict[str, dict[str, Any]], _Labels]] = {
     "CIFAR10": ("cifar10", _TRAIN_OR_TEST, lambda d: d.targets),
     "CIFAR100": ("cifar100", _TRAIN_OR_TEST, lambda d: d.targets),
     "EuroSAT": ("eurosat", {"all": {}}, lambda d: d.targets),
@@ -83,11 +83,11 @@ def open_torchvision(place: Place, config: LabelledConfig) -> TorchvisionLabels:
     title, at, root = place.removeprefix("torchvision:").partition("@")
     name, _, named_split = title.partition(":")
     own_names, split = config.classes, config.split or named_split or None
-    if name not in _TORCHVISION:
-        raise InputError(f"torchvision:{name} is not read here{nearest(name, _TORCHVISION)}")
+    if name not in TORCHVISION_SETS:
+        raise InputError(f"torchvision:{name} is not read here{nearest(name, TORCHVISION_SETS)}")
     if not at or not root:
         raise InputError(f"torchvision:{name}: say in which folder it lies:  torchvision:{name}@FOLDER")
-    known, settings, get_labels = _TORCHVISION[name]
+    known, settings, get_labels = TORCHVISION_SETS[name]
     split = split or list(settings)[-1]
     if split not in settings:
         raise InputError(f"torchvision:{name} has no split '{split}'{nearest(split, settings)}")

@@ -29,6 +29,7 @@ from clipdistill.runtime.files import new_file
 
 FORMAT = 5
 TEXTS = ("txt", "json")
+LINES = "txt:lines"
 _LARGEST_TEXT = 1 << 24  # bytes of a .txt or .json member that are read
 DUPLICATE = "duplicate member name"
 
@@ -66,7 +67,8 @@ class Sample:
 def index_shard(path: Path, label: str, column: str | None = None) -> ShardIndex:
     """Scan a shard, or take what an earlier run remembered. Damage is counted under `label`, what is whole is used.
 
-    column: where captions are instead of the usual places: a key of the .json, or 'txt'; '': pictures alone.
+    column: where captions are instead of the usual places: a key of the .json, 'txt', or LINES for a .txt with one
+    caption a line; '': pictures alone.
     """
     try:
         status = path.stat()
@@ -157,8 +159,9 @@ def _captions(
     places = ("captions", "txt", "caption") if column is None else (column,)
     found = False
     for place in places:
-        if place == "txt":
-            values: Any = [_read(file, components["txt"])] if "txt" in components else []
+        if place in ("txt", LINES):
+            text = _read(file, components["txt"]) if "txt" in components else b""
+            values: Any = text.splitlines() if place == LINES else [text] * ("txt" in components)
         else:
             values = record.get(place) or []
             values = values if isinstance(values, list) else [values]
