@@ -244,11 +244,12 @@ _TERMS = (
 TERMS: Registry[Any] = Registry(
     "term",
     {name: f"clipdistill.objective.terms.{name}:TERM" for name in _TERMS}
-    | {name: f"clipdistill.bank.{name}:TERM" for name in ("bank_cross", "bank_within", "bank_xrd")}
+    | {name: f"clipdistill.bank.{name}:TERM" for name in ("bank_cross", "bank_within", "bank_xrd", "cluster")}
     | {
         name: f"clipdistill.objective.one_modality:{name.upper()}"
         for name in ("cosine_image", "cosine_text", "within_image", "within_text")
-    },
+    }
+    | {"logit_mse": "clipdistill.objective.logit_matching:LOGIT_MSE"},
 )
 """Terms of the objective (clipdistill.objective.term.Term)."""
 
@@ -359,3 +360,6 @@ BACKENDS: Registry[Any] = Registry(
     },
 )
 """What runs a model when it is measured."""
+
+RETRIEVAL_SCORES: Registry[Any] = Registry("way to score retrieval", {"bsap": "clipdistill.evaluate.balanced:balanced"})
+"""Functions that turn encoded pairs into rows whose cosines rank in another way than the model's own do."""

@@ -13,7 +13,7 @@ from clipdistill.models.names import check_model_name
 from clipdistill.runs.folder import RunFolder
 from clipdistill.runtime.console import say
 from clipdistill.runtime.files import require_place, write_json
-from clipdistill.statistics.protocol import RETRIEVAL_PROTOCOLS
+from clipdistill.statistics.protocol import RETRIEVAL_PROTOCOLS, retrieval_scoring
 from clipdistill.statistics.scores import require_scores_place
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=RETRIEVAL_PROTOCOLS,
         default="standard",
         help="retrieval: all captions, or only the first of each image as CLIP-KD and CLIP-RD do (docs/protocols.md)",
+    )
+    add(
+        "--score",
+        metavar="WAY",
+        help="retrieval: bsap, or bsap:FILE with a prompt a line, balances each image's scores by auxiliary prompts",
     )
     add("--split", help="split of the data (default: test, else val)")
     add("--k", default=_KS, help="the K of R@K, separated by commas")
@@ -75,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json is not None and geometry_path in (arguments.json, arguments.json.with_suffix(".npz")):
             raise InputError(f"{geometry_path}: named for --json and for --geometry: give each a file of its own")
     _refuse_unused(arguments)
+    if arguments.score is not None:
+        retrieval_scoring(arguments.score)
     for name in filter(None, (*models, arguments.teacher)):
         RunFolder(Path(name)).load_plugins()
         check_model_name(name)
@@ -103,6 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
                 progress=not arguments.quiet,
                 distributed=world_size() > 1,
                 embeddings=None if geometry_path is None else embeddings,
+                score=arguments.score,
                 **{name: getattr(arguments, name) for name in same},
             )
             scores.add(measured if len(models) == 1 else measured.renamed("student", model))
@@ -136,6 +144,7 @@ def _refuse_unused(arguments: argparse.Namespace) -> None:
         ("classes", arguments.classes, any(labelled), "labelled sets"),
         ("k", arguments.k != _KS, not all(labelled), "image-caption pairs"),
         ("protocol", arguments.protocol != "standard", not all(labelled), "image-caption pairs"),
+        ("score", arguments.score is not None, not all(labelled), "image-caption pairs"),
         ("geometry", arguments.geometry is not None, labelled.count(False) == 1, "one set of image-caption pairs"),
     ):
         if given and not used:

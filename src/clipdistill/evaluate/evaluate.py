@@ -37,6 +37,7 @@ from clipdistill.statistics.protocol import (
     describe_transform,
     digest,
     known_name,
+    retrieval_scoring,
 )
 from clipdistill.statistics.scores import Queries, Score, Scores
 
@@ -67,6 +68,7 @@ def evaluate(
     distributed: bool = False,
     embeddings: dict[tuple[str, str], EncodedPairs] | None = None,
     engine: str = "torch",
+    score: str | None = None,
 ) -> Scores:
     """Measure a model, and its teacher where given, on image-caption pairs (retrieval) and labelled sets (zero-shot).
 
@@ -84,11 +86,13 @@ def evaluate(
     the CPU. strict_counts: a published set with other than its published counts is an error, not a note.
     distributed: share the work between the ranks of torch.distributed; every rank must call and gets everything.
     embeddings: filled with what was encoded, by (model, name of the pair set), for evaluate.geometry.
+    score: "bsap" or "bsap:FILE" ranks retrieval by scores balanced by auxiliary prompts, under a protocol of its own.
 
     Returns Scores: models "student" and "teacher" (or only the model's own scores, as "student", without a teacher),
     per-query results kept for paired tests. Raises InputError for what cannot be scored.
     """
     check_retrieval_protocol(protocol)
+    scoring = None if score is None else retrieval_scoring(score)
     if captions is not None and (captions in ("first", "first 1")) != (protocol == "first-caption"):
         raise InputError(f"captions='{captions}' contradicts the protocol '{protocol}': one caption is 'first-caption'")
     sources = [source for item in _listed(data) for source in _opened_all(item, split, classes)]
@@ -121,7 +125,17 @@ def evaluate(
                     embeddings[name, source.name] = encoded
                 own.add(
                     _retrieval_scores(
-                        encoder, source, encoded, protocol, rule, name, fingerprint, ks, intervals, strict_counts
+                        encoder,
+                        source,
+                        encoded,
+                        protocol,
+                        rule,
+                        name,
+                        fingerprint,
+                        ks,
+                        intervals,
+                        strict_counts,
+                        scoring,
                     )
                 )
             elif not isinstance(source, LabelledSource):
@@ -169,8 +183,13 @@ def _retrieval_scores(
     ks: Sequence[int],
     intervals: bool,
     strict: bool,
+    scoring: Any,
 ) -> Scores:
     dataset, split = known_name(source.name)
+    prompts = None
+    if scoring is not None:
+        encoded, other, prompts = scoring(encoder, encoded)
+        protocol_name = f"{protocol_name}, {other}"
     deviation = check_known_pairs(source.name, len(encoded.keys), len(encoded.captions), rule, strict=strict)
     protocol = Protocol(
         name=protocol_name,
@@ -181,6 +200,7 @@ def _retrieval_scores(
         captions=len(encoded.captions),
         captions_per_image=rule,
         positives="one to one" if rule == "first" else "any caption of the image",
+        prompts_sha256=prompts,
         transform=describe_transform(encoder.model.image),
         dtype=encoder.dtype,
         keys_sha256=digest([*encoded.keys, *encoded.captions, *encoded.text_to_image.tolist()]),

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from clipdistill.config import Config
 from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError, nearest
+from clipdistill.registry import RETRIEVAL_SCORES
 
 RETRIEVAL_PROTOCOLS = ("standard", "first-caption")
 TIES = "expected over random order"
@@ -41,10 +42,11 @@ _ALIASES = {f"dataset_{name}": name for name, _ in KNOWN_PAIRS} | {name: name fo
 class Protocol(Config):
     """How a score was measured. Absent fields do not apply to the task.
 
-    name: "standard", "first-caption" or "zero-shot". images, captions: numbers scored. captions_per_image: "all",
-    "first" or "first 5". positives, ties: the rules of retrieval. classes, templates: of zero-shot classification,
-    with what the templates and class names hash to. transform, dtype: how the model was fed. keys_sha256: over sample
-    keys with captions or labels. deviation: how the set differs from the published one it is named after.
+    name: "standard", "first-caption" or "zero-shot"; after a comma what plain cosines were replaced by. images,
+    captions: numbers scored. captions_per_image: "all", "first" or "first 5". positives, ties: the rules of retrieval.
+    classes, templates: of zero-shot classification. prompts_sha256: of templates and class names, or of the prompts of
+    balanced scores. transform, dtype: how the model was fed. keys_sha256: over sample keys with captions or labels.
+    deviation: how the set differs from the published one it is named after.
     """
 
     name: str
@@ -100,6 +102,12 @@ def check_retrieval_protocol(name: str) -> None:
     """InputError with the nearest name unless `name` is a retrieval protocol."""
     if name not in RETRIEVAL_PROTOCOLS:
         raise InputError(f"unknown retrieval protocol '{name}'{nearest(name, RETRIEVAL_PROTOCOLS)}")
+
+
+def retrieval_scoring(score: str) -> Any:
+    """What ranks in the place of plain cosines, for WAY or WAY:ARGUMENT. Raises InputError for what is none."""
+    way, _, argument = score.partition(":")
+    return RETRIEVAL_SCORES.get(way)(argument)
 
 
 def captions_rule(protocol: str, source_name: str) -> str:
