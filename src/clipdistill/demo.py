@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for runs and report (default: demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed of starting weights and data order")
     parser.add_argument("--recipes", default=",".join(RECIPES), help="recipes to compare, separated by commas")
-    parser.add_argument("--seconds", type=float, default=1.0, help="timed seconds a model, tower and batch size")
+    parser.add_argument("--seconds", type=float, default=0.5, help="timed seconds a model, tower and batch size")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="any setting of the runs: train.steps=50")
 
 
