@@ -15,6 +15,10 @@ class ClipdistillError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """What notebooks show (IPython asks for it): the sentence, as on the command line."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class InputError(ClipdistillError, ValueError):
     """Something the user gave (a file, a key, a name, a value) cannot be used."""
