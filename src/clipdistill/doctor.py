@@ -20,6 +20,9 @@ EXTRAS = {
     "hf": ("transformers", "datasets"),
     "export": ("onnx", "onnxscript", "onnxruntime", "tokenizers"),
     "openvino": ("openvino", "nncf"),
+    "litert": ("litert_torch", "ai_edge_litert"),
+    "executorch": ("executorch",),
+    "coreml": ("coremltools",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
 }

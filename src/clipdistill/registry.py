@@ -357,9 +357,16 @@ BACKENDS: Registry[Any] = Registry(
         "compile": "clipdistill.bench.backends:COMPILED",
         "onnx": "clipdistill.export.backends:ONNX",
         "openvino": "clipdistill.export.backends:OPENVINO",
+        "litert": "clipdistill.export.backends:LITERT",
+        "executorch": "clipdistill.export.backends:EXECUTORCH",
     },
 )
 """What runs a model when it is measured."""
 
 RETRIEVAL_SCORES: Registry[Any] = Registry("way to score retrieval", {"bsap": "clipdistill.evaluate.balanced:balanced"})
 """Functions that turn encoded pairs into rows whose cosines rank in another way than the model's own do."""
+
+RUNTIMES: Registry[Any] = Registry(
+    "runtime", {name: f"clipdistill.export.phone.{name}:load" for name in ("litert", "executorch", "coreml")}
+)
+"""Functions that load a graph of an export for a phone: path -> a function on arrays."""

@@ -1,4 +1,4 @@
-"""The back ends `onnx` and `openvino`: a model exported on the spot, or an export as it lies on disk.
+"""The back ends `onnx`, `openvino`, `litert`, `executorch`: a model exported on the spot, or an export on disk.
 
 For `int8` the graphs are calibrated on noise and word salad: that decides how exact they are, not how fast. Accuracy of
 an int8 model is measured by `clipdistill export --int8`, on real pairs.
@@ -19,7 +19,8 @@ from torch import Tensor
 from clipdistill.bench.backends import Loaded
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import SUFFIX, TOWERS, load_graph
+from clipdistill.models.exported import TOWERS, load_graph
+from clipdistill.models.known import PHONES, SUFFIX
 
 _SAMPLES = 16
 
@@ -45,13 +46,15 @@ class ExportedBackend:
 
         folder: where ONNX graphs lie or are left for another runtime (both read them); the caller removes it.
 
-        A model called `onnx:DIR` or `openvino:DIR` is measured as it is, in the format its graphs have. Raises
+        A model called `onnx:DIR`, `openvino:DIR`, ... is measured as it is, in the format its graphs have. Raises
         InputError for another device than the CPU, and for whatever cannot be exported.
         """
         if device.type != "cpu":
             raise InputError(f"the back end '{self.name}' runs on the CPU only")
         if "exported" in model.architecture:
             return self._ready_made(model, dtype)
+        from clipdistill.export.graphs import write_graphs
+
         if folder is not None:
             from clipdistill.export.towers import write_onnx
 
@@ -61,7 +64,11 @@ class ExportedBackend:
             return self._loaded({tower: folder / f"{tower}.onnx" for tower in towers}, dtype, folder)
         folder = Path(tempfile.mkdtemp(prefix="clipdistill-bench-"))
         try:
-            loaded = self._loaded(make_graphs(model, folder, self.name, int8=dtype == "int8"), dtype, folder)
+            if self.name in PHONES:
+                files = write_graphs(model, folder, self.name, precision=dtype)
+            else:
+                files = make_graphs(model, folder, self.name, int8=dtype == "int8")
+            loaded = self._loaded(files, dtype, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -121,3 +128,4 @@ def _on_tensors(runner: Any) -> Callable[[Tensor], object]:
 
 ONNX = ExportedBackend("onnx", ("float32", "int8"))
 OPENVINO = ExportedBackend("openvino", ("float32", "bfloat16", "int8"))
+LITERT, EXECUTORCH = (ExportedBackend(name, ("float32", "float16", "int8")) for name in PHONES[:2])

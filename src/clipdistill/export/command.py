@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipdistill.errors import InputError
+from clipdistill.models.known import PHONES
 from clipdistill.models.names import check_model_name
 from clipdistill.runtime.console import say
 from clipdistill.runtime.files import require_new_folder
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from clipdistill.export.graphs import Exported
 
 SIZE, BUDGET, TOLERANCE = 128, 1.0, 1e-4
-TARGETS = ("onnx", "openvino", "web", "open_clip", "hf")
+TARGETS = ("onnx", "openvino", "web", *PHONES, "open_clip", "hf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", help="pairs: R@1 is measured on them before and after (test split, else val)")
     add("--split", help="split of the data to measure on")
     add("--limit", type=int, help="measure on at most so many images, spread evenly over the data")
-    add("--int8", action="store_true", help="quantise both towers, calibrated on --calibrate or --data; web: weights")
+    add(
+        "--int8",
+        action="store_true",
+        help="quantise both towers, calibrated on --calibrate or --data; for browsers and phones without calibration",
+    )
+    add("--fp16", action="store_true", help="phones: sixteen bits (browsers have them by default)")
     add("--calibrate", help="pairs to calibrate int8 on (default: --data, its training split where it has one)")
     add("--calibration-size", type=int, default=SIZE, help="pairs to calibrate on (default: 128)")
     add("--budget", type=float, default=BUDGET, help="points of R@1 that int8 may lose (default: 1)")
@@ -62,13 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def export(
     model: str | Path,
-    to: Literal["onnx", "openvino", "web", "open_clip", "hf"],
+    to: Literal["onnx", "openvino", "web", "litert", "executorch", "coreml", "open_clip", "hf"],
     out: str | Path,
     *,
     data: str | None = None,
     split: str | None = None,
     limit: int | None = None,
     int8: bool = False,
+    fp16: bool = False,
     calibrate: str | None = None,
     calibration_size: int = SIZE,
     budget: float = BUDGET,
@@ -86,11 +93,11 @@ def export(
     model: a run, a model folder or any name. to: the form (docs/deployment.md). data: pairs on which R@1 is measured
     before and after, of their split `split` (None: test, else val), at most `limit` images.
     int8: quantise, calibrated on `calibration_size` pairs of `calibrate` (None: of data), losing at most `budget`
-    points of R@1. normalised: embeddings of unit length; tolerance: largest difference of an entry of these; opset:
-    ONNX operator set (None: 20). web_runtime: the folder of npm's onnxruntime-web for "web" (None: node_modules, else
-    npm fetches it), where int8 means the weights and needs no data. push: OWNER/NAME on the Hugging Face hub, to upload
-    the folder with a model card to; licence: of the weights, as the hub names it; private: as a private repository.
-    quiet: print nothing.
+    points of R@1; fp16: sixteen bits, for "litert", "executorch" and "coreml", whose int8 needs no data. normalised:
+    embeddings of unit length; tolerance: largest difference of an entry of these; opset: ONNX operator set (None: 20).
+    web_runtime: the folder of npm's onnxruntime-web for "web" (None: node_modules, else npm fetches it), where int8
+    means the weights and needs no data. push: OWNER/NAME on the Hugging Face hub, to upload the folder with a model
+    card to; licence: of the weights, as the hub names it; private: as a private repository. quiet: print nothing.
 
     Returns an Exported: folder, parities with the model, R@1 before and after. Raises InputError for what cannot be
     exported or misses the tolerance.
@@ -101,10 +108,14 @@ def export(
     if to not in TARGETS:
         raise InputError(f"unknown form '{to}': one of {', '.join(TARGETS)}")
     graphs = ("onnx", "openvino")
+    checked = (*graphs, "web", *PHONES)
     for option, given, forms in (
-        *((name, value, (*graphs, "web")) for name, value in (("int8", int8), ("data", data), ("opset", opset))),
-        ("tolerance", tolerance != TOLERANCE, (*graphs, "web")),
-        *((name, value, graphs) for name, value in (("normalised", normalised), ("calibrate", calibrate))),
+        *((name, value, checked) for name, value in (("int8", int8), ("data", data))),
+        ("tolerance", tolerance != TOLERANCE, checked),
+        ("opset", opset, (*graphs, "web")),
+        ("fp16", fp16, PHONES),
+        ("normalised", normalised, (*graphs, *PHONES)),
+        ("calibrate", calibrate, graphs),
         ("calibration-size", calibration_size != SIZE, graphs),
         ("web-runtime", web_runtime, ("web",)),
     ):
@@ -121,6 +132,8 @@ def export(
     ):
         if given and not needed:
             raise InputError(f"--{option} means nothing without --{other}")
+    if fp16 and int8:
+        raise InputError("--fp16 and --int8 are two forms of the weights: leave one of them out")
     if not 0 < tolerance < 1:
         raise InputError(f"--tolerance must be above 0 and below 1, got {tolerance:g}")
     if calibration_size < 1 or (limit is not None and limit < 1):
@@ -136,7 +149,7 @@ def export(
     from clipdistill.export.graphs import Exported, export_graphs
     from clipdistill.models.load import load_model
 
-    if to in (*graphs, "web"):
+    if to in checked:
         from clipdistill.export.accuracy import open_calibration, open_test
         from clipdistill.export.gate import Tolerance
         from clipdistill.export.towers import OPSET
@@ -146,7 +159,7 @@ def export(
             tell(test.problems.sentence(test.name))
         calibration = (
             open_calibration(str(calibrate or data), calibration_size)
-            if int8 and to != "web" and (calibrate or data)
+            if int8 and to in graphs and (calibrate or data)
             else None
         )
         allowed = dataclasses.replace(Tolerance(), difference=tolerance, cosine=1 - 0.1 * tolerance)
@@ -158,12 +171,15 @@ def export(
             libraries = runtime.web_runtime(None if web_runtime is None else Path(web_runtime))
             exported = site.export_web(load_model(model, teacher=True), out, libraries, **shared)
         else:
+            if to in PHONES:
+                tell(f"converting both towers for {to}: a minute or two")
             exported = export_graphs(
                 load_model(model, teacher=True),
                 out,
                 runtime=to,
                 normalised=normalised,
                 calibration=calibration,
+                fp16=fp16,
                 **shared,
             )
         for tower in ("image", "text"):

@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
+from clipdistill.models.known import SUFFIX
 from clipdistill.runtime.files import new_folder
 
 _MARKS = (
-    (MANIFEST, "image.onnx"),
-    (MANIFEST, "image.xml"),
+    *((MANIFEST, f"image{suffix}") for suffix in SUFFIX.values()),
     ("open_clip_config.json", "open_clip_model.safetensors"),
     ("config.json", "preprocessor_config.json", "model.safetensors"),
 )
@@ -23,4 +23,4 @@ def export_folder(out: Path) -> AbstractContextManager[Path]:
 
 def is_export(folder: Path) -> bool:
     """Whether a folder is an export, by its files."""
-    return any(all((folder / name).is_file() for name in names) for names in _MARKS)
+    return any(all((folder / name).exists() for name in names) for names in _MARKS)

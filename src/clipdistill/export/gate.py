@@ -21,6 +21,8 @@ from clipdistill.models.parameters import evaluation_mode
 from clipdistill.models.tokenizers import WordsTokenizer
 
 BATCHES = (1, 7)
+COSINE = {"float16": 0.999, "int8": 0.99}
+"""Kinds of weights, and the least cosine with the model, on the gate's inputs, that each must keep."""
 _EIGHT_BITS = 0.01
 """What a cosine in eight bits may change by with the length: activations near a step fall to either side of it."""
 Runner = Callable[[np.ndarray], np.ndarray]
@@ -122,6 +124,16 @@ def require(parities: list[Parity], tolerance: Tolerance, what: str) -> None:
         raise InputError(
             f"{what}: the exported {worst.tower} tower differs from the model by {worst.difference:.2g} (cosine "
             f"{worst.cosine:.6f}) on {worst.case} input at batch {worst.batch}, allowed is {tolerance.difference:.2g}"
+        )
+
+
+def require_cosine(parities: list[Parity], precision: str, what: str, advice: str) -> None:
+    """Raise InputError, with what to do, for a graph in fewer bits whose worst cosine misses COSINE."""
+    worst = min(parities, key=lambda parity: parity.cosine)
+    if not worst.cosine >= COSINE[precision]:
+        raise InputError(
+            f"{what}: with {precision} weights the {worst.tower} tower differs from the model (cosine "
+            f"{worst.cosine:.4f} on {worst.case} input, allowed is {COSINE[precision]}): {advice}"
         )
 
 

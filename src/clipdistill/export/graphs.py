@@ -1,4 +1,4 @@
-"""`--to onnx` and `--to openvino`: towers, tokenizer, transform, example, manifest in one folder, behind the gate."""
+"""Exports as graphs, for ONNX Runtime, OpenVINO and phones: towers, tokenizer, transform, manifest, behind the gate."""
 
 from __future__ import annotations
 
@@ -10,24 +10,38 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clipdistill.bench.cost import count_flops
-from clipdistill.bench.device import describe_libraries
+from clipdistill.bench.device import describe_device, describe_libraries
 from clipdistill.config import as_dict
 from clipdistill.data.pairs import PairSource
 from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError, first_line, needing
 from clipdistill.export.accuracy import Accuracy, accuracy, calibration_arrays, embed
 from clipdistill.export.folder import export_folder
-from clipdistill.export.gate import Parity, Tolerance, compare, require, require_same_at_any_length, summary
+from clipdistill.export.gate import (
+    Parity,
+    Tolerance,
+    compare,
+    require,
+    require_cosine,
+    require_same_at_any_length,
+    summary,
+)
 from clipdistill.export.int8 import Chosen, quantise_onnx, quantise_openvino, within_budget
+from clipdistill.export.latency import latency
+from clipdistill.export.phone import coreml
+from clipdistill.export.phone.convert import PACKAGES, phone_runners, write_phone
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.tokenizer_json import differing, tokenizer_json
 from clipdistill.export.towers import INPUTS, OPSET, OUTPUTS, write_onnx
 from clipdistill.export.transform import FILE as TRANSFORM
 from clipdistill.export.transform import write_transform
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import SUFFIX, TOWERS, load_graph, read_exported, takes_any_length
+from clipdistill.models.exported import TOWERS, graph_parts, load_graph, part_name, read_exported, takes_any_length
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
+from clipdistill.models.known import PHONES, SUFFIX
 from clipdistill.runtime.console import html_page
 from clipdistill.runtime.files import read_json, sha256, write_json
 from clipdistill.version import __version__
@@ -72,30 +86,47 @@ def export_graphs(
     budget: float = 1.0,
     tolerance: Tolerance | None = None,
     opset: int = OPSET,
+    fp16: bool = False,
 ) -> Exported:
-    """Export both towers for `runtime` ("onnx" or "openvino") into the folder `out`.
+    """Export both towers for `runtime` ("onnx", "openvino", or one of PHONES) into the folder `out`.
 
     normalised: embeddings leave the graph at unit length. test: pairs on which R@1 is measured before and after.
-    int8: quantise, calibrated on `calibration`, within a budget of points of R@1 on `test`; both are needed then.
+    int8: quantise, calibrated on `calibration`, within a budget of points of R@1 on `test`; both are needed then, but
+    not for a phone, where nothing is calibrated. fp16: sixteen bits, for a phone alone.
     Raises InputError when a tower cannot be exported or misses the tolerance; then nothing is written under `out`.
     """
     if "exported" in model.architecture:
         raise InputError(f"'{model.name}' is an export already: name the model it was made from")
-    if int8 and (test is None or calibration is None):
+    phone = runtime in PHONES
+    precision = "float32" if not phone else "float16" if fp16 else "int8" if int8 else "float32"
+    if runtime == "coreml" and test is not None and not coreml.runs_here():
+        raise InputError("--data measures the export itself, and Core ML runs on macOS only: leave --data out here")
+    if int8 and not phone and (test is None or calibration is None):
         raise InputError("int8 needs pairs to calibrate on and to measure what is lost: name them with --data")
     tokenizer = tokenizer_json(model.tokenizer)
     notes: list[str] = []
     with export_folder(out) as folder:
         write_transform(folder, model.image, runtime)
-        write_graphs(model, folder, runtime, normalised=normalised, opset=opset)
-        runners = {tower: load_graph(folder / f"{tower}{SUFFIX[runtime]}", runtime) for tower in TOWERS}
+        files = write_graphs(model, folder, runtime, normalised=normalised, opset=opset, precision=precision)
+        if phone:
+            runners = phone_runners(model, files, runtime, normalised=normalised)
+        else:
+            runners = {tower: load_graph(path, runtime) for tower, path in files.items()}
         parities = compare(model, runners, normalised=normalised)
-        require(parities, tolerance or Tolerance(), str(out))
+        if precision == "float32":
+            require(parities, tolerance or Tolerance(), str(out))
+        else:
+            require_cosine(parities, precision, str(out), f"leave --{'int8' if int8 else 'fp16'} out")
         if any_length := takes_any_length(runners["text"]):
             tokenizer = tokenizer_json(model.tokenizer, to_longest=True)
         write_json(folder / TOKENIZER, tokenizer)
         manifest = _manifest(model, folder, runtime, normalised, opset, tolerance or Tolerance(), parities)
         manifest["towers"]["text"]["input_shape"][1] = "length" if any_length else model.context_length
+        if phone:
+            _describe_phone(manifest, runtime, precision)
+        ran = runtime != "coreml" or coreml.runs_here()
+        if not ran:
+            notes.append(coreml.NOT_RUN)
         write_json(folder / MANIFEST, manifest, checked=True)
         result = Exported(out, parities, notes=notes)
         if test is not None:
@@ -112,7 +143,12 @@ def export_graphs(
             result.before = accuracy(original, original, test.name)
             result.after = accuracy(exported, exported, test.name)
             manifest["scores"] = {"before": result.before.to_json(), "after": result.after.to_json()}
-            if int8 and calibration is not None:
+            if phone and int8 and (lost := result.before.mean - result.after.mean) > budget:
+                raise InputError(
+                    f"{out}: eight bits lose {lost:.2f} points of R@1 on {test.name}, and --budget allows {budget:g}: "
+                    "leave --int8 out"
+                )
+            if int8 and not phone and calibration is not None:
                 _quantise(model, folder, runtime, result, exported, test, calibration, budget)
                 assert result.after is not None
                 manifest["scores"]["after_int8"] = result.after.to_json()
@@ -128,24 +164,58 @@ def export_graphs(
                 for tower in TOWERS:
                     manifest["towers"][tower] |= _file_facts(folder, tower, runtime)
                     manifest["towers"][tower]["precision"] = "int8" if tower in quantised else "float32"
-                runners = {
+                eight_bits = {
                     tower: load_graph(folder / f"{tower}{SUFFIX[runtime]}", runtime) for tower in sorted(quantised)
                 }
-                if runners:
-                    eight_bit = compare(model, runners, normalised=normalised)
+                if eight_bits:
+                    runners |= eight_bits
+                    eight_bit = compare(model, eight_bits, normalised=normalised)
                     require_same_at_any_length(eight_bit, str(out))
                     for tower, facts in summary(eight_bit).items():
                         manifest["towers"][tower]["int8_parity"] = facts
                 manifest["versions"] = {"clipdistill": __version__, **describe_libraries(_LIBRARIES)}
+        if ran:
+            manifest["latency"] = {"device": describe_device(torch.device("cpu")), **latency(model, runners)}
+            notes.append(_latency_text(manifest["latency"]))
         manifest["notes"] = notes
         write_json(folder / MANIFEST, manifest, checked=True)
     return result
 
 
+def _describe_phone(manifest: dict[str, Any], runtime: str, precision: str) -> None:
+    """What a phone's graphs have otherwise: one row a call, tokens of 32 bits, names for the precision."""
+    manifest["ran"] = runtime != "coreml" or coreml.runs_here()
+    manifest["versions"] |= describe_libraries(PACKAGES[runtime])
+    manifest.pop("opset")
+    for tower, facts in manifest["towers"].items():
+        facts["input_shape"][0], facts["precision"] = 1, precision
+        facts[f"{precision}_parity"] = facts.pop("float32_parity")
+        if tower == "text" and runtime != "executorch":
+            facts["input_type"] = "int32"
+
+
+def _latency_text(found: dict[str, Any]) -> str:
+    return f"on {found['device']['label']}: " + ", ".join(
+        f"{found[tower]['ms']:.1f} ms a {what} (torch {found[tower]['torch_ms']:.1f})"
+        for tower, what in (("image", "picture"), ("text", "caption"))
+    )
+
+
 def write_graphs(
-    model: ClipModel, folder: Path, runtime: str, *, normalised: bool = False, opset: int = OPSET
+    model: ClipModel,
+    folder: Path,
+    runtime: str,
+    *,
+    normalised: bool = False,
+    opset: int = OPSET,
+    precision: str = "float32",
 ) -> dict[str, Path]:
-    """Write both towers as graphs for `runtime` into `folder`; returns tower -> file. Nothing is checked."""
+    """Write both towers as graphs for `runtime` into `folder`; returns tower -> file. Nothing is checked.
+
+    precision: of a phone's graphs.
+    """
+    if runtime in PHONES:
+        return write_phone(model, folder, runtime, normalised=normalised, precision=precision)
     if runtime == "onnx":
         return write_onnx(model, folder, normalised=normalised, opset=opset)
     with needing("openvino", "openvino", "the export to OpenVINO"):
@@ -212,13 +282,15 @@ def _quantise(
 
 def _files(folder: Path, tower: str, runtime: str) -> list[Path]:
     """All files of one tower's graph."""
-    names = (f"{tower}.xml", f"{tower}.bin") if runtime == "openvino" else (f"{tower}.onnx", f"{tower}.onnx.data")
-    return [folder / name for name in names if (folder / name).is_file()]
+    return graph_parts(folder / f"{tower}{SUFFIX[runtime]}")
 
 
 def _file_facts(folder: Path, tower: str, runtime: str) -> dict[str, Any]:
     files = _files(folder, tower, runtime)
-    return {"files": {path.name: sha256(path) for path in files}, "bytes": sum(path.stat().st_size for path in files)}
+    return {
+        "files": {part_name(path): sha256(path) for path in files},
+        "bytes": sum(path.stat().st_size for path in files),
+    }
 
 
 def _manifest(

@@ -135,7 +135,7 @@ def write_onnx(
         files[tower] = folder / f"{tower}.onnx"
         for axes in (choices := free_axes(model, tower)):
             try:
-                with _quiet(), torch.no_grad():
+                with quiet(), torch.no_grad():
                     program = torch.onnx.export(
                         Tower(plain, tower, normalised).eval(),
                         (example_inputs(model, tower),),
@@ -184,7 +184,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporter's progress and warnings, and without attention's fast path, which has no ONNX form."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -1,7 +1,7 @@
 """The evaluation transform as data (`transform.json`) and the example that shows how to use an export.
 
-`example.py` needs onnxruntime (or openvino), tokenizers, pillow and numpy, and nothing of ours; its pixels equal those
-of `data.views.render` to the last bit but one. Its parts are in example.yaml.
+`example.py` needs the runtime (onnxruntime, openvino, ...), tokenizers, pillow and numpy, and nothing of ours; its
+pixels equal those of `data.views.render` to the last bit but one. Its parts are in example.yaml.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def transform_json(image: ImageSpec) -> dict[str, Any]:
 
 
 def example(image: ImageSpec, runtime: str = "onnx") -> str:
-    """The program example.py of an export for `runtime` ("onnx" or "openvino")."""
+    """The program example.py of an export for `runtime`."""
     parts = read_yaml(_PARTS)
     program: str = parts["program"].format(resize=parts["resize"][image.resize_mode], **parts["runtimes"][runtime])
     return program

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from clipdistill.errors import InputError
-from clipdistill.export.gate import Tolerance, compare, require
+from clipdistill.export.gate import COSINE, Tolerance, compare, require
 from clipdistill.export.towers import write_onnx
-from clipdistill.export.web.weights import COSINE, light_tower
+from clipdistill.export.web.weights import light_tower
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import load_graph
 

@@ -1,4 +1,4 @@
-"""`onnx:DIR` and `openvino:DIR`: exported towers behind the face of a ClipModel, for evaluation, benchmarks, teachers.
+"""`onnx:DIR`, `openvino:DIR`, ...: exported towers behind the face of a ClipModel, to evaluate, measure and teach.
 
 The folder is an export (manifest.json, see docs/deployment.md), or holds image.onnx, text.onnx and a model.json with
 `image` (ImageSpec), `tokenizer` (Tokenizer.to_dict) and `logit_scale` (the multiplier): whoever has such graphs of a
@@ -24,13 +24,13 @@ from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError, needing
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
+from clipdistill.models.known import PHONES, SUFFIX
 from clipdistill.models.tokenizers import HuggingFaceTokenizer, Tokenizer, tokenizer_from_dict
+from clipdistill.registry import RUNTIMES
 from clipdistill.runtime.files import read_json, sha256
 
-RUNTIMES = ("onnx", "openvino")
 DESCRIPTION = "model.json"
 TOWERS = ("image", "text")
-SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 """Number formats in which OpenVINO may compute a float32 graph."""
 
@@ -59,7 +59,7 @@ class ExportedTowers(nn.Module):
         self.flops = dict(flops)
         self.reads_only_text = reads_only_text
         self.size_bytes = sum(path.stat().st_size for path in files)
-        self.digests = {path.name: sha256(path) for path in files}
+        self.digests = {part_name(path): sha256(path) for path in files}
         self.weights_sha256 = hashlib.sha256(bytes.fromhex("".join(self.digests.values()))).hexdigest()
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def read_exported(folder: Path, name: str, runtime: str, precision: str = "float
     """The export in `folder`, run by `runtime`. Raises InputError for missing or unusable files."""
     graphs = {tower: _graph(folder, tower, runtime) for tower in TOWERS}
     values, spec, tokenizer, logit_scale = read_manifest(folder, name)
-    files = [part for path in graphs.values() for part in _parts(path)]
+    files = [part for path in graphs.values() for part in graph_parts(path)]
     runners = {tower: load_graph(path, runtime, precision) for tower, path in graphs.items()}
     # one of this package was compared at several lengths; of others the text tower is asked
     cut = takes_any_length(runners["text"])
@@ -118,9 +118,9 @@ def read_manifest(folder: Path, name: str) -> tuple[dict[str, Any], ImageSpec, T
 
 
 def _graph(folder: Path, tower: str, runtime: str) -> Path:
-    suffixes = dict.fromkeys((SUFFIX[runtime], SUFFIX["onnx"]))
+    suffixes = dict.fromkeys((SUFFIX[runtime], SUFFIX[runtime if runtime in PHONES else "onnx"]))
     for suffix in suffixes:
-        if (folder / f"{tower}{suffix}").is_file():
+        if (folder / f"{tower}{suffix}").exists():
             return folder / f"{tower}{suffix}"
     wanted = " or ".join(f"{tower}{suffix}" for suffix in suffixes)
     raise InputError(
@@ -158,14 +158,26 @@ def _exported_tokenizer(path: Path) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(definition, length, padding)
 
 
-def _parts(path: Path) -> list[Path]:
-    """A graph's files: large ONNX graphs keep weights in a file beside them, OpenVINO's always."""
+def graph_parts(path: Path) -> list[Path]:
+    """A graph's files: large ONNX graphs keep weights in a file beside them, OpenVINO's always, Core ML in a folder."""
+    if path.is_dir():
+        return sorted(part for part in path.rglob("*") if part.is_file())
     beside = [p for p in path.parent.iterdir() if p.name.startswith(f"{path.name}.") or p == path.with_suffix(".bin")]
     return sorted([path, *(p for p in beside if p.is_file())])
 
 
+def part_name(path: Path) -> str:
+    """What a manifest calls a graph's file: its name, of a package's file with the package in front."""
+    names = [path.name, *(above.name for above in path.parents)]
+    package = next((i for i, name in enumerate(names) if name.endswith(SUFFIX["coreml"])), 0)
+    return "/".join(reversed(names[: package + 1]))
+
+
 def load_graph(path: Path, runtime: str, precision: str = "float32") -> Runner:
     """A graph with one input and one output as a function on arrays; threads as torch has them now."""
+    if runtime in PHONES:
+        loaded: Runner = RUNTIMES.get(runtime)(path)
+        return loaded
     return _load_onnx(path) if runtime == "onnx" else _load_openvino(path, precision)
 
 

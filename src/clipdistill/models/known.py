@@ -30,6 +30,10 @@ HELD = "module:"
 """How the name of a module that the program itself holds begins."""
 OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG, EXPORT_MANIFEST = "open_clip_config.json", "config.json", "manifest.json"
 """The file by which a folder of each form is recognised."""
+PHONES = ("litert", "executorch", "coreml")
+"""Forms of an export for a phone."""
+SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite", "executorch": ".pte", "coreml": ".mlpackage"}
+"""Runtime of an export -> how the names of its graphs end."""
 OWN_EMBEDDINGS = "teacher_embeddings"
 """The method of a teacher that makes its embeddings of a batch itself."""
 _held: dict[str, Any] = {}

@@ -7,6 +7,7 @@ ViT-B-16@weights.pt         a checkpoint file with the architecture named; weigh
 hf:owner/name               a model of the Hugging Face hub
 local-dir:DIR               open_clip's word for a folder, the same as DIR
 onnx:DIR, openvino:DIR      an export (clipdistill export), run by that runtime: to evaluate, measure, teach
+litert:DIR, executorch:DIR  one for a phone, run by the phone's runtime on this machine; coreml:DIR on a Mac
 timm:name                   a timm image tower with the default text tower; weights if the name has one of timm's tags
 runs/x                      a run, its student/, its checkpoints/step-00000100; any model folder;
                             a Hugging Face CLIP folder; an open_clip folder
@@ -36,6 +37,7 @@ from clipdistill.models.known import (
     HUGGING_FACE_CONFIG,
     OPEN_CLIP_CONFIG,
     SHIPPED,
+    SUFFIX,
     known_architectures,
     offering,
     shipped_models,
@@ -165,8 +167,7 @@ _PREFIXES: dict[str, Callable[[str, Tokenizer | None, int], ClipModel]] = {
     "hf": _from_hub,
     "local-dir": lambda folder, tokenizer, seed: read_folder(Path(folder).expanduser(), f"local-dir:{folder}"),
     "timm": lambda network, tokenizer, seed: timm_student(network, seed=seed, tokenizer=tokenizer),
-    "onnx": _exported("onnx"),
-    "openvino": _exported("openvino"),
+    **{runtime: _exported(runtime) for runtime in SUFFIX},
     "inherit": _inherited,
     "towers": _joined,
     HELD[:-1]: lambda name, tokenizer, seed: held_model(HELD + name),
@@ -194,8 +195,8 @@ def read_folder(folder: Path, name: str) -> ClipModel:
         from clipdistill.models.hugging_face import read_hugging_face
 
         return read_hugging_face(folder, name)
-    runtime = "onnx" if (folder / "image.onnx").exists() else "openvino"
-    if (folder / EXPORT_MANIFEST).exists() and (runtime == "onnx" or (folder / "image.xml").exists()):
+    runtime = next((name for name, suffix in SUFFIX.items() if (folder / f"image{suffix}").exists()), None)
+    if (folder / EXPORT_MANIFEST).exists() and runtime is not None:
         raise InputError(f"{folder}: an exported model is named with its runtime:  {runtime}:{name}")
     raise InputError(
         f"{folder}: holds no model: expected {DESCRIPTION} (a model folder), student/ (a run or checkpoint), "

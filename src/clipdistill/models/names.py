@@ -9,6 +9,7 @@ from clipdistill.errors import InputError
 from clipdistill.models.inherited import PREFIX, parse
 from clipdistill.models.known import (
     HELD,
+    SUFFIX,
     held,
     known_architectures,
     near,
@@ -21,7 +22,7 @@ from clipdistill.models.towers.names import check_towers_name
 from clipdistill.registry import STUDENTS, TEACHERS
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-KINDS = ("hf", "timm", "onnx", "openvino", "local-dir")
+KINDS = ("hf", "timm", "local-dir", *SUFFIX)
 """Words before the colon of a name, besides inherit:, towers:, module: and those of plug-ins' teachers."""
 _PREFIXES = (*KINDS, PREFIX[:-1], TOWERS[:-1])
 
@@ -92,7 +93,7 @@ def _check_kind(kind: str, rest: str, name: str) -> None:
         base = rest.split(".")[0]
         if timm_networks() and base not in timm_networks():
             raise InputError(f"'{name}': timm has no architecture {rest!r}{near(base, timm_networks())}")
-    elif kind in ("onnx", "openvino", "local-dir") and not Path(rest).expanduser().is_dir():
+    elif kind in ("local-dir", *SUFFIX) and not Path(rest).expanduser().is_dir():
         hint = "" if kind == "local-dir" else f": it needs a folder written by  clipdistill export --to {kind}"
         raise InputError(f"{name}: no such folder{hint}")
     elif kind == "hf" and not Path(rest).is_dir() and (rest.count("/") != 1 or not all(rest.split("/"))):

@@ -19,14 +19,14 @@ from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
 from clipdistill.export.accuracy import accuracy, embed
 from clipdistill.export.folder import export_folder
-from clipdistill.export.gate import Parity, Tolerance, summary
+from clipdistill.export.gate import Parity, Tolerance, require_cosine, summary
 from clipdistill.export.graphs import Exported, export_graphs
 from clipdistill.export.hub import public_text
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.towers import OPSET
 from clipdistill.export.transform import EXAMPLE
 from clipdistill.export.web.runtime import PACKAGE, VERSION, copy_runtime
-from clipdistill.export.web.weights import COSINE, light_tower
+from clipdistill.export.web.weights import light_tower
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import TOWERS, load_graph, read_exported
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
@@ -77,7 +77,7 @@ def export_web(
         for tower in TOWERS:
             parities += light_tower(model, tower, graphs / f"{tower}.onnx", folder / f"{tower}.onnx", precision)
         runners = {tower: load_graph(folder / f"{tower}.onnx", "onnx") for tower in TOWERS}
-        _require_cosine(parities, precision, str(out))
+        require_cosine(parities, precision, str(out), "leave --int8 out" if int8 else "use --to onnx")
         manifest = read_json(graphs / MANIFEST)
         manifest.pop("sha256", None)
         for tower, facts in summary(parities).items():
@@ -129,16 +129,6 @@ def _kinds(part: Any) -> list[str]:
         return []
     inner: list[Any] = next((part[key] for key in ("normalizers", "pretokenizers", "processors") if key in part), [])
     return [str(part.get("type")), *(kind for one in inner for kind in _kinds(one))]
-
-
-def _require_cosine(parities: list[Parity], precision: str, what: str) -> None:
-    worst = min(parities, key=lambda parity: parity.cosine)
-    if worst.cosine < COSINE[precision]:
-        raise InputError(
-            f"{what}: with {precision} weights the {worst.tower} tower differs from the model (cosine "
-            f"{worst.cosine:.4f} on {worst.case} input, allowed is {COSINE[precision]})"
-            + (": leave --int8 out" if precision == "int8" else ": use --to onnx")
-        )
 
 
 def _check(model: ClipModel, runners: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 
 from clipdistill.errors import InputError, needing
-from clipdistill.export.gate import Parity, compare
+from clipdistill.export.gate import COSINE, Parity, compare
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import load_graph
 
-COSINE = {"float16": 0.999, "int8": 0.99}
-"""Kinds of weights, and the least cosine with the model, on the gate's inputs, that each must keep."""
 _SMALL = 256  # numbers; what is smaller stays as it is
 _CHANNEL = {("MatMul", 1): 1, ("Gather", 0): 0, ("Conv", 1): 0, ("Gemm", 1): 1, ("Gemm transposed", 1): 0}
 """(operator, which of its inputs) -> the axis that has a scale for each entry."""

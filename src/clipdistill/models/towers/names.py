@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipdistill.errors import InputError, nearest
-from clipdistill.models.known import near, timm_networks
+from clipdistill.models.known import SUFFIX, near, timm_networks
 from clipdistill.runtime.files import read_json
 
 PREFIX, CLIP, WHOLE = "towers:", "clip:", "whole:"
@@ -169,7 +169,7 @@ def check_towers_name(name: str) -> list[str]:
     elif wanted.text.count("/") != 1 or not all(wanted.text.split("/")):
         raise InputError(f"'{name}': {wanted.text} is no folder, and no name on the hub (owner/name)")
     for model in models:
-        if model.partition(":")[0] in ("onnx", "openvino", "module"):
+        if model.partition(":")[0] in (*SUFFIX, "module"):
             raise InputError(f"'{name}': no tower can be taken out of {model}: name the model that it was made from")
     return models
 
