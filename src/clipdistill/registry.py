@@ -366,6 +366,9 @@ BACKENDS: Registry[Any] = Registry(
 RETRIEVAL_SCORES: Registry[Any] = Registry("way to score retrieval", {"bsap": "clipdistill.evaluate.balanced:balanced"})
 """Functions that turn encoded pairs into rows whose cosines rank in another way than the model's own do."""
 
+REPORT_PARTS: Registry[Any] = Registry("part of a report", {"exports": "clipdistill.report.exports:read_exports"})
+"""Functions that read what only some reports show: (folders, runs, table, notices) -> a part with charts and rows."""
+
 RUNTIMES: Registry[Any] = Registry(
     "runtime", {name: f"clipdistill.export.phone.{name}:load" for name in ("litert", "executorch", "coreml")}
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from clipdistill.errors import InputError
 from clipdistill.report import report_place
+from clipdistill.report.data import is_export
 from clipdistill.runs.folder import STAGES, RunFolder, distinct, run_folders
 from clipdistill.runtime.console import say
 
@@ -16,7 +17,7 @@ IMAGES = 1000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which runs, where to write, and what to compute for it."""
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="run folders, and exports of theirs")
     add("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
     add("--title", help="its title (default: made from the methods)")
     add(
@@ -36,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Look, write the page, say what it says."""
     notes: list[str] = []
-    runs = distinct([found for run in arguments.runs for found in _runs_of(run, notes)])
+    exports = [folder for folder in arguments.runs if is_export(folder)]
+    runs = distinct([found for run in arguments.runs if run not in exports for found in _runs_of(run, notes)])
     for run in runs:
         if not run.is_dir():
             raise InputError(f"{run}: no such run folder")
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     from clipdistill.report.report import write_report
 
-    summary = write_report(runs, out, title=arguments.title, claims=arguments.claims, notices=notes)
+    summary = write_report([*runs, *exports], out, title=arguments.title, claims=arguments.claims, notices=notes)
     say(summary.headline)
     for notice in summary.notices:
         say(f"note: {notice}")

@@ -43,6 +43,8 @@ class Report:
     claims: list[dict[str, str]] = field(default_factory=list)
     geometry: list[Geometry] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    exports: Any = None
+    """What a part of its own read of the exports: charts, grid, rows, given (report/exports.py)."""
     claims_note: str = ""
     claims_source: str | None = None
 
@@ -108,6 +110,7 @@ def page_variables(report: Report) -> dict[str, Any]:
             ("scores", "Scores", table.columns),
             ("comparisons", "Who beats whom", found["differences"]),
             ("trade", "Speed and size", report.trade.devices),
+            ("exports", "Exports", report.exports),
             ("curves", "Learning curves", found["loss_charts"]),
             ("gallery", "Gallery", report.gallery),
             ("geometry", "Geometry", found["geometry_grid"]),
@@ -123,7 +126,7 @@ def page_variables(report: Report) -> dict[str, Any]:
 def report_command(report: Report) -> str:
     """The command that writes this page again."""
     claims = ["--claims", report.claims_source] if report.claims_source else []
-    folders = [str(run.folder) for run in report.runs]
+    folders = [*(str(run.folder) for run in report.runs), *(report.exports.given if report.exports else ())]
     return shlex.join(["clipdistill", "report", *folders, *claims, "--out", "report.html"])
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.errors import InputError
-from clipdistill.models.known import architecture_fingerprint
+from clipdistill.models.known import EXPORT_MANIFEST, architecture_fingerprint
 from clipdistill.runs.folder import BAD_SAMPLES, CURVE, LOG, RECIPE, STUDENT, RunFolder, read_lines
 from clipdistill.runtime.files import read_json
 from clipdistill.statistics.records import Record, records_of
@@ -90,6 +90,11 @@ class ReportedRun:
     def method_name(self) -> str:
         """The method in words, "CLIP-RD" for "clip-rd"."""
         return METHOD_NAMES.get(self.method, self.method)
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder that a report was given is an export and no run."""
+    return (folder / EXPORT_MANIFEST).is_file() and not RunFolder(folder).is_run
 
 
 def read_run(folder: Path) -> ReportedRun:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipdistill.registry import REPORT_PARTS
 from clipdistill.report import report_place
 from clipdistill.report.context import VERDICTS, Report
-from clipdistill.report.data import ReportedRun, optional, read_optional, read_runs
+from clipdistill.report.data import ReportedRun, is_export, optional, read_optional, read_runs
 from clipdistill.report.gallery import read_galleries
 from clipdistill.report.geometry import read_geometry
 from clipdistill.report.html import render, to_markdown
@@ -50,6 +51,7 @@ def write_report(
 ) -> ReportSummary:
     """Write a report on run folders to `out` (.html), with the same name ending in .md and .csv beside it.
 
+    runs: run folders, and exports of their students or teachers (those inside a run's folder are found).
     claims: judge these on the runs (a YAML file of claims, or "published"; see statistics/claims.py).
     notices: shown on the page beside its own.
     Read beside or in the run folders when present: bench.json, gallery.json, geometry.json, claims.json.
@@ -68,6 +70,7 @@ def write_report(
 
 def collect(folders: Sequence[Path], title: str | None = None, claims: str | Path | None = None) -> Report:
     """Read the run folders and work out everything that the three forms of the report say."""
+    exports, folders = [f for f in folders if is_export(f)], [f for f in folders if not is_export(f)]
     runs = read_runs(folders)
     table = build_table(runs)
     comparisons = compare(table)
@@ -82,6 +85,7 @@ def collect(folders: Sequence[Path], title: str | None = None, claims: str | Pat
         gallery=read_galleries(runs, table, notices),
         headline=headline(table, comparisons, trade),
         geometry=read_geometry(runs, table, notices),
+        exports=next((REPORT_PARTS.get(n)(exports, runs, table, notices) for n in REPORT_PARTS.names()), None),
         notices=notices,
         claims_source=None if claims is None else str(claims),
     )

@@ -51,6 +51,8 @@ def to_csv(report: Report) -> str:
             for tower, (median, p95) in speed.latency.items():
                 row("latency", speed.name, role, f"{tower} median ms", condition, Estimate(median))
                 row("latency", speed.name, role, f"{tower} p95 ms", condition, Estimate(p95))
+    for export in report.exports.rows if report.exports else ():
+        row("export", *export)
     for entry in table.entries:
         size = report.trade.sizes.get(entry.label)
         for measure, value in vars(size).items() if size else ():

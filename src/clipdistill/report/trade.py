@@ -163,7 +163,7 @@ def _read_bench(
         for f in bench.get("failures") or []
     ]
     libraries = {str(k): str(v) for k, v in (bench.get("libraries") or {}).items()}
-    matched = {name: _match(name, facts, owner, table) for name, facts in models.items()}
+    matched = {name: match_entry(name, facts, owner, table) for name, facts in models.items()}
     sizes = {
         e.label: _size_from_bench(models[n], trade.sizes.get(e.label)) for n, e in matched.items() if e is not None
     }
@@ -219,7 +219,7 @@ def _extras(row: dict[str, Any]) -> tuple[tuple[float, float] | None, float | No
     return None if median is None or p95 is None else (median, p95), peak
 
 
-def _match(name: str, facts: dict[str, Any], owner: ReportedRun | None, table: ScoreTable) -> Entry | None:
+def match_entry(name: str, facts: dict[str, Any], owner: ReportedRun | None, table: ScoreTable) -> Entry | None:
     """The entry that a model of bench.json is: by weights, then by name, then by architecture (students only)."""
     prints = {str(facts.get("fingerprint") or "")} - {""}
     for entry in table.entries:
