@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from clipdistill.config import build
-from clipdistill.embed.names import EngineName
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
 
@@ -33,7 +32,7 @@ def cache(
     dtype: Literal["fp16", "bf16", "int8"] = "fp16",
     batch_size: int = 64,
     device: str | None = None,
-    engine: EngineName = "torch",
+    engine: str = "torch",
     quiet: bool = False,
     **settings: Any,
 ) -> FillReport:
@@ -43,8 +42,8 @@ def cache(
     data: a name, or a mapping of the settings of `data` with its path; split: of data that has splits (None: train).
     views: augmented views stored beside the evaluation view.
     captions: of each image; dtype: of the stored rows; batch_size: pictures a forward pass; device: None is CUDA where
-    there is one; engine: what runs the teacher; quiet: no lines on the error stream; settings: the others of
-    docs/settings.md, for example block=1024.
+    there is one; engine: what runs the teacher (`embed/names.py`: ENGINES; ray: on a Ray cluster); quiet: no lines on
+    the error stream; settings: the others of docs/settings.md, for example block=1024.
 
     Returns a FillReport: store, samples, seconds, bad, truncated. Raises InputError for unusable input or a store of
     other settings, BudgetError above the budget of bad samples.
@@ -71,7 +70,7 @@ def embed(
     device: str | None = None,
     workers: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    engine: EngineName = "torch",
+    engine: str = "torch",
     progress: bool = True,
 ) -> EncodedPairs:
     """Embeddings of the images and captions of `data`, as `evaluate` computes them, in memory.

@@ -11,7 +11,8 @@ from clipdistill.cache.names import Dtype
 from clipdistill.config import Config
 from clipdistill.data.pairs import DataConfig
 from clipdistill.data.views import ViewPolicy
-from clipdistill.embed.names import EngineName
+from clipdistill.embed.names import ENGINES, on_cluster
+from clipdistill.errors import nearest
 from clipdistill.models.towers.names import split_models
 
 
@@ -42,8 +43,9 @@ class CacheConfig(Config):
     """Pictures a forward pass."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Of the teacher's forward pass (auto: bf16 on a GPU, else fp32)."""
-    engine: EngineName = "torch"
-    """What runs the teacher (auto: the fastest installed, where the set pays for it; a store keeps its engine)."""
+    engine: str = "torch"
+    """What runs the teacher (auto: the fastest installed, where the set pays for it; a store keeps its engine; ray,
+    ray:onnx, ray:workers=8: on a Ray cluster)."""
     workers: int | None = pydantic.Field(default=None, ge=0, le=1024)
     """Processes that decode (None: as many as keep the teacher busy, measured)."""
     device: str | None = None
@@ -57,6 +59,13 @@ class CacheConfig(Config):
     @classmethod
     def _plain_name(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, (str, Path)) else value
+
+    @pydantic.field_validator("engine")
+    @classmethod
+    def _known_engine(cls, value: str) -> str:
+        if on_cluster(value) is None and value not in ENGINES:
+            raise ValueError(f"unknown engine '{value}'{nearest(value, (*ENGINES, 'ray'))}")
+        return value
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> CacheConfig:

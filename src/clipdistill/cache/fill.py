@@ -12,7 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from importlib import import_module
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from clipdistill.cache.blocks import write_block
 from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.create import open_for_filling
 from clipdistill.cache.manifest import MANIFEST, TeacherEntry, read_manifest
+from clipdistill.cache.names import Dtype
 from clipdistill.cache.rows import pack
 from clipdistill.cache.sizes import check_space
 from clipdistill.cache.store import CacheStore, Part
@@ -31,6 +33,7 @@ from clipdistill.data.loader import geometry, prepared
 from clipdistill.data.open import open_training
 from clipdistill.data.pairs import PairSource
 from clipdistill.embed.encode import Encoder
+from clipdistill.embed.names import on_cluster
 from clipdistill.embed.prepare import Item, Preparation, Prepared
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, load_model
@@ -40,6 +43,7 @@ from clipdistill.runtime.locks import Claims
 from clipdistill.runtime.machine import pick_device
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass
@@ -65,13 +69,14 @@ class FillReport:
 
 
 @dataclass
-class _BlockWork:
-    """One claimed block: what it lacks, and what has been computed of it so far."""
+class BlockWork:
+    """One block: what it lacks, and what has been computed of it so far."""
 
     number: int
     parts: list[tuple[Part, int]]
     indices: list[int]
     done: int = 0
+    truncated: int = 0
     views: list[Any] = field(default_factory=list)
     problems: list[str | None] = field(default_factory=list)
     images: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -86,13 +91,18 @@ def fill(
     progress: Callable[[int, int, float], None] = lambda done, total, rate: None,
     source: PairSource | None = None,
     teachers: Sequence[ClipModel] | None = None,
+    filling: Callable[..., Filling] | None = None,
 ) -> FillReport:
     """Fill the store that `config` describes and return when every block of this process's share is there.
 
     `source` and `teachers` may be given when they are already open. `progress` gets samples done and to do, and the
-    rate in images a second. Raises InputError for unusable input or a store that differs, ClipdistillError when the
-    disk is too small, BudgetError above the budget of bad samples.
+    rate in images a second. filling: what does the work, None for this process. Raises InputError for unusable input
+    or a store that differs, ClipdistillError when the disk is too small, BudgetError above the budget of bad samples.
     """
+    cluster = on_cluster(config.engine)
+    if cluster is not None:
+        fill_there = import_module("clipdistill.ray_engine.filling").fill_on_ray
+        return fill_there(config, cluster, say=say, progress=progress, source=source, teachers=teachers)
     source = open_training(config.data) if source is None else source
     texts = [own.name for own in getattr(source, "sets", [source]) if not own.pictured]
     if texts:
@@ -112,11 +122,11 @@ def fill(
     _announce(store, say)
     for encoder in encoders:
         say(f"teacher {encoder.model.name}: {encoder.describe()}")
-    filling = _Filling(config, store, source, encoders, device, workers, progress)
+    work = (filling or Filling)(config, store, source, encoders, workers, progress)
     try:
-        return filling.run()
+        return work.run()
     finally:
-        filling.claims.give_back_all()
+        work.claims.give_back_all()
 
 
 def _choose(
@@ -160,31 +170,15 @@ def _announce(store: CacheStore, say: Say) -> None:
     check_space(store.folder, int(size * rows))
 
 
-class _Filling:
-    """The state of one process's work."""
+class BlockEncoder:
+    """Runs the teachers on the samples of blocks; knows nothing of a store. dtype: of the rows it gives; drawn: policy,
+    number and seed of the views."""
 
     def __init__(
-        self,
-        config: CacheConfig,
-        store: CacheStore,
-        source: PairSource,
-        encoders: list[Encoder],
-        device: torch.device,
-        workers: int,
-        progress: Callable[[int, int, float], None],
+        self, source: PairSource, encoders: list[Encoder], batch_size: int, dtype: Dtype, drawn: tuple[Any, int, int]
     ) -> None:
+        self.source, self.encoders, self.batch_size, self.dtype = source, encoders, batch_size, dtype
         models = [encoder.model for encoder in encoders]
-        self.config, self.store, self.source, self.models = config, store, source, models
-        self.device, self.progress, self.encoders, self.workers = device, progress, encoders, workers
-        self.claims = Claims(store.folder / "locks")
-        self.queue: deque[_BlockWork] = deque()
-        self.report = FillReport(store)
-        self.ledger = BadSampleLedger(
-            store.folder / "bad_samples.jsonl", config.data.bad_sample_budget, source.shard_of
-        )
-        # what earlier processes found counts, so that starting again is no way around the budget
-        self.ledger.bad = len(read_ledger(store))
-        self.ledger.seen = len(store) - sum(self._size(block) for block in store.missing_blocks())
         geometries = [geometry(model.image) for model in models]
         specs = {g: m.image for g, m in zip(geometries, models)}
         self.pixels_of = [list(specs).index(g) for g in geometries]
@@ -194,11 +188,99 @@ class _Filling:
             if model.tokenizer not in tokenizers:
                 tokenizers.append(model.tokenizer)
             self.tokens_of.append(tokenizers.index(model.tokenizer))
-        manifest = store.manifest
-        self.preparation = Preparation(
-            source, list(specs.values()), tokenizers, manifest.view_policy, manifest.views, manifest.view_seed
+        self.preparation = Preparation(source, list(specs.values()), tokenizers, *drawn)
+        self.chunk = max(1, batch_size // (1 + drawn[1]))
+
+    def cut(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
+        """The samples of a block in batches: none goes beyond its edge."""
+        return (items[first : first + self.chunk] for first in range(0, len(items), self.chunk))
+
+    def encode(self, work: BlockWork, batch: Prepared) -> None:
+        """Run the teachers on one batch of a block."""
+        for part, teacher in work.parts:
+            if part == "pairs":
+                pixels = batch.pixels[self.pixels_of[teacher]]
+                work.images.setdefault(teacher, []).append(
+                    self.encoders[teacher].encode_images(pixels, at_once=self.batch_size)
+                )
+                work.texts.setdefault((part, teacher), []).append(self._encode_texts(teacher, batch.tokens))
+            elif part == "synthetic":
+                work.texts.setdefault((part, teacher), []).append(self._encode_texts(teacher, batch.synthetic))
+        work.views.extend(batch.views)
+        work.problems.extend(batch.problems)
+        work.counts["pairs"].extend(len(item.texts) for item in batch.items)
+        work.counts["synthetic"].extend(len(item.synthetic) for item in batch.items)
+        work.done += len(batch.items)
+        work.truncated += batch.truncated
+
+    def _encode_texts(self, teacher: int, tokens: list[Tensor]) -> Tensor:
+        """Unit rows (texts, D), on the device."""
+        encoder = self.encoders[teacher]
+        if not tokens:
+            return torch.zeros(0, encoder.model.embed_dim, device=encoder.device)
+        return encoder.encode_tokens(tokens[self.tokens_of[teacher]], at_once=4 * self.batch_size)
+
+    def tensors(self, work: BlockWork, part: Part, teacher: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """One part of a block that is done, and what its metadata say of it.
+
+        Image rows (n, 1 + views, D), text rows (texts, D) and where each sample's begin; or the views.
+        """
+        if part == "views":
+            return pack_views(work.views, self.preparation.views)
+        texts = torch.cat(work.texts[part, teacher])
+        if not bool(texts.isfinite().all()):
+            raise self._not_finite(teacher, "captions", work)
+        values, scale = pack(texts, self.dtype)
+        starts = np.concatenate([[0], np.cumsum(work.counts[part])]).astype(np.int64)
+        tensors = {"text": values, "text_start": torch.from_numpy(starts)}
+        if scale is not None:
+            tensors["text_scale"] = scale
+        if part == "pairs":
+            good = torch.tensor([problem is None for problem in work.problems], dtype=torch.uint8)
+            images = torch.cat(work.images[teacher]).reshape(len(good), -1, self.encoders[teacher].model.embed_dim)
+            images = images * good.to(images.device)[:, None, None]  # nothing is stored for a picture that was not seen
+            if not bool(images.isfinite().all()):
+                raise self._not_finite(teacher, "images", work)
+            tensors["image"], image_scale = pack(images, self.dtype)
+            tensors["valid"] = good
+            if image_scale is not None:
+                tensors["image_scale"] = image_scale
+        return tensors, {}
+
+    def _not_finite(self, teacher: int, what: str, work: BlockWork) -> InputError:
+        return InputError(
+            f"teacher '{self.encoders[teacher].model.name}' gives NaN or infinite embeddings for {what} of block "
+            f"{work.number} (samples from '{self.source.key(work.indices[0])}' on): check its weights, or try "
+            "--precision fp32"
         )
-        self.chunk = max(1, config.batch_size // (1 + manifest.views))
+
+
+class Filling:
+    """The state of one process's work."""
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        store: CacheStore,
+        source: PairSource,
+        encoders: list[Encoder],
+        workers: int,
+        progress: Callable[[int, int, float], None],
+    ) -> None:
+        self.config, self.store, self.source = config, store, source
+        self.progress, self.workers = progress, workers
+        self.claims = Claims(store.folder / "locks")
+        self.queue: deque[BlockWork] = deque()
+        self.report = FillReport(store)
+        self.ledger = BadSampleLedger(
+            store.folder / "bad_samples.jsonl", config.data.bad_sample_budget, source.shard_of
+        )
+        # what earlier processes found counts, so that starting again is no way around the budget
+        self.ledger.bad = len(read_ledger(store))
+        self.ledger.seen = len(store) - sum(self._size(block) for block in store.missing_blocks())
+        manifest = store.manifest
+        drawn = (manifest.view_policy, manifest.views, manifest.view_seed)
+        self.blocks = BlockEncoder(source, encoders, config.batch_size, manifest.dtype, drawn)
         self.began = time.monotonic()
         self.to_do = 0
 
@@ -210,9 +292,7 @@ class _Filling:
                 break
             self.to_do = self.report.samples + sum(self._size(block) for block in missing)
             before = self.report.samples
-            with torch.inference_mode():
-                for batch in self._loader(missing):
-                    self._take(batch)
+            self.work_through(missing)
             if self.report.samples == before:
                 time.sleep(1.0)  # the rest is claimed by others: wait for them, or for their claims to go stale
         self.report.seconds = time.monotonic() - self.began
@@ -230,30 +310,52 @@ class _Filling:
         start, stop = self.store.layout.bounds(block)
         return stop - start
 
-    def _indices(self, block: int) -> list[int]:
+    def indices(self, block: int) -> list[int]:
         start, stop = self.store.layout.bounds(block)
         return self.store.samples.in_row_order[start:stop].tolist()
 
-    def _loader(self, missing: list[int]) -> Iterator[Prepared]:
-        return prepared(self.preparation, self._plan(missing), self.workers)
+    def work_through(self, missing: list[int]) -> None:
+        """Fill these blocks, but for those that others have claimed."""
+        with torch.inference_mode():
+            for batch in prepared(self.blocks.preparation, self._plan(missing), self.workers):
+                work = self.queue[0]
+                self.blocks.encode(work, batch)
+                self.claims.renew()
+                if work.done == len(work.indices):
+                    self.finish(work, self.blocks.tensors)
+                    self.queue.popleft()
+                self.told(self.queue[0].done if self.queue else 0)
 
-    def _plan(self, missing: list[int]) -> Iterator[list[Item]]:
+    def told(self, begun: int = 0) -> None:
+        """Say how far the work is. begun: samples of blocks that are not finished."""
+        done = self.report.samples + begun
+        self.progress(done, self.to_do, done / max(time.monotonic() - self.began, 1e-9))
+
+    def _plan(self, missing: list[int]) -> Iterator[Sequence[Item]]:
         """Claim one block after the other, just ahead of the work, and cut each into batches."""
         for number in missing:
-            if not self.store.missing(number) or not self.claims.take(f"{number:06d}"):
-                continue
-            parts = self.store.missing(number)  # its last owner may have finished it before we got the claim
-            if not parts:
-                self.claims.give_back(f"{number:06d}")
-                continue
-            for part in parts:
-                self.store.remove_leftovers(*part, number)
-            work = _BlockWork(number, parts, self._indices(number))
-            self.queue.append(work)
-            kinds = {part for part, _ in parts}
-            known = self.store.manifest.views > 0 and "views" not in kinds
-            for first in range(0, len(work.indices), self.chunk):
-                yield [self._item(i, kinds, known) for i in work.indices[first : first + self.chunk]]
+            if self.store.missing(number) and (work := self.claimed(number)) is not None:
+                self.queue.append(work)
+                for indices in self.blocks.cut(work.indices):
+                    yield self.items(work, indices)
+
+    def claimed(self, number: int) -> BlockWork | None:
+        """What a block lacks, when this process may write it; None when another has claimed or finished it."""
+        if not self.claims.take(f"{number:06d}"):
+            return None
+        parts = self.store.missing(number)  # its last owner may have finished it before we got the claim
+        if not parts:
+            self.claims.give_back(f"{number:06d}")
+            return None
+        for part in parts:
+            self.store.remove_leftovers(*part, number)
+        return BlockWork(number, parts, self.indices(number))
+
+    def items(self, work: BlockWork, indices: Sequence[int]) -> list[Item]:
+        """What is to be prepared of these samples of a block."""
+        kinds = {part for part, _ in work.parts}
+        known = self.store.manifest.views > 0 and "views" not in kinds
+        return [self._item(i, kinds, known) for i in indices]
 
     def _item(self, index: int, kinds: set[Part], views_known: bool) -> Item:
         views = None
@@ -265,39 +367,7 @@ class _Filling:
         synthetic = self.store.samples.synthetic(index) if "synthetic" in kinds else ()
         return Item(index, views, bool(kinds & {"pairs", "views"}), texts, synthetic)
 
-    def _take(self, batch: Prepared) -> None:
-        """Run the teachers on one batch; write the block when it was its last."""
-        work = self.queue[0]
-        for part, teacher in work.parts:
-            if part == "pairs":
-                pixels = batch.pixels[self.pixels_of[teacher]]
-                work.images.setdefault(teacher, []).append(
-                    self.encoders[teacher].encode_images(pixels, at_once=self.config.batch_size)
-                )
-                work.texts.setdefault((part, teacher), []).append(self._encode_texts(teacher, batch.tokens))
-            elif part == "synthetic":
-                work.texts.setdefault((part, teacher), []).append(self._encode_texts(teacher, batch.synthetic))
-        work.views.extend(batch.views)
-        work.problems.extend(batch.problems)
-        work.counts["pairs"].extend(len(item.texts) for item in batch.items)
-        work.counts["synthetic"].extend(len(item.synthetic) for item in batch.items)
-        work.done += len(batch.items)
-        self.report.truncated += batch.truncated
-        self.claims.renew()
-        if work.done == len(work.indices):
-            self._finish(work)
-            self.queue.popleft()
-        finished = self.report.samples + (self.queue[0].done if self.queue else 0)
-        self.progress(finished, self.to_do, finished / max(time.monotonic() - self.began, 1e-9))
-
-    def _encode_texts(self, teacher: int, tokens: list[Tensor]) -> Tensor:
-        """Unit rows (texts, D), on the device."""
-        if not tokens:
-            return torch.zeros(0, self.models[teacher].embed_dim, device=self.device)
-        encoder = self.encoders[teacher]
-        return encoder.encode_tokens(tokens[self.tokens_of[teacher]], at_once=4 * self.config.batch_size)
-
-    def _finish(self, work: _BlockWork) -> None:
+    def finish(self, work: BlockWork, tensors: Callable[[BlockWork, Part, int], tuple[dict, dict]]) -> None:
         """Write what the block lacked, give the claim back, record bad samples."""
         store, number = self.store, work.number
         bad = [
@@ -306,49 +376,15 @@ class _Filling:
             if problem is not None
         ]
         for part, teacher in work.parts:
-            metadata = store.block_metadata(part, teacher, number)
-            if part == "views":
-                tensors, extra = pack_views(work.views, store.manifest.views)
-                metadata |= extra
-            else:
-                tensors = self._tensors(work, part, teacher)
-                if part == "synthetic":
-                    metadata["synthetic"] = store.synthetic_digest(number)
-            write_block(store.path(part, teacher, number), tensors, metadata)
+            values, extra = tensors(work, part, teacher)
+            if part == "synthetic":
+                extra = {"synthetic": store.synthetic_digest(number)}
+            write_block(store.path(part, teacher, number), values, store.block_metadata(part, teacher, number) | extra)
         self.claims.give_back(f"{number:06d}")
         self.report.samples += len(work.indices)
         self.report.bad += len(bad)
+        self.report.truncated += work.truncated
         self.ledger.record(bad, seen=len(work.indices))
-
-    def _tensors(self, work: _BlockWork, part: Part, teacher: int) -> dict[str, Tensor]:
-        """One part of a block: image rows (n, 1 + views, D), text rows (texts, D) and where each sample's begin."""
-        dtype = self.store.manifest.dtype
-        texts = torch.cat(work.texts[part, teacher])
-        if not bool(texts.isfinite().all()):
-            raise self._not_finite(teacher, "captions", work)
-        values, scale = pack(texts, dtype)
-        starts = np.concatenate([[0], np.cumsum(work.counts[part])]).astype(np.int64)
-        tensors = {"text": values, "text_start": torch.from_numpy(starts)}
-        if scale is not None:
-            tensors["text_scale"] = scale
-        if part == "pairs":
-            good = torch.tensor([problem is None for problem in work.problems], dtype=torch.uint8)
-            images = torch.cat(work.images[teacher]).reshape(len(good), -1, self.models[teacher].embed_dim)
-            images = images * good.to(images.device)[:, None, None]  # nothing is stored for a picture that was not seen
-            if not bool(images.isfinite().all()):
-                raise self._not_finite(teacher, "images", work)
-            tensors["image"], image_scale = pack(images, dtype)
-            tensors["valid"] = good
-            if image_scale is not None:
-                tensors["image_scale"] = image_scale
-        return tensors
-
-    def _not_finite(self, teacher: int, what: str, work: _BlockWork) -> InputError:
-        return InputError(
-            f"teacher '{self.config.teachers[teacher]}' gives NaN or infinite embeddings for {what} of block "
-            f"{work.number} (samples from '{self.source.key(work.indices[0])}' on): check its weights, or try "
-            "--precision fp32"
-        )
 
 
 def read_ledger(store: CacheStore) -> list[dict[str, Any]]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from clipdistill.data.loader import prepared, truncated
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.views import normalise
-from clipdistill.embed.names import check_engine
+from clipdistill.embed.names import check_engine, on_cluster
 from clipdistill.embed.prepare import Item, Pictures, Preparation, ahead
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.clip_model import ClipModel
@@ -92,7 +93,7 @@ def encode_pairs(
 
     captions: "all", "first", or "first 5" (at most so many of each image).
     """
-    encoder = Encoder(
+    encoder = open_encoder(
         model,
         batch_size=batch_size,
         device=device,
@@ -103,6 +104,15 @@ def encode_pairs(
         engine=engine,
     )
     return encoder.pairs(source, captions)
+
+
+def open_encoder(model: ClipModel, *, engine: str = "torch", **settings: Any) -> Encoder:
+    """An `Encoder` in this process, or with the engine "ray" one whose batches the workers of a cluster encode."""
+    cluster = on_cluster(engine)
+    if cluster is None:
+        return Encoder(model, engine=engine, **settings)
+    encoder: Encoder = importlib.import_module("clipdistill.ray_engine.encoder").RayEncoder(model, cluster, **settings)
+    return encoder
 
 
 class Encoder:
@@ -157,7 +167,7 @@ class Encoder:
     def pairs(self, source: PairSource, captions: str = "all") -> EncodedPairs:
         """Embed a pair source; see `encode_pairs`."""
         start = time.perf_counter()
-        most = _most_captions(captions)
+        most = most_captions(captions)
         what = f"captions of {source.name}"
         listed = [source.captions(i)[:most] for i in range(len(source))]
         # while the next pictures are being decoded, captions are encoded
@@ -257,11 +267,11 @@ class Encoder:
             with self._forward():
                 self._ready("text", *self.model.shorten(tokenizer(middle)))
         embedded: list[Tensor] = []
-        for start in range(0, len(mine), self.batch_size):
-            batch = mine[start : start + self.batch_size]
-            with self._forward():
-                embedded.append(self.encode_tokens(tokenizer(batch), what).cpu())
-            yield len(batch)
+        for rows in self.text_batches(
+            [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)], what
+        ):
+            embedded.append(rows)
+            yield len(rows)
         rows = torch.cat(embedded) if embedded else torch.zeros(0, self.model.embed_dim)
         if self.world > 1:
             shared = torch.zeros(len(new), self.model.embed_dim)
@@ -269,6 +279,19 @@ class Encoder:
             rows = self._summed(shared)
         self._rows |= {text: len(self._rows) + i for i, text in enumerate(new)}
         self._texts.append(rows)
+
+    def text_batches(self, batches: Sequence[Sequence[str]], what: str) -> Iterator[Tensor]:
+        """Unit rows (n, D) on the CPU of each batch of texts, in order; nothing is kept."""
+        for batch in batches:
+            with self._forward():
+                yield self.encode_tokens(self.model.tokenizer(batch), what).cpu()
+
+    def text_parts(self, parts: Iterable[Sequence[str]], what: str) -> Iterator[tuple[int, Tensor, int]]:
+        """(number, unit rows, texts that were cut) of each part, whatever the others hold; in any order."""
+        for number, texts in enumerate(parts):
+            own = Encoder(self.model, batch_size=self.batch_size, dtype=self.dtype, progress=False)
+            own.engine, own.engines = self.engine, self.engines
+            yield number, own.texts(texts, what), own.truncated(texts)
 
     def truncated(self, texts: Sequence[str]) -> int:
         """How many of these texts (embedded before) the model's context length cuts."""
@@ -405,7 +428,9 @@ class Encoder:
         if workers is None:
             many = len(indices) > 2 * _CHUNK
             workers = self._suited_workers(*self._sample(source, indices[:_SAMPLE]), len(indices)) if many else 0
-        tasks = [[Item(i) for i in indices[start : start + _CHUNK]] for start in range(0, len(indices), _CHUNK)]
+        size = self.batch_size  # no chunk goes beyond its batch
+        cuts = [range(i, min(i + size, len(indices)), _CHUNK) for i in range(0, len(indices), size)]
+        tasks = [[Item(i) for i in indices[start : min(start + _CHUNK, c.stop)]] for c in cuts for start in c]
         # processes are started here and not in the thread that waits for them
         chunks = prepared(Preparation(source, [self.model.image]), tasks, workers, ahead=4)
 
@@ -457,7 +482,8 @@ class Encoder:
 
 
 def _batches(chunks: Any, batch_size: int) -> Iterator[tuple[Tensor, list[int], list[tuple[int, str]]]]:
-    """Chunks put together to batches of `batch_size` readable images (the last is smaller)."""
+    """Chunks put together to batches of `batch_size` pictures, of which those that cannot be read are left out: what
+    is in a batch depends on no picture before it."""
     pixels: list[Tensor] = []
     indices: list[int] = []
     bad: list[tuple[int, str]] = []
@@ -465,15 +491,14 @@ def _batches(chunks: Any, batch_size: int) -> Iterator[tuple[Tensor, list[int], 
         pixels.append(chunk)
         indices += chunk_indices
         bad += chunk_bad
-        while len(indices) >= batch_size:
-            whole = torch.cat(pixels)
-            yield whole[:batch_size], indices[:batch_size], bad
-            pixels, indices, bad = [whole[batch_size:]], indices[batch_size:], []
-    if indices or bad:
+        if len(indices) + len(bad) == batch_size:
+            yield torch.cat(pixels), indices, bad
+            pixels, indices, bad = [], [], []
+    if pixels:
         yield torch.cat(pixels), indices, bad
 
 
-def _most_captions(rule: str) -> int | None:
+def most_captions(rule: str) -> int | None:
     """How many captions of each image a rule keeps: None for "all", 1 for "first", 5 for "first 5"."""
     if rule == "all":
         return None

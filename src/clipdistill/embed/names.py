@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
@@ -19,14 +20,33 @@ FORMATS = {"onnx": ("float32",), "openvino": ("float32", "bfloat16")}
 """Number formats of the engines that have not all."""
 
 
-def add_engine(add: Callable[..., Any], default: str | None = "torch") -> None:
-    """The option --engine, the same for all commands that encode."""
+class _Choices(tuple[str, ...]):
+    """Engines; with "ray" as the last also what `on_cluster` reads."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or ("ray" in self[-1:] and on_cluster(str(name), typed=True) is not None)
+
+
+def add_engine(add: Callable[..., Any], default: str | None = "torch", cluster: bool = True) -> None:
+    """The option --engine, the same for all commands that encode; cluster: whether many machines can do the work."""
+    spread = "; ray, ray:onnx, ray:workers=8: on a Ray cluster (docs/scaling.md)" if cluster else ""
     add(
         "--engine",
-        choices=ENGINES,
+        choices=_Choices((*ENGINES, "ray") if cluster else ENGINES),
         default=default,
-        help="what runs the towers; auto: the fastest installed, timed where the set pays for it (default: torch)",
+        help=f"what runs the towers; auto: the fastest installed, timed where the set pays for it{spread} "
+        "(default: torch)",
     )
+
+
+def on_cluster(engine: str, typed: bool = False) -> Any:
+    """What "ray", "ray:onnx" or "ray:onnx,workers=8" asks for (ray_engine/names.py), None for any other engine.
+
+    typed: only look at the words. Raises InputError for other words after the colon, and where ray is not installed.
+    """
+    if engine.partition(":")[0] != "ray":
+        return None
+    return import_module("clipdistill.ray_engine.names").read(engine, typed)
 
 
 def installed(engine: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipdistill.data.open import is_labelled_name
-from clipdistill.embed.names import add_engine
+from clipdistill.embed.names import add_engine, on_cluster
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
 from clipdistill.runs.folder import RunFolder
@@ -82,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     _refuse_unused(arguments)
     if arguments.score is not None:
         retrieval_scoring(arguments.score)
+    on_cluster(arguments.engine)
     for name in filter(None, (*models, arguments.teacher)):
         RunFolder(Path(name)).load_plugins()
         check_model_name(name)

@@ -18,7 +18,7 @@ from clipdistill.data.files import refuse_split
 from clipdistill.data.labelled import LabelledSource
 from clipdistill.data.open import is_labelled_name, open_labelled, open_pairs, parts_of
 from clipdistill.data.pairs import DataConfig, PairSource
-from clipdistill.embed.encode import EncodedPairs, Encoder
+from clipdistill.embed.encode import EncodedPairs, Encoder, open_encoder
 from clipdistill.errors import InputError
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.models.clip_model import ClipModel, require_usable_scale
@@ -81,9 +81,10 @@ def evaluate(
     split: of data sets that have splits (None: test, else val). intervals: 95 % bootstrap intervals, clustered by
     image. dtype: "float32", "bfloat16" or "float16". batch_size: images or captions a forward pass; workers: processes
     that decode (None: measured); engine: what runs the towers ("auto", "torch", "compile", "onnx", "openvino"; noted
-    in the scores where it is not torch); progress: a bar on the error stream. captions: overrides the protocol's rule
-    ("all", "first", "first 5"). device: None is where a loaded model is, and for names CUDA where there is one, else
-    the CPU. strict_counts: a published set with other than its published counts is an error, not a note.
+    in the scores where it is not torch), or "ray", "ray:onnx", ... on a Ray cluster; progress: a bar on the error
+    stream. captions: overrides the protocol's rule ("all", "first", "first 5"). device: None is where a loaded model
+    is, and for names CUDA where there is one, else the CPU. strict_counts: a published set with other than its
+    published counts is an error, not a note.
     distributed: share the work between the ranks of torch.distributed; every rank must call and gets everything.
     embeddings: filled with what was encoded, by (model, name of the pair set), for evaluate.geometry.
     score: "bsap" or "bsap:FILE" ranks retrieval by scores balanced by auxiliary prompts, under a protocol of its own.
@@ -105,7 +106,7 @@ def evaluate(
     result = Scores()
     measured: dict[str, Scores] = {}
     for name, one in models.items():
-        encoder = Encoder(
+        encoder = open_encoder(
             one,
             batch_size=batch_size,
             device=device,

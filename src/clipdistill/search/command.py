@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=64, help="photographs a forward pass (default: 64)")
     add("--workers", type=int, default=4, help="threads that read and decode (default: 4)")
     add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
-    add_engine(add)
+    add_engine(add, cluster=False)
     add("--json", action="store_true", help="print the answer as JSON")
     add("--quiet", action="store_true", help="no progress bars, no summary of the index")
 

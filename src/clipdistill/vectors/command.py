@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipdistill.embed.names import add_engine
+from clipdistill.embed.names import add_engine, on_cluster
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
 from clipdistill.vectors.files import require_suffix
@@ -106,6 +106,7 @@ def embed_to_file(
         raise InputError("embed: --captions belongs to --data")
     if batch_size < 1 or workers < 0 or part < 1:
         raise InputError("embed: batch size and part must be at least 1, and workers at least 0")
+    on_cluster(engine)
     if isinstance(model, str | Path):
         check_model_name(str(model))
     given = _lines(Path(texts)) if isinstance(texts, str | Path) else texts

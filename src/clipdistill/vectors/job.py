@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from clipdistill.data.pairs import PairSource
-from clipdistill.embed.encode import Encoder
+from clipdistill.embed.encode import Encoder, open_encoder
+from clipdistill.embed.names import on_cluster
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.runtime.files import make_folder, new_file, read_json, require_place, write_json
@@ -103,6 +105,7 @@ def embed_to_file(
     something else at `out`, work begun with other settings, and where no picture can be read.
     """
     start = time.perf_counter()
+    part = math.ceil(part / batch_size) * batch_size  # a batch lies in one part: which parts are there changes no row
     require_suffix(out)
     if not len(source):
         raise InputError(f"{source.name}: nothing to embed in it")
@@ -110,8 +113,10 @@ def embed_to_file(
     identity = {
         "what": what, "model": model.fingerprint(), "data": source.fingerprint(), "count": len(source), "dtype": dtype,
     }  # fmt: skip
-    if engine != "torch":
-        identity["engine"] = engine
+    cluster = on_cluster(engine)
+    towers = engine if cluster is None else cluster.towers
+    if towers != "torch":
+        identity["engine"] = towers
     if isinstance(source, PairSource):
         identity["pictures"] = source.images_fingerprint()
     description = out.with_name(f"{out.name}.json")
@@ -121,9 +126,10 @@ def embed_to_file(
     folder = make_folder(out.with_name(f"{out.name}.parts"), "embeddings")
     with FolderLock(folder / "lock", f"{folder} is being filled"):
         _require_same(folder / "identity.json", identity, f"{folder}: begun with")
-        encoder = Encoder(model, batch_size=batch_size, workers=workers, dtype=dtype, engine=engine, progress=False)
+        settings = {"batch_size": batch_size, "workers": workers, "dtype": dtype}
+        encoder = open_encoder(model, engine=engine, progress=False, **settings)
         starts = range(0, len(source), part)
-        missing = [first for first in starts if _read(folder, first) is None]
+        missing = [first for first in starts if not _is_there(folder, first, min(part, len(source) - first))]
         done = sum(min(part, len(source) - first) for first in set(starts) - set(missing))
         with Meter(f"{what} of {source.name}", len(source), done, enabled=progress) as meter:
             if isinstance(source, TextList):
@@ -171,15 +177,11 @@ def _embed_texts(
         tokens = encoder.model.shorten(encoder.model.tokenizer(sample[len(sample) // 2 :]))[0]
         encoder.expected["text"] = len(source)
         encoder.settle("text", tokens.to(encoder.device))
-    for first in missing:
-        numbers = range(first, min(first + part, len(source)))
-        texts = [source.entry(i)["text"] for i in numbers]
-        # an encoder of its own: what one has embedded it keeps
-        own = Encoder(encoder.model, batch_size=encoder.batch_size, dtype=encoder.dtype, progress=False)
-        own.engine, own.engines = encoder.engine, encoder.engines
-        rows = own.texts(texts, source.name).numpy()
-        _write(folder, first, rows, list(numbers), [], own.truncated(texts))
-        advance(len(texts))
+    numbers = [range(first, min(first + part, len(source))) for first in missing]
+    texts = ([source.entry(i)["text"] for i in own] for own in numbers)
+    for place, rows, cut in encoder.text_parts(texts, source.name):
+        _write(folder, missing[place], rows.numpy(), list(numbers[place]), [], cut)
+        advance(len(rows))
 
 
 def _embed_pictures(
@@ -187,19 +189,22 @@ def _embed_pictures(
 ) -> None:
     size = {first: min(part, len(source) - first) for first in missing}
     good: dict[int, list[tuple[int, np.ndarray]]] = {first: [] for first in missing}
-    bad: dict[int, list[tuple[str, str]]] = {first: [] for first in missing}
+    bad: dict[int, list[tuple[int, str]]] = {first: [] for first in missing}
     indices = [i for first in missing for i in range(first, first + size[first])]
     for rows, found, failed in encoder.stream(source, indices):
         for i, row in zip(found, rows.numpy()):
             good[i // part * part].append((i, row))
         for i, reason in failed:
-            bad[i // part * part].append((source.key(i), reason))
+            bad[i // part * part].append((i, reason))
         advance(len(found) + len(failed))
         for first in {i // part * part for i in [*found, *(i for i, _ in failed)]}:
             if len(good[first]) + len(bad[first]) == size[first]:
-                rows_of = [row for _, row in good[first]]
-                whole = np.stack(rows_of) if rows_of else np.zeros((0, encoder.model.embed_dim), dtype=np.float32)
-                _write(folder, first, whole, [i for i, _ in good.pop(first)], bad.pop(first), 0)
+                order = sorted(good.pop(first), key=lambda pair: pair[0])
+                left_out = [(source.key(i), reason) for i, reason in sorted(bad.pop(first))]
+                whole = (
+                    np.stack([row for _, row in order]) if order else np.zeros((0, encoder.model.embed_dim), np.float32)
+                )
+                _write(folder, first, whole, [i for i, _ in order], left_out, 0)
 
 
 def _write(
@@ -223,6 +228,12 @@ def _read(folder: Path, first: int) -> tuple[np.ndarray, list[int], list[tuple[s
             return file.get_tensor("rows"), file.get_tensor("indices").tolist(), bad, int(notes["truncated"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
+
+
+def _is_there(folder: Path, first: int, size: int) -> bool:
+    """Whether a part is whole and of this size (`part` may have been another one)."""
+    found = _read(folder, first)
+    return found is not None and len(found[1]) + len(found[2]) == size
 
 
 def _assemble(

@@ -1,0 +1,1 @@
+"""Encoding on many machines: batches of `cache`, `embed` and `eval` go through Ray Data (`--engine ray`)."""
