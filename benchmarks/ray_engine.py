@@ -2,9 +2,9 @@
 
     python benchmarks/ray_engine.py [--images 512] [--rounds 3] [--model ViT-T-16] [--clock wall] [--json out.json]
 
-The pairs of benchmarks/data.py (500 x 376 pixels, eight tars) are encoded by an untrained model: in this process, by one
-Ray worker and by two, on one thread each, in turns. The pools' start is not counted: a rate runs from when each worker
-has done its first task to the last task. `--clock cpu` takes the processor time of the workers (and of the driver while
+The pairs of benchmarks/data.py (500 x 376 pixels, eight tars) are encoded by an untrained model: in this process, by
+one Ray worker and by two, on one thread each, in turns. The pools' start is not counted: a rate runs from when each
+worker has done its first task to the last task. `--clock cpu` takes the processor time of the workers (and of the driver while
 they work) instead, which counts on a busy machine; Ray's own daemons are not in it. RAY_ADDRESS names a cluster that is
 there; else one of two cores is started.
 """
@@ -85,9 +85,7 @@ def main() -> None:
                 began = time.process_time()
                 results = list(cluster.spread(job, tasks))
                 rates[f"{workers}"] = rate(results, arguments.clock)
-                print(
-                    f"turn {turn}, {workers} workers: the driver's own processor time {time.process_time() - began:.1f} s"
-                )
+                print(f"turn {turn}, {workers} workers: the driver computed {time.process_time() - began:.1f} s")
             print("  ".join(f"{name}: {value:.1f} a second" for name, value in rates.items()))
             found["one worker, of local"].append(rates["1"] / rates["local"])
             twice = 2 if arguments.clock == "wall" else 1
