@@ -3,10 +3,9 @@
     python benchmarks/ray_engine.py [--images 512] [--rounds 3] [--model ViT-T-16] [--clock wall] [--json out.json]
 
 The pairs of benchmarks/data.py (500 x 376 pixels, eight tars) are encoded by an untrained model: in this process, by
-one Ray worker and by two, on one thread each, in turns. The pools' start is not counted: a rate runs from when each
-worker has done its first task to the last task. `--clock cpu` takes the processor time of the workers (and of the driver while
-they work) instead, which counts on a busy machine; Ray's own daemons are not in it. RAY_ADDRESS names a cluster that is
-there; else one of two cores is started.
+one Ray worker and by two, on one thread each, in turns. The start of the workers is not counted: a rate runs from when
+each has done its first task to the last task. `--clock cpu` takes the workers' processor time instead, which counts on
+a busy machine; Ray's own daemons are not in it. RAY_ADDRESS names a cluster that is there; else one is started.
 """
 
 from __future__ import annotations
