@@ -94,15 +94,9 @@ def encode_pairs(
     captions: "all", "first", or "first 5" (at most so many of each image).
     """
     encoder = open_encoder(
-        model,
-        batch_size=batch_size,
-        device=device,
-        workers=workers,
-        progress=progress,
-        dtype=dtype,
-        distributed=distributed,
-        engine=engine,
-    )
+        model, batch_size=batch_size, device=device, workers=workers, progress=progress, dtype=dtype,
+        distributed=distributed, engine=engine,
+    )  # fmt: skip
     return encoder.pairs(source, captions)
 
 
@@ -267,9 +261,8 @@ class Encoder:
             with self._forward():
                 self._ready("text", *self.model.shorten(tokenizer(middle)))
         embedded: list[Tensor] = []
-        for rows in self.text_batches(
-            [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)], what
-        ):
+        batches = [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+        for rows in self.text_batches(batches, what):
             embedded.append(rows)
             yield len(rows)
         rows = torch.cat(embedded) if embedded else torch.zeros(0, self.model.embed_dim)
@@ -360,15 +353,9 @@ class Encoder:
         from clipdistill.embed.engine import choose_engine
 
         self.engines[tower] = choose_engine(
-            self.model,
-            tower,
-            engine or self.engine,
-            functools.partial(self._by_torch, tower),
-            batch,
-            dtype=FULL_NAMES.get(self.dtype, self.dtype),
-            items=self.expected[tower],
-            say=self.say,
-        )
+            self.model, tower, engine or self.engine, functools.partial(self._by_torch, tower), batch,
+            dtype=FULL_NAMES.get(self.dtype, self.dtype), items=self.expected[tower], say=self.say,
+        )  # fmt: skip
 
     def notes(self, model: str) -> list[str]:
         """A sentence for each tower that was compared with torch in float32: what ran it, and how near it came."""
