@@ -36,7 +36,7 @@ ORDER = (
     ("bench",),
     ("export",),
     ("report",),
-    ("ablate", "search"),
+    ("ablate", "search", "serve"),
     ("reference",),
     ("listing", "doctor", "demo"),
     ("api",),
@@ -47,7 +47,7 @@ ORDER = (
 
 WINGS = (
     "models.inheritance", "scenes", "demo", "bank", "vectors", "ray_engine", "bench", "ablate", "export",
-    "regions", "search", "probe", "reference", "listing", "doctor", "remote", "data.formats.hub",
+    "regions", "search", "serve", "probe", "reference", "listing", "doctor", "remote", "data.formats.hub",
     "data.formats.labelled_libraries", "data.mixture", "data.benchmarks", "evaluate.matching", "evaluate.balanced",
     "objective.one_modality", "objective.logit_matching", "train.features", "train.trackers", "report.exports",
 )  # fmt: skip

@@ -71,6 +71,8 @@ CASES = {
     "report, place": (["report", "{tmp}/run", "--out", "{tmp}/r.pdf"], "ends in .html"),
     "search, folder": (["search", "absent-folder", "--model", "scenes-student"], "absent-folder"),
     "search, model": (["search", "{tmp}", "--model", "ViT-T16"], "did you mean"),
+    "serve": (["serve", "absent-run"], "absent-run"),
+    "serve, limits": (["serve", "scenes-teacher", "--queue", "3"], "--queue 3"),
     "scenes": (["scenes", "--out", "{tmp}/s", "--splits", "vla"], "vla"),
     "demo": (["demo", "--recipes", "clip-dr", "--out", "{tmp}/d"], "did you mean 'clip-rd'"),
     "list": (["list", "student"], "students"),

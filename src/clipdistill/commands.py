@@ -30,6 +30,7 @@ COMMANDS = {
     "bench": ("clipdistill.bench.command", "measure throughput, latency and size"),
     "report": ("clipdistill.report.command", "one HTML page from any number of runs"),
     "search": ("clipdistill.search.command", "search a folder of photographs, student beside teacher"),
+    "serve": ("clipdistill.serve.command", "a model as an HTTP service: embeddings and zero-shot classification"),
     "scenes": ("clipdistill.scenes.command", "write the built-in image-caption set to disk"),
     "list": ("clipdistill.listing", "recipes, students, towers, data sets and settings"),
     "completion": ("clipdistill.reference.completion", "completion of commands and options for bash and zsh"),

@@ -23,6 +23,8 @@ EXTRAS = {
     "litert": ("litert_torch", "ai_edge_litert"),
     "executorch": ("executorch",),
     "coreml": ("coremltools",),
+    "serve": ("starlette", "uvicorn", "python_multipart", "prometheus_client"),
+    "lancedb": ("lancedb",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
 }

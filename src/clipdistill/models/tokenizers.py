@@ -90,6 +90,11 @@ class Tokenizer(ABC):
                 self._cache[caption] = ids
         return ids
 
+    def forget(self, most: int) -> None:
+        """Let go of the captions it remembers when they are more than `most`: a service meets ever new ones."""
+        if len(self._cache) > most:
+            self._cache.clear()
+
     def __reduce__(self) -> tuple[Any, ...]:
         return tokenizer_from_dict, (self.to_dict(),)
 
@@ -119,6 +124,12 @@ class ClipBpeTokenizer(Tokenizer):
     def encode(self, caption: str) -> list[int]:
         """The ids of one caption, uncut, start and end included."""
         return [self._bpe.sot_token_id, *self._bpe.encode(caption), self._bpe.eot_token_id]
+
+    def forget(self, most: int) -> None:
+        """See Tokenizer; open_clip's remembers words, and its special tokens as themselves."""
+        super().forget(most)
+        if len(self._bpe.cache) > most:
+            self._bpe.cache = {word: known for word, known in self._bpe.cache.items() if word == known}
 
     def to_dict(self) -> dict[str, Any]:
         """See Tokenizer."""

@@ -1,0 +1,1 @@
+"""A model as a service: embeddings and zero-shot classification over HTTP, requests answered in common batches."""
