@@ -13,7 +13,7 @@ import pytest
 
 from clipdistill.scenes.pairs import open_scenes
 from clipdistill.serve.command import in_thread
-from clipdistill.serve.limits import Limits
+from clipdistill.serve.limits import ServiceLimits
 from tests.serve.bad_requests import form
 
 
@@ -69,6 +69,8 @@ def client() -> Any:
     """The demo's teacher as a service, with small limits."""
     for package in ("starlette", "uvicorn", "python_multipart", "prometheus_client"):
         pytest.importorskip(package, reason="needs the extra 'serve'")
-    limits = Limits(batch_size=4, wait_ms=2, queue=40, timeout=20, pictures=8, texts=64, megabytes=1, pixels=1_000_000)
+    limits = ServiceLimits(
+        batch_size=4, wait_ms=2, queue=40, timeout=20, pictures=8, texts=64, megabytes=1, pixels=1_000_000
+    )
     with in_thread("scenes-teacher", limits) as found:
         yield Client(*found)

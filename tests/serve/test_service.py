@@ -21,7 +21,7 @@ pytest.importorskip("starlette", reason="needs the extra 'serve'")
 
 from clipdistill.serve import app
 from clipdistill.serve.command import in_thread
-from clipdistill.serve.limits import Limits
+from clipdistill.serve.limits import ServiceLimits
 from tests.serve.bad_requests import attack, bomb, http
 from tests.serve.conftest import Client, encoded
 
@@ -214,7 +214,7 @@ def held(pictures, monkeypatch):
 
     armed = []
     monkeypatch.setattr(app.ServedModel, "images", images)
-    with in_thread("scenes-teacher", Limits(batch_size=1, wait_ms=0, queue=3, pictures=3, timeout=3)) as found:
+    with in_thread("scenes-teacher", ServiceLimits(batch_size=1, wait_ms=0, queue=3, pictures=3, timeout=3)) as found:
         armed.append(True)
         yield Client(*found), go, started
         go.set()
@@ -259,7 +259,7 @@ def test_who_hangs_up_leaves_the_queue(held, pictures):
 def test_what_was_accepted_is_answered_when_it_stops(pictures, monkeypatch):
     go, started = threading.Event(), threading.Event()
     answers = []
-    with in_thread("scenes-teacher", Limits(batch_size=2, wait_ms=0)) as found:
+    with in_thread("scenes-teacher", ServiceLimits(batch_size=2, wait_ms=0)) as found:
         client, original = Client(*found), found[0].model.images
         monkeypatch.setattr(
             client.service._batchers["image"], "_function", lambda x: (started.set(), go.wait(20), original(x))[2]

@@ -40,7 +40,7 @@ from clipdistill.serve.bodies import (
     ClassifyPictures,
     EmbedPictures,
     EmbedTexts,
-    Refused,
+    RequestRefused,
     check_classes,
     check_texts,
     media_type,
@@ -48,7 +48,7 @@ from clipdistill.serve.bodies import (
     read_form_body,
     read_json_body,
 )
-from clipdistill.serve.limits import BODIES_AT_ONCE, BODY_SECONDS, LABELS_KEPT, Limits
+from clipdistill.serve.limits import BODIES_AT_ONCE, BODY_SECONDS, LABELS_KEPT, ServiceLimits
 from clipdistill.serve.metrics import ServiceMetrics
 from clipdistill.serve.model import ServedModel
 from clipdistill.version import __version__
@@ -74,10 +74,12 @@ class _Gate:
         self._row_seconds = now if not self._row_seconds else 0.9 * self._row_seconds + 0.1 * now
 
     def check(self, rows: int) -> None:
-        """Raise Refused where so many more are too many at the moment."""
+        """Raise RequestRefused where so many more are too many at the moment."""
         if self.count + rows > self.most:
             again = min(60, max(1, math.ceil(self.count * self._row_seconds)))
-            raise Refused(429, f"busy: {self.count} {self.what} are on their way, come again in {again} s", again)
+            raise RequestRefused(
+                429, f"busy: {self.count} {self.what} are on their way, come again in {again} s", again
+            )
 
     @contextlib.contextmanager
     def admit(self, rows: int) -> Iterator[None]:
@@ -94,7 +96,7 @@ class Service:
     """The ASGI application for one model. hosts: names a Host header may have besides this machine's addresses (None:
     any name); `close` ends its threads."""
 
-    def __init__(self, model: ServedModel, limits: Limits, hosts: Collection[str] | None = None) -> None:
+    def __init__(self, model: ServedModel, limits: ServiceLimits, hosts: Collection[str] | None = None) -> None:
         self.model, self.limits, self.hosts = model, limits, hosts
         self.gates = {"image": _Gate("pictures", limits.queue), "text": _Gate("texts", limits.text_queue)}
         self.metrics = ServiceMetrics({name: gate.waiting for name, gate in self.gates.items()})
@@ -116,7 +118,7 @@ class Service:
         self._app = Starlette(
             routes=routes,
             exception_handlers={
-                Refused: self._refuse,
+                RequestRefused: self._refuse,
                 HTTPException: self._refuse,
                 ClientDisconnect: self._gone,
                 Exception: self._fail,
@@ -180,7 +182,7 @@ class Service:
             return False
 
     async def _refuse(self, request: Request, error: Exception) -> Response:
-        if isinstance(error, Refused):
+        if isinstance(error, RequestRefused):
             return _sentence(error.status, error.text, error.again)
         assert isinstance(error, HTTPException)
         text = {404: "there is nothing at this path", 405: "this path takes another method"}.get(error.status_code)
@@ -226,11 +228,11 @@ class Service:
                 self._own_site(request)
                 kind = media_type(request.headers.get("content-type", ""))
                 if kind not in kinds:
-                    raise Refused(415, f"the Content-Type must be {' or '.join(sorted(kinds))}")
+                    raise RequestRefused(415, f"the Content-Type must be {' or '.join(sorted(kinds))}")
                 if "images" in form.model_fields:
                     self.gates["image"].check(1)
                 await self._read(request, body)
-            except Refused as refused:
+            except RequestRefused as refused:
                 await _drain(request)
                 response = await self._refuse(request, refused)
                 response.headers["Connection"] = "close"
@@ -250,12 +252,12 @@ class Service:
         except ValueError:
             own = False
         if not own:
-            raise Refused(403, "another site asked: pages of other origins get no answer")
+            raise RequestRefused(403, "another site asked: pages of other origins get no answer")
 
     async def _read(self, request: Request, body: bytearray) -> None:
-        """Fill `body`, counted with all others piece by piece. Raises Refused and ClientDisconnect."""
+        """Fill `body`, counted with all others piece by piece. Raises RequestRefused and ClientDisconnect."""
         most = self.limits.bytes
-        too_large = Refused(413, f"the body is larger than {self.limits.megabytes} MiB")
+        too_large = RequestRefused(413, f"the body is larger than {self.limits.megabytes} MiB")
         if int(request.headers.get("content-length", 0)) > most:
             raise too_large
         try:
@@ -264,11 +266,11 @@ class Service:
                     if len(body) + len(piece) > most:
                         raise too_large
                     if self._held + len(piece) > BODIES_AT_ONCE * most:
-                        raise Refused(429, "busy: too many bodies are arriving at once, come again", 1)
+                        raise RequestRefused(429, "busy: too many bodies are arriving at once, come again", 1)
                     self._held += len(piece)
                     body += piece
         except TimeoutError as error:
-            raise Refused(408, f"the body took longer than {BODY_SECONDS:g} s to arrive") from error
+            raise RequestRefused(408, f"the body took longer than {BODY_SECONDS:g} s to arrive") from error
         except ClientDisconnect:
             self._held -= len(body)
             raise
@@ -282,7 +284,7 @@ class Service:
                 return task.result()
             if gone.done():
                 raise ClientDisconnect
-            raise Refused(503, f"no answer within {self.limits.timeout:g} s: ask for less, or come again", 5)
+            raise RequestRefused(503, f"no answer within {self.limits.timeout:g} s: ask for less, or come again", 5)
         finally:
             task.cancel()
             gone.cancel()
@@ -319,7 +321,9 @@ class Service:
         templates = check_classes(asked, self.limits)
         unknown = (await self._pooled(self.model.tokens, asked.labels))[2]
         if unknown:
-            raise Refused(422, f"the model knows no word of label {unknown[0]} (from 0), so an answer means nothing")
+            raise RequestRefused(
+                422, f"the model knows no word of label {unknown[0]} (from 0), so an answer means nothing"
+            )
         prompts = [fill(template, label) for template in templates for label in asked.labels]
         known = {text: row for text in prompts if (row := self._labels.get(text)) is not None}
         missing = [text for text in dict.fromkeys(prompts) if text not in known]
@@ -337,11 +341,11 @@ class Service:
         return await self._pooled(_ranking, rows @ classes.T, self.model.logit_scale, asked.labels, asked.top)
 
     async def _picture_rows(self, pictures: Sequence[bytes]) -> np.ndarray:
-        """Unit rows (n, width) of encoded pictures. Raises Refused for one that cannot be used."""
+        """Unit rows (n, width) of encoded pictures. Raises RequestRefused for one that cannot be used."""
         if not pictures:
-            raise Refused(400, "there is no picture in the request")
+            raise RequestRefused(400, "there is no picture in the request")
         if len(pictures) > self.limits.pictures:
-            raise Refused(413, f"{len(pictures)} pictures, at most {self.limits.pictures} a request")
+            raise RequestRefused(413, f"{len(pictures)} pictures, at most {self.limits.pictures} a request")
         with self.gates["image"].admit(len(pictures)):
             decoding = [asyncio.ensure_future(self._pooled(self._pixels, i, data)) for i, data in enumerate(pictures)]
             try:
@@ -355,7 +359,7 @@ class Service:
         try:
             return self.model.pixels(data, self.limits.pixels)
         except BadSample as error:
-            raise Refused(422, f"picture {number} (from 0) cannot be read: {error.reason}") from error
+            raise RequestRefused(422, f"picture {number} (from 0) cannot be read: {error.reason}") from error
 
     async def _text_rows(self, texts: list[str], what: str) -> tuple[np.ndarray, list[int], list[int]]:
         """Unit rows (n, width), which texts were cut, and of which the model knows no word."""
@@ -367,7 +371,7 @@ class Service:
         found = await asyncio.wrap_future(self._batchers[tower].submit(rows))
         bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
         if len(bad):
-            raise Refused(422, f"the model gives no finite embedding for {what} {bad[0]} (from 0)")
+            raise RequestRefused(422, f"the model gives no finite embedding for {what} {bad[0]} (from 0)")
         return found
 
 

@@ -15,10 +15,10 @@ from clipdistill.config import Config, build
 from clipdistill.data.templates import check_templates
 from clipdistill.errors import InputError
 from clipdistill.runtime.files import parse_json
-from clipdistill.serve.limits import LARGEST_VALUES, LONGEST_TEXT, Limits
+from clipdistill.serve.limits import LARGEST_VALUES, LONGEST_TEXT, ServiceLimits
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that is answered with a status, one sentence and no more. again: seconds after which to come back."""
 
     def __init__(self, status: int, text: str, again: int | None = None) -> None:
@@ -61,18 +61,18 @@ F = TypeVar("F", bound=Config)
 
 
 def read_json_body(body: bytes, form: type[F]) -> tuple[F, list[bytes]]:
-    """The values of a JSON body and its decoded pictures. Raises Refused."""
+    """The values of a JSON body and its decoded pictures. Raises RequestRefused."""
     if body.count(b",") + body.count(b"[") + body.count(b"{") > LARGEST_VALUES:
-        raise Refused(413, f"the JSON holds more than {LARGEST_VALUES} values")
+        raise RequestRefused(413, f"the JSON holds more than {LARGEST_VALUES} values")
     try:
         values = parse_json(body, "the body")
     except InputError as error:
-        raise Refused(400, str(error)) from error
+        raise RequestRefused(400, str(error)) from error
     asked = _built(form, values)
     return asked, [_picture(text, i) for i, text in enumerate(getattr(asked, "images", ()))]
 
 
-async def read_form_body(body: bytes, kind: str, form: type[F], limits: Limits) -> tuple[F, list[bytes]]:
+async def read_form_body(body: bytes, kind: str, form: type[F], limits: ServiceLimits) -> tuple[F, list[bytes]]:
     """The same of a multipart form: each file is a picture, a field that stands several times is a list."""
     from starlette.datastructures import Headers, UploadFile
     from starlette.formparsers import MultiPartException, MultiPartParser
@@ -89,39 +89,43 @@ async def read_form_body(body: bytes, kind: str, form: type[F], limits: Limits) 
         parser = InMemory(headers, pieces(), max_files=limits.pictures, max_fields=most)  # type: ignore[arg-type]
         found = await parser.parse()
     except MultiPartException as error:
-        raise Refused(413 if error.message.startswith("Too many") else 400, f"the form: {error.message}") from error
+        raise RequestRefused(
+            413 if error.message.startswith("Too many") else 400, f"the form: {error.message}"
+        ) from error
     except (KeyError, ValueError, LookupError, AttributeError) as error:
-        raise Refused(400, "the form is no multipart/form-data with a boundary, names and values") from error
+        raise RequestRefused(400, "the form is no multipart/form-data with a boundary, names and values") from error
     values: dict[str, Any] = {}
     pictures: list[bytes] = []
     lists = {name for name, field in form.model_fields.items() if "list" in str(field.annotation)}
     for name, value in found.multi_items():
         if isinstance(value, UploadFile):
             if name != "images":
-                raise Refused(400, f"the form: a file in the field '{name:.80}': files belong in 'images'")
+                raise RequestRefused(400, f"the form: a file in the field '{name:.80}': files belong in 'images'")
             pictures.append(await value.read())
         elif name == "images":
-            raise Refused(400, "the form: 'images' without a file name: send pictures as files (curl -F images=@FILE)")
+            raise RequestRefused(
+                400, "the form: 'images' without a file name: send pictures as files (curl -F images=@FILE)"
+            )
         elif name in lists:
             values.setdefault(name, []).append(value)
         elif name in values:
-            raise Refused(400, f"the form: the field '{name:.80}' stands twice")
+            raise RequestRefused(400, f"the form: the field '{name:.80}' stands twice")
         else:
             values[name] = value
     if "images" in form.model_fields:
         values["images"] = ["" for _ in pictures]
     elif pictures:
-        raise Refused(400, "the form: files, where texts are asked for")
+        raise RequestRefused(400, "the form: files, where texts are asked for")
     return _built(form, values), pictures
 
 
 def _built(form: type[F], values: Any) -> F:
     if not isinstance(values, Mapping):
-        raise Refused(400, f"the body must be a JSON object with the keys {', '.join(form.model_fields)}")
+        raise RequestRefused(400, f"the body must be a JSON object with the keys {', '.join(form.model_fields)}")
     try:
         return build(form, values, "the request")
     except InputError as error:
-        raise Refused(400, _shown(str(error))) from error
+        raise RequestRefused(400, _shown(str(error))) from error
 
 
 def _shown(text: str) -> str:
@@ -135,38 +139,38 @@ def _picture(text: str, number: int) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise Refused(400, f"picture {number} (from 0) is not in base64") from error
+        raise RequestRefused(400, f"picture {number} (from 0) is not in base64") from error
 
 
 def check_texts(texts: list[str], what: str, most: int) -> None:
-    """Raise Refused for too many texts, and for one that is empty, too long or no Unicode."""
+    """Raise RequestRefused for too many texts, and for one that is empty, too long or no Unicode."""
     if not texts:
-        raise Refused(400, f"there is no {what} in the request")
+        raise RequestRefused(400, f"there is no {what} in the request")
     if len(texts) > most:
-        raise Refused(413, f"{len(texts)} {what}s, at most {most} a request")
+        raise RequestRefused(413, f"{len(texts)} {what}s, at most {most} a request")
     for number, text in enumerate(texts):
         if not text.strip():
-            raise Refused(400, f"{what} {number} (from 0) is empty")
+            raise RequestRefused(400, f"{what} {number} (from 0) is empty")
         if len(text) > LONGEST_TEXT:
-            raise Refused(413, f"{what} {number} (from 0) has {len(text)} characters, at most {LONGEST_TEXT}")
+            raise RequestRefused(413, f"{what} {number} (from 0) has {len(text)} characters, at most {LONGEST_TEXT}")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise Refused(400, f"{what} {number} (from 0) holds half of a character (\\ud800 to \\udfff)")
+            raise RequestRefused(400, f"{what} {number} (from 0) holds half of a character (\\ud800 to \\udfff)")
 
 
-def check_classes(asked: ClassifyPictures, limits: Limits) -> tuple[str, ...]:
-    """The templates of a classification. Raises Refused as `check_texts`, and for labels or templates that are none."""
+def check_classes(asked: ClassifyPictures, limits: ServiceLimits) -> tuple[str, ...]:
+    """The templates of a classification. Raises RequestRefused as `check_texts`, and for labels or templates that are none."""
     check_texts(asked.labels, "label", limits.texts)
     check_texts(asked.templates, "template", limits.texts)
     if len(set(asked.labels)) < len(asked.labels):
         again = next(label for i, label in enumerate(asked.labels) if label in asked.labels[:i])
-        raise Refused(400, f"the label {_shown(repr(again)):.80} stands twice")
+        raise RequestRefused(400, f"the label {_shown(repr(again)):.80} stands twice")
     try:
         found = check_templates(asked.templates, "the request")
     except InputError as error:
-        raise Refused(400, _shown(str(error))) from error
+        raise RequestRefused(400, _shown(str(error))) from error
     if len(found) * len(asked.labels) > limits.texts:
         times = f"{len(asked.labels)} labels times {len(found)} templates"
-        raise Refused(413, f"{times}: at most {limits.texts} texts a request")
+        raise RequestRefused(413, f"{times}: at most {limits.texts} texts a request")
     return found
 
 

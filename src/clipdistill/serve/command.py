@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from clipdistill.errors import InputError, needing
 from clipdistill.models.names import check_model_name
 from clipdistill.runtime.console import say
-from clipdistill.serve.limits import BODY_SECONDS, CONNECTIONS, LONGEST_HEADERS, Limits
+from clipdistill.serve.limits import BODY_SECONDS, CONNECTIONS, LONGEST_HEADERS, ServiceLimits
 
 if TYPE_CHECKING:
     from clipdistill.serve.app import Service
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=PORT, help=f"0 takes a free one (default: {PORT})")
     add("--host", default=HOST, help="address to listen on (default: this machine only)")
     add("--allow-host", action="append", default=[], metavar="NAME", help="a further name that requests may call it by")
-    for setting in fields(Limits):
+    for setting in fields(ServiceLimits):
         kind = float if isinstance(setting.default, float) else int
         option = f"--{setting.name.replace('_', '-')}"
         add(option, type=kind, default=setting.default, help=f"{_HELP[setting.name]} (default: {setting.default})")
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Load the model and answer until SIGINT or SIGTERM; what was accepted by then is answered."""
     from clipdistill.runtime.signals import StopSignal
 
-    limits = Limits(**{setting.name: getattr(arguments, setting.name) for setting in fields(Limits)})
+    limits = ServiceLimits(**{setting.name: getattr(arguments, setting.name) for setting in fields(ServiceLimits)})
     if not 0 <= arguments.port <= 65535:
         raise InputError(f"--port must be between 0 and 65535, got {arguments.port}")
     if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
@@ -129,7 +129,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 def make_service(
     name: str,
-    limits: Limits,
+    limits: ServiceLimits,
     place: socket.socket,
     *,
     names: Sequence[str] = (),
@@ -170,11 +170,11 @@ def make_service(
 
 
 @contextlib.contextmanager
-def in_thread(name: str, limits: Limits | None = None) -> Iterator[tuple[Service, str, int]]:
+def in_thread(name: str, limits: ServiceLimits | None = None) -> Iterator[tuple[Service, str, int]]:
     """A service on a free port of this machine while the block runs, for tests and notebooks: (service, host, port)."""
     require_packages()
     with listening(HOST, 0) as place:
-        service, server = make_service(name, limits or Limits(), place, device="cpu")
+        service, server = make_service(name, limits or ServiceLimits(), place, device="cpu")
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
         thread.start()
         while not server.started:

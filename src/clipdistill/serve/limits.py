@@ -22,7 +22,7 @@ LABELS_KEPT = 2048
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServiceLimits:
     """Settings of the service. Raises InputError for numbers that do not fit together."""
 
     batch_size: int = 32
