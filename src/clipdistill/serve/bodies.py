@@ -158,7 +158,7 @@ def check_texts(texts: list[str], what: str, most: int) -> None:
 
 
 def check_classes(asked: ClassifyPictures, limits: ServiceLimits) -> tuple[str, ...]:
-    """The templates of a classification. Raises RequestRefused as `check_texts`, and for labels or templates that are none."""
+    """The templates of a classification. Raises RequestRefused, also for what is no template."""
     check_texts(asked.labels, "label", limits.texts)
     check_texts(asked.templates, "template", limits.texts)
     if len(set(asked.labels)) < len(asked.labels):
