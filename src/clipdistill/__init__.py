@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from clipdistill.registry import lazy_package
 from clipdistill.version import __version__
+
+# torch reads it when it is loaded: what Apple's GPU cannot compute, the CPU does
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 if TYPE_CHECKING:
     from clipdistill.api import cache, embed

@@ -112,6 +112,8 @@ def _device() -> Examined:
         )
     if names:
         return Examined("ok", f"device: {', '.join(names)}")
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return Examined("ok", "device: Apple GPU (mps), taken where no other is named; --device cpu leaves it")
     try:
         amx = "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

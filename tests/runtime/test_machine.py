@@ -11,7 +11,7 @@ import torch
 
 from clipdistill.errors import InputError
 from clipdistill.runtime import machine
-from clipdistill.runtime.machine import cpu_count, free_memory, pick_device
+from clipdistill.runtime.machine import cpu_count, free_memory, pick_device, wait_for
 
 CPU = torch.device("cpu")
 
@@ -83,6 +83,55 @@ def test_devices() -> None:
         assert pick_device(None) == CPU
         with pytest.raises(InputError, match="leave the device out"):
             pick_device("cuda")
+
+
+def test_apples_gpu_is_taken_where_there_is_one(monkeypatch) -> None:
+    if not torch.backends.mps.is_available():
+        with pytest.raises(InputError, match="no such Apple GPU is visible; leave the device out"):
+            pick_device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device(None) == pick_device("mps") == torch.device("mps")
+    assert pick_device("cpu") == CPU
+    with pytest.raises(InputError, match="no such Apple GPU"):
+        pick_device("mps:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick_device(None).type == "cuda"
+
+
+def test_memory_and_clocks_ask_apples_gpu(monkeypatch) -> None:
+    waited = []
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 100)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 30)
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: waited.append("mps"))
+    assert free_memory(torch.device("mps")) == 70
+    wait_for(torch.device("mps"))
+    wait_for(CPU)
+    assert waited == ["mps"]
+
+
+def test_autocast_and_precision_on_apples_gpu() -> None:
+    from clipdistill.train.config import resolve
+    from clipdistill.train.run import with_precision
+    from clipdistill.train.step import autocast
+
+    device = torch.device("mps")
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        entered = autocast(device, precision)
+        assert (entered.device, entered.fast_dtype) == ("mps", dtype)
+        with entered:
+            assert torch.is_autocast_enabled("mps")
+    config = resolve("clip", {"data": "scenes", "student": "scenes-student", "out": "x"})
+    assert with_precision(config, device).train.precision == "fp32"  # bf16 where the matrix units have it
+
+
+def test_the_package_lets_the_cpu_do_what_apples_gpu_cannot() -> None:
+    import os
+
+    import clipdistill  # noqa: F401
+
+    assert os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] in ("0", "1")
 
 
 _BLOCKS = """

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=float, default=2.0, help="timed seconds for each model, tower and setting (default: 2)")
     add("--rounds", type=int, default=10, help="rounds in which the models alternate (default: 10)")
     add("--threads", type=int, help="threads of torch on the CPU (default: torch's)")
-    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU when there is one)")
     add("--data", help="also measure end to end on these pairs: read, decode, transform, image tower")
     add("--split", help="split of the data, where the format has splits")
     add(

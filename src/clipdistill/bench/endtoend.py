@@ -12,6 +12,7 @@ from clipdistill.data.pairs import PairSource
 from clipdistill.data.problems import BadSample
 from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, render
 from clipdistill.errors import InputError
+from clipdistill.runtime.machine import wait_for
 
 
 class Pipeline:
@@ -49,8 +50,7 @@ class Pipeline:
         images = images.to(device=self.device, dtype=self.dtype)
         transformed = time.perf_counter()
         result = self.encode(images)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        wait_for(self.device)
         end = time.perf_counter()
         self.seconds["decode"] += decoded - start
         self.seconds["transform"] += transformed - decoded

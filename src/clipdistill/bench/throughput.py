@@ -26,7 +26,7 @@ from clipdistill.errors import InputError, first_line, nearest
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import TOWERS
 from clipdistill.registry import BACKENDS
-from clipdistill.runtime.machine import pick_device
+from clipdistill.runtime.machine import pick_device, wait_for
 
 FORMAT = 1
 
@@ -226,12 +226,12 @@ class _Bench:
         return found
 
     def _synchronised(self, call: Any) -> Any:
-        if self.device.type != "cuda":
+        if self.device.type == "cpu":
             return call
 
         def run() -> None:
             call()
-            torch.cuda.synchronize(self.device)
+            wait_for(self.device)
 
         return run
 

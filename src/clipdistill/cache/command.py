@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--block", type=int, help="samples a file (default: from the size of the data, at most 4096)")
     add_engine(add, default=None)
     add("--workers", type=int, help="processes that decode (default: as many as keep the teacher busy, measured)")
-    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one; LOCAL_RANK under torchrun)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU when there is one; LOCAL_RANK under torchrun)")
     add("--part", help="fill only a static share: 0/4, 1/4, ... on machines without a common disk; merge them later")
     add("--allow-versions", action="store_true", default=None, help="go on although libraries have changed")
     add("--quiet", action="store_true", help="no progress on the terminal")

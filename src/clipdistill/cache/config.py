@@ -49,7 +49,7 @@ class CacheConfig(Config):
     workers: int | None = pydantic.Field(default=None, ge=0, le=1024)
     """Processes that decode (None: as many as keep the teacher busy, measured)."""
     device: str | None = None
-    """cpu, cuda, cuda:1 (None: CUDA when there is one)."""
+    """cpu, cuda, cuda:1, mps (None: a GPU when there is one)."""
     part: str | None = pydantic.Field(default=None, pattern=r"^\d+/\d+$")
     """A static share of the blocks: 1/4 fills only the second of four."""
     allow_versions: bool = False

@@ -22,7 +22,7 @@ from clipdistill.errors import InputError, first_line
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.parameters import evaluation_mode
 from clipdistill.registry import BACKENDS
-from clipdistill.runtime.machine import free_memory
+from clipdistill.runtime.machine import free_memory, wait_for
 
 LEAST_COSINE = {"float32": 0.9999, "bfloat16": 0.999, "float16": 0.999}
 """How near the rows of an engine must be to the eager tower's in float32."""
@@ -145,12 +145,11 @@ def _converted(
 
 
 def _cosine(rows: Tensor, reference: Tensor) -> float:
-    return float(torch.nn.functional.cosine_similarity(rows.double(), reference.double()).min())
+    return float(torch.nn.functional.cosine_similarity(rows.cpu().double(), reference.cpu().double()).min())
 
 
 def _timed(run: Tower, batch: Tensor) -> float:
     began = time.perf_counter()
     run(batch)
-    if batch.device.type == "cuda":
-        torch.cuda.synchronize(batch.device)
+    wait_for(batch.device)
     return time.perf_counter() - began

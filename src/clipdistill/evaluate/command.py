@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=256, help="images or captions a forward pass (default 256)")
     add("--workers", type=int, help="processes that decode images (default: measured)")
     add_engine(add)
-    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU when there is one)")
     add("--dtype", default="float32", help="float32, bfloat16 or float16")
     add("--strict-counts", action="store_true", help="refuse a published set that is not complete")
     add("--no-intervals", action="store_true", help="leave out the bootstrap intervals")

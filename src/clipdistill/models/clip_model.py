@@ -88,7 +88,7 @@ def require_usable_scale(model: ClipModel) -> None:
     """Raise InputError unless the logit multiplier is a positive finite number and the bias, if any, a finite one."""
     scale = getattr(model.module, "logit_scale", None)
     if scale is not None:
-        values = scale.detach().double().exp()
+        values = scale.detach().cpu().double().exp()
         if not bool(((values > 0) & (values <= LARGEST_SCALE)).all()):
             raise InputError(
                 f"'{model.name}': its logit scale is {scale.detach().flatten().tolist()}, and it must be the logarithm "

@@ -81,9 +81,9 @@ def reads_only_text(module: Any, tokenizer: Any) -> bool:
             tokens = tokenizer(list(_PROBES)).to(device)
             if int(needed_lengths(tokens).max()) >= tokens.shape[1]:
                 return False
-            whole = module.encode_text(tokens).double()
+            whole = module.encode_text(tokens).cpu().double()
             lengths = needed_lengths(tokens).tolist()
-            cut = torch.cat([module.encode_text(row[None, :n]) for row, n in zip(tokens, lengths)]).double()
+            cut = torch.cat([module.encode_text(row[None, :n]) for row, n in zip(tokens, lengths)]).cpu().double()
     except Exception:  # towers of any origin: one that cannot take other lengths is left alone
         return False
     if whole.shape != cut.shape or not bool(torch.isfinite(whole).all()):

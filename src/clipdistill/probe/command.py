@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seeds", type=int, default=5, help="draws of the pictures for each number of shots (default 5)")
     add("--batch-size", type=int, default=256, help="pictures a forward pass (default 256)")
     add("--workers", type=int, help="processes that decode images (default: measured)")
-    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU when there is one)")
     add("--json", type=Path, help="write the results here")
     add("--quiet", action="store_true", help="no progress bars")
 

@@ -23,18 +23,21 @@ PROC = Path("/proc")
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
-    """The device asked for, or this rank's CUDA device (LOCAL_RANK) when there is one, else the CPU.
+    """The device asked for, or this rank's CUDA device (LOCAL_RANK) when there is one, Apple's GPU, else the CPU.
 
-    Raises InputError for a name that is none and for a CUDA device that this machine has not.
+    Raises InputError for a name that is none and for a GPU that this machine has not.
     """
     import torch
 
+    apple = torch.backends.mps.is_available()
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"unknown device '{name}': write cpu, cuda or cuda:1") from error
+        raise InputError(f"unknown device '{name}': write cpu, cuda, cuda:1 or mps") from error
+    if device.type == "mps" and (not apple or device.index):
+        raise InputError(f"device '{name}': no such Apple GPU is visible; leave the device out to run on what there is")
     if device.type != "cuda":
         return device
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -56,6 +59,10 @@ def free_memory(device: torch.device | None = None) -> int | None:
         import torch
 
         return int(torch.cuda.mem_get_info(device)[0])
+    if device is not None and device.type == "mps":
+        import torch
+
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     figures = _control_group_memory()
     for line in _lines(PROC / "meminfo"):
         if line.startswith("MemAvailable:"):
@@ -65,6 +72,14 @@ def free_memory(device: torch.device | None = None) -> int | None:
         with contextlib.suppress(AttributeError, ValueError, OSError):
             figures.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
     return min(figures, default=None)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what it was given, so that a clock can be read."""
+    import torch
+
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize(*([device] if device.type == "cuda" else []))
 
 
 def keep_freed_memory() -> None:

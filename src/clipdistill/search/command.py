@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rehash", action="store_true", help="compare the content of every file, also where size and time are equal")
     add("--batch-size", type=int, default=64, help="photographs a forward pass (default: 64)")
     add("--workers", type=int, default=4, help="threads that read and decode (default: 4)")
-    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU when there is one)")
     add_engine(add, cluster=False)
     add("--json", action="store_true", help="print the answer as JSON")
     add("--quiet", action="store_true", help="no progress bars, no summary of the index")

@@ -51,7 +51,7 @@ def add_shared_arguments(parser: argparse.ArgumentParser) -> None:
     add("--validation-split", help="split of the validation data (default: val when the format has splits)")
     add("--zero-shot", action="append", default=None, help="a labelled set to classify at the end (repeatable)")
     add("--protocol", choices=("standard", "first-caption"), help="retrieval protocol (docs/protocols.md)")
-    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU when there is one)")
 
 
 def run(arguments: argparse.Namespace) -> int:

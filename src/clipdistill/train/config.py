@@ -250,7 +250,7 @@ class RunConfig(Config):
     plugins: tuple[str, ...] = ()
     """Python files that register what the run names; loaded again when it is continued or evaluated."""
     device: str | None = None
-    """cpu, cuda, cuda:1 (None: CUDA when there is one)."""
+    """cpu, cuda, cuda:1, mps (None: a GPU when there is one)."""
 
     @pydantic.field_validator("data", "validation", mode="before")
     @classmethod

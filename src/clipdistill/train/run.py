@@ -281,4 +281,6 @@ def _describe(loop: Loop, status: str, fingerprint: str | None) -> None:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"{platform.machine()} Apple GPU"
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipdistill.data.pairs import one_or_several
 from clipdistill.runtime.distributed import gather_lists, on_main, world_size
-from clipdistill.runtime.machine import free_memory
+from clipdistill.runtime.machine import free_memory, wait_for
 from clipdistill.runtime.signals import TooLongError, time_limit
 from clipdistill.train.setup import Setup
 from clipdistill.train.step import Statistics, Towers, attention_by, autocast
@@ -219,8 +219,7 @@ class _Timing:
         return self._now() - began
 
     def _now(self) -> float:
-        if self.setup.device.type == "cuda":
-            torch.cuda.synchronize(self.setup.device)
+        wait_for(self.setup.device)
         return time.perf_counter()
 
     def _fits(self, attention: str) -> bool:

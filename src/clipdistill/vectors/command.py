@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", default="float32", help="of the forward pass: float32, bfloat16, float16")
     add_engine(add)
     add("--part", type=int, default=4096, help="rows kept at a time, so that a kill loses fewer (default 4096)")
-    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU when there is one)")
     add("--quiet", action="store_true", help="no progress on the terminal")
 
 
