@@ -89,3 +89,8 @@ def test_recipes_cannot_lead_in_a_circle(tmp_path):
     (tmp_path / "b.yaml").write_text(f"from: {tmp_path / 'a.yaml'}\n")
     with pytest.raises(InputError, match="back to the same recipe"):
         load_recipe(tmp_path / "a.yaml")
+
+
+def test_a_student_that_goes_on_from_weights_needs_no_other_name() -> None:
+    config = resolve("clip", {"data": "scenes", "out": "x", "student_weights": "scenes-teacher"})
+    assert config.student == config.student_weights == "scenes-teacher"

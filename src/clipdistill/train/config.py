@@ -355,6 +355,8 @@ def resolve_values(values: Mapping[str, Any], recipe: str | Path) -> RunConfig:
     for name in plugins:
         load_plugin(name)
     values["plugins"] = [str(Path(name).expanduser().resolve()) for name in plugins]
+    if values.get("student_weights") and "student" not in values:  # then it is only what reports call it
+        values["student"] = str(values["student_weights"])
     for key, hint in (("student", "--student ViT-T-16"), ("data", "--data captions.json"), ("out", "--out runs/first")):
         if key not in values:
             raise InputError(f"recipe {recipe}: no {key} was named; give one, for example  {hint}")
