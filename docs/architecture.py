@@ -49,7 +49,8 @@ WINGS = (
     "models.inheritance", "scenes", "demo", "bank", "vectors", "ray_engine", "bench", "ablate", "export",
     "regions", "search", "serve", "probe", "reference", "listing", "doctor", "remote", "data.formats.hub",
     "data.formats.labelled_libraries", "data.mixture", "data.benchmarks", "evaluate.matching", "evaluate.balanced",
-    "objective.one_modality", "objective.logit_matching", "train.features", "train.trackers", "report.exports",
+    "objective.one_modality", "objective.logit_matching", "objective.targeted", "train.features", "train.trackers",
+    "report.exports",
 )  # fmt: skip
 """Rooms, and parts of rooms, that a run can do without. The core finds them by name and never imports them."""
 

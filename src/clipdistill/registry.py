@@ -249,7 +249,10 @@ TERMS: Registry[Any] = Registry(
         name: f"clipdistill.objective.one_modality:{name.upper()}"
         for name in ("cosine_image", "cosine_text", "within_image", "within_text")
     }
-    | {"logit_mse": "clipdistill.objective.logit_matching:LOGIT_MSE"},
+    | {
+        "logit_mse": "clipdistill.objective.logit_matching:LOGIT_MSE",
+        "targeted": "clipdistill.objective.targeted:TARGETED",
+    },
 )
 """Terms of the objective (clipdistill.objective.term.Term)."""
 

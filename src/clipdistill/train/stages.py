@@ -43,9 +43,9 @@ def resolve_stages(
 ) -> list[RunConfig]:
     """The runs of a recipe with `stages`, in order; an empty list for a recipe without.
 
-    Arguments as in `resolve`; they go to every stage. One stage alone is set by `stages.NAME.train.steps=100`. Stages
-    draw their data in different orders unless they set `train.seed` themselves. Raises InputError as `resolve` does,
-    and for a first stage that refers to a previous one.
+    Arguments as in `resolve`; they go to every stage, but a stage whose teacher is `previous` keeps that. One stage
+    alone is set by `stages.NAME.train.steps=100`. Stages draw their data in different orders unless they set
+    `train.seed` themselves. Raises InputError as `resolve` does, and for a first stage that refers to a previous one.
     """
     given = {k: v for k, v in (settings or {}).items() if v is not None}
     over = lay(given, override({}, assignments))
@@ -64,6 +64,8 @@ def resolve_stages(
         if not _NAME.match(str(name)):
             raise InputError(f"recipe {recipe}: stage '{name}': a name has letters, digits and . % + - _ only")
         stage = lay(lay(lay(values, overlay), over), own.get(name, {}))
+        if overlay.get("teacher") == PREVIOUS and "teacher" not in own.get(name, {}):
+            stage["teacher"] = PREVIOUS  # a teacher named for the whole run is that of the stages that name none
         if not all(isinstance(part.get("train", {}), Mapping) for part in (stage, overlay)):
             raise InputError(f"recipe {recipe}: stage '{name}': 'train' must be a mapping of settings")
         if "seed" not in overlay.get("train", {}):
