@@ -16,13 +16,13 @@ def row_loss(batch: LocalBatch) -> Tensor:
 
     world = batch.world
     own = torch.arange(world.counts[world.rank], device=batch["teacher_image"].device) + sum(world.counts[: world.rank])
-    sure: Tensor | float = 0.0
     with torch.no_grad():
+        sure = torch.zeros(len(own), device=own.device)
         for query, found in (("image", "text"), ("text", "image")):
             logits = batch["teacher"] * batch[f"teacher_{query}"] @ batch.whole[f"teacher_{found}"].T
             sure = sure + logits.softmax(dim=1).gather(1, own[:, None]).squeeze(1) / 2
-    distance = 2 - sum((batch[f"projected_{m}"] * batch[f"teacher_{m}"]).sum(1) for m in ("image", "text"))
-    return sure * distance
+    image, text = ((batch[f"projected_{m}"] * batch[f"teacher_{m}"]).sum(1) for m in ("image", "text"))
+    return sure * (2 - image - text)
 
 
 TARGETED = Term(
