@@ -49,6 +49,12 @@ for (const dtype of ["fp32", "fp16", "q8"]) {
   out.dtypes[dtype] = { text: text_embeds.tolist(), image: (await vision(given)).image_embeds.tolist(),
     read: (await vision(read)).image_embeds.tolist() };
 }
+import { pipeline } from "@huggingface/transformers";
+for (const dtype of ["fp32", "fp16", "q8"]) {
+  const classify = await pipeline("zero-shot-image-classification", "model", { dtype });
+  out.dtypes[dtype].labels = await classify(picture, captions, { hypothesis_template: "{}" });
+  out.dtypes[dtype].one = await classify(picture, captions.slice(0, 1), { hypothesis_template: "{}" });
+}
 writeFileSync("found.json", JSON.stringify(out));
 """
 
@@ -74,6 +80,28 @@ def cosines(found, expected) -> float:
 def waves(width: int, height: int) -> Image.Image:
     x, y = np.arange(width)[None, :, None], np.arange(height)[:, None, None]
     return Image.fromarray((127 + 120 * np.sin(x / 9 + np.array([0, 1, 2])) * np.cos(y / 7)).astype(np.uint8))
+
+
+def test_both_towers_are_one_graph_too(tiny, tmp_path):
+    import onnxruntime
+
+    assert export_foreign(tiny, tmp_path / "model", "hf") == []
+    module = tiny.module.eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    captions = [*CAPTIONS[:2], "a"]
+    with torch.inference_mode():
+        image, text = module.encode_image(pixels), module.encode_text(tiny.tokenizer(captions))
+        image, text = (torch.nn.functional.normalize(rows, dim=1) for rows in (image, text))
+        expected = (module.logit_scale.exp() * image @ text.T).numpy()
+    for suffix, least in (("", 1e-3), ("_fp16", 0.05), ("_quantized", 1.0)):
+        session = onnxruntime.InferenceSession(str(tmp_path / "model" / "onnx" / f"model{suffix}.onnx"))
+        given = {"pixel_values": pixels.numpy(), "input_ids": tiny.tokenizer(captions).numpy()}
+        names = [output.name for output in session.get_outputs()]
+        assert names == ["image_embeds", "text_embeds", "logits_per_image", "logits_per_text"]
+        found = dict(zip(names, session.run(None, given), strict=True))
+        np.testing.assert_allclose(found["logits_per_image"], expected, atol=least)
+        np.testing.assert_allclose(found["logits_per_text"], found["logits_per_image"].T)
+        np.testing.assert_allclose(np.linalg.norm(found["text_embeds"], axis=1), 1, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -105,11 +133,18 @@ def test_transformers_js_loads_the_folder(words, tiny, tmp_path):
     with torch.inference_mode():
         image, text = module.encode_image(pixels), module.encode_text(model.tokenizer(CAPTIONS))
         read = module.encode_image(render(waves(90, 70), EVALUATION_VIEW, model.image)[None])
+        scale = float(module.logit_scale.exp())
     for dtype, least in (("fp32", 0.99999), ("fp16", 0.9999), ("q8", 0.99)):
         embeddings = found["dtypes"][dtype]
         assert cosines(embeddings["text"], text) > least
         assert cosines(embeddings["image"], image) > least
         assert cosines(embeddings["read"], read) > 0.97  # it resizes by a filter of its own
+        seen = torch.nn.functional.normalize(torch.tensor(embeddings["read"], dtype=torch.float64), dim=1)
+        said = torch.nn.functional.normalize(text.double(), dim=1)
+        wanted = dict(zip(CAPTIONS, (scale * seen @ said.T).softmax(1)[0].tolist(), strict=True))
+        given = {row["label"]: row["score"] for row in embeddings["labels"]}  # both towers in one graph
+        assert given == pytest.approx(wanted, abs=0.1 if dtype == "q8" else 0.01)
+        assert embeddings["one"][0]["score"] == 1
 
 
 @pytest.mark.slow

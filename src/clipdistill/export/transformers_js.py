@@ -1,4 +1,5 @@
-"""The towers as onnx/text_model*.onnx and onnx/vision_model*.onnx, where transformers.js looks for them.
+"""The towers as onnx/text_model*.onnx and onnx/vision_model*.onnx, where transformers.js looks for them, and both as
+one graph, onnx/model*.onnx, which its pipeline "zero-shot-image-classification" runs.
 
 transformers.js names the kinds of weights by what follows the name: nothing for float32, `_fp16`, and `_quantized`,
 which it takes in browsers. All are computed in float32, as in an export for browsers (web/weights.py).
@@ -23,6 +24,8 @@ FOLDER = "onnx"
 NAMES = {"image": ("vision_model", "pixel_values", "image_embeds"), "text": ("text_model", "input_ids", "text_embeds")}
 """tower -> the file, its input and its output, as transformers.js calls them."""
 _SUFFIXES = {"float16": "_fp16", "int8": "_quantized"}
+BOTH = "model"
+_LARGEST = 2_000_000_000  # bytes of one file
 
 
 def write_transformers_js(model: ClipModel, folder: Path) -> list[str]:
@@ -49,7 +52,98 @@ def write_transformers_js(model: ClipModel, folder: Path) -> list[str]:
                     notes.append(
                         f"{light.name} is left out: its embeddings differ from the model's (cosine {cosine:.4f})"
                     )
+    scale = float(model.module.logit_scale.detach().exp())
+    for suffix in ("", *_SUFFIXES.values()):
+        sources = [folder / FOLDER / f"{name}{suffix}.onnx" for name, _, _ in NAMES.values()]
+        target = folder / FOLDER / f"{BOTH}{suffix}.onnx"
+        if all(path.is_file() for path in sources):
+            if sum(path.stat().st_size for path in sources) > _LARGEST:
+                notes.append(f"{target.name} is left out: both towers in one file have more than 2 GB")
+                continue
+            join_towers(*sources, target, scale)
+            _require_joined(model, target, scale, Tolerance() if not suffix else None)
     return notes
+
+
+def join_towers(image: Path, text: Path, target: Path, scale: float) -> None:
+    """Write one graph of both: `pixel_values` (I, ...) and `input_ids` (T, L) to embeddings of length 1 and to logits.
+
+    `logits_per_image` (I, T) is `scale` times the cosines, `logits_per_text` its transpose.
+    """
+    import onnx
+    from onnx import TensorProto, compose, helper, numpy_helper
+
+    merged: Any = None
+    outputs, rows = [], {"image": "images", "text": "texts"}
+    for tower, path in (("image", image), ("text", text)):
+        _, given, result = NAMES[tower]
+        one = onnx.load(str(path))
+        del one.graph.value_info[:]
+        one = compose.add_prefix(one, f"{tower}.")
+        graph = one.graph
+        for node in graph.node:  # the input keeps its name, the output is the embedding before it gets length 1
+            for i, used in enumerate(node.input):
+                if used == f"{tower}.{given}":
+                    node.input[i] = given
+        graph.input[0].name = given
+        for value in (graph.input[0], graph.output[0]):
+            value.type.tensor_type.shape.dim[0].dim_param = rows[tower]
+        graph.initializer.append(numpy_helper.from_array(np.array([1], dtype=np.int64), f"{tower}.axis"))
+        raw = f"{tower}.{result}"
+        graph.node.extend(
+            [
+                helper.make_node("ReduceL2", [raw, f"{tower}.axis"], [f"{tower}.length"], keepdims=1),
+                helper.make_node("Div", [raw, f"{tower}.length"], [result]),
+            ]
+        )
+        outputs.append(helper.make_tensor_value_info(result, TensorProto.FLOAT, [rows[tower], None]))
+        if merged is None:
+            merged = one
+            continue
+        merged.graph.node.extend(graph.node)
+        merged.graph.initializer.extend(graph.initializer)
+        merged.graph.input.extend(graph.input)
+        merged.functions.extend(one.functions)
+    graph = merged.graph
+    graph.initializer.append(numpy_helper.from_array(np.array(scale, dtype=np.float32), "logit_scale"))
+    (_, _, images), (_, _, texts) = NAMES["image"], NAMES["text"]
+    graph.node.extend(
+        [
+            helper.make_node("Transpose", [texts], ["texts.turned"], perm=[1, 0]),
+            helper.make_node("MatMul", [images, "texts.turned"], ["cosines"]),
+            helper.make_node("Mul", ["cosines", "logit_scale"], ["logits_per_image"]),
+            helper.make_node("Transpose", ["logits_per_image"], ["logits_per_text"], perm=[1, 0]),
+        ]
+    )
+    outputs.append(helper.make_tensor_value_info("logits_per_image", TensorProto.FLOAT, ["images", "texts"]))
+    outputs.append(helper.make_tensor_value_info("logits_per_text", TensorProto.FLOAT, ["texts", "images"]))
+    del graph.output[:]
+    graph.output.extend(outputs)
+    onnx.save(merged, str(target))
+
+
+def _require_joined(model: ClipModel, path: Path, scale: float, tolerance: Tolerance | None) -> None:
+    """Compare both embeddings and the logits of a joined graph; without a tolerance its towers were compared before."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    pixels = np.zeros((1, 3, model.image.size, model.image.size), dtype=np.float32)
+    tokens = model.tokenizer(["a photo"]).numpy()
+    (_, picture, images), (_, caption, texts) = NAMES["image"], NAMES["text"]
+
+    def image(values: np.ndarray) -> np.ndarray:
+        return np.asarray(session.run([images], {picture: values, caption: tokens})[0])
+
+    def text(values: np.ndarray) -> np.ndarray:
+        return np.asarray(session.run([texts], {picture: pixels, caption: values})[0])
+
+    if tolerance is not None:
+        require(compare(model, {"image": image, "text": text}, normalised=True), tolerance, path.name)
+    a, b, logits = session.run([images, texts, "logits_per_image"], {picture: pixels, caption: tokens})
+    if not np.allclose(logits, scale * a @ b.T, rtol=1e-3, atol=1e-3):
+        raise InputError(f"{path.name}: its logits are not the cosines of its embeddings: leave this export out")
 
 
 def _rename(source: Path, target: Path, given: str, result: str, padding: tuple[int, int] | None) -> None:

@@ -194,7 +194,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, sum of widths) -> (B, dim)."""
-        parts = features.split(self.widths, dim=-1)
+        parts = features.split(self.widths, dim=-1) if len(self.widths) > 1 else (features,)
         even = torch.cat([nn.functional.layer_norm(part, part.shape[-1:]) for part in parts], dim=-1)
         if self.training and self.noise:
             even = even + self.noise * torch.randn_like(even)
