@@ -58,6 +58,8 @@ def commands(arguments: argparse.Namespace, data: Path, work: Path) -> list[tupl
     train = ["train", "--recipe", "clip-rd", "--teacher", f"cache:{work / 'cache'}", "--student", arguments.student]
     train += ["--data", str(data), "--split", "train", "--out", run, "train.batch_size=32"]
     train += [f"train.steps={arguments.steps}", "train.warmup_steps=2"]
+    if arguments.teacher == "ViT-B-16":  # training refuses a teacher that knows nothing
+        train.append("preflight.allow_weak_teacher=true")
     steps = [("the teacher's embeddings", [*cache, str(work / "cache")]), ("training", train)]
     steps.append(("scores", ["eval", run, *test]))
     exports = []

@@ -60,7 +60,7 @@ def write_transformers_js(model: ClipModel, folder: Path) -> list[str]:
             if sum(path.stat().st_size for path in sources) > _LARGEST:
                 notes.append(f"{target.name} is left out: both towers in one file have more than 2 GB")
                 continue
-            join_towers(*sources, target, scale)
+            join_towers(sources[0], sources[1], target, scale)
             _require_joined(model, target, scale, Tolerance() if not suffix else None)
     return notes
 
