@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import dataclasses
 import json
 import os
 import subprocess
@@ -22,6 +24,7 @@ from clipdistill.export.phone.parts import muted
 from clipdistill.export.transform import example
 from clipdistill.models import load_model
 from clipdistill.models.known import PHONES
+from clipdistill.models.towers.modules import Head
 from tests.export import stand_ins
 
 CAPTIONS = ["a red square", "blue", "the picture is grey, isn't it?"]
@@ -113,6 +116,23 @@ def test_executorch_in_fewer_bits(tiny, tmp_path, monkeypatch):
     export_graphs(tiny, tmp_path / "half", runtime="executorch", fp16=True)
     manifest = json.loads((tmp_path / "half" / "manifest.json").read_text())
     assert manifest["towers"]["text"]["float16_parity"]["cosine"] < 1
+
+
+def test_converters_get_weights_with_the_channels_first(tiny, tmp_path, monkeypatch):
+    from clipdistill.export.phone import convert
+
+    model = dataclasses.replace(tiny, module=copy.deepcopy(tiny.module).to(memory_format=torch.channels_last))
+    seen = []
+    monkeypatch.setitem(convert.CONVERTERS, "executorch", lambda module, *_: seen.extend(module.parameters()))
+    convert.write_phone(model, tmp_path, "executorch")
+    assert seen
+    assert all(weight.is_contiguous() for weight in seen)  # ExecuTorch refuses others
+
+
+def test_the_head_of_one_network_splits_nothing():
+    head = Head([8], 4, "mlp", 6).eval()
+    program = torch.export.export(head, (torch.zeros(1, 8),), strict=False)
+    assert not any("split" in str(node.target) for node in program.graph.nodes)  # LiteRT has no split into one
 
 
 def test_a_loss_beyond_the_budget_is_refused(tiny, squares, tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ def write_onnx(
                 break
             except Exception as error:  # torch.export, onnxscript and the exporter raise many kinds
                 if axes is choices[-1]:
-                    reason = _reason(error)
+                    reason = reason_of(error)
                     raise InputError(
                         f"the {tower} tower of {model.name} cannot be exported to ONNX: {reason}"
                     ) from error
@@ -176,7 +176,7 @@ def _without_traces(program: Any) -> None:
     program.model.metadata_props.clear()
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of the innermost cause."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clipdistill.errors import InputError, first_line
+from clipdistill.errors import InputError
 from clipdistill.export.phone import coreml, executorch, litert
 from clipdistill.export.phone.parts import muted, named
-from clipdistill.export.towers import example_inputs, plain_copy, quiet
+from clipdistill.export.towers import example_inputs, plain_copy, quiet, reason_of
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import TOWERS, Runner, load_graph
 from clipdistill.models.known import SUFFIX
@@ -31,7 +31,8 @@ def write_phone(
 
     A graph takes one picture or one caption. Nothing is checked. Raises InputError for what cannot be converted.
     """
-    plain, files = plain_copy(model.module), {}
+    # ExecuTorch takes convolutions with the channels first only
+    plain, files = plain_copy(model.module).to(memory_format=torch.contiguous_format), {}
     for tower in TOWERS:
         files[tower] = folder / f"{tower}{SUFFIX[runtime]}"
         try:
@@ -42,7 +43,7 @@ def write_phone(
             raise
         except Exception as error:  # torch.export and the converters raise many kinds
             raise InputError(
-                f"the {tower} tower of {model.name} cannot be converted for {runtime}: {first_line(error, 300)}"
+                f"the {tower} tower of {model.name} cannot be converted for {runtime}: {reason_of(error)}"
             ) from error
     return files
 
