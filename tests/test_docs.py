@@ -295,6 +295,7 @@ LEFT_OUT = {
     "mine.yaml": "the reader's own claims (tests/statistics)",
     "runs/ablation": "results of the page's own ablations (tests/ablate)",
     "--to openvino": "an optional package (tests/export)",
+    "--to litert": "an optional package (tests/export/test_phone.py)",
     "onnx:": "an optional package (tests/export)",
     "--to onnx": "an optional package (tests/export)",
     "runs/dclip-coco": "the same training with boxes of a file (tests/regions)",
