@@ -156,3 +156,12 @@ def test_a_closed_output_is_no_error():
         ["sh", "-c", f'"{sys.executable}" -m clipdistill compare "{RUN}" "{RUN}" >&-'], capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("words", [["--out=~/x.npy"], ["--out", "~/x.npy"]])
+def test_home_is_meant_where_the_shell_leaves_it(words, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["embed", "scenes-teacher", "--data", "scenes:val?size=4", "--quiet", *words]) == 0
+    assert (tmp_path / "x.npy").is_file()
+    assert not (tmp_path / "~").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ __all__ = ["COMMANDS", "main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 done, 2 unusable input, others in docs/reliability.md)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = [_at_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     _usable_streams()
     try:
         for argument in arguments:
@@ -52,6 +53,12 @@ def _usable_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
         elif getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _at_home(argument: str) -> str:
+    """`--out=~/x` and `key=~/x`, which shells leave as they are, mean the home folder."""
+    found = re.match(r"((?:--)?[\w.-]+=)?(~/.*)", argument, re.DOTALL)
+    return (found[1] or "") + os.path.expanduser(found[2]) if found else argument  # noqa: PTH111 - no home is no error
 
 
 def _refuse_empty(arguments: Sequence[str]) -> None:

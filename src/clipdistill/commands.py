@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import importlib
 from types import ModuleType
+from typing import NoReturn
+
+from clipdistill.errors import without_secrets
 
 COMMANDS = {
     "demo": ("clipdistill.demo", "the whole way on built-in data: three students, measured and reported, in minutes"),
@@ -38,11 +41,18 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """What it refuses is said without the passwords of URLs."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(without_secrets(message))
+
+
 def command_parser(name: str) -> tuple[ModuleType, argparse.ArgumentParser]:
     """The module of a command and the parser of its arguments."""
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(module_name)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"clipdistill {name}", description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)

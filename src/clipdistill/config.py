@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 import pydantic
 import yaml
 
-from clipdistill.errors import InputError, nearest
+from clipdistill.errors import InputError, nearest, without_secrets
 
 
 class Config(pydantic.BaseModel):
@@ -229,8 +229,17 @@ def _unfolded(value: Any, known: dict[int, int], depth: int) -> int:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Plain dictionaries, lists and scalars of a configuration, ready for JSON or YAML."""
-    return config.model_dump(mode="json")
+    """Plain dictionaries, lists and scalars of a configuration, ready to be written; URLs without their secrets."""
+    values: dict[str, Any] = _public(config.model_dump(mode="json"))
+    return values
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _public(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_public(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:

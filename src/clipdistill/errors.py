@@ -9,11 +9,30 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 
+_USER = re.compile(r"(\b[a-zA-Z][\w+.-]+:)(?://[^\s/?#'\"]*@|/[^\s/?#'\":]*:[^\s/?#'\"]*@)")
+"""User and password before the machine's name, as typed or as a path has them (with one slash)."""
+_QUERY = re.compile(r"(\b[a-zA-Z][\w+.-]+:/[^\s?'\"]*)\?([^\s'\"]*)")
+_SECRET = re.compile(r"(?:^|[&;])[^=&;]*(?:sig|token|secret|passw|pwd|credential|key|auth)[^=&;]*=", re.IGNORECASE)
+
+
+def without_secrets(text: str) -> str:
+    """`text` with the URLs in it without user and password, and without a query that holds a signature or a key."""
+    if ":/" not in text:
+        return text
+    text = _USER.sub(lambda found: found[1] + found[0][len(found[1]) :].partition("/")[1] * 2, text)
+    return _QUERY.sub(lambda found: found[1] if _SECRET.search(found[2]) else found[0], text)
+
 
 class ClipdistillError(Exception):
-    """Base of every error this package raises on purpose. `exit_code` is what the command line returns."""
+    """Base of every error this package raises on purpose. `exit_code` is what the command line returns.
+
+    What it says holds no password of a URL.
+    """
 
     exit_code = 1
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(without_secrets(each) if isinstance(each, str) else each for each in arguments))
 
     def _render_traceback_(self) -> list[str]:
         """What notebooks show (IPython asks for it): the sentence, as on the command line."""

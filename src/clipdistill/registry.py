@@ -63,11 +63,11 @@ class Registry(Generic[T]):
     def get(self, name: str) -> T:
         """The entry called `name`. Raises InputError, with the nearest name, for an unknown one."""
         if name not in self._values and name in self._builtin:
-            module, _, attribute = self._builtin[name].partition(":")
-            if not _is_here(module):
+            found = wing(self._builtin[name])
+            if found is None:
+                module = self._builtin[name].partition(":")[0]
                 raise InputError(f"the {self.kind} '{name}' is part of {module}, which is not installed")
-            loaded = importlib.import_module(module)
-            self._values[name] = getattr(loaded, attribute)
+            self._values[name] = found
         if name not in self:
             raise InputError(f"unknown {self.kind} '{name}'{nearest(name, self.names())}")
         return self._values[name]
@@ -96,6 +96,12 @@ class Registry(Generic[T]):
             raise type(error)(f"{self.kind} '{name}' of {origin}: {error}") from error
         except Exception as error:
             raise InputError(f"{self.kind} '{name}' of {origin} failed: {describe(error)}") from error
+
+
+def wing(place: str) -> Any:
+    """What "module:attribute" names, None where the module is not installed: the core can go without its wings."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute) if _is_here(module) else None
 
 
 def describe(error: BaseException) -> str:
@@ -135,8 +141,7 @@ def callable_package(package: str, function: str) -> None:
     """
 
     def found() -> Any:
-        module, _, attribute = function.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return wing(function)
 
     class CallablePackage(types.ModuleType):
         def __call__(self, *arguments: Any, **settings: Any) -> Any:
@@ -290,25 +295,10 @@ LABELLED_FORMATS: Registry[Any] = Registry(
 )
 """Readers of images with a label each, asked in this order."""
 
-ANY_SET: Registry[Any] = Registry(
-    "way to open a set",
-    {
-        "open": "clipdistill.data.mixture.opening:open_any",
-        "check": "clipdistill.data.mixture.opening:check_any",
-        "require": "clipdistill.data.mixture.opening:require_terms",
-    },
-)
-"""Functions for training data that are not plain pairs."""
-
 OTHER_SETS: Registry[Any] = Registry(
     "kind of evaluated set", {"matching": "clipdistill.evaluate.matching:open_matching"}
 )
 """Functions from a name to the sets it stands for that measure themselves, or None (neither pairs nor labelled)."""
-
-FEATURES: Registry[Any] = Registry(
-    "way to keep features", {"locked towers": "clipdistill.train.features:features_of_locked_towers"}
-)
-"""Functions that compute before the first step what a training would otherwise compute at each."""
 
 STUDENTS: Registry[Any] = Registry("student")
 """Functions that build a student."""

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import clipdistill as cd
+from clipdistill.cli import main
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, load_model, save_model
 from clipdistill.models.exported import read_exported
@@ -157,3 +159,37 @@ def test_an_export_with_an_impossible_logit_scale(make_tiny: Make, tmp_path: Pat
     (tmp_path / "model.json").write_text(json.dumps(description))
     with pytest.raises(InputError, match=r"logit_scale|not a description"):
         read_exported(tmp_path, "onnx:x", "onnx")
+
+
+READING = {
+    "eval": "eval {} --data scenes:val",
+    "eval, as the teacher": "eval scenes-teacher --data scenes:val --teacher {}",
+    "export": "export {} --to onnx --out out",
+    "export to transformers": "export {} --to hf --out out",
+    "bench": "bench {}",
+    "probe": "probe {} --train scenes:zeroshot --test scenes:zeroshot",
+    "embed": "embed {} --data scenes:val --out rows.npy",
+    "cache": "cache --teacher {} --data scenes:val --out store",
+    "train, as the teacher": "train --teacher {} --recipe clip-kd --size debug --out run",
+    "train, as the start": "train --student-weights {} --recipe clip-kd --size debug --out run",
+    "train, as a part": "train --student towers:image=clip:{},text=clip:{} --recipe clip-kd --size debug --out run",
+    "search": "search pictures --model {} --query red",
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("command", READING)
+def test_weights_that_are_no_numbers_are_refused_by_every_command(
+    make_tiny: Make, tmp_path: Path, command: str, value: float, capsys: Any, monkeypatch: Any
+) -> None:
+    """A training that had failed may have written them, with a checksum that fits."""
+    monkeypatch.chdir(tmp_path)
+    model = make_tiny()
+    with torch.no_grad():
+        next(p for p in model.module.parameters() if p.ndim > 1).flatten()[7] = value
+    save_model(model, tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "pictures" / "a.png")
+    assert main(READING[command].format(*["model"] * 2).split()) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "tensors hold NaN or infinity" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -84,6 +85,19 @@ def test_the_command_separates_colours(folders, capsys):
     assert "3 draws" in capsys.readouterr().out
 
 
+def test_pictures_that_cannot_be_read_are_counted_and_said(folders, capsys):
+    (folders / "train" / "red" / "0.png").write_bytes(b"no picture")
+    (folders / "test" / "blue" / "1.png").write_bytes((folders / "test" / "blue" / "1.png").read_bytes()[:60])
+    arguments = ["--train", str(folders / "train"), "--test", str(folders / "test"), "--quiet"]
+    assert main(["probe", "scenes-teacher", *arguments, "--json", str(folders / "x.json")]) == 0
+    [result] = json.loads((folders / "x.json").read_text())["results"]
+    assert (result["pictures"], result["over"]) == (35, 17)
+    assert sorted(key for key, _ in result["left_out"]) == ["test/blue/1.png", "train/red/0.png"]
+    said = capsys.readouterr().out
+    assert "17 pictures" in said
+    assert "left out: 2 pictures that cannot be read" in said
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
@@ -92,6 +106,11 @@ def test_the_command_separates_colours(folders, capsys):
         (["--shots", "13"], "no class of .* has more than 12"),
         (["--seeds", "0"], "at least 1"),
         (["--test", "{}/other"], "the class 'violet' of .* is not among"),
+        (["--test", "{}/train"], "train is what is trained on"),
+        (["--train", "{}/one", "--test", "{}/one"], "has one class"),
+        (["--classes", "{}/names.txt"], "two classes of train have the same name"),
+        (["--train", "{}/unread"], "1 of 3 classes have no picture in unread that can be read .the first is 'green'"),
+        (["--json", "{}/names.txt"], "exists and is no file of probes"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(folders, more, sentence, capsys):
@@ -99,6 +118,11 @@ def test_what_cannot_be_is_one_sentence(folders, more, sentence, capsys):
     (folders / "other" / "red").mkdir()
     for name in ("violet", "red"):
         Image.new("RGB", (8, 8)).save(folders / "other" / name / "0.png")
+    shutil.copytree(folders / "train" / "red", folders / "one" / "red")
+    shutil.copytree(folders / "train", folders / "unread")
+    for path in (folders / "unread" / "green").iterdir():
+        path.write_bytes(b"no picture")
+    (folders / "names.txt").write_text("a\na\nb\n")
     arguments = ["--train", str(folders / "train"), "--test", str(folders / "test")]
     assert main(["probe", "scenes-teacher", *arguments, "--quiet", *(word.format(folders) for word in more)]) != 0
     import re

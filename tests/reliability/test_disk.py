@@ -23,7 +23,7 @@ from tests.reliability.support import Launcher, newest_step, require_same_run, t
         (".state.json", 2, 2),
         ("log.jsonl", 1, 3),
         pytest.param("eval.jsonl", 0, 2, marks=pytest.mark.slow),
-        pytest.param("scores.json", 0, 6, marks=pytest.mark.slow),
+        pytest.param(".scores.json", 0, 6, marks=pytest.mark.slow),
     ],
 )
 def test_row_16_a_write_that_fails(

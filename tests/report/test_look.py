@@ -75,6 +75,15 @@ def test_runs_without_a_validation_set_need_data(runs: list[Path], tmp_path: Pat
     assert main(["report", str(run), "--data", "scenes"]) == 2
 
 
+def test_one_picture_is_a_note_and_the_report_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = with_student(tmp_path / "x", "clip-rd", 0)
+    more = ["--look", "--data", "scenes:val?size=1", "--out", str(tmp_path / "r.html")]
+    assert main(["report", str(run), *more]) == 0
+    assert "has one picture, which tells nothing of retrieval and geometry" in capsys.readouterr().out
+    assert (tmp_path / "r.html").is_file()
+    assert not (run / "gallery.json").exists()
+
+
 def test_each_number_has_its_command(runs: list[Path], tmp_path: Path) -> None:
     run = read_run(runs[1])
     assert eval_commands(run) == [

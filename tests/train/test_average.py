@@ -13,6 +13,7 @@ from clipdistill.train import loop
 from clipdistill.train.average import WeightAverage
 from clipdistill.train.config import resolve
 from clipdistill.train.run import distill
+from tests.train.support import lines
 
 
 def test_by_hand():
@@ -65,13 +66,7 @@ def test_the_averaged_student_is_evaluated_saved_and_resumed_to_the_bit(tmp_path
     parts = distill(settings(tmp_path / "parts"), quiet=True)
     again = load_file(parts.student / "model.safetensors")
     assert all(torch.equal(saved[name], again[name]) for name in saved)
-    one, other = (
-        [
-            {k: v for k, v in row.items() if k not in ("seconds", "samples_per_second", "data_wait")}
-            for row in read_rows(tmp_path / run / "eval.jsonl")
-        ]
-        for run in ("whole", "parts")
-    )
+    one, other = (lines(tmp_path / run / "eval.jsonl") for run in ("whole", "parts"))
     assert len(one) == 2
     assert one == other
 

@@ -16,32 +16,15 @@ from clipdistill.models.inheritance.parts import transformer_sizes
 from clipdistill.models.sized import is_sized
 from clipdistill.runs.folder import read_rows as read_lines
 from clipdistill.runs.folder import run_folders
-from clipdistill.runtime.distributed import any_rank
-from clipdistill.train import loop
 from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.run import distill
 from clipdistill.train.setup import build
 from clipdistill.train.stages import distill_stages, resolve_stages
+from tests.train.support import require_same_run, stop_after
 
 
 def settings(out: Path, recipe: str, *assignments: str) -> RunConfig:
     return resolve(recipe, {"out": str(out)}, size="debug", assignments=["evaluation.curve_images=16", *assignments])
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The run receives a stop signal after `step` steps."""
-    calls: list[int] = []
-
-    def stopping(flag: bool, device: torch.device) -> bool:
-        calls.append(1)
-        return any_rank(flag, device) or len(calls) == 2 * step  # asked twice a step: finite?, stop?
-
-    monkeypatch.setattr(loop, "any_rank", stopping)
-
-
-def same(one: Path, two: Path) -> bool:
-    a, b = load_file(one), load_file(two)
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_the_student_starts_as_part_of_its_teacher(tmp_path: Path) -> None:
@@ -109,18 +92,7 @@ def test_interrupted_before_at_and_after_pruning(
     assert (folder / "masks.safetensors").exists() == (step <= 3)
     parts = distill(settings(tmp_path / "parts", "tinyclip-auto", *CHANGES), quiet=True)
     assert parts.status == "finished"
-    assert same(automatic / "student/model.safetensors", parts.folder / "student/model.safetensors")
-    last = "checkpoints/step-00000006/optimizer.safetensors"
-    assert same(automatic / last, parts.folder / last)
-    for log in ("log.jsonl", "eval.jsonl"):
-        one, two = (
-            [{k: v for k, v in line.items() if k not in TIMING} for line in read_lines(folder / log)]
-            for folder in (automatic, parts.folder)
-        )
-        assert one == two
-
-
-TIMING = {"seconds", "samples_per_second", "data_wait"}
+    require_same_run(automatic, parts.folder, 6)
 
 
 def test_micro_batches_see_the_same_masks(tmp_path: Path) -> None:

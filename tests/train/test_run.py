@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_student
 from clipdistill.runs.folder import read_rows as read_lines
-from clipdistill.train import distil, loop
+from clipdistill.train import distil
 from clipdistill.train.config import resolve
 from clipdistill.train.run import distill
+from tests.train.support import require_same_run, stop_after
 
 
 def settings(out, recipe="clip-rd", *assignments):
@@ -61,31 +62,13 @@ def test_a_finished_run_is_returned_not_repeated(finished):
 def test_an_interrupted_run_continues_to_the_bit(tmp_path, monkeypatch, extra):
     changes = ("train.log_every=2", "train.evaluate_every=3", *extra)
     whole = distill(settings(tmp_path / "whole", "clip-rd", *changes), quiet=True)
-    stop_after = 3
-    calls = []
-    original = loop.any_rank
-
-    def stopping(flag, device):
-        calls.append(1)
-        return original(flag, device) or len(calls) == 2 * stop_after  # asked twice a step: finite?, stop?
-
-    monkeypatch.setattr(loop, "any_rank", stopping)
-    with pytest.raises(Preempted, match=f"after step {stop_after}"):
+    stop_after(monkeypatch, 3)
+    with pytest.raises(Preempted, match="after step 3"):
         distill(settings(tmp_path / "parts", "clip-rd", *changes), quiet=True)
     monkeypatch.undo()
     assert json.loads((tmp_path / "parts" / "run.json").read_text())["status"] == "stopped"
     parts = distill(settings(tmp_path / "parts", "clip-rd", *changes), quiet=True)
-    for name in ("student/model.safetensors", "checkpoints/step-00000006/optimizer.safetensors"):
-        a, b = load_file(whole.folder / name), load_file(parts.folder / name)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[k], b[k]) for k in a), name
-    timing = {"seconds", "samples_per_second", "data_wait"}
-    for log in ("log.jsonl", "eval.jsonl"):
-        one, two = (
-            [{k: v for k, v in line.items() if k not in timing} for line in read_lines(run.folder / log)]
-            for run in (whole, parts)
-        )
-        assert one == two
+    require_same_run(whole.folder, parts.folder, 6)
 
 
 def test_changed_settings_are_refused_with_the_difference(finished):

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from clipdistill.cache.config import CacheConfig
 from clipdistill.cache.fill import fill
 from clipdistill.errors import InputError, Preempted
-from clipdistill.runs.folder import read_rows
 from clipdistill.scenes.pairs import open_scenes
-from clipdistill.train import loop
 from clipdistill.train.config import resolve
 from clipdistill.train.run import distill
+from tests.train.support import lines, require_same_run, stop_after
 from tests.train.test_ranks import train as train_on_ranks
 
 TERMS = {"task", "crd", "icl", "fd"}
@@ -39,8 +36,7 @@ def run(out, sets, *assignments, recipe="clip-kd", **settings):
 
 
 def rows(out):
-    timing = {"seconds", "samples_per_second", "data_wait"}
-    return [{k: v for k, v in line.items() if k not in timing} for line in read_rows(out / "log.jsonl")]
+    return lines(out / "log.jsonl")
 
 
 def test_the_log_tells_counts_and_losses_of_each_set(sets, tmp_path):
@@ -60,20 +56,12 @@ def test_the_log_tells_counts_and_losses_of_each_set(sets, tmp_path):
 @pytest.mark.parametrize("extra", [("train.log_every=4",), ("train.workers=2", "train.micro_batch=3")])
 def test_a_stopped_run_goes_on_to_the_bit(sets, tmp_path, monkeypatch, extra):
     run(tmp_path / "whole", sets, *extra)
-    calls, original = [], loop.any_rank
-
-    def stopping(flag, device):
-        calls.append(1)
-        return original(flag, device) or len(calls) == 6  # asked twice a step: finite?, stop?
-
-    monkeypatch.setattr(loop, "any_rank", stopping)
+    stop_after(monkeypatch, 3)
     with pytest.raises(Preempted, match="after step 3"):
         run(tmp_path / "parts", sets, *extra)
     monkeypatch.undo()
     run(tmp_path / "parts", sets, *extra)
-    a, b = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    require_same_run(tmp_path / "whole", tmp_path / "parts", 6)
 
 
 def test_other_weights_are_another_run(sets, tmp_path):

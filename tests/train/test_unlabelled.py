@@ -21,12 +21,11 @@ from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_model
 from clipdistill.runs.folder import read_rows
 from clipdistill.scenes.pairs import open_scenes
-from clipdistill.train import loop
 from clipdistill.train.config import resolve
 from clipdistill.train.run import distill
+from tests.train.support import require_same_run, stop_after
 
 COUNT = 24
-TIMING = {"seconds", "samples_per_second", "data_wait"}
 
 
 @pytest.fixture(scope="module")
@@ -129,24 +128,12 @@ def test_plain_embeddings_need_no_texts(photographs, tmp_path):
 @pytest.mark.parametrize("extra", [(), ("train.micro_batch=3",), ("train.workers=1",)])
 def test_a_stopped_run_goes_on_to_the_bit(photographs, tmp_path, monkeypatch, extra):
     run(tmp_path / "whole", photographs, *extra)
-    calls, original = [], loop.any_rank
-
-    def stopping(flag, device):
-        calls.append(1)
-        return original(flag, device) or len(calls) == 4  # asked twice a step: finite?, stop?
-
-    monkeypatch.setattr(loop, "any_rank", stopping)
+    stop_after(monkeypatch, 2)
     with pytest.raises(Preempted, match="after step 2"):
         run(tmp_path / "parts", photographs, *extra)
     monkeypatch.undo()
     run(tmp_path / "parts", photographs, *extra)
-    a, b = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    one, two = (
-        [{k: v for k, v in line.items() if k not in TIMING} for line in read_rows(tmp_path / name / "log.jsonl")]
-        for name in ("whole", "parts")
-    )
-    assert one == two
+    require_same_run(tmp_path / "whole", tmp_path / "parts", 4)
 
 
 def test_unreadable_pictures_are_counted(photographs, tmp_path):

@@ -131,6 +131,114 @@ def test_what_is_done_survives_a_stop(model, tmp_path, monkeypatch):
     assert not parts.exists()
 
 
+@pytest.fixture
+def begun(model, pictures, tmp_path, monkeypatch):
+    """(the whole file of rows, a call that goes on with work that was stopped after two of four parts)."""
+    settings = {"batch_size": 2, "progress": False}
+    whole = cd.embed_to_file(model, str(pictures), tmp_path / "whole.npy", **settings).path.read_bytes()
+    write, written = job._write, []
+
+    def stopping(*arguments):
+        write(*arguments)
+        written.append(1)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "_write", stopping)
+        cd.embed_to_file(model, str(pictures), tmp_path / "x.npy", part=2, **settings)
+    return whole, lambda part=2: cd.embed_to_file(model, str(pictures), tmp_path / "x.npy", part=part, **settings)
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 64
+    path.write_bytes(content)
+
+
+CHANGED = {
+    "another number of rows a part": None,
+    "a bit of a part": lambda parts: flipped(parts[0]),
+    "a part under another's name": lambda parts: shutil.copy(parts[0], parts[1]),
+    "parts of other work": lambda parts: (parts[0].parent / "identity.json").unlink(),
+    "an empty part": lambda parts: parts[1].write_bytes(b""),
+    "killed between the file and its description": lambda parts: [
+        (parts[0].parent / job._ASSEMBLING).touch(),
+        (parts[0].parent.with_suffix("")).write_bytes(b"half of it"),
+    ],
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_work_that_goes_on_ends_with_the_same_rows(change, begun, tmp_path):
+    whole, again = begun
+    parts = sorted((tmp_path / "x.npy.parts").glob("part-*.safetensors"))
+    assert len(parts) == 2
+    if change == "parts of other work":
+        for path in parts:
+            flipped(path)
+    if CHANGED[change] is not None:
+        CHANGED[change](parts)
+    report = again(3 if CHANGED[change] is None else 2)
+    assert report.path.read_bytes() == whole
+    assert report.left_out[0][0] == "3.png"
+    assert not (tmp_path / "x.npy.parts").exists()
+
+
+def test_another_picture_is_noticed_when_work_goes_on(begun, pictures):
+    _, again = begun
+    flipped(pictures / "4.png")
+    with pytest.raises(InputError, match="begun with other pictures"):
+        again()
+
+
+@pytest.mark.parametrize("name", ["x{0}", "x.jsonl", "x{0}.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_a_finished_file_is_believed_with_its_checksum_only(suffix, damage, name, model, tmp_path):
+    path = tmp_path / f"x{suffix}"
+    cd.embed_to_file(model, None, path, texts=TEXTS, progress=False)
+    assert cd.embed_to_file(model, None, path, texts=TEXTS, progress=False).known
+    file = tmp_path / name.format(suffix)
+    if not file.exists():
+        return
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-30])
+    else:
+        flipped(file)
+    if damage == "gone" and file == path:
+        assert not cd.embed_to_file(model, None, path, texts=TEXTS, progress=False).known
+        return
+    with pytest.raises(InputError, match=r"is not what|not readable|checksum|not from clipdistill embed"):
+        cd.embed_to_file(model, None, path, texts=TEXTS, progress=False)
+
+
+def test_files_of_the_user_are_never_replaced(model, pictures, tmp_path):
+    def refused(message, out):
+        with pytest.raises(InputError, match=message):
+            cd.embed_to_file(model, str(pictures), out, progress=False)
+
+    (tmp_path / "x.jsonl").write_text('{"mine": 1}')
+    (tmp_path / "y.npy.json").write_text('{"mine": 1}')
+    (tmp_path / "z.npy.parts").mkdir()
+    (tmp_path / "z.npy.parts" / "thesis.txt").write_text("mine")
+    refused("exists and is no file of keys", tmp_path / "x.npy")
+    refused("exists and is no file of embeddings", tmp_path / "y.npy")
+    refused("holds other things .thesis.txt", tmp_path / "z.npy")
+    refused("lies in the folder of the data", pictures / "below" / "x.npy")
+    assert (tmp_path / "x.jsonl").read_text() == (tmp_path / "y.npy.json").read_text() == '{"mine": 1}'
+    assert (tmp_path / "z.npy.parts" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_line_is_what_ends_with_a_newline(model, tmp_path):
+    texts = ["a red\u2028circle", "b\x0cc\x1dd", "e\x85f"]
+    (tmp_path / "t.txt").write_bytes("\r\n".join(texts).encode("utf-8-sig"))
+    cd.embed_to_file(model, None, tmp_path / "t.npy", texts=tmp_path / "t.txt", progress=False)
+    assert [entry["text"] for entry in cd.read_embeddings(tmp_path / "t.npy")[1]] == texts
+
+
 def test_what_cannot_be_is_one_sentence(model, pictures, tmp_path):
     def refused(message, data=None, out="x.npy", **settings):
         with pytest.raises(InputError, match=message):

@@ -138,7 +138,7 @@ def read_arguments(arguments: argparse.Namespace) -> tuple[AblationPlan, dict[st
             raise InputError(
                 f"ablate: --{switches[0].replace('_', '-')} makes variants of recipes; with a file, add it there"
             )
-        values = as_dict(read_plan(Path(files[0])))
+        values = read_plan(Path(files[0])).model_dump(mode="json")
     else:
         values = {"variants": _variants(arguments, settings)}
     for key in ("size", "baseline"):
@@ -163,7 +163,7 @@ def _variants(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[s
         batch_sizes=arguments.batch_size if len(arguments.batch_size) > 1 else (),
         weights_of=weights,
     )
-    return {name: as_dict(variant) for name, variant in made.items()}
+    return {name: variant.model_dump(mode="json") for name, variant in made.items()}
 
 
 def _split(values: list[str]) -> list[str]:

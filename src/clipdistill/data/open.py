@@ -19,7 +19,7 @@ from clipdistill.data.images import MAX_PIXELS
 from clipdistill.data.labelled import LabelledConfig, LabelledSource, Naming, read_class_file
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.errors import InputError, nearest
-from clipdistill.registry import ANY_SET, FORMATS, LABELLED_FORMATS, Registry
+from clipdistill.registry import FORMATS, LABELLED_FORMATS, Registry, wing
 
 _WITH_SPLIT = re.compile(r"(?P<path>.+):(?P<split>\w[\w+]*)$")
 _OF_SOME = ("image_root", "image_column", "caption_column", "separator", "size", "seed")
@@ -88,9 +88,8 @@ def parts_of(name: str, split: str | None) -> list[tuple[str, str | None]]:
 
 def open_training(config: DataConfig) -> PairSource:
     """What a training or a cache takes: pairs, and (data/mixture) pictures alone, texts alone, several sets."""
-    if not ANY_SET.names():
-        return open_pairs(config, default_split="train")
-    source: PairSource = ANY_SET.get("open")(config)
+    open_any = wing("clipdistill.data.mixture.opening:open_any")
+    source: PairSource = open_pairs(config, default_split="train") if open_any is None else open_any(config)
     return source
 
 

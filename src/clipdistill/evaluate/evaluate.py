@@ -21,7 +21,7 @@ from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.embed.encode import EncodedPairs, Encoder, open_encoder
 from clipdistill.errors import InputError
 from clipdistill.evaluate.retrieval import retrieval
-from clipdistill.models.clip_model import ClipModel, require_usable_scale
+from clipdistill.models.clip_model import ClipModel, require_usable
 from clipdistill.models.load import load_model
 from clipdistill.models.own import clip_model_of
 from clipdistill.models.tokenizers import unknown_texts
@@ -357,5 +357,5 @@ def loaded_model(model: str | Path | nn.Module | ClipModel, device: str | torch.
     if isinstance(model, str | Path):
         return load_model(model, device=pick_device(device), teacher=True)
     loaded = model if isinstance(model, ClipModel) else clip_model_of(model)
-    require_usable_scale(loaded)
+    require_usable(loaded)
     return loaded

@@ -39,7 +39,15 @@ from clipdistill.export.towers import INPUTS, OPSET, OUTPUTS, write_onnx
 from clipdistill.export.transform import FILE as TRANSFORM
 from clipdistill.export.transform import write_transform
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import TOWERS, graph_parts, load_graph, part_name, read_exported, takes_any_length
+from clipdistill.models.exported import (
+    TOWERS,
+    graph_parts,
+    load_graph,
+    part_name,
+    read_exported,
+    signal_stack_kept,
+    takes_any_length,
+)
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.models.known import PHONES, SUFFIX
 from clipdistill.runtime.console import html_page
@@ -225,7 +233,8 @@ def write_graphs(
         for tower, path in write_onnx(model, Path(temporary), normalised=normalised, opset=opset).items():
             files[tower] = folder / f"{tower}.xml"
             try:
-                openvino.save_model(openvino.convert_model(str(path)), str(files[tower]), compress_to_fp16=False)
+                with signal_stack_kept():
+                    openvino.save_model(openvino.convert_model(str(path)), str(files[tower]), compress_to_fp16=False)
             except Exception as error:  # openvino's conversion errors share no base class
                 if shutil.disk_usage(folder).free < path.stat().st_size:  # all it says of that is "iostream error"
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(files[tower])) from error

@@ -21,6 +21,7 @@ import numpy as np
 from clipdistill.embed.encode import EncodedPairs
 from clipdistill.errors import InputError, needing
 from clipdistill.export.accuracy import Accuracy, accuracy
+from clipdistill.models.exported import openvino_core, signal_stack_kept
 
 ATTEMPTS = ("all layers", "sensitive layers in float32")
 BATCH = 8
@@ -135,7 +136,7 @@ def quantise_openvino(source: Path, target: Path, samples: np.ndarray, attempt: 
     with needing("nncf", "openvino", "int8 for OpenVINO"):
         import nncf
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    graph = openvino.Core().read_model(str(source))
+    graph = openvino_core().read_model(str(source))
     name = graph.inputs[0].get_any_name()
     batches = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
     ignored = None
@@ -147,7 +148,7 @@ def quantise_openvino(source: Path, target: Path, samples: np.ndarray, attempt: 
             if op.get_type_name() == "MatMul" and op.input_value(0).get_node().get_type_name() in ("Gelu", "Multiply")
         ]
         ignored = nncf.IgnoredScope(names=sorted({names[0], names[-1], *after_gelu}), validate=False)
-    with contextlib.redirect_stdout(io.StringIO()):  # five progress bars
+    with signal_stack_kept(), contextlib.redirect_stdout(io.StringIO()):  # Cores of its own, five progress bars
         quantised = nncf.quantize(
             graph,
             nncf.Dataset(batches, lambda batch: {name: batch}),

@@ -84,8 +84,18 @@ class ClipModel:
         return count_parameters(self.module)
 
 
-def require_usable_scale(model: ClipModel) -> None:
-    """Raise InputError unless the logit multiplier is a positive finite number and the bias, if any, a finite one."""
+def require_usable(model: ClipModel) -> None:
+    """Raise InputError unless all weights and running statistics are finite and the logit multiplier a usable one."""
+    named = [*getattr(model.module, "named_parameters", list)()]
+    named += [pair for pair in getattr(model.module, "named_buffers", list)() if "running_" in pair[0]]
+    # one look at the device for all of them
+    named = [(n, t.detach()) for n, t in named if t.is_floating_point() and n not in ("logit_scale", "logit_bias")]
+    broken = torch.stack([~torch.isfinite(t).all() for _, t in named]).nonzero().tolist() if named else []
+    if broken:
+        raise InputError(
+            f"'{model.name}': {len(broken)} of its {len(named)} tensors hold NaN or infinity (the first is "
+            f"{named[broken[0][0]][0]}): the file is damaged, or the training that wrote it had failed"
+        )
     scale = getattr(model.module, "logit_scale", None)
     if scale is not None:
         values = scale.detach().cpu().double().exp()

@@ -7,11 +7,14 @@ model from another framework can use it here. The graphs cannot be trained.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import hashlib
 import math
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -215,13 +218,27 @@ def _load_onnx(path: Path) -> Runner:
     return run
 
 
-@functools.cache
-def _openvino_core() -> Any:
-    """The one Core of the process, which never ends.
+@contextlib.contextmanager
+def signal_stack_kept() -> Iterator[None]:
+    """Within, OpenVINO may be loaded: the thread keeps the stack for signals that it had before.
 
-    Its CPU plug-in gives the thread that loads it a stack for signals, and takes the memory back when it goes, from
-    whatever thread; the next signal (a data worker's or a subprocess's end) then kills the process without a word.
+    The CPU plug-in of each Core gives the thread that loads it one of its own, and takes the memory back when it goes,
+    from whatever thread; the next signal (a data worker's or a subprocess's end) would kill the process without a word.
     """
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    kept = ctypes.create_string_buffer(64)  # a stack_t: 24 bytes
+    if library is not None:
+        library.sigaltstack(None, kept)
+    try:
+        yield
+    finally:
+        if library is not None:
+            library.sigaltstack(kept, None)
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The one Core of the process, which never ends."""
     import openvino
 
     return openvino.Core()
@@ -234,7 +251,7 @@ def _load_openvino(path: Path, precision: str) -> Runner:
     # on processors with bfloat16 it would round silently
     settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": PRECISIONS[precision]}
 
-    core = _openvino_core()
+    core = openvino_core()
 
     def compiled(**more: object) -> Any:
         return core.compile_model(model, "CPU", {**settings, **more})

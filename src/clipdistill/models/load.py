@@ -29,7 +29,7 @@ from torch import nn
 
 from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, render
 from clipdistill.errors import InputError
-from clipdistill.models.clip_model import ClipModel, require_usable_scale
+from clipdistill.models.clip_model import ClipModel, require_usable
 from clipdistill.models.inherited import PREFIX, parse
 from clipdistill.models.known import (
     EXPORT_MANIFEST,
@@ -81,7 +81,7 @@ def load_model(
     model.module.to(device)
     if teacher:
         model.module.eval().requires_grad_(False)
-    require_usable_scale(model)
+    require_usable(model)
     return model
 
 

@@ -42,6 +42,8 @@ def check_model_name(name: str | Path) -> None:
             check_model_name(model)
     elif colon and (kind in KINDS or kind in TEACHERS):
         _check_kind(kind, rest, name)
+    elif rest.startswith("//"):
+        raise InputError(f"'{name}': models are read from this machine or a hub (hf:owner/name): fetch it first")
     elif colon and not Path(name).exists() and near(kind, _PREFIXES):
         raise InputError(f"'{name}': no model is named with  {kind}:{near(kind, _PREFIXES)}")
     elif "@" in name:

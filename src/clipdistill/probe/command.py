@@ -9,7 +9,7 @@ from typing import Any
 
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
-from clipdistill.runtime.console import TextTable
+from clipdistill.runtime.console import TextTable, say
 from clipdistill.runtime.files import require_place, write_json
 
 _USAGE = """
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.models:
         check_model_name(name)
     if arguments.json is not None:
-        require_place(arguments.json, "the results")
+        require_place(arguments.json, "probes", (b'"strengths"',))
     from clipdistill.data.open import open_labelled
 
     train = open_labelled(arguments.train, classes=arguments.classes, split=arguments.train_split)
@@ -66,11 +66,18 @@ def run(arguments: argparse.Namespace) -> int:
             workers=arguments.workers, progress=not arguments.quiet,
         )  # fmt: skip
         for result in probe(encoder, train, test, shots=shots, seeds=arguments.seeds):
-            top1, over = result.top1, f"{len(result.draws)} draws" if len(result.draws) > 1 else f"{len(test)} pictures"
-            bounds = f"{100 * max(top1.low, 0):.1f} to {100 * min(top1.high, 1):.1f}"
+            top1, draws = result.top1, len(result.draws)
+            over = f"{draws} draws" if draws > 1 else f"{result.over} pictures"
+            bounds = f"{100 * top1.low:.1f} to {100 * top1.high:.1f}"
             table.rows.append([name, str(result.shots or "all"), f"{100 * top1.value:.1f}", bounds, over])
             results.append({"model": name, **asdict(result)})
     table.print()
+    for part in {train.name: train, test.name: test}.values():
+        if part.problems:
+            say(part.problems.sentence(part.name))
+    if left_out := results[0]["left_out"]:
+        key, reason = left_out[0]
+        say(f"left out: {len(left_out)} pictures that cannot be read (the first, {key}: {reason})")
     if arguments.json is not None:
         write_json(arguments.json, {"train": train.name, "test": test.name, "results": results})
     return 0

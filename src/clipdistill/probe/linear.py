@@ -7,6 +7,7 @@ of each class, or, with K pictures a class, min(K, 4) others of each (as in CoOp
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from clipdistill.data.labelled import LabelledSource
 from clipdistill.data.open import open_labelled
+from clipdistill.data.problems import BadSample
 from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
 from clipdistill.models import load_model
@@ -47,7 +49,8 @@ class ProbeResult:
     """Top-1 on the test pictures after training on `shots` pictures a class (None: on all of them).
 
     top1: with its 95 % interval, over the draws of training pictures, or over the test pictures for a single one (all
-    of them, or one draw); draws: top-1 of each; strengths: of the regularisation, one a draw; pictures: trained on.
+    of them, or one draw); draws: top-1 of each; strengths: of the regularisation, one a draw; pictures: trained on;
+    over: pictures measured on; left_out: (key, reason) of those of both sets that cannot be read.
     """
 
     shots: int | None
@@ -55,6 +58,8 @@ class ProbeResult:
     draws: tuple[float, ...]
     strengths: tuple[float, ...]
     pictures: int
+    over: int = 0
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
 def fit(features: Array, labels: NDArray[np.int64], classes: int, strength: float) -> Classifier:
@@ -104,6 +109,15 @@ def chosen_strength(
     return max(right, key=lambda strength: (right[strength], strength))
 
 
+def _alike(a: LabelledSource, b: LabelledSource, count: int = 8) -> bool:
+    """Whether a few pictures, evenly spread, are the same bytes in both."""
+    for i in {k * len(a) // count for k in range(count)}:
+        with contextlib.suppress(BadSample):
+            if a._bytes(i) != b._bytes(i):
+                return False
+    return True
+
+
 def probe(
     model: str | Path | ClipModel | Encoder,
     train: str | Path | LabelledSource,
@@ -130,19 +144,34 @@ def probe(
     encoder = model if isinstance(model, Encoder) else Encoder(model, progress=progress)
     names = list(train.class_labels)
     place = {name: number for number, name in enumerate(names)}
+    for one in (train, test):
+        if len(set(one.class_labels)) < len(one.class_labels):
+            raise InputError(f"probe: two classes of {one.name} have the same name: give them names of their own")
     other = next((name for name in test.class_labels if name not in place), None)
-    if other is not None or len(place) < len(names):
-        what = (
-            f"the class '{other}' of {test.name} is not" if other else f"a class of {train.name} stands twice, not once"
+    if other is not None:
+        raise InputError(
+            f"probe: the class '{other}' of {test.name} is not among the classes of {train.name}: name two sets of the "
+            "same classes"
         )
-        raise InputError(f"probe: {what} among the classes of {train.name}: name two sets of the same classes")
-    image, kept, _ = encoder.images(train)
+    if len(names) < 2:
+        raise InputError(f"probe: {train.name} has one class, so there is nothing to tell apart")
+    if len(train) == len(test) and train.fingerprint() == test.fingerprint() and _alike(train, test):
+        raise InputError(f"probe: {test.name} is what is trained on: name other pictures to measure on")
+    image, kept, unread = encoder.images(train)
     features, labels = image.double().numpy(), train.labels[kept]
-    image, kept, _ = encoder.images(test)
+    image, kept, missing = encoder.images(test)
+    left_out = tuple((f"{part.name}/{k}", why) for part, bad in ((train, unread), (test, missing)) for k, why in bad)
     there = np.array([place[name] for name in test.class_labels])
     test_features, right = image.double().numpy(), there[test.labels[kept]]
     classes = len(names)
-    largest = int(np.bincount(labels).max())
+    counts = np.bincount(labels, minlength=classes)
+    if not counts.all():
+        first = names[int(np.flatnonzero(counts == 0)[0])]
+        raise InputError(
+            f"probe: {int((counts == 0).sum())} of {classes} classes have no picture in {train.name} that can be read "
+            f"(the first is '{first}'), so they cannot be learned: add some, or leave the classes out"
+        )
+    largest = int(counts.max())
     found = []
     for number in shots:
         if number is not None and number > largest:
@@ -163,6 +192,6 @@ def probe(
             draws.append(float(hits.mean()))
             strengths.append(strength)
             pictures = len(rows)
-        interval = seed_interval(draws) if len(draws) > 1 else bootstrap(hits)
-        found.append(ProbeResult(number, interval, tuple(draws), tuple(strengths), pictures))
+        interval = seed_interval(draws, share=True) if len(draws) > 1 else bootstrap(hits)
+        found.append(ProbeResult(number, interval, tuple(draws), tuple(strengths), pictures, len(right), left_out))
     return found

@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, without_secrets
 from clipdistill.remote.ahead import Ahead, Request, Threads, in_parallel, joined, the_ahead
 from clipdistill.remote.copies import Copies, copies, copy_name, spool
-from clipdistill.remote.retry import NoRanges, attempted, shown
+from clipdistill.remote.retry import NoRanges, attempted
 from clipdistill.remote.store import Info, store_of
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ class RemotePath:
     __fspath__ = None  # nothing that reads local files may take this for one
 
     def __repr__(self) -> str:
-        return f"RemotePath({shown(self.url)!r})"
+        return f"RemotePath({without_secrets(self.url)!r})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemotePath) and self.url == other.url
@@ -335,7 +335,7 @@ class RemotePath:
             path = None if place is None else place.fetch(self._copy_name, info.size, self._opened, self._write)
             if path is not None:
                 return path
-        raise InputError(f"{shown(self.url)}: there is no room for a copy of {info.size} bytes")
+        raise InputError(f"{self.url}: there is no room for a copy of {info.size} bytes")
 
     def _write(self, path: Path) -> None:
         """Write the whole object into a local file."""

@@ -9,9 +9,8 @@ import random
 import time
 from collections.abc import Callable
 from typing import TypeVar
-from urllib.parse import urlsplit, urlunsplit
 
-from clipdistill.errors import ClipdistillError, InputError, first_line
+from clipdistill.errors import ClipdistillError, InputError, first_line, without_secrets
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -81,21 +80,13 @@ def attempts() -> int:
     return int(setting("CLIPDISTILL_REMOTE_ATTEMPTS", 6, 1))
 
 
-def shown(url: str) -> str:
-    """A URL without what may be secret in it: user, password, signature."""
-    if url.startswith("pipe:") or "://" not in url:
-        return url
-    scheme, place, path, query, _ = urlsplit(url)
-    return urlunsplit((scheme, place.rpartition("@")[2], path, "", "")) if "@" in place or query else url
-
-
 def attempted(url: str, call: Callable[[], T], *, opening: int = 0) -> T:
     """`call()`, tried again with growing pauses.
 
     opening: where nothing has been read of the object yet, the tries after which a missing or refused one is told
     (FileNotFoundError, InputError). Raises RemoteError when all tries are spent.
     """
-    name, most, begun = shown(url), attempts(), time.monotonic()
+    name, most, begun = without_secrets(url), attempts(), time.monotonic()
     number, wait = 0, _FIRST_WAIT
     while True:
         try:

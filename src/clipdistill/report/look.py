@@ -69,6 +69,13 @@ def look(
             notes.append(source.problems.sentence(source.name))
         if len(source) > images:
             source = Subset(source, images)
+        if len(source) < 2:
+            names = ", ".join(map(_name, group.runs))
+            notes.append(
+                f"{names}: {source.name} has one picture, which tells nothing of retrieval and geometry: name more "
+                "with --data"
+            )
+            continue
 
         def encoded(name: str, source: PairSource = source) -> EncodedPairs:
             RunFolder(Path(name)).load_plugins()

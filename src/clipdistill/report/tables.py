@@ -369,10 +369,8 @@ def _over_seeds(rows: Sequence[Record]) -> Estimate:
     values = [row.value for row in rows]
     interval = seed_interval(values)
     error = (interval.high - interval.low) / (2 * float(stats.t.ppf(0.975, len(values) - 1)))
-    low, high = interval.low, interval.high
-    if is_share(rows[0].metric):
-        low, high = max(low, 0.0), min(high, 1.0)
-    return Estimate(interval.value, low, high, error, rows[0].n, len(values), tuple(values))
+    kept = seed_interval(values, share=is_share(rows[0].metric))
+    return Estimate(kept.value, kept.low, kept.high, error, rows[0].n, len(values), tuple(values))
 
 
 def _unequal(a: Entry, b: Entry) -> list[str]:

@@ -18,6 +18,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TextIO
 
+from clipdistill.errors import without_secrets
+
 GAP = "  "
 _CODES = {"bold": "1", "red": "31", "green": "32", "yellow": "33"}
 
@@ -194,7 +196,8 @@ def _bold(cell: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Without line breaks and control characters."""
+    """Without line breaks, control characters and passwords of URLs."""
+    text = Coloured(without_secrets(text), text.colour) if isinstance(text, Coloured) else without_secrets(text)
     clean = "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
     return Coloured(clean, text.colour) if isinstance(text, Coloured) else clean
 

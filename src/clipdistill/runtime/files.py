@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ ABANDONED = 600.0
 """Seconds after which what somebody was writing is a killed writer's, in places where others may be writing too."""
 CHECKSUM = "sha256"
 _LARGEST_JSON = 1 << 30  # bytes
+_URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
+"""How the path made of a URL begins."""
 
 
 def temporary_prefix(path: Path) -> str:
@@ -233,6 +236,8 @@ def _refuse_no_file(path: Path) -> None:
 def _named(path: Path | str) -> Path:
     if "\0" in str(path):
         raise InputError(f"{str(path)!r}: not the name of a file (it holds a NUL): choose another place")
+    if _URL.match(str(path)):
+        raise InputError(f"{path}: is a URL, and results are written to this machine: choose another place")
     return Path(path)
 
 
@@ -334,6 +339,7 @@ def _read(path: Path, hint: str) -> bytes:
         with path.open("rb") as file:
             content = file.read(_LARGEST_JSON + 1)
     except FileNotFoundError as error:
+        hint = "only data are read from other machines: fetch it first" if _URL.match(str(path)) else hint
         raise InputError(f"{path}: no such file{_after(hint)}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}){_after(hint)}") from error

@@ -126,15 +126,19 @@ def mcnemar(correct_a: Any, correct_b: Any) -> tuple[float, int, int]:
     return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue), only_a, only_b
 
 
-def seed_interval(values: Any, *, level: float = 0.95) -> Interval:
-    """Student's t interval of the mean over seeds. One seed has no interval: its bounds are infinite."""
+def seed_interval(values: Any, *, level: float = 0.95, share: bool = False) -> Interval:
+    """Student's t interval of the mean over seeds. One seed has no interval: its bounds are infinite.
+
+    share: the values are shares, so the interval reaches no further than 0 to 1.
+    """
     from scipy import stats
 
     values = _finite(values)
     n = len(values)
     mean = float(values.mean())
     half = float(stats.t.ppf((1 + level) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else math.inf
-    return Interval(mean, mean - half, mean + half, n, n, level)
+    low, high = (max(mean - half, 0.0), min(mean + half, 1.0)) if share else (mean - half, mean + half)
+    return Interval(mean, low, high, n, n, level)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -21,7 +21,7 @@ from clipdistill.models.names import check_model_name, check_student_name, check
 from clipdistill.models.towers.names import split_models
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import lay, load_recipe
-from clipdistill.registry import ANY_SET, TERMS, is_loaded, load_plugin
+from clipdistill.registry import TERMS, is_loaded, load_plugin, wing
 from clipdistill.runs.folder import RunFolder
 from clipdistill.train.region_config import MetaTeacherConfig, RegionsConfig
 
@@ -381,9 +381,10 @@ def check_names(config: RunConfig) -> None:
         check_model_name(config.evaluation.teacher)
     if config.student_weights is not None:
         check_model_name(config.student_weights)
+    check_any = wing("clipdistill.data.mixture.opening:check_any")
     for data in (config.data, config.validation):
-        if data is config.data and ANY_SET.names():
-            ANY_SET.get("check")(data)
+        if data is config.data and check_any is not None:
+            check_any(data)
         elif isinstance(data, DataConfig):
             check_data_name(data.path)
 

@@ -30,7 +30,7 @@ from clipdistill.models.parameters import (
 )
 from clipdistill.objective import Objective
 from clipdistill.objective.term import MODALITIES
-from clipdistill.registry import ANY_SET, FEATURES, INHERITANCE
+from clipdistill.registry import INHERITANCE, wing
 from clipdistill.runtime.distributed import broadcast_module, rank, world_size
 from clipdistill.train.config import RunConfig, TrainConfig, read_modalities
 from clipdistill.train.sources import Sources
@@ -120,8 +120,9 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
     source = sources.training(config)
     if len(source) < 2:
         raise InputError(f"data '{config.data.path}': {len(source)} usable pairs; training needs at least 2")
-    if ANY_SET.names():
-        ANY_SET.get("require")(config.objective.modalities, source)
+    require_terms = wing("clipdistill.data.mixture.opening:require_terms")
+    if require_terms is not None:
+        require_terms(config.objective.modalities, source)
     validation = sources.validation(config)
     teacher: Teacher | None = None
     if config.objective.needs_teacher:
@@ -144,9 +145,8 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
     if train.masks is not None:
         student, masking = INHERITANCE.get("masks")(student, train.masks, _mask_reference(config, teacher), device)
     towers = _make_trainable(student, config, device, masking, source)
-    features = None
-    if train.lock_image == "all" and FEATURES.names():
-        features = FEATURES.get("locked towers")(student, source, config, device, teacher)
+    keep = wing("clipdistill.train.features:features_of_locked_towers") if train.lock_image == "all" else None
+    features = None if keep is None else keep(student, source, config, device, teacher)
     if features is None and (train.mean_captions or (teacher is None and train.views == "stored")):
         raise InputError(
             "train.views=stored without a cache, and train.mean_captions: features are kept for them, which takes "

@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipdistill.data.files import data_path, is_remote
 from clipdistill.embed.names import add_engine, on_cluster
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
+from clipdistill.runtime.files import is_inside
 from clipdistill.vectors.files import require_suffix
 
 if TYPE_CHECKING:
@@ -111,6 +113,8 @@ def embed_to_file(
         check_model_name(str(model))
     given = _lines(Path(texts)) if isinstance(texts, str | Path) else texts
     source: Any = data
+    if isinstance(data, str | Path) and not is_remote(str(data)) and is_inside(data_path(str(data)), out):
+        raise InputError(f"{out}: lies in the folder of the data, which it would change: choose another place")
     if isinstance(data, str | Path):  # before torch is imported, so that a wrong name is told at once
         from clipdistill.data.mixture.pictures import open_pictures
 
@@ -143,11 +147,13 @@ def embed_to_file(
 def _lines(path: Path) -> list[str]:
     """The texts of a file, one a line; blank lines are an error, since rows would no longer be lines."""
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not text in UTF-8 (byte {error.start})") from error
+    if not lines[-1]:
+        lines.pop()  # behind the last line's end
     if not lines:
         raise InputError(f"{path}: holds no text")
     blank = next((i for i, line in enumerate(lines, 1) if not line.strip()), None)

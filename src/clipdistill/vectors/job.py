@@ -1,11 +1,13 @@
 """Embeddings of any number of pictures or texts into a file, part by part: what is done survives a kill.
 
-Finished parts lie in OUT.parts/ until the file is whole; the same call again goes on with those that are missing.
+Finished parts lie in OUT.parts/ until the file is whole; the same call again goes on with those that are missing. A
+part has the checksum of its content and of the work it belongs to, and the file's own stands in OUT.json.
 """
 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import math
@@ -25,12 +27,16 @@ from clipdistill.embed.encode import Encoder, open_encoder
 from clipdistill.embed.names import on_cluster
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.runtime.files import make_folder, new_file, read_json, require_place, write_json
+from clipdistill.runtime.files import digest_of, make_folder, new_file, read_json, require_place, sha256, write_json
 from clipdistill.runtime.locks import FolderLock
 from clipdistill.runtime.progress import Meter
-from clipdistill.vectors.files import Part, require_suffix, write_embeddings
+from clipdistill.vectors.files import Part, keys_beside, require_suffix, write_embeddings
 
-FORMAT = 1
+FORMAT = 2
+_SAMPLED = 64
+"""Pictures whose bytes tell whether a set is still the same."""
+_OURS = ("part-", ".part-", "identity.json", ".identity.json", "lock", ".lock")
+_ASSEMBLING = "part-s are being put together"
 
 
 @dataclass(frozen=True)
@@ -118,49 +124,95 @@ def embed_to_file(
     if towers != "torch":
         identity["engine"] = towers
     if isinstance(source, PairSource):
-        identity["pictures"] = source.images_fingerprint()
-    description = out.with_name(f"{out.name}.json")
-    if out.exists():
+        identity["pictures"] = source.images_fingerprint(_SAMPLED)
+    description, folder = out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.parts")
+    if out.exists() and (description.is_file() or not (folder / _ASSEMBLING).is_file()):
         return _finished(out, description, identity)
     require_place(out, "embeddings")
-    folder = make_folder(out.with_name(f"{out.name}.parts"), "embeddings")
+    require_place(description, "embeddings", (b'"identity"',))
+    if out.suffix == ".npy":
+        require_place(keys_beside(out), "keys", (b'{"key": ',))
+    make_folder(folder, "embeddings")
+    if other := next((path.name for path in folder.iterdir() if not path.name.startswith(_OURS)), None):
+        raise InputError(f"{folder}: holds other things ({other}), and is where embeddings are kept until all are done")
     with FolderLock(folder / "lock", f"{folder} is being filled"):
-        _require_same(folder / "identity.json", identity, f"{folder}: begun with")
+        part = _begun(folder, identity, part)
+        parts = _Parts(folder, digest_of({**identity, "part": part}))
         settings = {"batch_size": batch_size, "workers": workers, "dtype": dtype}
         encoder = open_encoder(model, engine=engine, progress=False, **settings)
         starts = range(0, len(source), part)
-        missing = [first for first in starts if not _is_there(folder, first, min(part, len(source) - first))]
+        missing = [first for first in starts if _read(parts, first) is None]
         done = sum(min(part, len(source) - first) for first in set(starts) - set(missing))
         with Meter(f"{what} of {source.name}", len(source), done, enabled=progress) as meter:
             if isinstance(source, TextList):
-                _embed_texts(encoder, source, folder, missing, part, meter.advance)
+                _embed_texts(encoder, source, parts, missing, part, meter.advance)
             else:
-                _embed_pictures(encoder, source, folder, missing, part, meter.advance)
-        report = _assemble(source, out, folder, starts, model.embed_dim, time.perf_counter() - start)
+                _embed_pictures(encoder, source, parts, missing, part, meter.advance)
+        report = _assemble(source, out, parts, starts, model.embed_dim, time.perf_counter() - start)
         details = {"format": FORMAT, "identity": identity, "model": model.name, "data": source.name}
         details |= {"rows": report.rows, "width": report.width}
         details |= {"left_out": report.left_out, "truncated": report.truncated, "notes": encoder.notes(model.name)}
-        write_json(description, details)
+        write_json(description, {**details, "files": [sha256(path) for path in _files(out)]}, checked=True)
     shutil.rmtree(folder, ignore_errors=True)
     return report
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """Where parts lie, and the digest of the work that they belong to."""
+
+    folder: Path
+    work: str
+
+    def path(self, first: int) -> Path:
+        return self.folder / f"part-{first:012d}.safetensors"
+
+    def digest(self, first: int, tensors: dict[str, np.ndarray], bad: str, truncated: str) -> str:
+        """sha256 (hex) of a part."""
+        found = hashlib.sha256(json.dumps([self.work, first, bad, truncated]).encode())
+        for name in sorted(tensors):
+            found.update(np.ascontiguousarray(tensors[name]).tobytes())
+        return found.hexdigest()
+
+
+def _files(out: Path) -> list[Path]:
+    return [out, keys_beside(out)] if out.suffix == ".npy" else [out]
+
+
 def _finished(out: Path, description: Path, identity: dict[str, Any]) -> EmbedReport:
+    again = f"remove it and {out.name}, and give the same command again"
     if not description.is_file():
         raise InputError(f"{out}: is there already, and not from clipdistill embed: choose another place")
-    _require_same(description, identity, f"{out}: is there already, from", "identity")
-    known = read_json(description)
-    left_out = [(key, reason) for key, reason in known["left_out"]]
-    return EmbedReport(out, known["rows"], known["width"], left_out, known["truncated"], known=True)
+    known = read_json(description, again)
+    _require_same(known.get("identity"), identity, f"{out}: is there already, from")
+    try:
+        left_out = [(str(key), str(reason)) for key, reason in known["left_out"]]
+        report = EmbedReport(out, known["rows"], known["width"], left_out, known["truncated"], known=True)
+        recorded = known["files"] if known["format"] != 1 else None  # the first format had no checksums
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{description}: is no description of embeddings: {again}") from error
+    if recorded is not None and recorded != [sha256(path) if path.is_file() else None for path in _files(out)]:
+        raise InputError(f"{out}: is not what {description.name} recorded: {again}")
+    if recorded is not None:  # what a kill at the very end left
+        shutil.rmtree(out.with_name(f"{out.name}.parts"), ignore_errors=True)
+    return report
 
 
-def _require_same(path: Path, identity: dict[str, Any], begins: str, key: str | None = None) -> None:
-    """Raise InputError when the file describes other work; write it where it is not there."""
+def _begun(folder: Path, identity: dict[str, Any], part: int) -> int:
+    """Rows a part of the work in the folder, which is begun here where none is."""
+    path = folder / "identity.json"
     if not path.is_file():
-        write_json(path, identity)
-        return
-    found = read_json(path)
-    found = found if key is None else found.get(key, {})
+        write_json(path, {**identity, "part": part}, checked=True)
+        return part
+    found = read_json(path, f"remove {folder}, and give the same command again")
+    _require_same(found, identity, f"{folder}: begun with")
+    kept = found.get("part")
+    return kept if isinstance(kept, int) and kept > 0 else part
+
+
+def _require_same(found: Any, identity: dict[str, Any], begins: str) -> None:
+    """Raise InputError when what was found is of other work."""
+    found = found if isinstance(found, dict) else {}
     other = next((name for name, value in identity.items() if found.get(name) != value), None)
     if other is not None:
         other = {"model": "another model", "data": "other data", "pictures": "other pictures"}.get(
@@ -170,7 +222,7 @@ def _require_same(path: Path, identity: dict[str, Any], begins: str, key: str | 
 
 
 def _embed_texts(
-    encoder: Encoder, source: TextList, folder: Path, missing: Sequence[int], part: int, advance: Callable[..., None]
+    encoder: Encoder, source: TextList, parts: _Parts, missing: Sequence[int], part: int, advance: Callable[..., None]
 ) -> None:
     if missing and encoder.engine != "torch":
         sample = sorted((source.entry(i)["text"] for i in range(min(64, len(source)))), key=len)
@@ -180,12 +232,12 @@ def _embed_texts(
     numbers = [range(first, min(first + part, len(source))) for first in missing]
     texts = ([source.entry(i)["text"] for i in own] for own in numbers)
     for place, rows, cut in encoder.text_parts(texts, source.name):
-        _write(folder, missing[place], rows.numpy(), list(numbers[place]), [], cut)
+        _write(parts, missing[place], rows.numpy(), list(numbers[place]), [], cut)
         advance(len(rows))
 
 
 def _embed_pictures(
-    encoder: Encoder, source: PairSource, folder: Path, missing: Sequence[int], part: int, advance: Callable[..., None]
+    encoder: Encoder, source: PairSource, parts: _Parts, missing: Sequence[int], part: int, advance: Callable[..., None]
 ) -> None:
     size = {first: min(part, len(source) - first) for first in missing}
     good: dict[int, list[tuple[int, np.ndarray]]] = {first: [] for first in missing}
@@ -204,59 +256,55 @@ def _embed_pictures(
                 whole = (
                     np.stack([row for _, row in order]) if order else np.zeros((0, encoder.model.embed_dim), np.float32)
                 )
-                _write(folder, first, whole, [i for i, _ in order], left_out, 0)
+                _write(parts, first, whole, [i for i, _ in order], left_out, 0)
 
 
 def _write(
-    folder: Path, first: int, rows: np.ndarray, indices: list[int], bad: list[tuple[str, str]], truncated: int
+    parts: _Parts, first: int, rows: np.ndarray, indices: list[int], bad: list[tuple[str, str]], truncated: int
 ) -> None:
     tensors = {"rows": np.ascontiguousarray(rows), "indices": np.asarray(indices, dtype=np.int64)}
-    with new_file(_part(folder, first)) as new:
-        save_file(tensors, new, {"bad": json.dumps(bad), "truncated": str(truncated)})
+    notes = {"bad": json.dumps(bad), "truncated": str(truncated)}
+    with new_file(parts.path(first)) as new:
+        save_file(tensors, new, {**notes, "sha256": parts.digest(first, tensors, **notes)})
 
 
-def _part(folder: Path, first: int) -> Path:
-    return folder / f"part-{first:012d}.safetensors"
-
-
-def _read(folder: Path, first: int) -> tuple[np.ndarray, list[int], list[tuple[str, str]], int] | None:
-    """(rows, indices, left out, truncated) of a part; None where it is missing or cut short."""
+def _read(parts: _Parts, first: int) -> tuple[np.ndarray, list[int], list[tuple[str, str]], int] | None:
+    """(rows, indices, left out, truncated) of a part; None where it is missing, damaged or of other work."""
     try:
-        with safe_open(_part(folder, first), framework="np") as file:
+        with safe_open(parts.path(first), framework="np") as file:
             notes = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in ("rows", "indices")}
+            if notes["sha256"] != parts.digest(first, tensors, notes["bad"], notes["truncated"]):
+                return None
             bad = [(key, reason) for key, reason in json.loads(notes["bad"])]
-            return file.get_tensor("rows"), file.get_tensor("indices").tolist(), bad, int(notes["truncated"])
+            return tensors["rows"], tensors["indices"].tolist(), bad, int(notes["truncated"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 
-def _is_there(folder: Path, first: int, size: int) -> bool:
-    """Whether a part is whole and of this size (`part` may have been another one)."""
-    found = _read(folder, first)
-    return found is not None and len(found[1]) + len(found[2]) == size
-
-
 def _assemble(
-    source: PairSource | TextList, out: Path, folder: Path, starts: Sequence[int], width: int, seconds: float
+    source: PairSource | TextList, out: Path, parts: _Parts, starts: Sequence[int], width: int, seconds: float
 ) -> EmbedReport:
     rows, truncated, left_out = 0, 0, []
     for first in starts:
-        found = _read(folder, first)
+        found = _read(parts, first)
         if found is None:
-            raise InputError(f"{folder}: the part from row {first} on has vanished: give the same command again")
+            raise InputError(f"{parts.folder}: the part from row {first} on has vanished: give the same command again")
         rows += len(found[1])
         left_out += found[2]
         truncated += found[3]
     if not rows:
         key, reason = left_out[0]
+        shutil.rmtree(parts.folder, ignore_errors=True)
         raise InputError(f"no picture of {source.name} can be read (the first, {key}: {reason})")
 
-    def parts() -> Iterator[Part]:
+    def whole() -> Iterator[Part]:
         for first in starts:
-            part = _read(folder, first)
+            part = _read(parts, first)
             assert part is not None
             texts = isinstance(source, TextList)
             yield part[0], [source.entry(i) if texts else {"key": source.key(i)} for i in part[1]]  # type: ignore[union-attr]
 
-    write_embeddings(out, rows, width, parts())
+    (parts.folder / _ASSEMBLING).touch()
+    write_embeddings(out, rows, width, whole())
     return EmbedReport(out, rows, width, left_out, truncated, seconds)
