@@ -165,3 +165,30 @@ def test_home_is_meant_where_the_shell_leaves_it(words, tmp_path, monkeypatch):
     assert main(["embed", "scenes-teacher", "--data", "scenes:val?size=4", "--quiet", *words]) == 0
     assert (tmp_path / "x.npy").is_file()
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--local-cache"], "--local-cache: its value is missing"),
+        (["--local-cache", "--quiet"], "--local-cache: its value is missing"),
+        (["--local-cache", "http://a/b"], "is a URL, and results are written to this machine"),
+        (["--local-cache", "copies", "--local-cache-size", "0"], "--local-cache-size 0: write a size"),
+        (["--plugin"], "--plugin: its value is missing"),
+    ],
+)
+def test_options_of_every_command_need_a_value_that_fits(words, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CLIPDISTILL_LOCAL_CACHE", raising=False)
+    assert sentence in refused(capsys, "eval", RUN, "--data", "nothing", *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_among_other_files_is_refused_before_models_are_loaded(tmp_path, monkeypatch):
+    from clipdistill.cache.config import CacheConfig
+    from clipdistill.cache.fill import fill
+
+    (tmp_path / "thesis.txt").write_text("mine")
+    monkeypatch.setattr("clipdistill.cache.fill.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(InputError, match=r"holds other files \('thesis.txt'\) and no cache"):
+        fill(CacheConfig(teacher="scenes-teacher", data={"path": "scenes"}, out=tmp_path))

@@ -113,6 +113,8 @@ def _without_shared(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
         name, separator, value = argument.partition("=")
         if name in shared:
             shared[name].append(value if separator else next(waiting, ""))
+            if not shared[name][-1] or shared[name][-1].startswith("--"):
+                raise InputError(f"{name}: its value is missing")
         else:
             rest.append(argument)
     return rest, list(shared.values())

@@ -33,7 +33,28 @@ def test_parallel_sentences_in_columns(tmp_path):
         ("a dog", "un chien"),
     ]
     assert source.parallel
-    assert source.problems.rows == [("line 2", "translation without its sentence")]
+    assert source.problems.rows == [
+        ("line 2", "translation without its sentence"),
+        ("line 3", "missing translation"),
+    ]
+    assert source.problems.dropped == 1
+
+
+def test_lines_with_other_numbers_of_cells_are_counted(tmp_path):
+    source = opened(tmp_path / "t.tsv", "a cat\teine Katze\nred\tor\trot\na dog\na cow\teine Kuh\n")
+    assert [source.key(i) for i in range(len(source))] == ["line 1", "line 3", "line 4"]
+    assert source.problems.rows == [
+        ("line 2", "more cells than other lines: 3 for 2"),
+        ("line 3", "missing translation"),
+    ]
+    assert source.problems.dropped == 1
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_as_any_system_ends_them(end, tmp_path):
+    source = opened(tmp_path / "t.tsv", end.join(["a\u2028cat\teine Katze", "a\x0cdog\tein Hund", ""]))
+    assert [source.key(i) for i in range(len(source))] == ["line 1", "line 2"]
+    assert source.captions(0)[1] == "eine Katze"
 
 
 @pytest.mark.parametrize(

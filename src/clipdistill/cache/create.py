@@ -36,6 +36,17 @@ _BLOCK_BYTES = 64_000_000
 _PATIENCE = 900.0
 
 
+def require_cache_place(folder: Path) -> None:
+    """Raise InputError where no cache can be kept: among other files, through links, where nothing can be written."""
+    if folder.is_dir() and not (folder / MANIFEST).exists() and any(p.name != "locks" for p in folder.iterdir()):
+        leftovers = [p for p in folder.iterdir() if not p.name.startswith((".", "samples-", "teacher-", "locks"))]
+        if leftovers:
+            raise InputError(f"{folder}: holds other files ('{leftovers[0].name}') and no cache; give a new folder")
+    if folder.is_dir():
+        refuse_links(folder, "cache")
+    make_folder(folder, "cache")
+
+
 def open_for_filling(
     config: CacheConfig, source: PairSource, encoders: Sequence[Encoder], precision: str
 ) -> CacheStore:
@@ -45,13 +56,7 @@ def open_for_filling(
     field in which an existing store differs from the request.
     """
     folder = config.out
-    if folder.is_dir() and not (folder / MANIFEST).exists() and any(p.name != "locks" for p in folder.iterdir()):
-        leftovers = [p for p in folder.iterdir() if not p.name.startswith((".", "samples-", "teacher-", "locks"))]
-        if leftovers:
-            raise InputError(f"{folder}: holds other files ('{leftovers[0].name}') and no cache; give a new folder")
-    if folder.is_dir():
-        refuse_links(folder, "cache")
-    make_folder(folder, "cache")
+    require_cache_place(folder)
     teachers = [encoder.model for encoder in encoders]
     named = zip(teachers, config.teachers, encoders, strict=True)
     entries = [teacher_entry(model, name, precision, encoder) for model, name, encoder in named]

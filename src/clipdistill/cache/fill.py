@@ -21,7 +21,7 @@ from torch import Tensor
 
 from clipdistill.cache.blocks import write_block
 from clipdistill.cache.config import CacheConfig
-from clipdistill.cache.create import open_for_filling
+from clipdistill.cache.create import open_for_filling, require_cache_place
 from clipdistill.cache.manifest import MANIFEST, TeacherEntry, read_manifest
 from clipdistill.cache.names import Dtype
 from clipdistill.cache.rows import pack
@@ -99,6 +99,7 @@ def fill(
     rate in images a second. filling: what does the work, None for this process. Raises InputError for unusable input
     or a store that differs, ClipdistillError when the disk is too small, BudgetError above the budget of bad samples.
     """
+    require_cache_place(config.out)
     cluster = on_cluster(config.engine)
     if cluster is not None:
         fill_there = import_module("clipdistill.ray_engine.filling").fill_on_ray

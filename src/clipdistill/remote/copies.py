@@ -41,7 +41,7 @@ def local_cache(folder: str | Path | None, size: str | int | None = None) -> Non
         _bytes(str(size))
         os.environ[SIZE] = str(size)
     if folder is not None:
-        os.environ[FOLDER] = str(make_folder(Path(folder).expanduser().absolute(), "copies of shards"))
+        os.environ[FOLDER] = str(make_folder(Path(folder).expanduser(), "copies of shards").absolute())
     elif size is not None and FOLDER not in os.environ:
         raise InputError(f"--local-cache-size {size}: say where the copies go with --local-cache DIR")
 

@@ -49,6 +49,10 @@ def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, 
             f"warning: the {setup.modalities[0]} tower learns through a new linear map into the teacher's width, so "
             "nothing holds it to the student's other tower: train.other_tower=teacher gives one that fits"
         )
+    group, train = setup.optimiser.param_groups[0], config.train
+    applied = (("betas", group.get("betas"), train.betas), ("epsilon", group.get("eps"), train.epsilon))
+    if idle := [f"train.{name}" for name, there, asked in applied if there != asked]:
+        say(f"train.optimizer={train.optimizer} has no use for {' and '.join(idle)}")
     if setup.features is not None:
         say(setup.features.sentence())
     for note in setup.teacher.notes if setup.teacher else []:

@@ -172,6 +172,12 @@ class TurnSampler(StepSampler):
         return self._own[number].indices(own) + self._first[number]
 
 
+def require_no_sets(each: SetConfig, number: int) -> None:
+    """Raise InputError where one of several sets is several itself."""
+    if each.sets:
+        raise InputError(f"data.sets[{number}]: it is a file of sets itself: name them here")
+
+
 def open_mixture(config: DataConfig, open_one: Callable[[DataConfig], PairSource]) -> MixedPairs:
     """The sets of `config.sets`, each opened by `open_one`. Raises InputError that names the set."""
     for name, field in DataConfig.model_fields.items():
@@ -184,8 +190,7 @@ def open_mixture(config: DataConfig, open_one: Callable[[DataConfig], PairSource
         raise InputError("data.sets: some have a weight and some have none: give all of them one, or none")
     sets: list[OneSet] = []
     for number, each in enumerate(described):
-        if each.sets:
-            raise InputError(f"data.sets[{number}]: it is a file of sets itself: name them here")
+        require_no_sets(each, number)
         if each.bad_sample_budget != DataConfig.model_fields["bad_sample_budget"].default:
             raise InputError(f"data.sets[{number}]: the budget is one for all sets: set data.bad_sample_budget")
         try:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 
 from clipdistill.config import build
-from clipdistill.data.mixture.mixed import MixedPairs, SetConfig, open_mixture
+from clipdistill.data.mixture.mixed import MixedPairs, SetConfig, open_mixture, require_no_sets
 from clipdistill.data.mixture.pictures import open_bare
 from clipdistill.data.mixture.texts import open_texts
 from clipdistill.data.open import check_data_name, open_pairs
@@ -69,8 +69,12 @@ def require_terms(terms: Mapping[str, Sequence[str]], source: PairSource) -> Non
 
 def check_any(config: DataConfig) -> None:
     """Raise InputError when nothing is known by the name of the data; only what must be looked at is opened."""
+    if not config.sets and not config.path.strip():
+        raise InputError("data: neither a path nor sets are named")
     for number, values in enumerate(config.sets):
-        check_any(build(SetConfig, values, f"data.sets[{number}]"))
+        each = build(SetConfig, values, f"data.sets[{number}]")
+        require_no_sets(each, number)
+        check_any(each)
     try:
         if not config.sets:
             check_data_name(config.path)

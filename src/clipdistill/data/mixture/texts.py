@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 
 from clipdistill.data.captions import clean_all
 from clipdistill.data.files import IMAGE_SUFFIXES, nothing_usable, refuse_split
@@ -26,7 +28,8 @@ class Texts(IndexedPairs):
 def open_texts(config: DataConfig) -> Texts | None:
     """The texts of a .txt or .tsv file, keyed by their line; None for another file, or one that names pictures.
 
-    A line of a .tsv holds a sentence and its translations, one a column. Raises InputError for a file that is not
+    A line of a .tsv holds a sentence and its translations, one a column; a line with more cells than
+    most is left out, a missing translation counted. Raises InputError for a file that is not
     UTF-8 or holds no text.
     """
     place = Place(config.path)
@@ -34,12 +37,13 @@ def open_texts(config: DataConfig) -> Texts | None:
     if path.suffix.lower() not in SUFFIXES or not place.head.strip():
         return None
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        lines = re.split(r"\r\n?|\n", path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not text in UTF-8 (byte {error.start})") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    rows = [line.rstrip("\r").split("\t") if tabs else [line] for line in lines]
+    rows = [line.split("\t") if tabs else [line] for line in lines]
+    columns = Counter(len(cells) for cells in rows if any(cell.strip() for cell in cells)).most_common(1)[0][0]
     if any(os.path.splitext(cell.strip())[1].lower() in IMAGE_SUFFIXES for row in rows[:2] for cell in row):  # noqa: PTH122
         return None
     refuse_split(config.split, path)
@@ -48,9 +52,14 @@ def open_texts(config: DataConfig) -> Texts | None:
         if not any(cell.strip() for cell in cells):
             continue
         key = f"line {number}"
+        if len(cells) > columns:  # a tab in a sentence: which cell is which language?
+            problems.add(f"more cells than other lines: {len(cells)} for {columns}", key, dropped=True)
+            continue
         if not cells[0].strip():
             problems.add("translation without its sentence", key, dropped=True)
             continue
+        if len(cells) < columns or not all(cell.strip() for cell in cells):
+            problems.add("missing translation", key)
         found = clean_all([cell for cell in cells if cell.strip()], key, problems)
         if found:
             keys.append(key)
