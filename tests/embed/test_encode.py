@@ -139,3 +139,20 @@ def test_ranks_share_the_work_and_all_get_the_whole_result(tmp_path: Path) -> No
     }
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
+
+
+def test_gradients_and_modes_are_as_before_whatever_is_left_in_the_middle(model):
+    source = ColourPairs(per_colour=14)
+    model.module.train()
+    encoder = Encoder(model, batch_size=8, progress=False)
+
+    def untouched():
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), model.module.training
+
+    encoder.pairs(source)  # captions are encoded while pictures are waited for
+    assert untouched() == (True, False, True)
+    for steps in (encoder.stream(source, range(len(source))), encoder.text_batches([["a"], ["b"]], "texts")):
+        next(steps)
+        assert untouched() == (True, False, True)
+        steps.close()
+        assert untouched() == (True, False, True)

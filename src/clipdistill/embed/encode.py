@@ -226,10 +226,12 @@ class Encoder:
         """
         self.expected["image"] = len(indices)
         batches = _batches(self._prepared(source, indices), self.batch_size)
-        with self._forward():
-            for pixels, found, bad in ahead(batches, meanwhile or iter(())):
-                rows = self.encode_images(pixels, source.name).cpu() if found else torch.zeros(0, self.model.embed_dim)
-                yield rows, found, bad
+        for pixels, found, bad in ahead(batches, meanwhile or iter(())):
+            rows = torch.zeros(0, self.model.embed_dim)
+            if found:
+                with self._forward():  # never around a yield: who is left in the middle would leave gradients off
+                    rows = self.encode_images(pixels, source.name).cpu()
+            yield rows, found, bad
 
     def texts(self, texts: str | Sequence[str], what: str = "texts", begun: Iterator[int] | None = None) -> Tensor:
         """Unit-length embeddings (M, D) of `texts`; each distinct text is embedded once in the encoder's life.
@@ -277,7 +279,8 @@ class Encoder:
         """Unit rows (n, D) on the CPU of each batch of texts, in order; nothing is kept."""
         for batch in batches:
             with self._forward():
-                yield self.encode_tokens(self.model.tokenizer(batch), what).cpu()
+                rows = self.encode_tokens(self.model.tokenizer(batch), what).cpu()
+            yield rows
 
     def text_parts(self, parts: Iterable[Sequence[str]], what: str) -> Iterator[tuple[int, Tensor, int]]:
         """(number, unit rows, texts that were cut) of each part, whatever the others hold; in any order."""

@@ -114,4 +114,4 @@ def read_embeddings(path: str | Path) -> tuple[np.ndarray, list[dict[str, Any]]]
 
 
 def _lines(content: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in content.decode().splitlines()]
+    return [json.loads(line) for line in content.decode().split("\n") if line]

@@ -54,7 +54,8 @@ def _caption_files(names: Path) -> dict[str, Path]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        return text.removesuffix("\n").split("\n") if text else []  # splitlines knows more ends of lines
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
