@@ -24,7 +24,10 @@ COMMANDS = {
         "clipdistill.vectors.command",
         "embeddings of pictures or texts as .npy, Parquet or safetensors, with keys",
     ),
-    "eval": ("clipdistill.evaluate.command", "measure retrieval and zero-shot classification under a named protocol"),
+    "eval": (
+        "clipdistill.evaluate.command",
+        "measure retrieval, zero-shot classification and caption matching, under named protocols",
+    ),
     "fetch": ("clipdistill.data.benchmarks.fetch", "bring published classification sets once, by name"),
     "probe": ("clipdistill.probe.command", "linear and few-shot probes of models on a labelled set"),
     "export": ("clipdistill.export.command", "write a model as ONNX, OpenVINO, int8, open_clip or Hugging Face files"),

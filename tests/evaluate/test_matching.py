@@ -151,6 +151,19 @@ def test_items_with_unreadable_pictures_are_left_out_and_said(tmp_path: Path) ->
     assert any("winoground: 1 of 3 items were left out" in note for note in scores.notes)
 
 
+def test_damaged_archives_are_told_and_bombs_are_not_unpacked(tmp_path: Path, monkeypatch) -> None:
+    folder = winoground(tmp_path / "winoground", zipped=True)
+    monkeypatch.setattr("clipdistill.evaluate.matching.LARGEST_FILE", 20)
+    with pytest.raises(InputError, match=r"no image of winoground can be read .*at most 20 are read"):
+        cd.evaluate(colour_model(), folder, progress=False)
+    archive = folder / "images.zip"
+    content = bytearray(archive.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + 6] = 0x5E  # needs a version that nobody has
+    archive.write_bytes(bytes(content))
+    with pytest.raises(InputError, match="not readable as a zip archive"):
+        open_matching(str(folder))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

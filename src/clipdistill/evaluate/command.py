@@ -1,4 +1,4 @@
-"""`clipdistill eval`: retrieval and zero-shot scores of a model, as a table and as JSON."""
+"""`clipdistill eval`: retrieval, zero-shot and matching scores of models, as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     what = "a run folder, a model folder or file, or a model name (ViT-B-16/laion400m_e32); several for one table"
     add("models", nargs="+", metavar="model", help=what)
-    add("--data", action="append", required=True, help="pairs or a labelled set; repeat for several")
+    add(
+        "--data",
+        action="append",
+        required=True,
+        help="pairs, a labelled set or a benchmark, by path or name (`list datasets`); repeat for several",
+    )
     add("--teacher", help="measure this model too and print what the student keeps of it")
     add(
         "--protocol",

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from clipdistill.data.captions import clean
-from clipdistill.data.files import data_path, find_image_root, read_image_file, read_json, safe_relative
+from clipdistill.data.files import LARGEST_FILE, data_path, find_image_root, read_image_file, read_json, safe_relative
 from clipdistill.data.images import MAX_PIXELS, decode
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.embed.encode import Encoder
@@ -63,8 +63,13 @@ class PictureFiles:
             return read_image_file(self._root / name)
         try:
             with zipfile.ZipFile(self._root) as archive:
+                size = archive.getinfo(name).file_size
+                if size > LARGEST_FILE:
+                    raise BadSample(f"unreadable image file: {size} bytes, at most {LARGEST_FILE} are read")
                 return archive.read(name)
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        except BadSample:
+            raise
+        except Exception as error:  # zipfile raises almost any type on damaged archives
             raise BadSample(f"unreadable image file: {error}") from error
 
 
@@ -246,7 +251,7 @@ def _winoground_pictures(file: Path, names: list[str], images: str | None) -> tu
         try:
             with zipfile.ZipFile(archive) as opened:
                 inside = {Path(member).stem: member for member in opened.namelist() if not member.endswith("/")}
-        except (OSError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile raises almost any type on damaged archives
             raise InputError(f"{archive}: not readable as a zip archive ({error})") from error
         return archive, [inside.get(Path(name).stem, name) for name in names]
     endings = ("", ".png", ".jpg", ".jpeg", ".webp")
