@@ -38,12 +38,10 @@ TARGETS = (
 
 
 def small_data(source: Path, folder: Path, images: int) -> Path:
-    """`images` training and a quarter as many test images of `source`, with its pictures beside it."""
+    """`images` training and a quarter as many test (else val) images of `source`, with its pictures beside it."""
     values = json.loads(source.read_text(encoding="utf-8"))
-    counts = {"train": images, "test": max(4, images // 4)}
-    wanted = []
-    for split, count in counts.items():
-        wanted += [image for image in values["images"] if image["split"] == split][:count]
+    parts = {split: [i for i in values["images"] if i["split"] == split] for split in ("train", "val", "test")}
+    wanted = [*parts["train"][:images], *(parts["test"] or parts["val"])[: max(4, images // 4)]]
     for beside in source.resolve().parent.iterdir():
         if beside.is_dir():
             (folder / beside.name).symlink_to(beside)
@@ -53,7 +51,7 @@ def small_data(source: Path, folder: Path, images: int) -> Path:
 
 def commands(arguments: argparse.Namespace, data: Path, work: Path) -> list[tuple[str, list[str]]]:
     """(what it does, the command line) of each step of the page."""
-    run, test = str(work / "run"), ["--data", str(data), "--split", "test"]
+    run, test = str(work / "run"), ["--data", str(data)]
     cache = ["cache", "--teacher", arguments.teacher, "--data", str(data), "--split", "train", "--out"]
     train = ["train", "--recipe", "clip-rd", "--teacher", f"cache:{work / 'cache'}", "--student", arguments.student]
     train += ["--data", str(data), "--split", "train", "--out", run, "train.batch_size=32"]

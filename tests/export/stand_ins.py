@@ -112,7 +112,7 @@ def litert(monkeypatch: pytest.MonkeyPatch, wrong: float = 0.0) -> None:
             TensorQuantizationConfig=lambda **_: None,
             OpQuantizationConfig=lambda **_: None,
             TensorDataType=names(FLOAT=0),
-            TFLOperationName=names(ALL_SUPPORTED="*"),
+            TFLOperationName=names(ALL_SUPPORTED="*", DEPTHWISE_CONV_2D="one", CONV_2D="all"),
             ComputePrecision=names(FLOAT=0),
         ),
     )

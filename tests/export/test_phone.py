@@ -103,9 +103,13 @@ def test_fewer_bits_are_asked_for_by_name_and_compared_by_cosine(tiny, squares, 
         manifest = json.loads((tmp_path / recipe / "manifest.json").read_text())
         assert manifest["towers"]["image"]["precision"] == ("float16" if "fp16" in options else "int8")
     stand_ins.litert(monkeypatch, wrong=0.05)
+    before = len(stand_ins.CALLS)
     with pytest.raises(InputError, match=r"int8 weights the \w+ tower differs from the model .*: leave --int8 out"):
         export_graphs(tiny, tmp_path / "wrong", runtime="litert", int8=True)
     assert not (tmp_path / "wrong").exists()
+    tried = stand_ins.CALLS[before:]
+    assert tried.count("dynamic_wi8_afp32") >= 3  # with fewer and fewer operators in eight bits
+    assert tried.count("float_casting") >= 3
 
 
 def test_executorch_in_fewer_bits(tiny, tmp_path, monkeypatch):

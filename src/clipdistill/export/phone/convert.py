@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clipdistill.errors import InputError
+from clipdistill.export.gate import COSINE, compare
 from clipdistill.export.phone import coreml, executorch, litert
 from clipdistill.export.phone.parts import muted, named
 from clipdistill.export.towers import example_inputs, plain_copy, quiet, reason_of
@@ -16,7 +17,7 @@ from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import TOWERS, Runner, load_graph
 from clipdistill.models.known import SUFFIX
 
-CONVERTERS: dict[str, Callable[[nn.Module, Tensor, Path, str], None]] = {
+CONVERTERS: dict[str, Callable[[nn.Module, Tensor, Path, str, Callable[[], bool]], None]] = {
     "litert": litert.convert,
     "executorch": executorch.convert,
     "coreml": coreml.convert,
@@ -34,11 +35,16 @@ def write_phone(
     # ExecuTorch takes convolutions with the channels first only
     plain, files = plain_copy(model.module).to(memory_format=torch.contiguous_format), {}
     for tower in TOWERS:
-        files[tower] = folder / f"{tower}{SUFFIX[runtime]}"
+        files[tower] = path = folder / f"{tower}{SUFFIX[runtime]}"
+
+        def good(tower: str = tower, path: Path = path) -> bool:
+            found = compare(model, {tower: load_graph(path, runtime)}, normalised=normalised)
+            return min(parity.cosine for parity in found) >= COSINE[precision]
+
         try:
             with quiet(), muted(), torch.no_grad():
                 example = example_inputs(model, tower)[:1]
-                CONVERTERS[runtime](named(plain, tower, normalised), example, files[tower], precision)
+                CONVERTERS[runtime](named(plain, tower, normalised), example, path, precision, good)
         except InputError:
             raise
         except Exception as error:  # torch.export and the converters raise many kinds

@@ -8,6 +8,7 @@ that, with one scale for each output channel.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def program(module: nn.Module, example: Tensor) -> Any:
     return found
 
 
-def convert(module: nn.Module, example: Tensor, path: Path, precision: str) -> None:
+def convert(module: nn.Module, example: Tensor, path: Path, precision: str, good: Callable[[], bool]) -> None:
     """Write `module`, which takes inputs of the shape of `example`, to `path`; one of parts.PRECISIONS."""
     with needing("coremltools", "coreml", "the export to Core ML"):
         import coremltools

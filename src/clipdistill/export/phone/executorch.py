@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class HalfTower(nn.Module):
         return found.float()
 
 
-def convert(module: nn.Module, example: Tensor, path: Path, precision: str) -> None:
+def convert(module: nn.Module, example: Tensor, path: Path, precision: str, good: Callable[[], bool]) -> None:
     """Write `module`, which takes inputs of the shape of `example`, to `path`; one of parts.PRECISIONS."""
     with needing("executorch", "executorch", "the export to ExecuTorch"):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
