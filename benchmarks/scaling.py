@@ -1,15 +1,31 @@
 """What a large run costs in disk and hours, from formulas: `python benchmarks/scaling.py --data CC12M`.
 
-Prints the table of docs/scaling.md. FLOPs are counted on the models themselves; speed and utilisation of the device are
-what the command line says, and the hours are only as good as those.
+With `--measure 2000000` so many pairs are made up (tars of 10,000, hard links of one), opened twice, each time in a
+process of its own, beside a twentieth of them: what is found are the memory that each further pair takes, and the time
+of the first opening, of the next, of the fingerprint and of an epoch's order, in seconds of the processor.
+
+Otherwise prints the table of docs/scaling.md. FLOPs are counted on the models themselves; speed and utilisation of the
+device are what the command line says, and the hours are only as good as those.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
 
-from clipdistill.bench.cost import count_flops
-from clipdistill.models import build_student
+import numpy as np
+
+SHARD = 10_000
+CAPTION = "a photograph of {:06d} things beside a lake at evening"
 
 DATA = {"CC3M": (2_890_000, 1), "CC12M": (9_970_000, 1), "CC3M+CC12M": (12_860_000, 1), "COCO": (113_287, 5)}
 """Images, captions an image."""
@@ -33,6 +49,86 @@ def hours(pairs: float, student: float, teacher: float, gpus: int, tflops: float
     return pairs * (3 * student + teacher) / (gpus * tflops * 1e12 * utilisation) / 3600
 
 
+def write_shard(path: Path) -> None:
+    """SHARD samples: an image of some bytes that no decoder is asked to read, and a caption of 53 letters."""
+    with tarfile.open(path, "w") as tar:
+        for number in range(SHARD):
+            for ending, content in (("jpg", b"\xff\xd8" + bytes(98)), ("txt", CAPTION.format(number).encode())):
+                member = tarfile.TarInfo(f"{number:09d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def resident() -> int:
+    """Bytes of memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
+
+
+def opened(pattern: str) -> dict[str, float]:
+    """Open a set; seconds and bytes. Called in a process of its own."""
+    from clipdistill.data.open import open_pairs
+    from clipdistill.data.sampler import StepSampler
+
+    open_pairs("scenes:val?size=2")
+    before, start = resident(), time.process_time()
+    source = open_pairs(pattern)
+    found: dict[str, float] = {"pairs": len(source), "open": time.process_time() - start}
+    found["bytes"], found["peak"] = (
+        resident() - before,
+        1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before,
+    )
+    start = time.process_time()
+    source.fingerprint()
+    found["fingerprint"], start = time.process_time() - start, time.process_time()
+    before = resident()
+    sampler = StepSampler(len(source), 4096, seed=0)
+    sampler.indices(0)
+    found["order"], found["order bytes"] = time.process_time() - start, resident() - before
+    start = time.process_time()
+    for step in range(100):
+        sampler.indices(step)
+    found["step"] = (time.process_time() - start) / 100
+    picked = np.random.default_rng(0).integers(len(source), size=1000)
+    start = time.process_time()
+    for i in picked:
+        source.captions(i), source.image_bytes(i)
+    found["pair"] = (time.process_time() - start) / len(picked)
+    return found
+
+
+def measure(pairs: int) -> None:
+    """Print the figures of docs/scaling.md."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_shard(folder / "shard.tar")
+        few, many = max(1, pairs // SHARD // 20), pairs // SHARD
+        for number in range(many):
+            for count, place in ((few, "few"), (many, "many")):
+                (folder / place).mkdir(exist_ok=True)
+                if number < count:
+                    os.link(folder / "shard.tar", folder / place / f"{number:05d}.tar")
+        environment = {**os.environ, "CLIPDISTILL_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        for turn in ("first", "next"):
+            both = []
+            for place, count in (("few", few), ("many", many)):
+                command = [sys.executable, __file__, "--opened", f"{folder}/{place}/{{00000..{count - 1:05d}}}.tar"]
+                done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
+                both.append(json.loads(done.stdout))
+            small, large = both
+            more = large["pairs"] - small["pairs"]
+            row, peak = ((large[kind] - small[kind]) / more for kind in ("bytes", "peak"))
+            order = large["order bytes"] / large["pairs"]
+            lines = (
+                f"{turn} opening: {large['pairs']:,.0f} pairs in {large['open']:.1f} s",
+                f"memory of each further pair: {row:.0f} bytes, at most {peak:.0f} while opening",
+                f"fingerprint {large['fingerprint']:.1f} s",
+                f"an epoch's order {large['order']:.2f} s, {order:.0f} bytes a pair",
+                f"4,096 samples of a step {1e6 * large['step']:.0f} us, a pair's bytes {1e6 * large['pair']:.0f} us",
+            )
+            print(*lines, sep="\n  ")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=tuple(DATA), default="CC12M")
@@ -44,7 +140,18 @@ def main() -> None:
     parser.add_argument("--utilisation", type=float, default=0.3, help="share of the peak that is reached")
     parser.add_argument("--views", type=int, default=0, help="stored views of the cache")
     parser.add_argument("--dimensions", type=int, default=512, help="of the teacher's embedding")
+    parser.add_argument("--measure", type=int, metavar="PAIRS", help="open so many pairs that are made up")
+    parser.add_argument("--opened", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.opened:
+        print(json.dumps(opened(chosen.opened)))
+        return
+    if chosen.measure:
+        measure(chosen.measure)
+        return
+    from clipdistill.bench.cost import count_flops
+    from clipdistill.models import build_student
+
     images, captions = DATA[chosen.data]
     flops = {}
     for role, name in (("student", chosen.student), ("teacher", chosen.teacher)):

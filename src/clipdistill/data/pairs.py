@@ -10,9 +10,10 @@ import hashlib
 import importlib
 import itertools
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from PIL import Image
@@ -78,7 +79,7 @@ class DataConfig(Config):
 
 
 class Strings:
-    """An immutable sequence of str held as UTF-8 bytes (uint8) and n + 1 offsets (int64).
+    """An immutable sequence of str held as UTF-8 bytes (uint8) and n + 1 offsets (uint32; int64 beyond 4 GB).
 
     File names that are not UTF-8 (str with surrogates) come back as they went in.
     """
@@ -89,10 +90,12 @@ class Strings:
 
     @classmethod
     def pack(cls, texts: Iterable[str]) -> Strings:
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-        offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
-        np.cumsum([len(e) for e in encoded], out=offsets[1:])
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), offsets)
+        buffer, lengths = bytearray(), array("q")  # no object of Python's own is kept for a text
+        for text in texts:
+            encoded = text.encode("utf-8", "surrogatepass")
+            buffer += encoded
+            lengths.append(len(encoded))
+        return cls(np.frombuffer(bytes(buffer), dtype=np.uint8), ends_of(np.frombuffer(lengths, dtype=np.int64)))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -111,6 +114,40 @@ class Strings:
         """Feed lengths and contents to a hashlib object: equal only for equal sequences."""
         digest.update(np.diff(self.offsets).astype("<i8").tobytes())
         digest.update(self.buffer.tobytes())
+
+
+class GrowingStrings:
+    """Strings that parts are added to, put together once: each part is given up when it is copied."""
+
+    def __init__(self) -> None:
+        self._parts: list[Strings] = []
+
+    def add(self, part: Strings) -> None:
+        """Append the texts of a part."""
+        self._parts.append(part)
+
+    def whole(self) -> Strings:
+        """All texts; nothing can be added after."""
+        lengths = [np.zeros(0, dtype=np.uint32), *(narrow(np.diff(part.offsets)) for part in self._parts)]
+        buffer = np.empty(sum(len(part.buffer) for part in self._parts), dtype=np.uint8)
+        end = len(buffer)
+        while self._parts:
+            part = self._parts.pop().buffer
+            buffer[end - len(part) : end] = part
+            end -= len(part)
+        return Strings(buffer, ends_of(np.concatenate(lengths)))
+
+
+def ends_of(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """0 and the running sums of `lengths` (n + 1), in as few bytes as hold them."""
+    ends = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=ends[1:])
+    return narrow(ends)
+
+
+def narrow(numbers: np.ndarray) -> np.ndarray:
+    """Whole numbers from 0 on as uint32 where they fit: half the memory for millions of pairs."""
+    return numbers.astype(np.uint32) if not len(numbers) or int(numbers.max()) < 2**32 else numbers
 
 
 class PairSource(ABC):
@@ -205,20 +242,31 @@ def fingerprint(keys: Strings, captions: Strings, captions_per_key: Sequence[int
 
 
 class IndexedPairs(PairSource):
-    """Base of the readers: keys and captions in flat arrays, so that millions of pairs cost little and fork freely."""
+    """Base of the readers: keys and captions in flat arrays, so that millions of pairs cost little and fork freely.
+
+    captions: of each sample; with packed keys all of them packed, and how many each sample has.
+    """
 
     def __init__(
-        self, name: str, keys: Iterable[str], captions: Sequence[Sequence[str]], problems: Problems, max_pixels: int
+        self,
+        name: str,
+        keys: Iterable[str],
+        captions: Sequence[Sequence[str]] | tuple[Strings, np.ndarray],
+        problems: Problems,
+        max_pixels: int,
     ) -> None:
-        captions = [one_or_several(group) for group in captions]
+        if isinstance(keys, Strings):
+            self._captions, counts = cast(tuple[Strings, np.ndarray], captions)
+        else:
+            groups = [one_or_several(group) for group in cast(Sequence[Sequence[str]], captions)]
+            self._captions = Strings.pack(c for group in groups for c in group)
+            counts = np.array([len(group) for group in groups])
         self.name = valid_text(name)
         self.problems = problems
         self.max_pixels = max_pixels
-        self._keys = Strings.pack(valid_text(key) for key in keys)
-        self._captions = Strings.pack(c for group in captions for c in group)
+        self._keys = keys if isinstance(keys, Strings) else Strings.pack(valid_text(key) for key in keys)
         self.captioned = len(self._captions) > 0
-        self._starts = np.zeros(len(captions) + 1, dtype=np.int64)
-        np.cumsum([len(c) for c in captions], out=self._starts[1:])
+        self._starts = ends_of(counts)
         self._fingerprint: str | None = None
 
     def __len__(self) -> int:

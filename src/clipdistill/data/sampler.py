@@ -101,6 +101,7 @@ class StepSampler:
         """The samples (int64) of this rank in global step `step`."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.n, self.seed, epoch))
+            order = epoch_order(self.n, self.seed, epoch)
+            self._order = (epoch, order.astype(np.uint32) if self.n < 2**32 else order)
         start = within * self.batch_size
-        return self._order[1][start + self._begin : start + self._end]
+        return self._order[1][start + self._begin : start + self._end].astype(np.int64)

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,14 +69,14 @@ class Cluster:
         rows = [{"number": number, "task": json.dumps(task)} for number, task in enumerate(tasks)]
         files = [file for file in registry._loaded if file.endswith(".py")]
         settings = {name: value for name, value in os.environ.items() if name.startswith("CLIPDISTILL_")}
-        worker: Any = Worker  # map's annotation knows no classes
-        workers = ray.data.ActorPoolStrategy(size=min(self.workers, len(rows)), max_tasks_in_flight_per_actor=2)
-        done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            worker, compute=workers, ray_remote_args_fn=lambda: {"max_task_retries": RETRIES}, **self.resources,
-            fn_constructor_kwargs={
-                "job": [held], "device": self.device, "folder": os.getcwd(), "plugins": files, "settings": settings,  # noqa: PTH109
-                "version": __version__,
-            },
+        given = {
+            "job": [held], "device": self.device, "folder": os.getcwd(), "plugins": files, "settings": settings,  # noqa: PTH109
+            "version": __version__,
+        }  # fmt: skip
+        done = _mapped(
+            ray.data.from_items(rows, override_num_blocks=len(rows)), fn_constructor_kwargs=given,
+            compute=ray.data.ActorPoolStrategy(size=min(self.workers, len(rows)), max_tasks_in_flight_per_actor=2),
+            **self.resources,
         )  # fmt: skip
         waiting = threading.Timer(
             _WAIT, self.say, [f"Ray: no task finished in {_WAIT:.0f} s: `ray status` shows what is waiting"]
@@ -98,6 +99,16 @@ class Cluster:
             ) from error
         finally:
             waiting.cancel()
+
+
+def _mapped(rows: Any, **settings: Any) -> Any:
+    """`rows.map(Worker)`, a task being tried again RETRIES times where this version of Ray lets one say so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray says that it will not for long
+        try:
+            return rows.map(Worker, ray_remote_args_fn=lambda: {"max_task_retries": RETRIES}, **settings)
+        except TypeError:
+            return rows.map(Worker, **settings)
 
 
 class Worker:
@@ -134,6 +145,9 @@ class Worker:
             tensors, notes = self.job(json.loads(row["task"]))
         except ClipdistillError as error:
             tensors, notes = {}, {"error": [type(error).__name__, str(error)]}
+        except Exception as error:
+            text = f"a Ray worker on {socket.gethostname()} failed: {registry.describe(error)}"
+            tensors, notes = {}, {"error": ["ClipdistillError", text]}
         return {"number": row["number"], "tensors": save(tensors), "notes": json.dumps(notes)}
 
 
@@ -144,7 +158,7 @@ def connect(engine: RayEngine, device: str | None, say: Callable[[str], None]) -
         import ray
         import ray.data
     for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what goes wrong is told once, in one sentence
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "")
         local = address in ("", "local")
@@ -213,11 +227,7 @@ def _no_cluster(address: str, error: BaseException) -> InputError:
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong in a worker, without Ray's frames."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None and inner is not error:
-        error = inner
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[-1] if type(error).__name__.startswith(("RayTask", "UserCode")) and lines else first_line(error)
+    """What Ray could not do, in a few words."""
     if "No module named 'clipdistill" in str(error):
-        text = f"clipdistill is not installed for the workers' Python: install version {__version__} on each machine"
-    return f"{type(error).__name__}: {text[:300]}"
+        return f"clipdistill is not installed for the workers' Python: install version {__version__} on each machine"
+    return f"{type(error).__name__}: {first_line(error)}"

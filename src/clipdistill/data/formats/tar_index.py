@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import numpy as np
 from clipdistill.data.captions import MISSING, clean_all
 from clipdistill.data.files import PICTURES, UNREAD, UNREAD_SUFFIXES
 from clipdistill.data.formats.tar_headers import DamagedTar, Member, members
-from clipdistill.data.pairs import Strings
+from clipdistill.data.pairs import Strings, ends_of
 from clipdistill.data.problems import Problems
 from clipdistill.runtime.files import new_file
 
@@ -36,13 +35,25 @@ DUPLICATE = "duplicate member name"
 
 @dataclass
 class ShardIndex:
-    """The samples of one shard in the order of their first member: stems, places of the images, captions of each."""
+    """The samples of one shard in the order of their first member: stems, places of the images (int64), captions and
+    how many of them each has."""
 
-    stems: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    captions: list[list[str]] = field(default_factory=list)
+    stems: Strings
+    offsets: np.ndarray
+    sizes: np.ndarray
+    captions: Strings
+    counts: np.ndarray
     problems: Problems = field(default_factory=Problems)
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[tuple[str, int, int, Sequence[str]]] = (), problems: Problems | None = None
+    ) -> ShardIndex:
+        """From (stem, offset, size, captions) of each sample."""
+        numbers = np.array([(offset, size, len(texts)) for _, offset, size, texts in rows], dtype=np.int64)
+        offsets, sizes, counts = numbers.reshape(-1, 3).T.copy()
+        stems, captions = Strings.pack(row[0] for row in rows), Strings.pack(c for row in rows for c in row[3])
+        return cls(stems, offsets, sizes, captions, counts, problems or Problems())
 
 
 @dataclass
@@ -80,7 +91,7 @@ def index_shard(path: Path, label: str, column: str | None = None) -> ShardIndex
                 index = _scan(file, status.st_size, label, column)
             _remember(remembered, key, index)
     except OSError as error:
-        index = ShardIndex()
+        index = ShardIndex.of()
         index.problems.add(f"unreadable shard: {error.strerror or error}", label)
     return index
 
@@ -123,26 +134,23 @@ def samples_of(file: BinaryIO, length: int, label: str, texts: Sequence[str], pr
 
 
 def _scan(file: BinaryIO, length: int, label: str, column: str | None) -> ShardIndex:
-    index = ShardIndex()
+    problems, rows = Problems(), []
     seen: dict[str, int] = {}
-    for sample in samples_of(file, length, label, TEXTS, index.problems):
+    for sample in samples_of(file, length, label, TEXTS, problems):
         seen[sample.stem] = count = seen.get(sample.stem, 0) + 1
         stem = sample.stem if count == 1 else f"{sample.stem}#{count}"
         key, image = f"{label}/{stem}", sample.image
         if image is None:
-            index.problems.add(sample.why_no_image, key, dropped=True)
+            problems.add(sample.why_no_image, key, dropped=True)
             continue
         for kind in [kind for kind in PICTURES if kind in sample.components][1:]:
-            index.problems.add("image beside another of the same name", f"{key}.{kind}")
-        captions = [] if column == "" else _captions(file, sample.components, key, column, index.problems)
+            problems.add("image beside another of the same name", f"{key}.{kind}")
+        captions = [] if column == "" else _captions(file, sample.components, key, column, problems)
         if not captions and column != "":
-            index.problems.add("image without caption", key, dropped=True)
+            problems.add("image without caption", key, dropped=True)
             continue
-        index.stems.append(stem)
-        index.offsets.append(image.offset)
-        index.sizes.append(image.size)
-        index.captions.append(captions)
-    return index
+        rows.append((stem, image.offset, image.size, captions))
+    return ShardIndex.of(rows, problems)
 
 
 def _captions(
@@ -205,22 +213,22 @@ def _recall(file: Path | None, key: str, length: int) -> ShardIndex | None:
             if str(stored["key"]) != key:
                 return None
             packed = {name: stored[name] for name in stored.files}
-        captions = list(Strings(packed["captions"], packed["caption_offsets"]))
-        starts = packed["starts"].tolist()
-        found = json.loads(str(packed["problems"]))
-        index = ShardIndex(
-            list(Strings(packed["stems"], packed["stem_offsets"])),
-            packed["offsets"].tolist(),
-            packed["sizes"].tolist(),
-            [captions[a:b] for a, b in itertools.pairwise(starts)],
+        stems, captions = (
+            Strings(packed[name], packed[ends])
+            for name, ends in (("stems", "stem_offsets"), ("captions", "caption_offsets"))
         )
+        found = json.loads(str(packed["problems"]))
+        starts = packed["starts"]
+        index = ShardIndex(stems, packed["offsets"], packed["sizes"], captions, np.diff(starts))
         index.problems.counts.update(found["counts"])
         index.problems.rows = [(str(k), str(r)) for k, r in found["rows"]]
         index.problems.dropped = int(found["dropped"])
-        counts = {len(index.stems), len(index.offsets), len(index.sizes), len(index.captions)}
-        whole = len(counts) == 1 and len(set(index.stems)) == len(index.stems) and starts[-1:] == [len(captions)]
-        inside = all(0 <= at <= at + size <= length for at, size in zip(index.offsets, index.sizes))
-        filled = all(captions) and all(index.captions)
+        lengths = {len(stems), len(index.offsets), len(index.sizes), len(index.counts)}
+        whole = len(lengths) == 1 and len({*stems}) == len(stems) and int(starts[-1]) == len(captions)
+        inside = not len(stems) or bool(
+            index.offsets.min() >= 0 <= index.sizes.min() and (index.offsets + index.sizes).max() <= length
+        )
+        filled = all(captions) and bool((index.counts >= 0).all())
     except Exception:  # zipfile and numpy raise almost any type on damaged archives
         return None
     return index if whole and inside and filled else None
@@ -230,13 +238,13 @@ def _remember(file: Path | None, key: str, index: ShardIndex) -> None:
     """Keep an index for the next run; a cache folder that cannot be written is no reason to stop."""
     if file is None:
         return
-    stems, captions = Strings.pack(index.stems), Strings.pack(c for group in index.captions for c in group)
+    stems, captions = index.stems, index.captions
     problems = {"counts": index.problems.counts, "rows": index.problems.rows, "dropped": index.problems.dropped}
     arrays: dict[str, Any] = {
         **{"key": np.array(key), "stems": stems.buffer, "stem_offsets": stems.offsets},
         **{"captions": captions.buffer, "caption_offsets": captions.offsets},
-        **{"starts": np.cumsum([0, *(len(c) for c in index.captions)]), "problems": np.array(json.dumps(problems))},
-        **{"offsets": np.array(index.offsets, dtype=np.int64), "sizes": np.array(index.sizes, dtype=np.int64)},
+        **{"starts": ends_of(index.counts), "problems": np.array(json.dumps(problems))},
+        **{"offsets": index.offsets, "sizes": index.sizes},
     }
     with contextlib.suppress(OSError, ValueError):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from clipdistill.data.files import IMAGE_SUFFIXES, data_path, is_url, nothing_us
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.formats.tar_headers import looks_like_tar
 from clipdistill.data.formats.tar_index import DUPLICATE, ShardIndex, index_shard
-from clipdistill.data.pairs import DataConfig, IndexedPairs
+from clipdistill.data.pairs import DataConfig, GrowingStrings, IndexedPairs, Strings, narrow
 from clipdistill.data.problems import BadSample, Problems, valid_text
 from clipdistill.errors import InputError
+from clipdistill.runtime.machine import return_freed_memory
 
 _OPEN_FILES = 64  # per process
 _MOST_SHARDS = 1_000_000
@@ -88,20 +89,23 @@ class TarPairs(IndexedPairs):
         name: str,
         shards: Sequence[Path],
         labels: Sequence[str],
-        indexes: Sequence[ShardIndex],
+        indexes: Iterable[ShardIndex],
         problems: Problems,
         max_pixels: int,
     ) -> None:
-        keys = (f"{label}/{stem}" for label, index in zip(labels, indexes) for stem in index.stems)
-        captions = [group for index in indexes for group in index.captions]
-        super().__init__(name, keys, captions, problems, max_pixels)
-        counts = [len(index.stems) for index in indexes]
+        keys, captions, numbers = GrowingStrings(), GrowingStrings(), []
+        for label, index in zip(labels, indexes):
+            problems.merge(index.problems)
+            keys.add(Strings.pack(f"{label}/{stem}" for stem in index.stems))
+            captions.add(index.captions)
+            numbers.append([narrow(each) for each in (index.offsets, index.sizes, index.counts)])
+        self._ends = np.cumsum([len(offsets) for offsets, _, _ in numbers])
+        self._offset, self._size, counts = (np.concatenate(each) for each in zip(*numbers))
+        del numbers, index
+        super().__init__(name, keys.whole(), (captions.whole(), counts), problems, max_pixels)
         self._shards: list[Any] = [path if is_url(path) else str(path) for path in shards]
         self._labels = {label: str(path) for label, path in zip(labels, shards)}
         self._lengths = [path.stat().st_size for path in shards]
-        self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), counts)
-        self._offset = _joined([index.offsets for index in indexes])
-        self._size = _joined([index.sizes for index in indexes])
         self._forget_files()
 
     def _forget_files(self) -> None:
@@ -128,7 +132,7 @@ class TarPairs(IndexedPairs):
     def image_bytes(self, i: int) -> bytes:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        shard, size = int(self._shard[i]), int(self._size[i])
+        shard, size = int(np.searchsorted(self._ends, i, side="right")), int(self._size[i])
         if is_url(self._shards[shard]):
             remote: bytes = self._shards[shard].read_range(int(self._offset[i]), size)
             return remote
@@ -161,10 +165,6 @@ class TarPairs(IndexedPairs):
             _, oldest = self._files.popitem(last=False)
             os.close(oldest)
         return descriptor
-
-
-def _joined(parts: Sequence[Sequence[int]]) -> np.ndarray:
-    return np.fromiter(itertools.chain.from_iterable(parts), dtype=np.int64)
 
 
 def shards_of(place: Place) -> list[Path]:
@@ -200,9 +200,9 @@ def open_tars(place: Place, config: DataConfig, default_split: str | None) -> Ta
     problems = Problems()
     for image in place.with_ending(*IMAGE_SUFFIXES):
         problems.add("image beside the shards", image.name)
-    indexes = list(run(index_shard, shards, labels, itertools.repeat(column)))
-    for index in indexes:
-        problems.merge(index.problems)
+    indexes = run(index_shard, shards, labels, itertools.repeat(column))
+    pairs = TarPairs(name, shards, labels, indexes, problems, config.max_pixels)
+    return_freed_memory()  # of the shards' own indexes
     if problems.counts[DUPLICATE]:
         first = next(key for key, reason in problems.rows if reason == DUPLICATE)
         _log.warning(
@@ -211,9 +211,9 @@ def open_tars(place: Place, config: DataConfig, default_split: str | None) -> Ta
             problems.counts[DUPLICATE],
             first,
         )
-    if not any(index.stems for index in indexes):
+    if not len(pairs):
         raise nothing_usable(name, problems, f"no usable image-caption pair in {len(shards)} shards")
-    return TarPairs(name, shards, labels, indexes, problems, config.max_pixels)
+    return pairs
 
 
 def _labels(shards: Sequence[Path]) -> list[str]:
