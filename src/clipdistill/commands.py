@@ -22,7 +22,7 @@ COMMANDS = {
     "cache": ("clipdistill.cache.command", "compute a teacher's embeddings once, for any number of runs"),
     "embed": (
         "clipdistill.vectors.command",
-        "embeddings of pictures or texts as .npy, Parquet or safetensors, with keys",
+        "embeddings of pictures or texts as .npy, Parquet, safetensors or LanceDB, with keys",
     ),
     "eval": (
         "clipdistill.evaluate.command",

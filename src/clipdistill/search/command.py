@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=PORT, help=f"of the page; 0 takes a free one (default: {PORT})")
     add("--host", default=HOST, help="address the page listens on (default: this machine only)")
     add("--index", type=Path, help=f"where the index is kept (default: {HIDDEN} inside the folder)")
+    add("--vectors", type=Path, metavar="OUT", help="write the vectors: .npy, .parquet, .safetensors, or TABLE.lance")
     add("--index-kind", choices=KINDS, default="exact", help="exact, or approximate with an optional package")
     add(
         "--no-update",
@@ -70,6 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         if given and not used:
             raise InputError(f"--{option} goes with {needed}: leave it out, or give that as well")
+    if arguments.vectors is not None:
+        from clipdistill.vectors.files import require_room, require_suffix
+
+        require_suffix(arguments.vectors)
+        if arguments.vectors.exists() or arguments.vectors.is_symlink():
+            raise InputError(f"{arguments.vectors}: is there already: choose another place, or remove it")
+        require_room(arguments.vectors)
     out = sys.stderr if arguments.json else sys.stdout
     settings = {name: getattr(arguments, name) for name in signature(open_collection).parameters.keys() - {"out"}}
     asked = arguments.query if arguments.image is None else arguments.image
@@ -80,6 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
             print()
         else:
             print_answers(answers, collection, arguments.index_kind)
+    if arguments.vectors is not None:
+        from clipdistill.search.vectors import write_vectors
+
+        say(f"{arguments.vectors}: {write_vectors(collection, arguments.vectors):,} vectors", out)
     if not arguments.quiet:
         print_left_out(collection.left_out, out)
     if arguments.page:

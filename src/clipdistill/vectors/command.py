@@ -22,7 +22,10 @@ clipdistill embed runs/x --data photographs --out photographs.npy        a folde
 clipdistill embed runs/x --data captions.json --captions all --out captions.parquet     the captions of pairs
 clipdistill embed onnx:export --texts queries.txt --out queries.safetensors             one text a line
 
-Each row has length 1 and its key: in .jsonl beside .npy, in columns of Parquet, in the tensor "keys" of safetensors.
+clipdistill embed runs/x --data photographs --out vectors/photographs.lance                 a table of LanceDB
+
+Each row has length 1 and its key: in .jsonl beside .npy, in columns of Parquet and LanceDB, in the tensor "keys" of
+safetensors.
 What was left out stands in OUT.json. Given again, the command goes on where it stopped.
 """
 
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--texts", type=Path, help="instead of pictures: a file of texts, one a line, in UTF-8")
     add("--captions", choices=("first", "all"), help="of --data: the captions instead of the pictures")
     add("--split", help="split of the data, where the format has splits")
-    add("--out", type=Path, required=True, help="FILE.npy, FILE.parquet or FILE.safetensors")
+    add("--out", type=Path, required=True, help="FILE.npy, FILE.parquet, FILE.safetensors or TABLE.lance")
     add("--batch-size", type=int, default=64, help="pictures or texts a forward pass (default 64)")
     add("--workers", type=int, default=0, help="processes that decode (default 0)")
     add("--dtype", default="float32", help="of the forward pass: float32, bfloat16, float16")
@@ -94,9 +97,10 @@ def embed_to_file(
     model: any name of a model, or a loaded one. data: the pictures: a name, with or without captions, an opened source,
     or any object that `distill` takes. texts: instead of them a list of texts, or a file of one a line. captions:
     "first" or "all", the captions of `data` instead of its pictures. split: of data that has splits. out: FILE.npy
-    (keys in FILE.jsonl), FILE.parquet or FILE.safetensors. batch_size: pictures or texts a forward pass; workers:
-    processes that decode; dtype: of the forward pass; engine: what runs the towers (`embed/names.py`: ENGINES); part:
-    rows kept at a time; device: None is CUDA where there is one; progress: a bar on the error stream.
+    (keys in FILE.jsonl), FILE.parquet, FILE.safetensors or TABLE.lance (a table of LanceDB). batch_size: pictures or
+    texts a forward pass; workers: processes that decode; dtype: of the forward pass; engine: what runs the towers
+    (`embed/names.py`: ENGINES); part: rows kept at a time; device: None is CUDA where there is one; progress: a bar
+    on the error stream.
 
     Returns an EmbedReport: path, rows, width, left_out, truncated. Raises InputError for unusable input, a file of
     something else at `out`, and work begun with other settings. `read_embeddings` reads such a file.

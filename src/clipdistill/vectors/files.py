@@ -1,18 +1,21 @@
-"""Embeddings in files that other programs read: .npy with keys beside it, Parquet, safetensors."""
+"""Embeddings in files that other programs read: .npy with keys beside it, Parquet, safetensors, a table of LanceDB."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clipdistill.errors import InputError, nearest, needing
-from clipdistill.runtime.files import new_file
+from clipdistill.runtime.files import new_file, new_folder, require_new_folder, require_place
 
-SUFFIXES = (".npy", ".parquet", ".safetensors")
+SUFFIXES = (".npy", ".parquet", ".safetensors", ".lance")
 Part = tuple[np.ndarray, Sequence[dict[str, Any]]]
 """Rows (n, D) float32, and for each row its "key", of a text also "caption" (its number) and "text"."""
 
@@ -25,12 +28,42 @@ def require_suffix(path: Path) -> None:
     if path.suffix == ".parquet":
         with needing("pyarrow", "hf", "embeddings as Parquet"):
             import pyarrow  # noqa: F401
+    if path.suffix == ".lance":
+        with needing("lancedb", "lancedb", "a table of LanceDB"):
+            import lancedb  # noqa: F401
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", path.stem):
+            raise InputError(f"{path}: LanceDB names tables with letters, digits, '_', '-' and '.': take such a name")
 
 
-def write_embeddings(path: Path, count: int, width: int, parts: Iterable[Part]) -> None:
-    """Write `count` rows of `width` numbers, a part at a time, as the ending of `path` says; it appears when whole."""
+def require_room(path: Path) -> None:
+    """Raise InputError where embeddings cannot be written at `path`, before the work whose result they are."""
+    if path.suffix == ".lance":
+        require_new_folder(path, _is_table, "table of LanceDB")
+    else:
+        require_place(path, "embeddings")
+
+
+def _is_table(folder: Path) -> bool:
+    return (folder / "_versions").is_dir()
+
+
+def write_embeddings(
+    path: Path, count: int, width: int, parts: Iterable[Part], about: Mapping[str, str] | None = None
+) -> None:
+    """Write `count` rows of `width` numbers, a part at a time, as the ending of `path` says; it appears when whole.
+
+    about: notes that Parquet and LanceDB keep with the table's schema, such as the fingerprint of the model.
+    """
+    parts = (part for part in parts if len(part[0]))
+    if path.suffix == ".lance":
+        with new_folder(path, _is_table, "table of LanceDB") as new:
+            _lance(new, _batches(width, parts, about or {}))
+        return
+    writers: dict[str, Callable[..., None]] = {".npy": _npy, ".parquet": _parquet, ".safetensors": _safetensors}
     with new_file(path) as new:
-        {".npy": _npy, ".parquet": _parquet, ".safetensors": _safetensors}[path.suffix](path, new, count, width, parts)
+        if path.suffix == ".parquet":
+            parts = _batches(width, parts, about or {})
+        writers[path.suffix](path, new, count, width, parts)
 
 
 def keys_beside(path: Path) -> Path:
@@ -47,20 +80,39 @@ def _npy(path: Path, new: Path, count: int, width: int, parts: Iterable[Part]) -
             lines.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in described)
 
 
-def _parquet(path: Path, new: Path, count: int, width: int, parts: Iterable[Part]) -> None:
+def _batches(width: int, parts: Iterable[Part], about: Mapping[str, str]) -> Iterator[Any]:
+    """The parts as Arrow's record batches: what is known of a row, and "embedding", a list of `width` float32."""
     import pyarrow as pa
+
+    for rows, described in parts:
+        columns = {name: pa.array([entry[name] for entry in described]) for name in described[0]}
+        flat = pa.array(np.ascontiguousarray(rows, dtype=np.float32).reshape(-1))
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, width)
+        yield pa.RecordBatch.from_pydict(columns).replace_schema_metadata(dict(about))
+
+
+def _parquet(path: Path, new: Path, count: int, width: int, batches: Iterable[Any]) -> None:
     import pyarrow.parquet as pq
 
     writer: Any = None
-    for rows, described in parts:
-        columns = {name: pa.array([entry[name] for entry in described]) for name in (described[0] if described else {})}
-        flat = pa.array(np.ascontiguousarray(rows, dtype=np.float32).reshape(-1))
-        columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, width)
-        batch = pa.table(columns)
+    for batch in batches:
         writer = writer or pq.ParquetWriter(new, batch.schema)
-        writer.write_table(batch)
+        writer.write_batch(batch)
     if writer is not None:
         writer.close()
+
+
+def _lance(new: Path, batches: Iterator[Any]) -> None:
+    """A folder NAME.lance is a table NAME of the database that its parent folder is; nothing in it names the place."""
+    import lancedb
+    import pyarrow as pa
+
+    first = next(batches)
+    whole = pa.RecordBatchReader.from_batches(first.schema, itertools.chain([first], batches))
+    lancedb.connect(new / "new").create_table("rows", data=whole)
+    for part in (new / "new" / "rows.lance").iterdir():
+        part.rename(new / part.name)
+    shutil.rmtree(new / "new")
 
 
 def _safetensors(path: Path, new: Path, count: int, width: int, parts: Iterable[Part]) -> None:
@@ -94,13 +146,11 @@ def read_embeddings(path: str | Path) -> tuple[np.ndarray, list[dict[str, Any]]]
     """
     path = Path(path)
     require_suffix(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    if not (path.is_dir() if path.suffix == ".lance" else path.is_file()):
+        raise InputError(f"{path}: no such {'table' if path.suffix == '.lance' else 'file'}")
     try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            table = pq.read_table(path)
+        if path.suffix in (".parquet", ".lance"):
+            table = _table(path)
             rows = np.stack(table["embedding"].to_numpy()) if len(table) else np.zeros((0, 0), dtype=np.float32)
             return rows, table.drop(["embedding"]).to_pylist()
         if path.suffix == ".npy":
@@ -111,6 +161,16 @@ def read_embeddings(path: str | Path) -> tuple[np.ndarray, list[dict[str, Any]]]
         return tensors["embedding"], _lines(tensors["keys"].tobytes())
     except Exception as error:  # each library raises errors of its own
         raise InputError(f"{path}: holds no embeddings of clipdistill embed ({error!s:.200})") from error
+
+
+def _table(path: Path) -> Any:
+    if path.suffix == ".lance":
+        import lancedb
+
+        return lancedb.connect(path.parent).open_table(path.stem).to_arrow()
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path)
 
 
 def _lines(content: bytes) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from clipdistill.models.clip_model import ClipModel
 from clipdistill.runtime.files import digest_of, make_folder, new_file, read_json, require_place, sha256, write_json
 from clipdistill.runtime.locks import FolderLock
 from clipdistill.runtime.progress import Meter
-from clipdistill.vectors.files import Part, keys_beside, require_suffix, write_embeddings
+from clipdistill.vectors.files import Part, keys_beside, require_room, require_suffix, write_embeddings
 
 FORMAT = 2
 _SAMPLED = 64
@@ -128,7 +128,7 @@ def embed_to_file(
     description, folder = out.with_name(f"{out.name}.json"), out.with_name(f"{out.name}.parts")
     if out.exists() and (description.is_file() or not (folder / _ASSEMBLING).is_file()):
         return _finished(out, description, identity)
-    require_place(out, "embeddings")
+    require_room(out)
     require_place(description, "embeddings", (b'"identity"',))
     if out.suffix == ".npy":
         require_place(keys_beside(out), "keys", (b'{"key": ',))
@@ -148,7 +148,8 @@ def embed_to_file(
                 _embed_texts(encoder, source, parts, missing, part, meter.advance)
             else:
                 _embed_pictures(encoder, source, parts, missing, part, meter.advance)
-        report = _assemble(source, out, parts, starts, model.embed_dim, time.perf_counter() - start)
+        about = {"clipdistill.model": str(identity["model"])}
+        report = _assemble(source, out, parts, starts, model.embed_dim, time.perf_counter() - start, about)
         details = {"format": FORMAT, "identity": identity, "model": model.name, "data": source.name}
         details |= {"rows": report.rows, "width": report.width}
         details |= {"left_out": report.left_out, "truncated": report.truncated, "notes": encoder.notes(model.name)}
@@ -176,6 +177,8 @@ class _Parts:
 
 
 def _files(out: Path) -> list[Path]:
+    if out.suffix == ".lance":
+        return sorted((out / "data").glob("*.lance"))
     return [out, keys_beside(out)] if out.suffix == ".npy" else [out]
 
 
@@ -283,7 +286,13 @@ def _read(parts: _Parts, first: int) -> tuple[np.ndarray, list[int], list[tuple[
 
 
 def _assemble(
-    source: PairSource | TextList, out: Path, parts: _Parts, starts: Sequence[int], width: int, seconds: float
+    source: PairSource | TextList,
+    out: Path,
+    parts: _Parts,
+    starts: Sequence[int],
+    width: int,
+    seconds: float,
+    about: dict[str, str],
 ) -> EmbedReport:
     rows, truncated, left_out = 0, 0, []
     for first in starts:
@@ -306,5 +315,5 @@ def _assemble(
             yield part[0], [source.entry(i) if texts else {"key": source.key(i)} for i in part[1]]  # type: ignore[union-attr]
 
     (parts.folder / _ASSEMBLING).touch()
-    write_embeddings(out, rows, width, whole())
+    write_embeddings(out, rows, width, whole(), about)
     return EmbedReport(out, rows, width, left_out, truncated, seconds)
