@@ -60,6 +60,8 @@ CASES = {
     "embed data": (["embed", "scenes-teacher", "--data", "absent", "--out", "x.npy"], "absent"),
     "probe": (["probe", "absent-run", "--train", "a", "--test", "b"], "absent-run"),
     "probe data": (["probe", "scenes-teacher", "--train", "absent", "--test", "absent"], "absent"),
+    "eval, data": (["eval", "scenes-teacher", "--data", "absent.json"], "absent.json"),
+    "eval, set": (["eval", "scenes-teacher", "--data", "cifar100"], "clipdistill fetch cifar100"),
     "eval": (["eval", "absent-run", "--data", "scenes:val"], "absent-run"),
     "export": (["export", "absent-run", "--to", "onnx", "--out", "{tmp}/e"], "absent-run"),
     "compare": (["compare", "absent-a", "absent-b"], "absent-a"),

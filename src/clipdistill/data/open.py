@@ -99,6 +99,19 @@ def check_data_name(name: str) -> None:
         raise InputError(_no_format(Place(name)))
 
 
+def check_evaluated_name(name: str) -> None:
+    """Raise InputError for the name of data to measure on where nothing of that name is there; nothing is opened."""
+    place = Place(name)
+    if place.there or is_there(data_path(name.partition("?")[0])):
+        return
+    labelled = [format for _, format in _matching(LABELLED_FORMATS, place)]
+    for format in labelled:
+        if format.check is not None:
+            format.check(place)
+    if not labelled:
+        check_data_name(name)
+
+
 def _readings(config: DataConfig) -> Iterator[tuple[Place, DataConfig]]:
     """The name as it is; then, when nothing of that name is there, without a split behind a colon."""
     place = Place(config.path)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipdistill.data.open import is_labelled_name
+from clipdistill.data.open import check_evaluated_name, is_labelled_name
 from clipdistill.embed.names import add_engine, on_cluster
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
@@ -91,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
     for name in filter(None, (*models, arguments.teacher)):
         RunFolder(Path(name)).load_plugins()
         check_model_name(name)
+    for name in arguments.data:
+        check_evaluated_name(name)
     try:
         ks = tuple(int(k) for k in arguments.k.split(","))
     except ValueError as error:

@@ -34,14 +34,25 @@ def _is_labelled(place: Place) -> bool:
     return asked is not None and not (folder_of(asked[0]).is_dir() and is_retrieval(folder_of(asked[0])))
 
 
+def _folder(name: str) -> Path:
+    """The folder of a named set. Raises InputError that says how to bring it where it is not there."""
+    folder = folder_of(name)
+    if not folder.is_dir() or not any(e.is_dir() or e.suffix in (".npz", ".tar") for e in folder.iterdir()):
+        raise absent(name)
+    return folder
+
+
+def _check(place: Place) -> None:
+    if asked := named(place):
+        _folder(asked[0])
+
+
 def open_named(place: Place, config: LabelledConfig) -> LabelledSource:
     """The set of this name or in this folder; a split is named behind a colon, else it is the test split."""
     folder, known = place.path, config.known
     if not place.there:
         name, split = named(place) or (str(place), None)
-        folder, known = folder_of(name), known or (name if name in sources() else None)
-        if not folder.is_dir() or not any(e.is_dir() or e.suffix in (".npz", ".tar") for e in folder.iterdir()):
-            raise absent(name)
+        folder, known = _folder(name), known or (name if name in sources() else None)
         config = replace(config, path=str(folder), known=known, split=config.split or split)
         place = Place(str(folder))
     if is_layout(folder):
@@ -92,5 +103,5 @@ def open_named_pairs(place: Place, config: DataConfig, default_split: str | None
     return open_retrieval(place, config, default_split)
 
 
-LABELLED = Format(_is_labelled, open_named)
+LABELLED = Format(_is_labelled, open_named, check=_check)
 PAIRS = Format(_is_pairs, open_named_pairs)

@@ -111,7 +111,7 @@ class Format:
     PairSource; for labelled sets open(place, config): its LabelledSource. settings: the fields of DataConfig that it
     uses beside those that all do (None: all of them); others are refused. surely(place), for labelled sets: whether a
     quick look tells it from image-caption pairs (default: as `matches`). parts(place, split): the splits that an
-    evaluation measures one by one (languages).
+    evaluation measures one by one (languages). check(place): raises InputError for a known name that is not there.
     """
 
     matches: Callable[[Place], bool]
@@ -119,3 +119,4 @@ class Format:
     settings: frozenset[str] | None = frozenset()
     surely: Callable[[Place], bool] | None = None
     parts: Callable[[Place, str | None], list[str]] | None = None
+    check: Callable[[Place], None] | None = None
