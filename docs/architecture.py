@@ -32,7 +32,7 @@ ORDER = (
     ("statistics",),
     ("evaluate", "probe"),
     ("train",),
-    ("regions",),
+    ("regions", "ternary"),
     ("bench",),
     ("export",),
     ("report",),
@@ -47,7 +47,7 @@ ORDER = (
 
 WINGS = (
     "models.inheritance", "scenes", "demo", "bank", "vectors", "ray_engine", "bench", "ablate", "export",
-    "regions", "search", "serve", "probe", "reference", "listing", "doctor", "remote", "data.formats.hub",
+    "regions", "ternary", "search", "serve", "probe", "reference", "listing", "doctor", "remote", "data.formats.hub",
     "data.formats.labelled_libraries", "data.mixture", "data.benchmarks", "evaluate.matching", "evaluate.balanced",
     "objective.one_modality", "objective.logit_matching", "objective.targeted", "train.features", "train.trackers",
     "report.exports",

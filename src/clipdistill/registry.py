@@ -339,6 +339,7 @@ TASKS: Registry[Any] = Registry(
     {
         "distillation": "clipdistill.train.distil:Distillation",
         "region teacher": "clipdistill.regions.training:RegionTeaching",
+        "ternary student": "clipdistill.ternary.training:TernaryDistillation",
     },
 )
 """What the training loop can train (clipdistill.train.task.Task)."""

@@ -140,6 +140,8 @@ class TrainConfig(Config):
     (a locked layer's are always frozen)."""
     masks: MaskConfig | None = None
     """Automatic inheritance: trained masks over the student's parts, then pruning (TinyCLIP)."""
+    ternary: Literal["none", "image", "text", "both"] = "none"
+    """Towers whose trained weight matrices are -1, 0 and 1 times a scale a row in every pass (docs/more-methods.md)."""
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
     """Decay of a running average of the student's weights (0.999, say), which is then what is evaluated and saved;
     checkpoints hold both (None: no average)."""
@@ -413,6 +415,8 @@ def _check(config: RunConfig) -> None:
         raise InputError(
             "train.keep_best: not for runs with train.masks, whose student changes its size, or region teachers"
         )
+    if train.ternary != "none" and (train.masks or train.keep_best or config.meta_teacher is not None):
+        raise InputError("train.ternary: not together with train.masks or train.keep_best, nor for region teachers")
     if train.patience is not None and train.keep_best is None:
         raise InputError("train.patience: say by which measure, for example  train.keep_best=t2i_R@1")
     if train.schedule != "wsd" and train.decay_share != TrainConfig.model_fields["decay_share"].default:

@@ -140,7 +140,8 @@ def distill(
 
 def make_task(config: RunConfig, device: torch.device, sources: Sources | None = None, say: Say = print) -> Task:
     """What `config` trains, ready for its first step. Raises InputError for unusable input."""
-    kind = "distillation" if config.meta_teacher is None else "region teacher"
+    kind = "distillation" if config.train.ternary == "none" else "ternary student"
+    kind = kind if config.meta_teacher is None else "region teacher"
     task: Task = TASKS.get(kind)(config, device, sources, say)
     return task
 
