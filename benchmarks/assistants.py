@@ -13,7 +13,6 @@ Lite0 at 128 and MiniLM. Student: Lite0 at 128 and MiniLM's first two layers.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,6 @@ from clipdistill.train.config import resolve
 from clipdistill.train.run import distill
 from teacher_embeddings import embed  # beside this file
 
-EPOCHS = 18
 HEADS = [
     "train.batch_size=512", "train.warmup_steps=20", "train.lock_image=all", "train.lock_text=all", "train.views=fixed",
     "train.feature_noise=0.3", "train.feature_dropout=0.2", "train.clip_grad_norm=1", "train.cache_samples=0",
@@ -41,6 +39,8 @@ def main() -> None:
     for option in ("teacher", "data", "features", "towers", "work"):
         parser.add_argument(f"--{option}", required=True)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=18, help="of all runs of a chain together")
+    parser.add_argument("--chains", default="direct,one,two", help="which, separated by commas")
     given = parser.parse_args()
     image = f"timm:tf_efficientnet_lite0@{given.towers}/tf_efficientnet_lite0.safetensors"
     both = f"towers:image={image},text=hf:{given.towers}/minilm_l6"
@@ -50,6 +50,7 @@ def main() -> None:
         "student": (f"{both},size=128,text_layers=2,hidden=512", "fp32"),
     }
     chains = {"direct": ["student"], "one": ["assistant", "student"], "two": ["assistant", "smaller", "student"]}
+    chains = {name: chains[name] for name in given.chains.split(",")}
     train, validation = open_pairs(given.data, split="train"), open_pairs(given.data, split="val")
     work, found = Path(given.work), []
     for seed in range(given.seeds):
@@ -58,7 +59,7 @@ def main() -> None:
             for number, member in enumerate(chain):
                 out = work / f"{name}-{seed}-{member}"
                 student, precision = models[member]
-                own = [f"train.epochs={EPOCHS // len(chain)}", f"train.seed={seed + number}"]
+                own = [f"train.epochs={given.epochs // len(chain)}", f"train.seed={seed + number}"]
                 own += [f"train.features_folder={given.features}", f"train.precision={precision}"]
                 values = {"teacher": teacher, "student": student, "data": train, "out": out}
                 config = resolve("clip-kd", values, assignments=[*HEADS, *own])
@@ -72,7 +73,6 @@ def main() -> None:
     for name in chains:
         rows = [row for row in found if row["chain"] == name]
         print(name, *(f"{k} {100 * np.mean([row[k] for row in rows]):.1f}" for k in rows[0] if "R@" in k))
-    print(json.dumps({"epochs in all": EPOCHS}))
 
 
 def keep(
