@@ -1,6 +1,7 @@
 """Commands given what nobody meant: a user's file as a result's place, options that cannot apply, odd consoles."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -184,6 +185,14 @@ def test_options_of_every_command_need_a_value_that_fits(words, sentence, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_an_ablation_is_not_written_into_a_run(tmp_path, capsys):
+    shutil.copytree(RUN, tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    command = ["ablate", "--recipe", "clip-kd", "--drop", "fd", "--size", "debug", "--out", tmp_path / "run"]
+    assert "is a run: the runs of an ablation lie in a folder of their own" in refused(capsys, *command)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_cache_among_other_files_is_refused_before_models_are_loaded(tmp_path, monkeypatch):
     from clipdistill.cache.config import CacheConfig
     from clipdistill.cache.fill import fill
@@ -192,3 +201,32 @@ def test_a_cache_among_other_files_is_refused_before_models_are_loaded(tmp_path,
     monkeypatch.setattr("clipdistill.cache.fill.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(InputError, match=r"holds other files \('thesis.txt'\) and no cache"):
         fill(CacheConfig(teacher="scenes-teacher", data={"path": "scenes"}, out=tmp_path))
+
+
+ODD = {
+    "a folder that is gone": ("cd $(mktemp -d); rmdir $PWD; exec", "started in is not there any more"),
+    "a name that the locale lacks": ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 exec", "set PYTHONUTF8=1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_surrounding_is_one_sentence(odd, tmp_path):
+    before, sentence = ODD[odd]
+    words = f"{sys.executable} -m clipdistill embed scenes-teacher --data 'scenes:val?size=4' --quiet --out"
+    place = "x.npy" if "gone" in odd else f"{tmp_path}/größe.npy"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "src")}
+    command = ["sh", "-c", f"{before} {words} {place}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 2
+    assert sentence in done.stderr.splitlines()[-1]
+
+
+def test_control_characters_of_an_error_do_not_reach_the_terminal(capsys):
+    assert "\x1b" not in refused(capsys, "eval", RUN, "--data", "no\x1b[31mthing")
+
+
+def test_a_time_limit_that_is_none_is_called_so(monkeypatch, capsys):
+    monkeypatch.setenv("CLIPDISTILL_REMOTE_TIMEOUT", "soon")
+    said = refused(capsys, "eval", RUN, "--data", "http://127.0.0.1:1/a.tar")
+    assert said.startswith("clipdistill: CLIPDISTILL_REMOTE_TIMEOUT=soon: must be a number")

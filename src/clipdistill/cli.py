@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from clipdistill.commands import COMMANDS, command_parser
 from clipdistill.errors import ClipdistillError, InputError, nearest, storage_error, worker_lost
 from clipdistill.registry import load_plugin
+from clipdistill.runtime.console import say
 from clipdistill.version import __version__
 
 __all__ = ["COMMANDS", "main"]
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except ClipdistillError as error:
         told = error if error.exit_code > 2 else storage_error(error) or error
-        print(f"clipdistill: {told}", file=sys.stderr)
+        say(f"clipdistill: {told}", sys.stderr)
         return told.exit_code
     except KeyboardInterrupt:
         print("clipdistill: stopped", file=sys.stderr)
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = storage_error(error) or worker_lost(error) or _place_error(error)
         if known is None:
             raise
-        print(f"clipdistill: {known}", file=sys.stderr)
+        say(f"clipdistill: {known}", sys.stderr)
         return known.exit_code
 
 
@@ -71,7 +72,15 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
 
 def _place_error(error: BaseException) -> InputError | None:
     """The last resort for a place that cannot be read or written and that nobody looked at before: one sentence."""
-    if not isinstance(error, OSError) or error.filename is None or isinstance(error, ConnectionError):
+    if isinstance(error, UnicodeEncodeError):
+        return InputError(f"{error.object!a:.200}: a name that this locale cannot write: set PYTHONUTF8=1")
+    if not isinstance(error, OSError) or isinstance(error, ConnectionError):
+        return None
+    if error.filename is None:
+        try:
+            os.getcwd()  # noqa: PTH109
+        except FileNotFoundError:
+            return InputError("the folder that this was started in is not there any more: go to another one")
         return None
     return InputError(f"{error.filename}: cannot be read or written ({error.strerror}): choose another place")
 

@@ -82,7 +82,7 @@ class RankError(ClipdistillError):
 
 
 class Preempted(ClipdistillError):
-    """The run was asked to stop (SIGTERM, SIGINT, SIGUSR1), saved its state, and can be resumed."""
+    """The run was asked to stop (SIGTERM, SIGINT, SIGUSR1, SIGHUP), saved its state, and can be resumed."""
 
     exit_code = 75
 

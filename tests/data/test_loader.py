@@ -212,7 +212,7 @@ def test_row_17_workers_leave_signals_to_the_parent() -> None:
     children = set(_children(os.getpid())) - others
     assert len(children) == 2
     for child in children:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             os.kill(int(child), number)
     assert len(list(loader)) == 59
     del loader

@@ -185,6 +185,7 @@ def test_a_flipped_bit_is_refused_or_means_the_same(whole: tuple[Path, Path, Cal
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("whole", list(READERS), indirect=True, ids=str)
 def test_every_flipped_bit_is_refused_or_means_the_same(whole: tuple[Path, Path, Callable[[Path], Any]]) -> None:
     flips(whole, 1 << 40)

@@ -155,3 +155,12 @@ def test_students_that_cannot_compute_again_are_refused(tmp_path):
         checkpoint_gradients(Plain())
     with pytest.raises(InputError, match="1 batch normalisations twice"):
         checkpoint_gradients(nn.Sequential(nn.BatchNorm1d(3)).train())
+
+
+def test_what_an_optimiser_has_no_use_for_is_told(tmp_path, capsys):
+    for name, told in (("sgd", True), ("adamw", False), ("lamb", False)):
+        changes = ("train.steps=1", f"train.optimizer={name}", "train.epsilon=1e-3")
+        distill(resolve("clip", {"out": str(tmp_path / name)}, size="debug", assignments=changes))
+        said = capsys.readouterr().err
+        assert ("train.optimizer=sgd has no use for train.betas and train.epsilon" in said) == told
+        assert told or "has no use for" not in said

@@ -43,7 +43,7 @@ def test_step_seeds_differ_in_every_argument():
     assert len(seeds) == 2 * 50 * 4 * 4
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_first_signal_is_remembered_and_handlers_are_put_back(name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
@@ -52,6 +52,16 @@ def test_a_first_signal_is_remembered_and_handlers_are_put_back(name):
         os.kill(os.getpid(), number)
         assert stop.received == name
     assert signal.getsignal(number) == before
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_signal_leaves_at_once():

@@ -64,6 +64,18 @@ def test_a_stopped_run_goes_on_to_the_bit(sets, tmp_path, monkeypatch, extra):
     require_same_run(tmp_path / "whole", tmp_path / "parts", 6)
 
 
+def test_a_set_that_is_small_or_never_has_its_turn_is_told(sets, tmp_path, capsys):
+    small = {"path": "scenes:val", "size": 3, "name": "few", "weight": 1}
+    given = {"out": str(tmp_path / "run"), "data": {"sets": [sets[0], small, {**sets[1], "weight": 1e-9}]}}
+    changes = ("train.batch_size=8", "train.steps=2", "objective.weights.cosine_image=1")
+    distill(resolve("clip-kd", given, size="debug", assignments=changes))
+    said = capsys.readouterr().err
+    assert "few has 3 samples, so its batches have no more, instead of 8" in said
+    assert "photographs has so small a weight that none of 2 steps is its turn" in said
+    with pytest.raises(InputError, match=r"'few': 1 usable pairs; training needs at least 2"):
+        run(tmp_path / "one", [sets[0], {**small, "size": 1}])
+
+
 def test_other_weights_are_another_run(sets, tmp_path):
     run(tmp_path / "run", sets)
     (tmp_path / "run" / "run.json").write_text(

@@ -15,6 +15,7 @@ from clipdistill.ablate.grid import GridRun, base_settings, build_grid, shard
 from clipdistill.ablate.plan import AblationPlan, plan_of_recipes, read_plan
 from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
+from clipdistill.runs.folder import RUN
 from clipdistill.runtime.console import say
 from clipdistill.runtime.files import make_folder, write_text
 from clipdistill.train.command import add_shared_arguments
@@ -73,6 +74,8 @@ def _train(plan: AblationPlan, grid: Sequence[GridRun], mine: Sequence[GridRun],
 
     out: Path = arguments.out
     if is_main():
+        if (out / RUN).is_file():
+            raise InputError(f"{out}: is a run: the runs of an ablation lie in a folder of their own")
         make_folder(out, "ablation")
         _record_plan(plan, out / "plan.yaml", [Path(text) for text in arguments.plan if "=" not in text])
     barrier()

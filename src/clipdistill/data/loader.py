@@ -452,7 +452,7 @@ def geometry(spec: ImageSpec) -> tuple[Any, ...]:
     return spec.size, spec.interpolation, spec.resize_mode
 
 
-_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)}
+_SIGNALS = {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")}
 
 
 @contextmanager

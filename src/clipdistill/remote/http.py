@@ -253,6 +253,8 @@ class HttpStore:
             return self._kept.open[key], True, prefix
         try:
             connection = self._new(place.scheme, place.hostname, place.port, proxy)
+        except InputError:  # a time limit that is none
+            raise
         except ValueError as error:  # a port that is no number
             raise InputError(f"'{url}' is not the address of anything ({error})") from error
         self._kept.open[key] = connection

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = [s for name in ("SIGTERM", "SIGINT", "SIGUSR1") if (s := getattr(signal, name, None)) is not None]
+_SIGNALS = [s for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if (s := getattr(signal, name, None))]
 
 
 class Interrupted(BaseException):
@@ -19,7 +20,7 @@ class Interrupted(BaseException):
 
 
 class StopSignal(AbstractContextManager["StopSignal"]):
-    """While open, SIGTERM, SIGINT and SIGUSR1 set `received` instead of killing the process.
+    """While open, SIGTERM, SIGINT, SIGUSR1 and SIGHUP (but for one that nohup ignores) set `received`, not ending it.
 
     The loop looks at it once a step; work that may be dropped at any point runs within `at_once`. A second signal ends
     the process with 128 + its number, as a shell would report.
@@ -34,6 +35,8 @@ class StopSignal(AbstractContextManager["StopSignal"]):
 
     def __enter__(self) -> StopSignal:
         for number in _SIGNALS:
+            if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             try:
                 self._previous[number] = signal.signal(number, self._handle)
             except ValueError:
@@ -75,6 +78,11 @@ class StopSignal(AbstractContextManager["StopSignal"]):
         if self.received is not None:
             os._exit(128 + number)
         self.received = signal.Signals(number).name
+        if self.received == "SIGHUP":  # the terminal has gone: writing to it would fail before all is saved
+            for descriptor in (1, 2):
+                with suppress(OSError):
+                    if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if self._droppable:
             raise Interrupted(self.received)
 

@@ -50,7 +50,7 @@ def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, 
             "nothing holds it to the student's other tower: train.other_tower=teacher gives one that fits"
         )
     group, train = setup.optimiser.param_groups[0], config.train
-    applied = (("betas", group.get("betas"), train.betas), ("epsilon", group.get("eps"), train.epsilon))
+    applied = (("betas", tuple(group.get("betas") or ()), train.betas), ("epsilon", group.get("eps"), train.epsilon))
     if idle := [f"train.{name}" for name, there, asked in applied if there != asked]:
         say(f"train.optimizer={train.optimizer} has no use for {' and '.join(idle)}")
     if setup.features is not None:
@@ -59,6 +59,13 @@ def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, 
         say(note)
     if setup.source.problems.total:
         say(f"left out when opening the data: {setup.source.problems.summary()}")
+    sets, batch = getattr(setup.source, "sets", [setup.source]), config.train.batch_size
+    weights = getattr(setup.source, "weights", [1.0])
+    for own, weight in zip(sets, weights):
+        if len(own) < batch:
+            say(f"warning: {own.name} has {len(own)} samples, so its batches have no more, instead of {batch}")
+        if setup.total_steps * weight < sum(weights) / 2:
+            say(f"warning: {own.name} has so small a weight that none of {setup.total_steps} steps is its turn")
     batches = _sample(setup)
     pairs = [batch for batch in batches if None not in (batch.student_images, batch.student_tokens)]
     if setup.teacher is not None and pairs:

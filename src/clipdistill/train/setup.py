@@ -118,8 +118,11 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
     train = config.train
     sources = sources or Sources()
     source = sources.training(config)
-    if len(source) < 2:
-        raise InputError(f"data '{config.data.path}': {len(source)} usable pairs; training needs at least 2")
+    for own in getattr(source, "sets", [source]):
+        if len(own) < 2:
+            raise InputError(
+                f"data '{config.data.path or own.name}': {len(own)} usable pairs; training needs at least 2"
+            )
     require_terms = wing("clipdistill.data.mixture.opening:require_terms")
     if require_terms is not None:
         require_terms(config.objective.modalities, source)
