@@ -115,7 +115,8 @@ def export_graphs(
     notes: list[str] = []
     with export_folder(out) as folder:
         write_transform(folder, model.image, runtime)
-        files = write_graphs(model, folder, runtime, normalised=normalised, opset=opset, precision=precision)
+        write_graphs(model, folder, runtime, normalised=normalised, opset=opset, precision=precision)
+        files = {tower: folder / f"{tower}{SUFFIX[runtime]}" for tower in TOWERS}
         if phone:
             runners = phone_runners(model, files, runtime, normalised=normalised)
         else:
