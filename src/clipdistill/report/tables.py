@@ -142,8 +142,10 @@ class ScoreTable:
         """The headline columns, the leading one first."""
         found = [(LEAD_METRICS.index(c.metric), c.number, c) for c in self.columns if c.metric in LEAD_METRICS]
         # one protocol's R@1 leads; a second protocol on the same data repeats the same news, so it comes later
+        first = min((number for metric, number, _ in found if metric < 2), default=0)
         return [
-            column for _, _, column in sorted(found, key=lambda item: (item[1] > 1 and item[0] < 2, item[0], item[1]))
+            column
+            for _, _, column in sorted(found, key=lambda item: (item[1] > first and item[0] < 2, item[0], item[1]))
         ]
 
     @property

@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def fetch(name: str, *, root: Path | None = None, splits: list[str] | None = None) -> Path:
-    """Bring one published set and return its folder; what is there already is not brought again.
+    """Bring one published set; what is there already is not brought again. Returns its folder.
 
     name: 'cifar10' and the others of `clipdistill list datasets`, or 'wds/NAME' for a set of CLIP_benchmark. root: the
     folder that holds a folder a set (None: $CLIPDISTILL_DATA, else ~/.cache/clipdistill/datasets). splits: of sets from
