@@ -36,8 +36,8 @@ HEADS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for option in ("teacher", "data", "features", "towers", "work"):
-        parser.add_argument(f"--{option}", required=True)
+    for option in ("--teacher", "--data", "--features", "--towers", "--work"):
+        parser.add_argument(option, required=True)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=18, help="of all runs of a chain together")
     parser.add_argument("--chains", default="direct,one,two", help="which, separated by commas")
