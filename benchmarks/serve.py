@@ -277,7 +277,7 @@ def main() -> None:
     from clipdistill.bench.device import describe_device
     from clipdistill.runtime.files import read_json, write_json, write_text
 
-    result: dict[str, Any] = {"name": Path(given.export).name}
+    result: dict[str, Any] = {}
     kept = given.out.with_suffix(".json") if given.out else None
     if kept is not None and kept.is_file():
         result |= read_json(kept)
@@ -285,6 +285,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result["device"] = describe_device(torch.device("cpu"))["label"]
     if given.rounds:
+        result["name"] = Path(given.export).name
         result["speed"] = measure(given.export, given.rounds, given.seconds)
         loads.append(os.getloadavg()[0])
         result["load"] = [min(loads), max(loads)]

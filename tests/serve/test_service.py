@@ -256,6 +256,21 @@ def test_who_hangs_up_leaves_the_queue(held, pictures):
     assert client.service.gates["image"].count == 0
 
 
+def test_a_small_request_gets_through_beside_one_that_decodes_for_long(client, pictures, monkeypatch):
+    go, original = threading.Event(), client.service.model.pixels
+    slow = lambda data, most: (data == pictures[0] or go.wait(20)) and original(data, most)  # noqa: E731
+    monkeypatch.setattr(client.service.model, "pixels", slow)
+    with ThreadPoolExecutor(1) as pool:
+        large = pool.submit(client.post, "/embed/images", {"images": encoded([pictures[1]] * 8)})
+        deadline = time.monotonic() + 10
+        while client.service.gates["image"].count < 8 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert client.post("/embed/images", {"images": encoded(pictures[:1])})[0] == 200
+        assert not large.done()
+        go.set()
+        assert large.result(20)[0] == 200
+
+
 def test_what_was_accepted_is_answered_when_it_stops(pictures, monkeypatch):
     go, started = threading.Event(), threading.Event()
     answers = []

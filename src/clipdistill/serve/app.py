@@ -105,7 +105,9 @@ class Service:
             tower: Batcher(run, limits.batch_size, limits.wait_ms / 1000, turn=turn, seen=self._counting(tower))
             for tower, run in (("image", model.images), ("text", model.texts))
         }
-        self._pool = ThreadPoolExecutor(max(2, cpu_count()), thread_name_prefix="decode")
+        # one request gets all of them but one, so that a small one gets through beside one that decodes for long
+        self._decoders = cpu_count() + 1
+        self._pool = ThreadPoolExecutor(self._decoders, thread_name_prefix="decode")
         self._held = 0
         self._labels: OrderedDict[str, np.ndarray] = OrderedDict()
         self._openapi = json.dumps(openapi(__version__)).encode()
@@ -347,7 +349,14 @@ class Service:
         if len(pictures) > self.limits.pictures:
             raise RequestRefused(413, f"{len(pictures)} pictures, at most {self.limits.pictures} a request")
         with self.gates["image"].admit(len(pictures)):
-            decoding = [asyncio.ensure_future(self._pooled(self._pixels, i, data)) for i, data in enumerate(pictures)]
+            places = asyncio.Semaphore(self._decoders - 1)
+
+            async def decoded(number: int, data: bytes) -> np.ndarray:
+                async with places:
+                    found: np.ndarray = await self._pooled(self._pixels, number, data)
+                    return found
+
+            decoding = [asyncio.ensure_future(decoded(i, data)) for i, data in enumerate(pictures)]
             try:
                 pixels = np.stack(await asyncio.gather(*decoding))
             finally:
