@@ -76,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
             name, limits, place, names=arguments.allow_host, threads=arguments.threads, device=arguments.device
         )
         server.stop = stop
+        place.listen(CONNECTIONS)  # from the moment its address is told
         host, port = place.getsockname()[:2]
         size, width = service.model.model.image.size, service.model.width
         say(f"serving {name}: pictures of {size} pixels and texts as {width} numbers")
