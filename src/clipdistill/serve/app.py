@@ -54,6 +54,7 @@ from clipdistill.serve.model import ServedModel
 from clipdistill.version import __version__
 
 _DRAIN_SECONDS = 1.0
+_TEXTS_AT_ONCE = 16
 _HIDDEN = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
 
 
@@ -321,7 +322,7 @@ class Service:
 
     async def _classify(self, asked: ClassifyPictures, pictures: list[bytes]) -> bytes:
         templates = check_classes(asked, self.limits)
-        unknown = (await self._pooled(self.model.tokens, asked.labels))[2]
+        unknown = (await self._tokens(asked.labels))[2]
         if unknown:
             raise RequestRefused(
                 422, f"the model knows no word of label {unknown[0]} (from 0), so an answer means nothing"
@@ -373,8 +374,20 @@ class Service:
     async def _text_rows(self, texts: list[str], what: str) -> tuple[np.ndarray, list[int], list[int]]:
         """Unit rows (n, width), which texts were cut, and of which the model knows no word."""
         with self.gates["text"].admit(len(texts)):
-            tokens, cut, unknown = await self._pooled(self.model.tokens, texts)
+            tokens, cut, unknown = await self._tokens(texts)
             return await self._batched("text", tokens, what), cut, unknown
+
+    async def _tokens(self, texts: list[str]) -> tuple[np.ndarray, list[int], list[int]]:
+        """As the model's, a few texts at a time: long words take long, and who is late must not keep a thread."""
+        found: list[np.ndarray] = []
+        cut: list[int] = []
+        unknown: list[int] = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            rows, long, strange = await self._pooled(self.model.tokens, texts[start : start + _TEXTS_AT_ONCE])
+            found.append(rows)
+            cut += [start + i for i in long]
+            unknown += [start + i for i in strange]
+        return np.concatenate(found), cut, unknown
 
     async def _batched(self, tower: str, rows: np.ndarray, what: str) -> np.ndarray:
         found = await asyncio.wrap_future(self._batchers[tower].submit(rows))

@@ -11,8 +11,8 @@ CONNECTIONS = 256
 HEADER_SECONDS, BODY_SECONDS, WRITE_SECONDS = 10.0, 30.0, 30.0
 """For the whole of a request's headers, for the whole of its body, and for a client to take its answer."""
 LONGEST_HEADERS = 64 << 10
-LONGEST_TEXT = 4096
-"""Characters of one text. A caption of that length is cut by any model's context many times over."""
+LONGEST_TEXT = 2000
+"""Characters of one text. Byte-pair merging of one long word takes time in the square of its length."""
 LARGEST_VALUES = 100_000
 """Commas and brackets of a JSON body: each value takes memory of its own, however short it is written."""
 BODIES_AT_ONCE = 8
