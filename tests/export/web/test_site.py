@@ -145,7 +145,7 @@ def test_command(tiny, libraries, tmp_path, capsys):
     loaded = load_model(f"onnx:{tmp_path / 'site'}", teacher=True)
     assert loaded.embed_dim == tiny.embed_dim
     for option, message in (
-        ("--normalised", "--normalised goes with --to onnx or --to openvino, not with --to web"),
+        ("--normalised", "or --to coreml, not with --to web"),
         ("--calibrate=x", "--calibrate goes with --to onnx or --to openvino, not with --to web"),
     ):
         assert main([*arguments, option]) == 2
