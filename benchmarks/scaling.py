@@ -27,7 +27,13 @@ import numpy as np
 SHARD = 10_000
 CAPTION = "a photograph of {:06d} things beside a lake at evening"
 
-DATA = {"CC3M": (2_890_000, 1), "CC12M": (9_970_000, 1), "CC3M+CC12M": (12_860_000, 1), "COCO": (113_287, 5)}
+DATA = {
+    "CC3M": (2_890_000, 1),
+    "CC12M": (9_970_000, 1),
+    "CC3M+CC12M": (12_860_000, 1),
+    "COCO": (113_287, 5),
+    "100M": (100_000_000, 1),
+}
 """Images, captions an image."""
 BYTES_AN_IMAGE = 24_000
 """A photograph with a shorter side of 256 pixels as JPEG of quality 95: the mean over 150 of Flickr8k was 23.6 kB."""
@@ -140,6 +146,7 @@ def main() -> None:
     parser.add_argument("--utilisation", type=float, default=0.3, help="share of the peak that is reached")
     parser.add_argument("--views", type=int, default=0, help="stored views of the cache")
     parser.add_argument("--dimensions", type=int, default=512, help="of the teacher's embedding")
+    parser.add_argument("--price", type=float, default=2.0, help="of an hour of one GPU")
     parser.add_argument("--measure", type=int, metavar="PAIRS", help="open so many pairs that are made up")
     parser.add_argument("--opened", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -168,6 +175,8 @@ def main() -> None:
     print(f"training, live teacher: {live:.1f} h, needs {seen / live / 3600:,.0f} pairs/s from the loader")
     print(f"training, cached teacher: {cached:.1f} h, needs {seen / cached / 3600:,.0f} pairs/s from the loader")
     print(f"filling the cache: {filling:.1f} h")
+    for what, time_taken in (("live teacher", live), ("cached teacher and its cache", cached + filling)):
+        print(f"price, {what}: {time_taken * chosen.gpus * chosen.price:,.0f}")
 
 
 if __name__ == "__main__":

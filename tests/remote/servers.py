@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import http.client
 import http.server
 import os
 import socket
@@ -187,3 +188,66 @@ def fill_bucket(folder: Path, bucket: str = "pairs", prefix: str = "") -> None:
         if path.is_file():
             key = prefix + path.relative_to(folder).as_posix()
             client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+
+
+class FaultyProxy(http.server.ThreadingHTTPServer):
+    """Passes requests on to a server, but for those that `faults` (one each) or `always` spoil: a status, "reset",
+    "slow" (passed on after 0.4 s)."""
+
+    daemon_threads = True
+
+    def __init__(self, behind: str) -> None:
+        super().__init__(("127.0.0.1", 0), _ProxyHandler)
+        self.behind, self.always = behind, None
+        self.faults: list[int | str] = []
+        self.spoilt = 0
+
+    def __enter__(self) -> FaultyProxy:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is no news."""
+
+
+class _ProxyHandler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FaultyProxy
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        fault = self.server.always or (self.server.faults.pop(0) if self.server.faults else None)
+        self.server.spoilt += fault is not None
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+            return
+        if isinstance(fault, int):
+            self.send_response(fault)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if fault == "slow":
+            time.sleep(0.4)
+        place = urlsplit(self.server.behind)
+        connection = http.client.HTTPConnection(place.hostname or "", place.port)
+        connection.request(self.command, self.path, headers=dict(self.headers))
+        answer = connection.getresponse()
+        body = answer.read()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        connection.close()
+
+    do_HEAD = do_GET  # noqa: N815

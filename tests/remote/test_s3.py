@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -14,9 +15,9 @@ from clipdistill.data.loader import PairLoader  # noqa: E402
 from clipdistill.data.open import open_pairs  # noqa: E402
 from clipdistill.data.views import ImageSpec  # noqa: E402
 from clipdistill.errors import ClipdistillError, InputError  # noqa: E402
-from clipdistill.remote import RemoteError, local_cache  # noqa: E402
+from clipdistill.remote import RemoteError, local_cache, store  # noqa: E402
 from tests.data.helpers import FakeModel  # noqa: E402
-from tests.remote.servers import fill_bucket, s3_server  # noqa: E402
+from tests.remote.servers import FaultyProxy, fill_bucket, s3_server  # noqa: E402
 
 
 @pytest.fixture
@@ -40,6 +41,36 @@ def test_workers_get_the_same_batches(workers, start, bucket, shards):
         assert a.keys == b.keys
         assert a.student_images.equal(b.student_images)
         assert b.problems == []
+
+
+@pytest.fixture
+def proxy(bucket, monkeypatch):
+    """The same server behind a proxy that spoils requests, named by the environment's endpoint."""
+    with FaultyProxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
+        store._stores.clear()
+        yield proxy
+        store._stores.clear()
+
+
+def test_requests_that_a_proxy_spoils_are_made_again(proxy, shards):
+    far, near = open_pairs("s3://own/{00000..00002}.tar"), open_pairs(str(shards))
+    for spoilt, fault in enumerate((500, 503, "slow", "reset"), 1):
+        proxy.faults = [fault]
+        assert [far.image_bytes(i) for i in (spoilt, 22 - spoilt)] == [
+            near.image_bytes(i) for i in (spoilt, 22 - spoilt)
+        ]
+        assert proxy.spoilt == spoilt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [500, 503, "reset"])
+def test_a_store_that_always_fails_is_one_sentence(fault, proxy):
+    far = open_pairs("s3://own/{00000..00002}.tar")
+    proxy.always = fault
+    with pytest.raises(RemoteError, match=r"s3://own/00001\.tar") as told:
+        far.image_bytes(9)
+    assert "\n" not in str(told.value)
 
 
 def test_an_object_that_changes_is_told(bucket):

@@ -163,7 +163,9 @@ def connect(engine: RayEngine, device: str | None, say: Callable[[str], None]) -
         address = os.environ.get("RAY_ADDRESS", "")
         local = address in ("", "local")
         own: dict[str, Any] = (
-            {"num_cpus": cpu_count(), "object_store_memory": _STORE, "include_dashboard": False} if local else {}
+            {"address": "local", "num_cpus": cpu_count(), "object_store_memory": _STORE, "include_dashboard": False}
+            if local
+            else {}
         )
         if not local:
             _require_reachable(address)

@@ -11,10 +11,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from clipdistill.runtime.progress import Meter
+
 T = TypeVar("T")
 _THREADS = 12
 _WAITING = 24
 """Requests that are on their way or waiting to be used."""
+_MANY = 8
+"""Calls in parallel of which more show how far they are."""
 GAP, LARGEST = 1 << 16, 1 << 20
 """Ranges of one object closer than GAP bytes are one request, of at most LARGEST bytes."""
 
@@ -45,10 +49,18 @@ class Threads:
                     future.set_exception(error)
 
 
-def in_parallel(calls: Iterable[Callable[[], T]]) -> list[T]:
-    """The results in order. Raises the first error."""
+def in_parallel(calls: Iterable[Callable[[], T]], title: str) -> list[T]:
+    """The results in order, with a bar where there are many. Raises the first error."""
     threads = Threads()
-    return [future.result() for future in [threads.submit(call) for call in calls]]
+    futures = [threads.submit(call) for call in calls]
+    results = []
+    with Meter(title, len(futures), enabled=len(futures) > _MANY) as meter:
+        for future in futures:
+            results.append(future.result())
+            meter.advance(1)
+            if meter.due(10):
+                meter.say(f"{title}  {meter.done}/{meter.total}")
+    return results
 
 
 @dataclass
@@ -73,16 +85,27 @@ class Ahead:
         self._wanted: dict[Hashable, Request] = {}
         self._running = 0
 
-    def replace(self, requests: Iterable[Request]) -> None:
-        """Forget what was not taken and begin with these, in order."""
+    def wanted(self, keys: Iterable[Hashable]) -> set[Hashable]:
+        """Those of `keys` that are on their way."""
         with self._lock:
-            for request in self._wanted.values():
-                if request.future is not None:
+            return {key for key in keys if key in self._wanted}
+
+    def replace(self, requests: Iterable[Request], keep: Iterable[Hashable] = ()) -> None:
+        """Forget what was not taken, but for the wishes `keep`, and begin with these, in order."""
+        with self._lock:
+            keep, kept = set(keep), []
+            for request in {id(request): request for request in self._wanted.values()}.values():
+                request.left &= keep
+                if request.left:
+                    kept.append(request)
+                elif request.future is not None:
                     request.future.cancel()
-            self._waiting, self._running = deque(requests), 0
-            self._wanted = {key: request for request in self._waiting for key in request.parts}
-            for request in self._waiting:
+            new = list(requests)
+            for request in new:
                 request.left = set(request.parts)
+            self._waiting = deque([*(request for request in kept if request.future is None), *new])
+            self._running = sum(request.future is not None for request in kept)
+            self._wanted = {key: request for request in [*kept, *new] for key in request.left}
             self._more()
 
     def _more(self) -> None:

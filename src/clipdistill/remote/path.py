@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import multiprocessing
 import posixpath
 import threading
 import time
@@ -136,8 +137,11 @@ class RemotePath:
 
     @staticmethod
     def in_parallel(call: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
-        """As `map`, many at a time. Raises the first error."""
-        return in_parallel([functools.partial(call, *each) for each in zip(*arguments)])
+        """As `map`, many at a time, with a bar. Raises the first error."""
+        each = list(zip(*arguments))
+        known = next((one for one in each[0] if isinstance(one, RemotePath)), None) if each else None
+        title = "remote objects" if known is None else f"objects of {without_secrets(known.url).rpartition('/')[0]}"
+        return in_parallel([functools.partial(call, *one) for one in each], title)
 
     # what is there
 
@@ -377,6 +381,10 @@ def read_ahead(source: Any, indices: Sequence[int]) -> None:
     part = source.part(indices[0]) if hasattr(source, "part") else source  # of several sets, a batch is of one
     if _far.get(part) is False:
         return
+    last = indices[-1] + 1
+    if last - indices[0] == len(indices) and multiprocessing.parent_process() is None:
+        # whoever goes through a set in order alone will want the next lots: no wait between them
+        indices = [*indices, *range(last, min(last + 2 * len(indices), len(source)))]
     ranges: list[tuple[RemotePath, int, int]] = []
     objects: list[RemotePath] = []
     kept = getattr(source, "_pictures", ())  # decoded ones (data/memory.py)
@@ -412,12 +420,15 @@ def _note(path: RemotePath | None = None, start: int | None = None, size: int = 
 
 def _read_ahead(wishes: Sequence[tuple[RemotePath, int, int]], objects: Sequence[RemotePath]) -> None:
     by_object: dict[RemotePath, list[tuple[int, int, int, Any]]] = {}
-    for number, (path, start, size) in enumerate(wishes):
-        by_object.setdefault(path, []).append((start, start + size, number, (*path._opening, start, size)))
+    keys = [(*path._opening, start, size) for path, start, size in wishes]
+    known = the_ahead().wanted([*keys, *(path._opening for path in objects)])
+    for number, ((path, start, size), key) in enumerate(zip(wishes, keys)):
+        if key not in known:
+            by_object.setdefault(path, []).append((start, start + size, number, key))
     found = [request for path, ranges in by_object.items() for request in path._requests(ranges)]
     found.sort(key=lambda entry: entry[0])
-    whole = [Request(path._read_whole, {path._opening: (0, None)}) for path in objects]
-    the_ahead().replace([*(request for _, request in found), *whole])
+    whole = [Request(path._read_whole, {path._opening: (0, None)}) for path in objects if path._opening not in known]
+    the_ahead().replace([*(request for _, request in found), *whole], known)
 
 
 class RemoteFile(io.RawIOBase):
