@@ -35,6 +35,12 @@ def root(tmp_path, monkeypatch) -> Path:
     return tmp_path / "sets"
 
 
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
 def webdataset(folder: Path, shards: int = 2, *, kind: str | None = None, split: str = "test") -> Path:
     """Three samples a shard as clip_benchmark.webdataset_builder writes them."""
     (folder / split).mkdir(parents=True)
@@ -42,8 +48,12 @@ def webdataset(folder: Path, shards: int = 2, *, kind: str | None = None, split:
         members = []
         for k in range(3):
             number = 3 * shard + k
-            label = f"one {number}\n two {number}\n".encode() if kind == "retrieval" else str(k).encode()
-            members.append((f"s{number:07d}.{'txt' if kind == 'retrieval' else 'cls'}", label))
+            label, ending = str(k).encode(), "cls"
+            if kind == "retrieval":
+                label, ending = f"one {number}\n two {number}\n".encode(), "txt"
+            elif kind == "multilabel":  # the third of each shard has two classes
+                label, ending = npy(np.array([k != 1, k == 1, k == 2], dtype=np.float32)), "npy"
+            members.append((f"s{number:07d}.{ending}", label))
             members.append((f"s{number:07d}.webp", encoded(number, "WEBP")))
         write_tar(folder / split / f"{shard}.tar", members)
     (folder / split / "nshards.txt").write_text(f"{shards}\n")
@@ -235,8 +245,36 @@ def test_splits_and_damage_of_the_layout(tmp_path: Path) -> None:
     (folder / "test" / "nshards.txt").write_text("1")
     with pytest.raises(InputError, match=r"exactly one \{\} for the class name"):
         open_labelled(folder)
-    with pytest.raises(InputError, match="is a multilabel set"):
-        open_labelled(webdataset(tmp_path / "voc2007_multilabel", kind="multilabel"))
+    (folder / "dataset_type.txt").write_text("segmentation")
+    with pytest.raises(InputError, match="is a segmentation set"):
+        open_labelled(folder)
+
+
+def test_a_set_with_several_classes_a_picture(tmp_path: Path) -> None:
+    folder = webdataset(tmp_path / "wds_voc2007_multilabel", kind="multilabel")
+    assert is_labelled_name(str(folder))
+    source = open_labelled(folder)
+    assert source.several is not None
+    assert source.several.tolist() == 2 * [[True, False, False], [False, True, False], [True, False, True]]
+    single = open_labelled(webdataset(tmp_path / "voc2007_multilabel"))
+    assert single.several is None
+    assert single.fingerprint() != source.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"2", "is no array of numpy's"),
+        (npy(np.array([1, 0])), r"must hold 0 or 1 for each of the 3 classes, and is int64 \(2,\)"),
+        (npy(np.array([1, 0, 2])), "must hold 0 or 1"),
+        (npy(np.array([None, 1, 0], dtype=object)), "is no array of numpy's"),
+    ],
+)
+def test_a_damaged_array_of_classes_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    folder = webdataset(tmp_path / "voc", 1, kind="multilabel")
+    write_tar(folder / "test" / "0.tar", [("s0000000.npy", content), ("s0000000.webp", encoded(0, "WEBP"))])
+    with pytest.raises(InputError, match=f"the label of 's0000000' {said}"):
+        open_labelled(folder)
 
 
 def test_retrieval_sets_have_a_caption_a_line(tmp_path: Path, root: Path) -> None:
@@ -332,6 +370,9 @@ def test_clip_benchmark_reads_the_same_from_its_layout(tmp_path: Path) -> None:
     rows = list(theirs)
     assert [int(label) for _, label in rows] == ours.labels.tolist()
     assert [size for size, _ in rows] == [ours.image(k).size for k in range(len(ours))]
+    folder = str(webdataset(tmp_path / "voc", kind="multilabel"))
+    theirs = builder.build_wds_dataset("voc", lambda image: image, data_dir=folder)
+    assert [classes.tolist() for _, classes in theirs] == open_labelled(folder).several.tolist()
     folder = str(webdataset(tmp_path / "flickr8k", kind="retrieval"))
     captions = [lines for _, lines in builder.build_wds_dataset("flickr8k", lambda image: image, data_dir=folder)]
     pairs = open_pairs(folder)

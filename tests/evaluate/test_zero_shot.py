@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
 from clipdistill.evaluate.evaluate import evaluate
-from clipdistill.evaluate.zero_shot import choose_templates, class_weights, classify, zero_shot
+from clipdistill.evaluate.zero_shot import choose_templates, class_weights, classify, mean_average_precision, zero_shot
 from clipdistill.models.clip_model import ClipModel
 from tests.evaluate.conftest import COLOURS, ColourClasses, ColourPairs, colour_model
 
@@ -127,3 +129,59 @@ def test_captions_of_unknown_words_alone_are_noted(model: ClipModel) -> None:
 
     notes = evaluate(model, Strange(), progress=False, intervals=False).notes
     assert any("1 captions hold no word that the tokenizer of the student knows" in note for note in notes)
+
+
+# ---- several classes a picture
+
+
+def by_hand(cosines: np.ndarray, right: np.ndarray) -> float:
+    """mAP of CLIP_benchmark's average_precision_per_class, over the classes that occur."""
+    found = []
+    for column in np.flatnonzero(right.any(axis=0)):
+        ordered = right[np.argsort(-cosines[:, column], kind="stable"), column]
+        found.append((ordered.cumsum() / np.arange(1, len(ordered) + 1))[ordered].mean())
+    return float(np.mean(found))
+
+
+def test_map_is_that_of_clip_benchmark_and_its_shares_are_what_a_picture_weighs() -> None:
+    generator = np.random.default_rng(0)
+    cosines, right = generator.normal(size=(30, 4)), generator.random((30, 4)) < 0.3
+    right[:, 3] = False  # a class that does not occur counts nothing
+    shares = mean_average_precision(cosines, right)
+    assert shares.mean() == pytest.approx(by_hand(cosines, right), abs=1e-12)
+    # a picture that is there twice: what it gains is its share above the mean, to first order
+    many = 20  # of each picture, so that one more is a small change
+    repeated = np.repeat(np.arange(30), many)
+    for k in (0, 7, 29):
+        rows = np.sort(np.append(repeated, k))
+        # copies rank one behind the other: a small step between them leaves the order of the others as it is
+        lower = cosines[rows] - 1e-6 * np.arange(len(rows))[:, None]
+        base = cosines[repeated] - 1e-6 * np.arange(len(repeated))[:, None]
+        gained = by_hand(lower, right[rows]) - by_hand(base, right[repeated])
+        assert gained == pytest.approx((shares[k] - shares.mean()) / len(repeated), abs=2e-4)
+
+
+def test_equal_cosines_count_the_expectation_over_their_order() -> None:
+    right = np.array([[True], [False], [True], [False]])
+    cosines = np.array([[0.5], [0.5], [0.5], [0.1]])
+    orders = [by_hand(np.array([[r] for r in (*order, -1)]), right) for order in itertools.permutations((1, 2, 3))]
+    assert mean_average_precision(cosines, right).mean() == pytest.approx(np.mean(orders))
+    with pytest.raises(InputError, match="no image has any of the classes"):
+        mean_average_precision(cosines, np.zeros((4, 1), dtype=bool))
+
+
+def test_a_set_with_several_classes_a_picture_is_measured_by_map(model: ClipModel) -> None:
+    data = ColourClasses()
+    data.several = np.eye(5, dtype=bool)[data.labels]
+    assert evaluate(model, data, progress=False).value("mAP") == 1.0
+    data.several[0] = [False, True, False, False, False]  # a red picture that is said to be green
+    scores = evaluate(model, data, progress=False)
+    (score,) = scores
+    assert score.low is not None
+    assert score.low < score.value < 1.0
+    assert score.n == 20
+    assert "mAP" in scores.overview().lines()[-1] or "mAP" in repr(scores)
+    (queries,) = scores.queries.values()
+    assert queries.values["mAP"].mean() == pytest.approx(score.value)
+    found = zero_shot(model, data, classes=["red", "green"], progress=False)
+    assert found.labels.shape == (20, 2)

@@ -61,8 +61,11 @@ class LabelledSource(ABC):
 
     name: of the set, for tables; class_names: what prompts are made of, indexed by label; known: the known set it was
     recognised or declared as (see class_names.KNOWN_SETS); templates: name of the prompt templates that fit, or the
-    templates themselves; metric: the customary headline number; problems: what opening found.
+    templates themselves; metric: the customary headline number; problems: what opening found; several: (N, C) which
+    classes an image has, of sets with several an image (None: one each; `labels` then holds the first of each).
     """
+
+    several: NDArray[np.bool_] | None = None
 
     def __init__(
         self,
@@ -140,6 +143,8 @@ class LabelledSource(ABC):
         self._keys.hash_into(digest)
         digest.update(self.labels.astype("<i8").tobytes())
         Strings.pack(self.class_names).hash_into(digest)
+        if self.several is not None:
+            digest.update(self.several.tobytes())
         self._hash_content(digest)
         return digest.hexdigest()
 

@@ -263,13 +263,8 @@ def _zero_shot_scores(
         model_fingerprint=fingerprint,
         deviation=source.deviation(),
     )
-    # mean per class as a mean over samples: each counts 1 / (samples of its class), scaled to average 1
-    share = np.bincount(found.labels, minlength=len(found.class_names))[found.labels].astype(np.float64)
-    queries = {"top1": found.top1, "top5": found.top5}
-    queries["mean_per_class"] = found.top1 * len(found.labels) / (share * len(np.unique(found.labels)))
-    values = found.scores()
-    queries = {name: queries[name] for name in values}
-    scores = Scores(with_intervals(values, queries, {}, protocol, model, intervals))
+    queries = found.queries()
+    scores = Scores(with_intervals(found.scores(), queries, {}, protocol, model, intervals))
     scores.queries[model, protocol.question()] = Queries(queries, {})
     scores.notes += _left_out(source, found.problems)
     if found.indistinct:

@@ -1,8 +1,9 @@
-"""Zero-shot classification with prompt ensembling: top-1, top-5, mean per class, and every sample's result.
+"""Zero-shot classification with prompt ensembling: top-1, top-5, mean per class or mAP, and every sample's result.
 
 A class weight is made from all templates: embed each filled template, normalise, average, normalise again. The class
 with the largest cosine is predicted. Ties count as in retrieval: the exact expectation over random order, so a
-collapsed model scores chance.
+collapsed model scores chance. Where an image has several classes, the images are ranked for each class by their cosine
+with it, and mAP is the mean over the classes of the average precision, as in CLIP_benchmark.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class ZeroShotResult:
     labels: (n,) right classes; predictions: (n,) predicted classes; keys: n sample keys;
     class_names: of the classes that competed; template_name, template_list: the prompts; left_out: samples of classes
     outside the restriction; problems: (key, reason) of unreadable images; indistinct: (class, an earlier one) whose
-    prompts are the same to the tokenizer, so that the model cannot tell them apart.
+    prompts are the same to the tokenizer, so that the model cannot tell them apart; precision: (n,) of sets with
+    several classes an image, whose mean is mAP (`mean_average_precision`); top1 is then whether the first is one of
+    them, and labels are (n, C).
     """
 
     top1: np.ndarray
@@ -50,6 +53,7 @@ class ZeroShotResult:
     left_out: int
     problems: list[tuple[str, str]]
     indistinct: list[tuple[str, str]]
+    precision: np.ndarray | None = None
 
     def mean_per_class(self) -> float:
         """Mean over the classes that occur of the accuracy within each."""
@@ -63,11 +67,23 @@ class ZeroShotResult:
         return np.divide(hits, counts, out=np.full(classes, np.nan), where=counts > 0)
 
     def scores(self) -> dict[str, float]:
-        """The scores by name: top1, top5 (of more than five classes only), mean_per_class."""
+        """The scores by name: top1, top5 (of more than five classes only), mean_per_class; or mAP alone."""
+        if self.precision is not None:
+            return {"mAP": float(self.precision.mean())}
         result = {"top1": float(self.top1.mean())}
         if len(self.class_names) > 5:
             result["top5"] = float(self.top5.mean())
         return result | {"mean_per_class": self.mean_per_class()}
+
+    def queries(self) -> dict[str, np.ndarray]:
+        """Name of a score -> (n,) results of the samples, whose mean is the score."""
+        if self.precision is not None:
+            return {"mAP": self.precision}
+        # mean per class as a mean over samples: each counts 1 / (samples of its class), scaled to average 1
+        share = np.bincount(self.labels, minlength=len(self.class_names))[self.labels].astype(np.float64)
+        per_class = self.top1 * len(self.labels) / (share * len(np.unique(self.labels)))
+        found = {"top1": self.top1, "top5": self.top5, "mean_per_class": per_class}
+        return {name: found[name] for name in self.scores()}
 
 
 def zero_shot(
@@ -104,6 +120,15 @@ def zero_shot(
         )
     weights = class_weights(encoder, names, lines)
     image, kept, problems = encoder.images(labelled)
+    if labelled.several is not None:
+        right = labelled.several[kept][:, chosen]
+        cosines = (image.double() @ weights.double().T).numpy()
+        predictions = cosines.argmax(axis=1)
+        hits = right[np.arange(len(right)), predictions].astype(float)
+        keys, precision = [labelled.key(k) for k in kept], mean_average_precision(cosines, right)
+        return ZeroShotResult(
+            hits, hits, right, predictions, keys, names, name, lines, 0, problems, indistinct, precision
+        )
     place = np.full(len(labelled.class_names), -1)
     place[chosen] = np.arange(len(chosen))
     labels = place[[labelled.label(i) for i in kept]]
@@ -165,6 +190,39 @@ def classify(image: Tensor, weights: Tensor, labels: np.ndarray) -> tuple[np.nda
             found.append(np.clip(k - above, 0, tied) / tied)
         predictions.append(scores.argmax(dim=1).numpy())
     return np.concatenate(hits[1]), np.concatenate(hits[5]), np.concatenate(predictions)
+
+
+def mean_average_precision(cosines: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(n,) whose mean is mAP over the classes that occur, for cosines (n, C) and right (n, C), which are an image's.
+
+    A class's average precision is the mean over its images of the share of them among the images at least as near; of
+    equal cosines the exact expectation over their order. An image's number is mAP plus n times what mAP gains where the
+    image weighs more (the infinitesimal jackknife), so resampling the numbers resamples images.
+    """
+    count, occurring = len(right), np.flatnonzero(right.any(axis=0))
+    if not len(occurring):
+        raise InputError("no image has any of the classes, so no precision is defined")
+    total, gains, ranks = 0.0, np.zeros(count), np.arange(1, count + 1)
+    for column in occurring:
+        order = np.argsort(-cosines[:, column], kind="stable")
+        ordered, true = cosines[order, column], right[order, column].astype(np.float64)
+        # groups of equal cosines: where each begins, how many it holds and how many of them are right
+        begins = np.flatnonzero(np.diff(ordered, prepend=np.inf) < -TIE_TOLERANCE)
+        group = np.searchsorted(begins, np.arange(count), side="right") - 1
+        sizes = np.diff([*begins, count])[group]
+        positives = np.add.reduceat(true, begins)[group]
+        before = np.concatenate([[0.0], true.cumsum()])[begins][group]
+        # a right image of a group of T with P right ones stands at each of its places with probability 1 / T
+        ahead = (ranks - 1 - begins[group]) * np.maximum(positives - 1, 0) / np.maximum(sizes - 1, 1)
+        share = positives / sizes
+        average = (share * (before + 1 + ahead) / ranks).sum() / true.sum()
+        precision = true.cumsum() / ranks
+        later = ((true / ranks)[::-1].cumsum())[::-1]
+        behind = ((true * precision / ranks)[::-1].cumsum())[::-1]
+        gain = true * (precision - average) + true * later - behind
+        total += average
+        gains[order] += count * (gain - gain.mean()) / true.sum()
+    return (total + gains) / len(occurring)
 
 
 def choose_templates(prompts: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:

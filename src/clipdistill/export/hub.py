@@ -12,7 +12,7 @@ from clipdistill.models.hub import offline, reachable
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.models.known import OPEN_CLIP_CONFIG
 from clipdistill.runtime.files import read_json, write_json, write_text
-from clipdistill.statistics.scores import MATCHING, Scores
+from clipdistill.statistics.scores import BENCHMARKS, Scores
 
 CARD = "README.md"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -26,7 +26,7 @@ _SHOWN = (
     "top1",
     "top5",
     "mean_per_class",
-    *MATCHING,
+    *BENCHMARKS,
 )
 
 

@@ -145,6 +145,8 @@ def probe(
     names = list(train.class_labels)
     place = {name: number for number, name in enumerate(names)}
     for one in (train, test):
+        if one.several is not None:
+            raise InputError(f"probe: {one.name} has several classes a picture; a probe learns one: name another set")
         if len(set(one.class_labels)) < len(one.class_labels):
             raise InputError(f"probe: two classes of {one.name} have the same name: give them names of their own")
     other = next((name for name in test.class_labels if name not in place), None)

@@ -20,7 +20,7 @@ from clipdistill.statistics.bootstrap import mcnemar
 from clipdistill.statistics.judge import Verdict, adjust, decide
 from clipdistill.statistics.protocol import Protocol, difference
 from clipdistill.statistics.records import Record, records_of
-from clipdistill.statistics.scores import FILE, MATCHING, Scores
+from clipdistill.statistics.scores import BENCHMARKS, FILE, Scores
 from clipdistill.statistics.verdicts import basis_text, better_text, bounds_text, more_seeds, p_text
 
 _TESTED = (
@@ -34,7 +34,7 @@ _TESTED = (
     "i2t_MRR",
     "top1",
     "top5",
-    *MATCHING,
+    *BENCHMARKS,
 )
 """Metrics compared unless others are named: where there are per-query results, and a mean of them is the score."""
 

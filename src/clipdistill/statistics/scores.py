@@ -37,9 +37,9 @@ _AGAIN = "measure again with  clipdistill eval RUN --data ... --json RUN/scores.
 _LARGEST_ARRAY = 1 << 30  # bytes
 _RANKS = ("median_rank",)  # smaller is better, and not a fraction
 _COUNTS = ("ties",)
-MATCHING = ("accuracy", "text_score", "image_score", "group_score")
-"""Metrics of evaluate/matching.py."""
-HEADLINES = ("i2t_R@1", "t2i_R@1", "top1", *MATCHING)
+BENCHMARKS = ("mAP", "accuracy", "text_score", "image_score", "group_score")
+"""Metrics of sets with several classes a picture (evaluate/zero_shot.py), and of evaluate/matching.py."""
+HEADLINES = ("i2t_R@1", "t2i_R@1", "top1", *BENCHMARKS)
 """The metrics of a table over several sets."""
 
 
@@ -363,9 +363,8 @@ def require_scores_place(path: Path) -> None:
     if path.suffix.lower() == ".npz":
         raise InputError(f"{path}: scores are JSON, and results query by query go beside them as .npz: name it .json")
     require_place(path, "scores", (b'"protocols"', b'"scores"'))
-    require_place(
-        path.with_suffix(".npz"), "results query by query", (b"/i2t_", b"/t2i_", b"/top1", b"/accuracy", b"/text_score")
-    )
+    marks = (b"/i2t_", b"/t2i_", b"/top1", b"/mAP.", b"/accuracy", b"/text_score")
+    require_place(path.with_suffix(".npz"), "results query by query", marks)
 
 
 def _row(score: Score, place: Mapping[Protocol, int]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
     SET/classnames.txt, SET/zeroshot_classification_templates.txt, SET/test/nshards.txt, SET/test/0.tar, ...
 
-Samples are a picture and its class (.cls); where SET/dataset_type.txt says 'retrieval', a picture and a .txt with one
-caption a line. Class names and templates are used as they are written: they are what published scores were made with.
+Samples are a picture and its class (.cls); where SET/dataset_type.txt says 'multilabel', a picture and a .npy with 0 or
+1 for each class; where it says 'retrieval', a picture and a .txt with one caption a line. Class names and templates are
+used as they are written: they are what published scores were made with.
 """
 
 from __future__ import annotations
@@ -71,15 +72,14 @@ def _name(folder: Path) -> str:
 def open_classes(place: Place, config: LabelledConfig) -> LabelledSource:
     """The pictures of one split (the test split, where none is named), with the set's own names and templates."""
     folder = place.path
-    if (kind := _kind(folder)) != "classification":
-        raise InputError(
-            f"'{folder}' is a {kind[:20]} set: of this layout one class a picture, and retrieval, are measured"
-        )
+    if (kind := _kind(folder)) not in ("classification", "multilabel"):
+        raise InputError(f"'{folder}' is a {kind[:20]} set: classification, multilabel and retrieval sets are measured")
     shards, split = _shards(folder, config.split)
     own, naming = config.classes, config.naming
     if own is None and (folder / _CLASSES).is_file():
         own, naming = read_class_file(folder / _CLASSES), "stored"
-    source = open_class_tars(shards, replace(config, path=str(shards), classes=own, naming=naming, split=None))
+    config = replace(config, path=str(shards), classes=own, naming=naming, split=None)
+    source = open_class_tars(shards, config, several=kind == "multilabel")
     source.name = f"{_name(folder)}/{split}"
     if (folder / _TEMPLATES).is_file():
         source.templates = check_templates(_text(folder / _TEMPLATES).splitlines(), str(folder / _TEMPLATES))

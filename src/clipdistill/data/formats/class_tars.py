@@ -1,12 +1,17 @@
-"""Classification sets in tars: WebDataset samples of an image and a .cls member with the number of its class."""
+"""Classification sets in tars: WebDataset samples of an image and a .cls member with the number of its class.
+
+Where an image has several classes, a .npy member holds 0 or 1 for each (CLIP_benchmark's multilabel sets).
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clipdistill.data.class_names import class_labels
 from clipdistill.data.files import is_url, refuse_split
@@ -49,8 +54,11 @@ class TarLabels(LabelledSource):
             raise BadSample(f"unreadable shard: {self._shards[shard]}: {error.strerror or error}") from error
 
 
-def open_class_tars(place: Place, config: LabelledConfig) -> TarLabels:
-    """The labelled samples of the shards, in their order; keys are '<shard>/<sample>' where there are several."""
+def open_class_tars(place: Place, config: LabelledConfig, *, several: bool = False) -> TarLabels:
+    """The labelled samples of the shards, in their order; keys are '<shard>/<sample>' where there are several shards.
+
+    several: the samples have a .npy with 0 or 1 for each class.
+    """
     shards = shards_of(place)
     name = place.path.stem if place.there and not place.is_folder else place.path.name
     refuse_split(config.split, name)
@@ -61,7 +69,8 @@ def open_class_tars(place: Place, config: LabelledConfig) -> TarLabels:
         raise InputError(f"{name}: class names of tars are a list in label order, not a mapping of folders")
     problems = Problems()
     keys: list[str] = []
-    labels: list[int] = []
+    labels: list[Any] = []
+    kinds, most = (("npy",), 1 << 16) if several else (_LABELS, 32)
     places: list[tuple[int, int, int]] = []
     for number, shard in enumerate(shards):
         if not shard.is_file():
@@ -69,28 +78,44 @@ def open_class_tars(place: Place, config: LabelledConfig) -> TarLabels:
         prefix = f"{shard.stem}/" if len(shards) > 1 else ""
         with shard.open("rb") as file:
             seen: dict[str, int] = {}
-            for sample in samples_of(file, shard.stat().st_size, shard.name, _LABELS, problems):
+            for sample in samples_of(file, shard.stat().st_size, shard.name, kinds, problems):
                 seen[sample.stem] = seen.get(sample.stem, 0) + 1
                 key = f"{prefix}{sample.stem}" + (f"#{seen[sample.stem]}" if seen[sample.stem] > 1 else "")
-                cls, image = next((sample.components[c] for c in _LABELS if c in sample.components), None), sample.image
+                cls, image = next((sample.components[c] for c in kinds if c in sample.components), None), sample.image
                 if cls is None and image is None:
                     continue  # files beside the samples
-                if cls is None or image is None or cls.size > 32:
+                if cls is None or image is None or cls.size > most:
                     reason = sample.why_no_image if image is None else "sample without label"
                     problems.add(reason, key, dropped=True)
                     continue
                 file.seek(cls.offset)
-                text = file.read(cls.size).decode("ascii", errors="replace").strip()
-                try:
-                    labels.append(int(np.int64(int(text))))
-                except (ValueError, OverflowError):
-                    raise InputError(
-                        f"'{shard}': the label of '{sample.stem}' is {text[:20]!r}, not a whole number"
-                    ) from None
+                read = _classes_of if several else _class_of
+                labels.append(read(file.read(cls.size), f"'{shard}': the label of '{sample.stem}'", len(names)))
                 keys.append(key)
                 places.append((number, image.offset, image.size))
     rest = {**config.common, "naming": naming}
-    return TarLabels(shards, places, name, keys, labels, names, problems=problems, **rest)
+    first = [int(row.argmax()) for row in labels] if several else labels
+    source = TarLabels(shards, places, name, keys, first, names, problems=problems, **rest)
+    source.several = np.stack(labels) if several else None
+    return source
+
+
+def _class_of(content: bytes, what: str, classes: int) -> int:
+    text = content.decode("ascii", errors="replace").strip()
+    try:
+        return int(np.int64(int(text)))
+    except (ValueError, OverflowError):
+        raise InputError(f"{what} is {text[:20]!r}, not a whole number") from None
+
+
+def _classes_of(content: bytes, what: str, classes: int) -> NDArray[np.bool_]:
+    try:
+        row = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # numpy raises many types on damaged arrays
+        raise InputError(f"{what} is no array of numpy's ({error})") from None
+    if row.shape != (classes,) or row.dtype.kind not in "biuf" or not np.isin(row, (0, 1)).all():
+        raise InputError(f"{what} must hold 0 or 1 for each of the {classes} classes, and is {row.dtype} {row.shape}")
+    return row.astype(bool)
 
 
 def _names_beside(shard: Path, known: str | None, naming: Naming) -> tuple[OwnNames, Naming]:
