@@ -60,26 +60,82 @@ cd.export(run.student, "onnx", "export/python", data="scenes:val")
 cd.bench([run.student, "scenes-teacher"])
 ```"""
 
+FUNCTIONS = {
+    "demo": ("cache", "distill", "bench", "report"),
+    "train": ("distill", "dry_run", "register_callback"),
+    "replay": ("replay",),
+    "ablate": ("ablate",),
+    "regions": (
+        "clipdistill.regions.box_file.detect",
+        "clipdistill.regions.teacher.open_store",
+        "clipdistill.regions.measure.measure",
+        "clipdistill.regions.teacher.export",
+        "clipdistill.regions.retention.before_after",
+    ),
+    "cache": (
+        "cache",
+        "clipdistill.cache.check.verify",
+        "clipdistill.cache.merge.merge",
+        "clipdistill.cache.tars.export_shards",
+    ),
+    "embed": ("embed_to_file", "embed", "read_embeddings"),
+    "eval": ("evaluate", "retrieval", "clipdistill.evaluate.geometry.geometry"),
+    "fetch": ("fetch",),
+    "probe": ("probe",),
+    "export": ("export",),
+    "compare": ("compare",),
+    "claims": ("claims",),
+    "bench": ("bench",),
+    "report": ("report",),
+    "search": ("search", "clipdistill.search.server.serve"),
+    "serve": ("serve",),
+    "scenes": ("clipdistill.scenes.write.write_scenes",),
+    "list": ("clipdistill.reference.settings.settings", "clipdistill.recipes.recipe_names"),
+    "completion": ("clipdistill.reference.completion.completion_script",),
+    "doctor": ("clipdistill.doctor.examine",),
+}
+"""What does in Python what a command does: names of `clipdistill` itself, or functions of its rooms."""
+
+
+def function_table() -> str:
+    """A row a command."""
+    table = TextTable(["command", "from Python"], text=(0, 1))
+    for command in COMMANDS:
+        functions = FUNCTIONS[command]
+        table.rows.append([f"`{command}`", ", ".join(f"`{f if '.' in f else f'cd.{f}'}`" for f in functions)])
+    return table.markdown()
+
 
 def python_page() -> str:
     """Signature and docstring of everything public, functions first, then what they take and return."""
     import torch
 
+    from clipdistill.ablate.ask import Ablation
     from clipdistill.bench.measure import Measurements
     from clipdistill.cache.fill import FillReport
     from clipdistill.embed.encode import EncodedPairs
     from clipdistill.export.graphs import Exported
+    from clipdistill.probe.linear import ProbeResult, ProbeResults
+    from clipdistill.report.report import ReportSummary
     from clipdistill.search.ask import SearchResult
+    from clipdistill.serve.ask import RunningService
     from clipdistill.statistics.compare import MetricComparison, ModelComparison
+    from clipdistill.statistics.judge import Verdict
     from clipdistill.statistics.scores import Score
+    from clipdistill.statistics.verdicts import Verdicts
+    from clipdistill.train.dry_run import DryRun
+    from clipdistill.train.replay import Replay
+    from clipdistill.vectors.job import EmbedReport
 
     public = {name: getattr(clipdistill, name) for name in clipdistill.__all__ if name != "__version__"}
     functions = {name: value for name, value in public.items() if not inspect.isclass(value)}
-    parts = [PYTHON, "## Functions"]
+    parts = [PYTHON, "## Commands and functions", function_table(), "## Functions"]
     for name, value in functions.items():
         parts.append(f"### `{name}`\n\n```py\n{signature(f'cd.{name}', value)}\n```\n\n{text(documented(value))}")
     parts.append("## Classes")
     more = (Score, ModelComparison, MetricComparison, Exported, FillReport, EncodedPairs, SearchResult, Measurements)
+    more += (EmbedReport, DryRun, Ablation, ProbeResults, ProbeResult, Verdicts, Verdict, ReportSummary, Replay)
+    more += (RunningService,)
     for cls in dict.fromkeys([value for value in public.values() if inspect.isclass(value)] + list(more)):
         name = f"cd.{cls.__name__}" if cls in public.values() else cls.__name__
         parts.append(f"### `{cls.__name__}`\n\n{text(cls)}")

@@ -8,12 +8,15 @@ import re
 import subprocess
 import sys
 import types
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import clipdistill as cd
+from clipdistill.commands import COMMANDS, command_parser
 from clipdistill.errors import InputError
 from clipdistill.scenes.pairs import open_scenes
 from tests.conftest import REPOSITORY
@@ -36,6 +39,53 @@ def test_a_public_function_has_a_real_signature_and_says_what_it_takes_returns_a
     assert missing == [], "not in the docstring"
     assert re.search(r"[Rr]aises:?\s+InputError", text)
     assert signature.return_annotation == "None" or re.search(r"[Rr]eturns", text)
+
+
+@pytest.mark.parametrize(
+    ("command", "renamed", "of_the_terminal"),
+    [
+        ("ablate", {"weight": "weights", "student": "students", "teacher": "teachers", "batch_size": "batch_sizes",
+                    "shard": "shard_of", "recipe": "plan"} | dict.fromkeys(
+                        ("data", "split", "image_root", "validation", "validation_split", "zero_shot", "protocol",
+                         "device"), "settings"), {"list"}),
+        ("replay", {"run": "folder"}, set()),
+        ("cache", {"image_root": "data", "allow_versions": "settings"}, {"words"}),
+        ("embed_to_file", {}, set()),
+        ("evaluate", {"models": "model", "k": "ks", "no_intervals": "intervals", "geometry": "embeddings"}, set()),
+        ("fetch", {"names": "name", "split": "splits", "to": "root"}, set()),
+        ("probe", {"models": "model"}, set()),
+        ("export", {}, set()),
+        ("compare", {"runs": "a", "against": "b", "metric": "metrics"}, set()),
+        ("claims", {}, {"all"}),
+        ("bench", {"backend": "backends", "batch": "batch_sizes", "json": "out"}, set()),
+        ("report", {}, set()),
+        ("search", {"image": "query"}, {"page", "host", "port", "vectors"}),
+        ("serve", {"allow_host": "allow_hosts"}, set()),
+    ],
+)  # fmt: skip
+def test_what_a_command_can_be_told_its_function_can_be_told(
+    command: str, renamed: dict[str, str], of_the_terminal: set[str]
+) -> None:
+    parameters = inspect.signature(getattr(cd, command)).parameters
+    _, parser = command_parser({"evaluate": "eval", "embed_to_file": "embed"}.get(command, command))
+    everywhere = {"help", "plugin", "local_cache", "local_cache_size", "quiet", "json", "markdown"}
+    options = {action.dest for action in parser._actions} - everywhere - of_the_terminal
+    assert {name for name in options if renamed.get(name, name) not in parameters} == set()
+    assert renamed.keys() <= options | {"json"}
+    if "quiet" in {action.dest for action in parser._actions}:
+        assert parameters.keys() & {"quiet", "progress"}
+
+
+def test_the_table_of_functions_names_what_there_is_for_every_command() -> None:
+    spec = importlib.util.spec_from_file_location("reference_of_functions", REPOSITORY / "docs" / "reference.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.FUNCTIONS.keys() == COMMANDS.keys()
+    for name in {name for names in script.FUNCTIONS.values() for name in names}:
+        module, _, attribute = name.rpartition(".")
+        assert callable(getattr(importlib.import_module(module or "clipdistill"), attribute))
 
 
 def test_every_class_is_documented() -> None:
@@ -125,6 +175,97 @@ def test_search_finds_photographs_by_words_and_by_picture(tmp_path: Path) -> Non
     assert "student score" in repr(found)
     same = cd.search(tmp_path, tmp_path / "1.png", model="scenes-teacher", top=1, device="cpu")
     assert Path(same.answers[0].hits[0].path).name == "1.png"
+
+
+RUN = {"recipe": "clip-kd", "size": "debug", "device": "cpu", "train": {"steps": 2, "workers": 0}}
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    plan = {"variants": {"clip": {"recipe": "clip"}, "kd": {"recipe": "clip-kd"}}, "size": "debug", "seeds": 2,
+            "claims": ["kd > clip on scenes t2i_R@1"]}  # fmt: skip
+    settings = {"device": "cpu", "train": {"steps": 2, "workers": 0}}
+    return cd.ablate(plan, tmp_path_factory.mktemp("ablation") / "grid", settings=settings, quiet=True)
+
+
+def test_ablate_trains_and_shows_differences_with_intervals(ablation: Any) -> None:
+    assert "4 runs trained, 0 were finished" in repr(ablation)
+    assert re.search(r"kd .*\[[-−+\d.]+ to [-−+\d.]+\]", repr(ablation))
+    assert ablation._repr_html_().count("<table>") == 2
+    assert (ablation.folder / "ablation.md").is_file()
+
+
+def test_ablate_of_recipes_makes_the_variants_of_its_switches(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="drop nothing: fits none of the recipes"):
+        cd.ablate(["clip-kd"], tmp_path / "grid", drop=["nothing"], size="debug")
+    with pytest.raises(InputError, match="--drop makes variants of recipes"):
+        cd.ablate({"variants": {"a": {"recipe": "clip"}}}, tmp_path / "grid", drop=["fd"])
+    with pytest.raises(InputError, match="name one file of variants, or recipes"):
+        cd.ablate([], tmp_path / "grid")
+
+
+def test_claims_are_judged_and_shown_with_their_evidence(ablation: Any) -> None:
+    found = cd.claims(["kd > clip on scenes t2i_R@1"], ablation.folder)
+    assert found[0].seeds == 2
+    assert found[0].outcome in ("supported", "contradicted", "undecided")
+    assert re.search(r"points \([-+\d.]+ to [-+\d.]+\), 2 seeds", repr(found))
+    assert "<table>" in found._repr_html_()
+    with pytest.raises(InputError, match="confidence level"):
+        cd.claims("published", ablation.folder, level=2)
+
+
+def test_report_writes_a_page_and_says_what_it_says(ablation: Any, tmp_path: Path) -> None:
+    made = cd.report(ablation.folder, tmp_path / "page.html")
+    assert made.html.stat().st_size == made.size > 10_000
+    assert str(tmp_path / "page.html") in repr(made)
+    assert made.headline.splitlines()[0] in repr(made)
+    with pytest.raises(InputError, match="give --look as well"):
+        cd.report(ablation.folder, tmp_path / "page.html", data="scenes:val")
+    with pytest.raises(InputError, match="no-such-run"):
+        cd.report(tmp_path / "no-such-run", tmp_path / "page.html")
+
+
+def test_a_dry_run_tells_speed_and_memory_and_leaves_nothing() -> None:
+    found = cd.dry_run(RUN, quiet=True)
+    assert found.pairs_per_second > 0
+    assert found.peak_bytes > 1e8
+    assert found.total_seconds == pytest.approx(2 * found.step_seconds)
+    assert "pairs/s" in repr(found)
+
+
+def test_a_recipe_in_stages_is_distilled_stage_by_stage(tmp_path: Path) -> None:
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text("from: clip-kd\nstages:\n  one: {}\n  two: {teacher: previous}\n")
+    weak = {"preflight": {"allow_weak_teacher": True}}
+    run = cd.distill({**RUN, **weak, "recipe": str(recipe), "out": tmp_path / "run"}, quiet=True)
+    assert (run.folder.name, run.status) == ("stage-2-two", "finished")
+    assert (tmp_path / "run" / "student").is_dir()
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_explain_needs_no_place(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cd.distill(RUN, explain=True, quiet=True).status == "explained"
+
+
+def test_probe_shows_scores_with_intervals() -> None:
+    given = {"device": "cpu", "progress": False, "shots": [1, 2], "seeds": 2}
+    found = cd.probe(
+        "scenes-teacher", "scenes:zeroshot/shapes?size=48", "scenes:zeroshot/shapes?size=24&seed=1", **given
+    )
+    assert [result.shots for result in found] == [1, 2]
+    assert re.search(r"2 +\d+\.\d +\d+\.\d to \d+\.\d +2 draws", repr(found))
+    assert "<table>" in found._repr_html_()
+
+
+def test_serve_answers_until_it_is_stopped() -> None:
+    for package in ("starlette", "uvicorn", "python_multipart", "prometheus_client"):
+        pytest.importorskip(package)
+    with cd.serve("scenes-teacher", batch_size=2, device="cpu") as service:
+        assert service.url in repr(service)
+        with urllib.request.urlopen(f"{service.url}health", timeout=10) as answer:
+            assert answer.status == 200
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(f"{service.url}health", timeout=10)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs the extra export")

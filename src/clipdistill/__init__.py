@@ -13,7 +13,8 @@ from clipdistill.version import __version__
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 if TYPE_CHECKING:
-    from clipdistill.api import cache, embed
+    from clipdistill.ablate.ask import ablate
+    from clipdistill.api import cache, distill, embed
     from clipdistill.bench.measure import bench
     from clipdistill.data.benchmarks.fetch import fetch
     from clipdistill.data.open import register_format
@@ -24,33 +25,45 @@ if TYPE_CHECKING:
     from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
     from clipdistill.objective.term import register_term
     from clipdistill.probe.linear import probe
+    from clipdistill.report.report import report
     from clipdistill.search.ask import search
+    from clipdistill.serve.ask import serve
+    from clipdistill.statistics.claims_command import claims
     from clipdistill.statistics.compare import compare
     from clipdistill.statistics.scores import Scores
     from clipdistill.train.callbacks import Callback, register_callback
-    from clipdistill.train.run import Run, distill
+    from clipdistill.train.dry_run import dry_run
+    from clipdistill.train.replay import replay
+    from clipdistill.train.run import Run
     from clipdistill.vectors.command import embed_to_file
     from clipdistill.vectors.files import read_embeddings
 
 __all__ = [
-    "Callback", "Embeddings", "Objective", "ObjectiveOutput", "Run", "Scores", "__version__", "bench", "cache",
-    "compare", "distill", "embed", "embed_to_file", "evaluate", "export", "fetch", "load_model", "load_student",
-    "probe", "read_embeddings", "register_callback", "register_format", "register_student", "register_term",
-    "retrieval", "search",
+    "Callback", "Embeddings", "Objective", "ObjectiveOutput", "Run", "Scores", "__version__", "ablate", "bench",
+    "cache", "claims", "compare", "distill", "dry_run", "embed", "embed_to_file", "evaluate", "export", "fetch",
+    "load_model", "load_student", "probe", "read_embeddings", "register_callback", "register_format",
+    "register_student", "register_term", "replay", "report", "retrieval", "search", "serve",
 ]  # fmt: skip
+
+_PACKAGES = ("ablate", "bench", "cache", "embed", "evaluate", "export", "probe", "report", "search", "serve")
+"""These can be called, and then are the functions of their names."""
 
 _attribute = lazy_package(
     __name__,
     {
+        "clipdistill.api": "distill",
         "clipdistill.data.benchmarks.fetch": "fetch",
         "clipdistill.data.open": "register_format",
         "clipdistill.evaluate.retrieval": "retrieval",
         "clipdistill.models": "load_model load_student register_student",
         "clipdistill.objective": "Embeddings Objective ObjectiveOutput register_term",
+        "clipdistill.statistics.claims_command": "claims",
         "clipdistill.statistics.compare": "compare",
         "clipdistill.statistics.scores": "Scores",
         "clipdistill.train.callbacks": "Callback register_callback",
-        "clipdistill.train.run": "Run distill",
+        "clipdistill.train.dry_run": "dry_run",
+        "clipdistill.train.replay": "replay",
+        "clipdistill.train.run": "Run",
         "clipdistill.vectors.command": "embed_to_file",
         "clipdistill.vectors.files": "read_embeddings",
     },
@@ -58,6 +71,6 @@ _attribute = lazy_package(
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("bench", "cache", "embed", "evaluate", "export", "probe", "search"):  # packages that can be called
+    if name in _PACKAGES:
         return importlib.import_module(f"clipdistill.{name}")
     return _attribute(name)

@@ -5,25 +5,16 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import yaml
-
-from clipdistill.ablate.grid import GridRun, base_settings, build_grid, shard
-from clipdistill.ablate.plan import AblationPlan, plan_of_recipes, read_plan
-from clipdistill.config import as_dict, build
+from clipdistill.ablate.ask import Ablation, make_plan, train_and_compare
+from clipdistill.ablate.grid import build_grid, shard
+from clipdistill.ablate.plan import AblationPlan
 from clipdistill.errors import InputError
-from clipdistill.runs.folder import RUN
 from clipdistill.runtime.console import say
-from clipdistill.runtime.files import make_folder, write_text
 from clipdistill.train.command import add_shared_arguments
 from clipdistill.train.command import settings_of as settings_of_options
-
-if TYPE_CHECKING:  # torch waits until the whole grid is known to be right
-    from clipdistill.ablate.results import Results
-    from clipdistill.ablate.run import GridOutcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,59 +51,27 @@ def run(arguments: argparse.Namespace) -> int:
     if not mine:
         say(f"--shard {arguments.shard}: no run of the {len(grid)} is left for this job")
         return 0
-    from clipdistill.runtime.distributed import ProcessGroup
+    given = next((Path(text) for text in arguments.plan if "=" not in text), None)
+    kept = {name: getattr(arguments, name) for name in ("keep_checkpoints", "quiet")}
+    from clipdistill.runtime.distributed import ProcessGroup, is_main
     from clipdistill.runtime.machine import pick_device
 
     with ProcessGroup(pick_device(mine[0].config.device)):
-        return _train(plan, grid, mine, arguments)
+        done = train_and_compare(plan, grid, mine, out, given, command=_command(), **kept)
+        if is_main():
+            _tell(done, arguments.quiet)
+    return 1 if done.outcome.failed else 0
 
 
-def _train(plan: AblationPlan, grid: Sequence[GridRun], mine: Sequence[GridRun], arguments: argparse.Namespace) -> int:
-    from clipdistill.ablate.run import failures, run_grid
-    from clipdistill.ablate.summary import summarise
-    from clipdistill.runtime.distributed import barrier, is_main
-
-    out: Path = arguments.out
-    if is_main():
-        if (out / RUN).is_file():
-            raise InputError(f"{out}: is a run: the runs of an ablation lie in a folder of their own")
-        make_folder(out, "ablation")
-        _record_plan(plan, out / "plan.yaml", [Path(text) for text in arguments.plan if "=" not in text])
-    barrier()
-    try:
-        outcome = run_grid(mine, out, quiet=arguments.quiet, keep_checkpoints=arguments.keep_checkpoints)
-    finally:  # also of what is there when the job is stopped
-        results = summarise(plan, grid, out, command=_command()) if is_main() else None
-    if is_main():
-        if not arguments.quiet:
-            _tell(outcome, results, out)
-        for name, message in failures(out).items():
-            say(f"failed: {name}: {message}", sys.stderr)
-    return 1 if outcome.failed else 0
-
-
-def _record_plan(plan: AblationPlan, path: Path, given: Sequence[Path]) -> None:
-    """The whole plan into the ablation's folder; where it was read from there, the user's file stays as it is."""
-    if given and path.exists() and given[0].samefile(path):
-        if read_plan(path) != plan:
-            raise InputError(f"{path}: the options change this plan, which is not written over: name another --out")
-        return
-    write_text(path, yaml.safe_dump(as_dict(plan), sort_keys=False))
-
-
-def _tell(outcome: GridOutcome, results: Results | None, out: Path) -> None:
-    from clipdistill.ablate.tables import terminal_table
-    from clipdistill.statistics.verdicts import verdict_table
-
-    say(
-        f"{len(outcome.finished)} runs trained, {len(outcome.skipped)} were finished, "
-        f"{len(outcome.elsewhere)} at work in another process, {len(outcome.failed)} failed"
-    )
-    if results is not None:
-        terminal_table(results).print()
-        if results.verdicts:
-            verdict_table(results.verdicts).print()
-        say(f"table and picture: {out / 'ablation.md'}   page: clipdistill report {out}")
+def _tell(done: Ablation, quiet: bool) -> None:
+    if not quiet:
+        say(done.summary)
+        for table in done.tables:
+            table.print()
+        if done.results is not None:
+            say(f"table and picture: {done.folder / 'ablation.md'}   page: clipdistill report {done.folder}")
+    for name, message in done.failed.items():
+        say(f"failed: {name}: {message}", sys.stderr)
 
 
 def _command() -> str:
@@ -134,39 +93,22 @@ def read_arguments(arguments: argparse.Namespace) -> tuple[AblationPlan, dict[st
     settings = settings_of_options(options)
     if len(arguments.batch_size) == 1:
         settings["train"] = {"batch_size": arguments.batch_size[0]}
-    if files:
-        switches = [name for name in ("drop", "add", "weight") if getattr(arguments, name)]
-        switches += [n for n in ("student", "teacher", "batch_size") if len(getattr(arguments, n)) > 1]
-        if switches:
-            raise InputError(
-                f"ablate: --{switches[0].replace('_', '-')} makes variants of recipes; with a file, add it there"
-            )
-        values = read_plan(Path(files[0])).model_dump(mode="json")
-    else:
-        values = {"variants": _variants(arguments, settings)}
-    for key in ("size", "baseline"):
-        if getattr(arguments, key) is not None:
-            values[key] = getattr(arguments, key)
-    if arguments.seeds is not None:
-        values["seeds"] = _seeds(arguments.seeds)
-    return build(AblationPlan, values, files[0] if files else "ablate"), settings, assignments
-
-
-def _variants(arguments: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
-    recipes = arguments.recipe
-    plan = AblationPlan.model_validate({"variants": {"any": {"recipe": recipes[0]}}, "size": arguments.size})
-    weights = {r: base_settings(r, plan, settings).get("objective", {}).get("weights", {}) for r in recipes}
-    made = plan_of_recipes(
-        recipes,
+    plan = make_plan(
+        Path(files[0]) if files else arguments.recipe,
+        settings,
         drop=_split(arguments.drop),
         add=_split(arguments.add),
         weights=_split(arguments.weight),
-        students=arguments.student if len(arguments.student) > 1 else (),
-        teachers=arguments.teacher if len(arguments.teacher) > 1 else (),
-        batch_sizes=arguments.batch_size if len(arguments.batch_size) > 1 else (),
-        weights_of=weights,
+        **{f"{name}s": values if len(values) > 1 else () for name, values in _axes(arguments).items()},
+        baseline=arguments.baseline,
+        seeds=None if arguments.seeds is None else _seeds(arguments.seeds),
+        size=arguments.size,
     )
-    return {name: variant.model_dump(mode="json") for name, variant in made.items()}
+    return plan, settings, assignments
+
+
+def _axes(arguments: argparse.Namespace) -> dict[str, list[Any]]:
+    return {name: getattr(arguments, name) for name in ("student", "teacher", "batch_size")}
 
 
 def _split(values: list[str]) -> list[str]:

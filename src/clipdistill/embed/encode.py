@@ -56,7 +56,7 @@ _STARTING_PAYS = 2.0
 """Seconds of reading from which processes are started for it."""
 
 
-@dataclass
+@dataclass(repr=False)
 class EncodedPairs:
     """Unit-length float32 embeddings of a pair source, on the CPU.
 
@@ -75,29 +75,18 @@ class EncodedPairs:
     truncated: int = 0
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        images, texts = len(self.image), len(self.text)
+        left_out = f"; {len(self.problems)} images left out" if self.problems else ""
+        return f"{images:,} images and {texts:,} captions as {self.image.shape[-1]} numbers of length 1{left_out}"
 
-def encode_pairs(
-    model: ClipModel,
-    source: PairSource,
-    *,
-    batch_size: int = 256,
-    captions: str = "all",
-    device: str | torch.device | None = None,
-    workers: int | None = 0,
-    progress: bool = True,
-    dtype: str = "float32",
-    distributed: bool = False,
-    engine: str = "torch",
-) -> EncodedPairs:
-    """Embed every image of `source` and its captions with `model`. See `Encoder` for the settings.
+
+def encode_pairs(model: ClipModel, source: PairSource, *, captions: str = "all", **settings: Any) -> EncodedPairs:
+    """Embed every image of `source` and its captions with `model`; settings: those of `open_encoder`.
 
     captions: "all", "first", or "first 5" (at most so many of each image).
     """
-    encoder = open_encoder(
-        model, batch_size=batch_size, device=device, workers=workers, progress=progress, dtype=dtype,
-        distributed=distributed, engine=engine,
-    )  # fmt: skip
-    return encoder.pairs(source, captions)
+    return open_encoder(model, **settings).pairs(source, captions)
 
 
 def open_encoder(model: ClipModel, *, engine: str = "torch", **settings: Any) -> Encoder:

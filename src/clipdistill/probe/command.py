@@ -9,7 +9,7 @@ from typing import Any
 
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
-from clipdistill.runtime.console import TextTable, say
+from clipdistill.runtime.console import say
 from clipdistill.runtime.files import require_place, write_json
 
 _USAGE = """
@@ -52,25 +52,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     train = open_labelled(arguments.train, classes=arguments.classes, split=arguments.train_split)
     test = open_labelled(arguments.test, classes=arguments.classes, split=arguments.test_split)
-    from clipdistill.embed.encode import Encoder
-    from clipdistill.models import load_model
-    from clipdistill.probe.linear import probe
-    from clipdistill.runtime.machine import pick_device
+    from clipdistill.probe.linear import ProbeResults, probe
 
-    table = TextTable(["model", "pictures a class", "top-1", "95 % interval", "over"], text=(0, 1, 4))
-    table.title = f"{test.name}, trained on {train.name}"
+    same = {name: getattr(arguments, name) for name in ("seeds", "batch_size", "workers", "device")}
     results: list[dict[str, Any]] = []
+    table = ProbeResults().table()
     for name in arguments.models:
-        encoder = Encoder(
-            load_model(name, device=pick_device(arguments.device), teacher=True), batch_size=arguments.batch_size,
-            workers=arguments.workers, progress=not arguments.quiet,
-        )  # fmt: skip
-        for result in probe(encoder, train, test, shots=shots, seeds=arguments.seeds):
-            top1, draws = result.top1, len(result.draws)
-            over = f"{draws} draws" if draws > 1 else f"{result.over} pictures"
-            bounds = f"{100 * top1.low:.1f} to {100 * top1.high:.1f}"
-            table.rows.append([name, str(result.shots or "all"), f"{100 * top1.value:.1f}", bounds, over])
-            results.append({"model": name, **asdict(result)})
+        found = probe(name, train, test, shots=shots, progress=not arguments.quiet, **same)
+        found.model, table.title = name, found.table().title
+        table.rows += found.table().rows
+        results += ({"model": name, **asdict(result)} for result in found)
     table.print()
     for part in {train.name: train, test.name: test}.values():
         if part.problems:

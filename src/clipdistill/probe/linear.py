@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
 from clipdistill.models import load_model
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.runtime.console import TextTable, html_page
+from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.bootstrap import Interval, bootstrap, seed_interval
 
 STRENGTHS = tuple(10.0**power for power in range(-7, 0))
@@ -60,6 +63,29 @@ class ProbeResult:
     pictures: int
     over: int = 0
     left_out: tuple[tuple[str, str], ...] = ()
+
+
+class ProbeResults(list[ProbeResult]):
+    """One result a number of pictures a class; shows itself as a table with intervals. model, train, test: names."""
+
+    model = train = test = ""
+
+    def table(self) -> TextTable:
+        """A row a result: top-1 in per cent with its 95 % interval, and what the interval is over."""
+        table = TextTable(["model", "pictures a class", "top-1", "95 % interval", "over"], text=(0, 1, 4))
+        table.title = f"{self.test}, trained on {self.train}"
+        for result in self:
+            top1, draws = result.top1, len(result.draws)
+            over = f"{draws} draws" if draws > 1 else f"{result.over} pictures"
+            bounds = f"{100 * top1.low:.1f} to {100 * top1.high:.1f}"
+            table.rows.append([self.model, str(result.shots or "all"), f"{100 * top1.value:.1f}", bounds, over])
+        return table
+
+    def __repr__(self) -> str:
+        return "\n".join(self.table().lines())
+
+    def _repr_html_(self) -> str:
+        return html_page([self.table()])
 
 
 def fit(features: Array, labels: NDArray[np.int64], classes: int, strength: float) -> Classifier:
@@ -125,23 +151,36 @@ def probe(
     *,
     shots: Sequence[int | None] = (None,),
     seeds: int = 5,
+    train_split: str | None = None,
+    test_split: str | None = None,
+    classes: str | Path | None = None,
+    batch_size: int = 256,
+    workers: int | None = 0,
+    device: str | None = None,
     progress: bool = True,
-) -> list[ProbeResult]:
-    """Train on `train`'s pictures, measure on `test`'s: a result for each number of pictures a class (None: all).
+) -> ProbeResults:
+    """Train on `train`'s pictures, measure on `test`'s: a result for each number of pictures a class.
 
     model: any name of a model, a loaded one, or an Encoder with settings of its own; train, test: labelled sets by name
-    or opened. seeds: draws for each number of shots; progress: a bar on the error stream.
+    or opened; train_split, test_split: of those named; classes: a file with the class names of both. shots: pictures a
+    class (None: all); seeds: draws for each number of shots. batch_size: pictures a forward pass; workers: processes
+    that decode (None: measured); device: None is CUDA where there is one, and where a loaded model is. progress: a bar
+    on the error stream.
 
-    Returns a list of ProbeResult: shots, top1 with its interval, draws, strengths, pictures. Raises InputError for sets
-    of other classes, unreadable sets, and more shots than any class has pictures. Source: the linear probe of
-    arXiv 2103.00020, appendix A.3.
+    Returns ProbeResults, a list of ProbeResult: shots, top1 with its interval, draws, strengths, pictures. Raises
+    InputError for sets of other classes, unreadable sets, and more shots than any class has pictures. Source: the
+    linear probe of arXiv 2103.00020, appendix A.3.
     """
     if seeds < 1 or any(number is not None and number < 1 for number in shots):
         raise InputError("probe: shots and seeds must be at least 1")
+    train, test = (
+        open_labelled(part, classes=classes, split=split) if isinstance(part, str | Path) else part
+        for part, split in ((train, train_split), (test, test_split))
+    )
     if isinstance(model, str | Path):
-        model = load_model(model, teacher=True)
-    train, test = (open_labelled(part) if isinstance(part, str | Path) else part for part in (train, test))
-    encoder = model if isinstance(model, Encoder) else Encoder(model, progress=progress)
+        model = load_model(model, device=pick_device(device), teacher=True)
+    settings: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    encoder = model if isinstance(model, Encoder) else Encoder(model, device=device, **settings)
     names = list(train.class_labels)
     place = {name: number for number, name in enumerate(names)}
     for one in (train, test):
@@ -165,16 +204,17 @@ def probe(
     left_out = tuple((f"{part.name}/{k}", why) for part, bad in ((train, unread), (test, missing)) for k, why in bad)
     there = np.array([place[name] for name in test.class_labels])
     test_features, right = image.double().numpy(), there[test.labels[kept]]
-    classes = len(names)
-    counts = np.bincount(labels, minlength=classes)
+    many = len(names)
+    counts = np.bincount(labels, minlength=many)
     if not counts.all():
         first = names[int(np.flatnonzero(counts == 0)[0])]
         raise InputError(
-            f"probe: {int((counts == 0).sum())} of {classes} classes have no picture in {train.name} that can be read "
+            f"probe: {int((counts == 0).sum())} of {many} classes have no picture in {train.name} that can be read "
             f"(the first is '{first}'), so they cannot be learned: add some, or leave the classes out"
         )
     largest = int(counts.max())
-    found = []
+    found = ProbeResults()
+    found.model, found.train, found.test = encoder.model.name, train.name, test.name
     for number in shots:
         if number is not None and number > largest:
             raise InputError(f"probe: {number} shots, and no class of {train.name} has more than {largest} pictures")
@@ -189,8 +229,8 @@ def probe(
             else:
                 rows = part = np.concatenate([group[:number] for group in groups])
                 held_out = np.concatenate([group[number : number + min(number, 4)] for group in groups])
-            strength = chosen_strength(features, labels, part, held_out, classes)
-            hits = (fit(features[rows], labels[rows], classes, strength).predict(test_features) == right).astype(float)
+            strength = chosen_strength(features, labels, part, held_out, many)
+            hits = (fit(features[rows], labels[rows], many, strength).predict(test_features) == right).astype(float)
             draws.append(float(hits.mean()))
             strengths.append(strength)
             pictures = len(rows)

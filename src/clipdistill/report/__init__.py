@@ -1,11 +1,18 @@
-"""One self-contained HTML page about some runs, with Markdown and CSV beside it."""
+"""One self-contained HTML page about some runs, with Markdown and CSV beside it.
+
+The package can be called: `clipdistill.report(...)` is the function in report.py.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from clipdistill.errors import InputError
+from clipdistill.registry import callable_package
 from clipdistill.runtime.files import holds_mark, require_place
+
+IMAGES = 1000
+"""Pictures that a report looks at, at most."""
 
 
 def report_place(out: Path | str) -> Path:
@@ -19,3 +26,6 @@ def report_place(out: Path | str) -> Path:
     for path in (out.with_suffix(".md"), out.with_suffix(".csv")):
         require_place(path, "report", () if own else (b"kind,model,role,measure,", b"this report: "))
     return out
+
+
+callable_package(__name__, "clipdistill.report.report:report")

@@ -26,12 +26,10 @@ from clipdistill.errors import InputError
 from clipdistill.evaluate.geometry import geometry
 from clipdistill.evaluate.retrieval import retrieval_ranks
 from clipdistill.models import load_model
+from clipdistill.report import IMAGES
 from clipdistill.report.gallery import thumbnail
 from clipdistill.runs.folder import RunFolder
 from clipdistill.runtime.files import write_json
-
-IMAGES = 1000
-"""Pictures looked at, evenly spread over the set: enough for the geometry, and quick."""
 
 
 @dataclass

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipdistill.errors import InputError
 from clipdistill.registry import REPORT_PARTS
-from clipdistill.report import report_place
+from clipdistill.report import IMAGES, report_place
 from clipdistill.report.context import VERDICTS, Report
 from clipdistill.report.data import ReportedRun, is_export, optional, read_optional, read_runs
 from clipdistill.report.gallery import read_galleries
@@ -22,6 +23,8 @@ from clipdistill.report.tables import ScoreTable, build_table, compare
 from clipdistill.report.text import to_csv
 from clipdistill.report.trade import read_trade
 from clipdistill.report.words import headline
+from clipdistill.runs.folder import STAGES, RunFolder, distinct, run_folders
+from clipdistill.runtime.console import html_page
 from clipdistill.runtime.files import write_text
 from clipdistill.statistics.claims import is_claim, is_measured, judge, read_claims
 from clipdistill.statistics.judge import Verdict
@@ -29,7 +32,7 @@ from clipdistill.statistics.records import Record, read_records
 from clipdistill.statistics.verdicts import evidence
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ReportSummary:
     """Where the three files are, the headline (one sentence a line), what could not be shown, the page's bytes."""
 
@@ -39,6 +42,69 @@ class ReportSummary:
     headline: str
     notices: tuple[str, ...]
     size: int
+
+    def __repr__(self) -> str:
+        written = f"report: {self.html} ({self.size / 1e6:.1f} MB), also {self.markdown.name} and {self.csv.name}"
+        return "\n".join([self.headline, *(f"note: {notice}" for notice in self.notices), "", written])
+
+    def _repr_html_(self) -> str:
+        return html_page(text=repr(self))
+
+
+def report(
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path = "report.html",
+    *,
+    title: str | None = None,
+    claims: str | Path | None = None,
+    look: bool = False,
+    data: str | None = None,
+    split: str | None = None,
+    images: int = IMAGES,
+    device: str | None = None,
+    quiet: bool = False,
+) -> ReportSummary:
+    """One HTML page about run folders and exports, with Markdown and CSV beside it.
+
+    runs: folders of runs, of ablations and of runs in stages, and exports of theirs. out: the page, NAME.html. title:
+    None is made from the methods. claims: judged on the runs; a YAML file, or "published" for those of the papers.
+    look: encode pictures with every model, for a gallery of what each retrieves and the geometry of its embeddings;
+    then data, split: pairs to look at (None: each run's validation set), images: how many of them at most, device:
+    None is the CPU, and quiet: no progress bars.
+
+    Returns a ReportSummary: html, markdown, csv, the headline, notices, the page's size in bytes. Raises InputError for
+    folders that are no runs, broken files, and a place that cannot be written.
+    """
+    notes: list[str] = []
+    given = [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)]
+    exports = [folder for folder in given if is_export(folder)]
+    found = distinct([run for folder in given if folder not in exports for run in _runs_of(folder, notes)])
+    for run in found:
+        if not run.is_dir():
+            raise InputError(f"{run}: no such run folder")
+        RunFolder(run).facts()
+    out = report_place(out)
+    if look:
+        from clipdistill.report.look import look as look_at
+
+        notes += look_at(found, data=data, split=split, images=images, device=device, progress=not quiet)
+    elif unused := [name for name, one in (("data", data), ("split", split), ("device", device)) if one] + (
+        ["images"] if images != IMAGES else []
+    ):
+        raise InputError(f"--{unused[0]} says what --look looks at, or how: give --look as well")
+    return write_report([*found, *exports], out, title=title, claims=claims, notices=notes)
+
+
+def _runs_of(folder: Path, notes: list[str]) -> list[Path]:
+    """The runs that a folder stands for; of one whose list of stages is damaged, those that lie in it."""
+    try:
+        return run_folders(folder)
+    except InputError as error:
+        inside = sorted(path.parent for path in folder.glob("*/run.json"))
+        if not inside or not (folder / STAGES).is_file():
+            raise
+        notes.append(f"{error}; the runs in the folder are shown.")
+        return inside
 
 
 def write_report(

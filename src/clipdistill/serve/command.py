@@ -171,11 +171,22 @@ def make_service(
 
 
 @contextlib.contextmanager
-def in_thread(name: str, limits: ServiceLimits | None = None) -> Iterator[tuple[Service, str, int]]:
-    """A service on a free port of this machine while the block runs, for tests and notebooks: (service, host, port)."""
+def in_thread(
+    name: str,
+    limits: ServiceLimits | None = None,
+    *,
+    host: str = HOST,
+    port: int = 0,
+    names: Sequence[str] = (),
+    threads: int | None = None,
+    device: str | None = "cpu",
+) -> Iterator[tuple[Service, str, int]]:
+    """A service while the block runs, on a free port of this machine: (service, host, port)."""
     require_packages()
-    with listening(HOST, 0) as place:
-        service, server = make_service(name, limits or ServiceLimits(), place, device="cpu")
+    with listening(host, port) as place:
+        service, server = make_service(
+            name, limits or ServiceLimits(), place, names=names, threads=threads, device=device
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
         thread.start()
         while not server.started:

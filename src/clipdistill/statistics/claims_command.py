@@ -13,6 +13,7 @@ from clipdistill.statistics.claims import PUBLISHED, is_measured, judge, read_cl
 from clipdistill.statistics.records import read_records
 from clipdistill.statistics.verdicts import (
     FILE,
+    Verdicts,
     require_verdicts_place,
     verdict_table,
     verdicts_markdown,
@@ -37,18 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Judge, print, write. The exit code is 0 whatever the verdicts are."""
-    if not 0.5 <= arguments.level < 1:
-        raise InputError(f"--level {arguments.level}: give a confidence level from 0.5 to below 1, for example 0.95")
     if arguments.json is not None:
         require_verdicts_place(arguments.json)
-    claims = read_claims(arguments.claims)
-    runs = distinct([folder for path in arguments.runs for folder in run_folders(path)])
-    if not runs:
-        raise InputError(f"{arguments.runs[0]}: a file; give run folders")
-    verdicts = judge(claims, read_records(runs), level=arguments.level)
-    known = [v for v in verdicts if is_measured(v)]
+    verdicts = claims(arguments.claims, arguments.runs, level=arguments.level)
+    known = Verdicts(v for v in verdicts if is_measured(v))
     shown = verdicts if arguments.all else known
-    path = arguments.json or _common(runs) / FILE
+    path = arguments.json or _common(_runs(arguments.runs)) / FILE
     write_verdicts(shown, path, str(arguments.claims))
     if arguments.markdown:
         print(verdicts_markdown(shown))
@@ -59,6 +54,30 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{silent} of {len(verdicts)} claims are about methods or data that these runs do not have (see --all)")
     print(f"verdicts: {path}")
     return 0
+
+
+def claims(
+    claims: str | Path | Sequence[str], runs: str | Path | Sequence[str | Path], *, level: float = 0.95
+) -> Verdicts:
+    """Judge claims by finished runs: supported, contradicted or undecided, each with its evidence.
+
+    claims: a YAML file of claims, "published" for those of the papers, or a list of claims in the language of
+    docs/protocols.md. runs: run folders, or folders of ablations. level: confidence level of the intervals.
+
+    Returns Verdicts, a list: claim, outcome, effect, low, high, p, p_holm, seeds, queries; those of claims about
+    methods or data that the runs do not have are undecided. Raises InputError for claims and folders that are none.
+    """
+    if not 0.5 <= level < 1:
+        raise InputError(f"--level {level}: give a confidence level from 0.5 to below 1, for example 0.95")
+    wanted = read_claims(claims) if isinstance(claims, str | Path) else list(claims)
+    return Verdicts(judge(wanted, read_records(_runs([runs] if isinstance(runs, str | Path) else runs)), level=level))
+
+
+def _runs(folders: Sequence[str | Path]) -> list[Path]:
+    runs = distinct([run for folder in folders for run in run_folders(Path(folder))])
+    if not runs:
+        raise InputError(f"{folders[0]}: a file; give run folders")
+    return runs
 
 
 def _common(runs: Sequence[Path]) -> Path:

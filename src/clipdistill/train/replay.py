@@ -18,6 +18,7 @@ from clipdistill.config import build
 from clipdistill.data.loader import Batch
 from clipdistill.errors import InputError
 from clipdistill.runs.folder import RECIPE, RunFolder
+from clipdistill.runtime.console import html_page
 from clipdistill.runtime.files import read_json
 from clipdistill.runtime.machine import pick_device
 from clipdistill.train.capture import CAPTURED, STATE, captured_steps
@@ -50,7 +51,7 @@ class Finding:
         return f"{self.what:<44} NOT FINITE: {self.bad} of {self.total} numbers{rows}"
 
 
-@dataclass
+@dataclass(repr=False)
 class Replay:
     """What running a step again found, in the order of its making; `first` is where it begins."""
 
@@ -62,12 +63,25 @@ class Replay:
     def first(self) -> Finding | None:
         return next((finding for finding in self.findings if finding.bad), None)
 
+    def __repr__(self) -> str:
+        return "\n".join([f"step {self.step}", *(f"  {finding}" for finding in self.findings), self.advice])
 
-def replay(folder: Path, step: int | None = None, *, device: str | None = None, say: Say = lambda _: None) -> Replay:
-    """Run the captured step `step` (default: the newest) of the run in `folder` again; `say` gets each line.
+    def _repr_html_(self) -> str:
+        return html_page(text=repr(self))
 
-    Raises InputError when there is no such run or step, or the data no longer gives the samples of that step.
+
+def replay(
+    folder: str | Path, step: int | None = None, *, device: str | None = None, say: Say = lambda _: None
+) -> Replay:
+    """Run a captured step again and find where the first value that is not finite was made.
+
+    folder: of a run that skipped a step. step: which (None: the newest). device: None is the run's. say: gets each line
+    as it is found.
+
+    Returns a Replay: findings in the order of their making, first, advice. Raises InputError when there is no such run
+    or step, or the data no longer gives the samples of that step.
     """
+    folder = Path(folder)
     config = _config(folder, device)
     step = _captured(folder, step)
     records = _records(folder, step)

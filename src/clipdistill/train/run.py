@@ -74,20 +74,12 @@ def distill(
 ) -> Run:
     """Train a student as `config` says, evaluate it and write everything to `config.out`.
 
-    `config` is a RunConfig, or a mapping with the key `recipe` and the settings to lay over it (as in a recipe file).
-
-    A folder that holds an interrupted run of the same configuration is continued from its newest complete checkpoint;
-    a finished one is returned as it is. `allow_changes` lets other settings, data or teachers through, and records
-    them. `explain` stops after the pre-flight and prints the objective with its initial magnitudes and the settings.
-    callbacks: objects with methods of `Callback`, or registered names (see clipdistill.train.callbacks).
-    sources: data and teacher shared with other runs of this process; show: makes the progress display from
-    (name, steps, first step, shown). quiet: no progress on the terminal.
-
-    Returns the Run: folder, status, steps, student (for `load_student`), scores in fractions with intervals.
-    Raises InputError for unusable input or a changed configuration, Preempted after a stop signal.
+    As `cd.distill` (api.py), for one run, with sources: data and teacher shared with other runs of this process; show:
+    makes the progress display from (name, steps, first step, shown). Raises InputError for unusable input or a changed
+    configuration, Preempted after a stop signal.
     """
     if not isinstance(config, RunConfig):
-        config = _from_mapping(config)
+        config = from_mapping(config)
     device = pick_device(config.device)
     config = with_precision(config, device)
     if config.train.deterministic:
@@ -178,7 +170,8 @@ def _newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return checkpoint, rejected
 
 
-def _from_mapping(settings: Mapping[str, Any]) -> RunConfig:
+def from_mapping(settings: Mapping[str, Any]) -> RunConfig:
+    """The configuration of a run from the key `recipe`, perhaps `size`, and settings as in a recipe file."""
     rest = {key: value for key, value in settings.items() if key not in ("recipe", "size")}
     if "recipe" not in settings:
         raise InputError("distill: the key 'recipe' is missing, for example  recipe='clip-rd'")

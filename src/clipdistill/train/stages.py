@@ -100,7 +100,12 @@ def _with_previous(stage: dict[str, Any], previous: Path | None, where: str) -> 
 
 
 def distill_stages(
-    configs: Sequence[RunConfig], *, allow_changes: bool = False, explain: bool = False, quiet: bool = False
+    configs: Sequence[RunConfig],
+    *,
+    allow_changes: bool = False,
+    explain: bool = False,
+    quiet: bool = False,
+    callbacks: Sequence[Any] = (),
 ) -> list[Run]:
     """Run the stages one after the other; finished ones are passed over, an interrupted one is continued.
 
@@ -116,7 +121,7 @@ def distill_stages(
         if explain and (config.out / STUDENT).is_dir():
             continue
         try:
-            runs.append(distill(config, allow_changes=allow_changes, explain=explain, quiet=quiet))
+            runs.append(distill(config, allow_changes=allow_changes, explain=explain, quiet=quiet, callbacks=callbacks))
         except ClipdistillError as error:
             if not explain and config.out.is_dir():
                 _write_list(out, configs, "stopped" if isinstance(error, Preempted) else "failed")

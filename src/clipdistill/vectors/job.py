@@ -27,6 +27,7 @@ from clipdistill.embed.encode import Encoder, open_encoder
 from clipdistill.embed.names import on_cluster
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.runtime.console import html_page
 from clipdistill.runtime.files import digest_of, make_folder, new_file, read_json, require_place, sha256, write_json
 from clipdistill.runtime.locks import FolderLock
 from clipdistill.runtime.progress import Meter
@@ -39,7 +40,7 @@ _OURS = ("part-", ".part-", "identity.json", ".identity.json", "lock", ".lock")
 _ASSEMBLING = "part-s are being put together"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EmbedReport:
     """What `embed` wrote: the file, its rows and their width, (key, reason) of pictures left out, texts that were cut,
     and whether nothing was left to do."""
@@ -51,6 +52,16 @@ class EmbedReport:
     truncated: int = 0
     seconds: float = 0.0
     known: bool = False
+
+    def __repr__(self) -> str:
+        left_out = f"; {len(self.left_out)} left out, the first: {self.left_out[0][0]}" if self.left_out else ""
+        return (
+            f"{self.path}: {self.rows:,} rows of {self.width} numbers in {self.seconds:.1f} s; "
+            f"{self.truncated} texts cut{left_out}{' (was finished before)' if self.known else ''}"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_page(text=repr(self))
 
 
 class TextList:
