@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, within 8 minutes on one: tests, training, cache, the objective's table.
+"""Everything that needs a GPU, within 8 minutes on one: tests, recipes, training, cache, the objective's table.
 
     python benchmarks/gpu.py --json docs/performance/gpu.json      # or: make test-gpu
     python benchmarks/gpu.py --device cpu --small                  # the same calls with tiny sizes: do they run?
@@ -22,28 +22,62 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ("clip", "clip-kd", "clip-kd-gd", "clip-kd-afd", "clip-rd", "tinyclip", "dclip", "open_clip", "siglip")
-LIMITS = {"tests": 90, "recipes": 100, "steps": 140, "cache": 60, "ranks": 40, "objective": 100}
-"""Seconds of each part."""
+WAYS = (
+    "objective.engine=dense", "objective.engine=tiled", "train.precision=fp32", "train.precision=bf16",
+    "train.precision=fp16", "train.compile=true", "train.compile=false", "train.grad_checkpointing=true",
+)  # fmt: skip
+"""Settings with which CLIP-RD is trained besides."""
+LIMITS = {"tests": 70, "recipes": 110, "steps": 110, "trainer": 50, "cache": 40, "ranks": 30, "objective": 70}
+"""Seconds of each part, 8 minutes together."""
+
+
+def cases(small: bool) -> list[tuple[str, tuple[str, ...]]]:
+    """Every recipe that is one run, and CLIP-RD in every way; the recipe and the settings of each."""
+    from clipdistill.recipes import load_recipe, recipe_names
+
+    single = [name for name in recipe_names() if "stages" not in load_recipe(name)]
+    return [(name, ()) for name in (("clip", "clipdistill") if small else single)] + [("clip-rd", (w,)) for w in WAYS]
 
 
 def recipes(device: str, small: bool) -> Iterator[dict[str, Any]]:
-    """Every recipe for a few steps, and one of them with each engine, precision, and compiled."""
+    """Each of `cases` for a few steps; one that fails is a row that says so."""
+    import clipdistill as cd
+    from clipdistill.recipes import load_recipe
     from clipdistill.train.config import resolve
     from clipdistill.train.run import distill
 
-    cases = [(recipe, ()) for recipe in RECIPES[: 2 if small else None]]
-    for setting in ("objective.engine=dense", "objective.engine=tiled", "train.precision=bf16", "train.compile=true"):
-        cases.append(("clip-rd", (setting,)))
-    for recipe, assignments in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            config = resolve(
-                recipe, {"out": f"{folder}/run", "device": device}, size="debug", assignments=list(assignments)
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        debug = load_recipe("clip-rd", "debug")
+        cd.cache(debug["teacher"], debug["data"], f"{folder}/cache", device=device, quiet=True)
+        for number, (recipe, assignments) in enumerate(cases(small)):
+            given = {"out": f"{folder}/{number}", "device": device}
+            if any(term.startswith("bank_") for term in load_recipe(recipe)["objective"]["weights"]):
+                given["teacher"] = f"cache:{folder}/cache"
             began = time.perf_counter()
-            run = distill(config, quiet=True)
-            name = " ".join((recipe, *assignments))
-            yield {"what": name, "value": time.perf_counter() - began, "unit": "s", "note": run.status}
+            try:
+                status = distill(resolve(recipe, given, size="debug", assignments=list(assignments)), quiet=True).status
+            except Exception as error:
+                status = f"FAILED: {' '.join(str(error).split())[:150]}"
+            seconds = time.perf_counter() - began
+            yield {"what": " ".join((recipe, *assignments)), "value": seconds, "unit": "s", "note": status}
+
+
+def trainer(device: str, small: bool) -> Iterator[dict[str, Any]]:
+    """Whole runs of open_clip's own trainer and of `clipdistill train` on the same files, by benchmarks/train.py."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import train
+    from clipdistill.data.open import open_pairs
+
+    student, batch, count = ("TinyCLIP-ViT-8M-16-Text-3M", 4, 3) if small else ("ViT-T-16", 256, 8)
+    told = argparse.Namespace(device=device, batch=batch, steps=count, rounds=1, compile=False)
+    told.threads = min(os.cpu_count() or 1, 8)
+    with tempfile.TemporaryDirectory() as folder:
+        source = open_pairs(f"scenes:train?size={batch * count}&pixels=96")
+        pairs = train.write_pairs(source, batch * count, Path(folder))
+        found = train.runs(told, student, pairs, "fp32" if small else "bf16", Path(folder), "default")
+    for name in ("open_clip", "clipdistill"):
+        note = "pictures decoded by one process; the first step left out"
+        yield {"what": f"{name}'s trainer, batch {batch:,}", "value": found[name], "unit": "pairs/s", "note": note}
 
 
 def steps(device: str, small: bool) -> Iterator[dict[str, Any]]:
@@ -199,6 +233,8 @@ def measure(part: str, device: str, small: bool) -> list[dict[str, Any]]:
                     what = f"objective, {form}, N = {row['n']:,}"
                     rows.append({"what": what, "value": found["seconds"], "unit": "s", "note": note})
     summary = "passed" if code == 0 else f"FAILED ({code}): {said[:200]}"
+    if failed := sum(str(row["note"]).startswith("FAILED") for row in rows):
+        summary = f"FAILED: {failed} of {len(rows)}"
     if part == "tests" and code == 0:
         summary = output.strip().splitlines()[-1]
     return [*rows, {"what": f"{part}: whole", "value": time.perf_counter() - began, "unit": "s", "note": summary}]
@@ -210,10 +246,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     parser.add_argument("--parts", default=",".join(LIMITS), help="comma-separated")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--part", choices=("recipes", "steps", "cache"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=("recipes", "steps", "trainer", "cache"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        for row in {"recipes": recipes, "steps": steps, "cache": cache}[options.part](options.device, options.small):
+        part = {"recipes": recipes, "steps": steps, "trainer": trainer, "cache": cache}[options.part]
+        for row in part(options.device, options.small):
             print(json.dumps(row), flush=True)
         return
     import torch

@@ -174,7 +174,7 @@ def theirs(arguments: Any, name: str, pairs: Path, precision: str, folder: Path)
     told = run(
         [
             sys.executable, "-c", start + "main(sys.argv[1:])", str(arguments.threads), str(configs),
-            "--train-data", str(pairs), "--dataset-type", "csv", "--model", name, "--device", "cpu",
+            "--train-data", str(pairs), "--dataset-type", "csv", "--model", name, "--device", arguments.device,
             "--batch-size", str(arguments.batch), "--epochs", "1", "--workers", "0", "--warmup", "1", "--lr", "1e-5",
             "--precision", "fp32" if precision == "fp32" else "amp_bf16", "--log-every-n-steps", "1",
             "--save-frequency", "0", "--logs", str(folder / "theirs"), "--name", f"{time.time_ns()}",
@@ -193,7 +193,7 @@ def ours(
     clipdistill(
         arguments,
         "train", *recipe, "--data", str(pairs), "--student", name, "--out", str(out),
-        "--device", "cpu", "--quiet", f"train.batch_size={arguments.batch}", "train.epochs=null",
+        "--device", arguments.device, "--quiet", f"train.batch_size={arguments.batch}", "train.epochs=null",
         f"train.steps={arguments.steps}", "train.log_every=1", f"train.precision={precision}",
         "preflight.enabled=false", f"train.attention={attention}", "train.cache_samples=0",
         f"train.compile={str(arguments.compile).lower()}",
@@ -214,7 +214,7 @@ def cached_teacher(arguments: Any, pairs: Path, folder: Path) -> Path:
     out = folder / "cache"
     clipdistill(
         arguments, "cache", "--teacher", str(folder / "teacher"), "--data", str(pairs), "--out", str(out),
-        "--device", "cpu", "--quiet",
+        "--device", arguments.device, "--quiet",
     )  # fmt: skip
     return out
 
@@ -318,6 +318,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--curve-steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="of runs and rd")
     parser.add_argument("--compile", action="store_true", help="compiled towers too (minutes more)")
     parser.add_argument("--only", default=ONLY, help="some of runs, rd, curves, parts")
     parser.add_argument("--quick", action="store_true", help="one round of 4 steps, at most 9 minutes on two cores")

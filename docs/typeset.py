@@ -1,4 +1,5 @@
-"""Formulas of the built site as MathML, which browsers set by themselves: no script, no font, no third party.
+"""Formulas of the built site as MathML, which browsers set by themselves: no script, no font, no third party. And no
+link from the site to files that are in the repository alone.
 
     python docs/typeset.py site        # after `zensical build`
 
@@ -197,8 +198,29 @@ def page(source: str) -> str:
     return re.sub(r"<code>([^<]*)</code>", code, source)
 
 
+_LINK = re.compile(r'<a\s[^>]*?href="(?P<to>\.\.?/[^"#?]*)[^"]*"[^>]*>(?P<text>.*?)</a>', re.DOTALL)
+
+
+def inside(markup: str, folder: Path, site: Path) -> str:
+    """A page of `folder` without the links to files of the repository that are not in the site: their text stays, with
+    the file's name where a pointer rests on it."""
+
+    def kept(match: re.Match[str]) -> str:
+        target = (folder / match["to"]).resolve()
+        if target.is_relative_to(site.resolve()) and target.exists():
+            return match[0]
+        name = "/".join(part for part in match["to"].split("/") if part not in (".", ".."))
+        return f'<span title="{name} in the sources">{match["text"]}</span>'
+
+    return _LINK.sub(kept, markup)
+
+
 def main(arguments: list[str]) -> int:
     site = Path(arguments[0] if arguments else "site")
+    for file in sorted(site.rglob("index.html")):
+        before = file.read_text(encoding="utf-8")
+        if (after := inside(before, file.parent, site)) != before:
+            file.write_text(after, encoding="utf-8")
     for name in PAGES:
         file = site / name / "index.html"
         before = file.read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +87,16 @@ def test_only_formulas_of_a_page_change() -> None:
         assert kept in made
     assert "<td>loss: <math>" in made
     assert '<div class="formula"><p><math>' in made
+
+
+def test_links_to_files_of_the_repository_alone_become_text(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    (site / "data").mkdir(parents=True)
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "own.py").write_text("")
+    kept = '<a href="./data/">Data</a> <a class="x" href="https://example.org/">far</a> <a href="#here">here</a>'
+    lost = '<a href="../examples/own.py">one</a> <a href="../../tests/test_a.py#x"><code>two</code></a>'
+    assert typeset.inside(f"{kept} {lost}", site, site) == (
+        f'{kept} <span title="examples/own.py in the sources">one</span> '
+        '<span title="tests/test_a.py in the sources"><code>two</code></span>'
+    )
