@@ -11,6 +11,7 @@ from typing import Any
 from clipdistill.data.captions import clean
 from clipdistill.embed.prepare import sample_digest
 from clipdistill.errors import InputError
+from clipdistill.runtime.files import read_text
 
 _COLUMNS = ("captions", "caption", "synthetic", "text")
 
@@ -33,10 +34,7 @@ def _entries(path: Path) -> Iterable[tuple[str, list[str]]]:
     if path.suffix.lower() in (".parquet", ".pq"):
         yield from _from_parquet(path)
         return
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as text ({error})") from error
+    text = read_text(path)
     try:
         values = json.loads(text)
     except ValueError:

@@ -25,6 +25,7 @@ from clipdistill.data.images import MAX_PIXELS
 from clipdistill.data.pairs import Strings
 from clipdistill.data.problems import BadSample, Problems, valid_text
 from clipdistill.errors import InputError
+from clipdistill.runtime.files import read_text
 
 __all__ = ["BadSample", "LabelledConfig", "LabelledSource", "Naming", "OwnNames", "read_class_file"]
 
@@ -176,10 +177,7 @@ def _read_class_file(path: Path, wnids: bool) -> list[str] | dict[str, str]:
     if not path.is_file():
         raise InputError(f"class names '{path}': no such file")
     if path.suffix.lower() != ".json":
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"class names '{path}': not readable as text ({error})") from error
+        lines = read_text(path, f"class names '{path}'").splitlines()
         while lines and not lines[-1].strip():
             lines.pop()
         blank = next((number for number, line in enumerate(lines, start=1) if not line.strip()), None)

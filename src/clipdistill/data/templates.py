@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clipdistill.data.class_names import OWN_TEMPLATES
 from clipdistill.errors import InputError, nearest
+from clipdistill.runtime.files import read_text
 
 TEMPLATE_SETS = ("imagenet", "simple", *OWN_TEMPLATES)
 
@@ -77,10 +78,6 @@ def _read(path: Path, entry: str | None) -> tuple[str, ...]:
         if not isinstance(content, list):
             raise InputError(f"{path}: expected a list of templates")
         return check_templates(content, str(path))
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"prompt templates '{path}': no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompt templates '{path}': not readable as text ({error})") from error
-    return check_templates(lines, str(path))
+    if not path.exists():
+        raise InputError(f"prompt templates '{path}': no such file")
+    return check_templates(read_text(path, f"prompt templates '{path}'").splitlines(), str(path))

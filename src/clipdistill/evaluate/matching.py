@@ -29,6 +29,7 @@ from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError, nearest
 from clipdistill.evaluate.evaluate import with_intervals
 from clipdistill.evaluate.tiles import TIE_TOLERANCE
+from clipdistill.runtime.files import read_text
 from clipdistill.statistics.protocol import Protocol, describe_transform, digest
 from clipdistill.statistics.scores import Queries, Scores
 
@@ -223,11 +224,7 @@ def _winoground(file: Path, images: str | None) -> MatchingSource:
     rows: list[tuple[int, ...]] = []
     captions: list[tuple[str, str]] = []
     names: list[str] = []
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not readable as text ({error})") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{file}, line {number}"

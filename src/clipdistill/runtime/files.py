@@ -325,6 +325,16 @@ def parse_json(content: bytes, where: str, hint: str = "") -> Any:
         raise InputError(f"{where}: not readable as JSON: {error}{_after(hint)}") from error
 
 
+def read_text(path: Path, where: str | None = None, *, errors: str = "strict") -> str:
+    """A UTF-8 file's text, lines ended by one sign. Raises InputError beginning with `where` (None: the path)."""
+    try:
+        return path.read_bytes().decode("utf-8-sig", errors).replace("\r\n", "\n").replace("\r", "\n")
+    except OSError as error:
+        raise InputError(f"{where or path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where or path}: not readable as text ({error})") from error
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from clipdistill.data.files import data_path, is_remote
 from clipdistill.embed.names import add_engine, on_cluster
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
-from clipdistill.runtime.files import is_inside
+from clipdistill.runtime.files import is_inside, read_text
 from clipdistill.vectors.files import require_suffix
 
 if TYPE_CHECKING:
@@ -151,12 +150,7 @@ def embed_to_file(
 
 def _lines(path: Path) -> list[str]:
     """The texts of a file, one a line; blank lines are an error, since rows would no longer be lines."""
-    try:
-        lines = re.split(r"\r\n?|\n", path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not text in UTF-8 (byte {error.start})") from error
+    lines = read_text(path).split("\n")
     if not lines[-1]:
         lines.pop()  # behind the last line's end
     if not lines:

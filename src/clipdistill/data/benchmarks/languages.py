@@ -19,6 +19,7 @@ from clipdistill.data.formats import Format, Place
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import Problems
 from clipdistill.errors import InputError, nearest
+from clipdistill.runtime.files import read_text
 
 _NAMES = "test_image_names.txt"
 _CAPTIONS = re.compile(r"test_1kcaptions_(\w+)\.txt")
@@ -53,11 +54,8 @@ def _caption_files(names: Path) -> dict[str, Path]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        return text.removesuffix("\n").split("\n") if text else []  # splitlines knows more ends of lines
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    text = read_text(path, errors="surrogateescape")
+    return text.removesuffix("\n").split("\n") if text else []  # splitlines knows more ends of lines
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from clipdistill.data.labelled import LabelledConfig, LabelledSource, read_class
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.templates import check_templates
 from clipdistill.errors import InputError, nearest
+from clipdistill.runtime.files import read_text
 
 _CLASSES, _TEMPLATES, _TYPE, _COUNT = (
     "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt", "nshards.txt",
@@ -39,14 +40,7 @@ def is_retrieval(folder: Path) -> bool:
 
 
 def _kind(folder: Path) -> str:
-    return _text(folder / _TYPE).strip().lower() if (folder / _TYPE).is_file() else "classification"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as text ({error})") from error
+    return read_text(folder / _TYPE).strip().lower() if (folder / _TYPE).is_file() else "classification"
 
 
 def _shards(folder: Path, asked: str | None) -> tuple[Place, str]:
@@ -55,7 +49,7 @@ def _shards(folder: Path, asked: str | None) -> tuple[Place, str]:
     split = asked or there[0]
     if split not in there:
         raise InputError(f"'{folder}' has no split '{split}'{nearest(split, there)}")
-    counted = _text(folder / split / _COUNT).strip()
+    counted = read_text(folder / split / _COUNT).strip()
     if not counted.isdecimal() or not 0 < int(counted) < 1_000_000:
         raise InputError(f"{folder / split / _COUNT}: {counted[:20]!r} is no number of shards")
     last = int(counted) - 1
@@ -82,7 +76,7 @@ def open_classes(place: Place, config: LabelledConfig) -> LabelledSource:
     source = open_class_tars(shards, config, several=kind == "multilabel")
     source.name = f"{_name(folder)}/{split}"
     if (folder / _TEMPLATES).is_file():
-        source.templates = check_templates(_text(folder / _TEMPLATES).splitlines(), str(folder / _TEMPLATES))
+        source.templates = check_templates(read_text(folder / _TEMPLATES).splitlines(), str(folder / _TEMPLATES))
     elif source.known:
         source.templates = KNOWN_SETS[source.known].templates
     return source

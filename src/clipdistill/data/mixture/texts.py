@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 
 from clipdistill.data.captions import clean_all
@@ -11,7 +10,7 @@ from clipdistill.data.files import IMAGE_SUFFIXES, nothing_usable, refuse_split
 from clipdistill.data.formats import Place
 from clipdistill.data.pairs import DataConfig, IndexedPairs
 from clipdistill.data.problems import BadSample, Problems
-from clipdistill.errors import InputError
+from clipdistill.runtime.files import read_text
 
 SUFFIXES = (".txt", ".tsv")
 
@@ -36,12 +35,7 @@ def open_texts(config: DataConfig) -> Texts | None:
     path, tabs = place.path, place.path.suffix.lower() == ".tsv"
     if path.suffix.lower() not in SUFFIXES or not place.head.strip():
         return None
-    try:
-        lines = re.split(r"\r\n?|\n", path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not text in UTF-8 (byte {error.start})") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    lines = read_text(path).split("\n")
     rows = [line.split("\t") if tabs else [line] for line in lines]
     columns = Counter(len(cells) for cells in rows if any(cell.strip() for cell in cells)).most_common(1)[0][0]
     if any(os.path.splitext(cell.strip())[1].lower() in IMAGE_SUFFIXES for row in rows[:2] for cell in row):  # noqa: PTH122
