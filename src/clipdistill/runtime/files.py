@@ -332,7 +332,7 @@ def read_text(path: Path, where: str | None = None, *, errors: str = "strict") -
     except OSError as error:
         raise InputError(f"{where or path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{where or path}: not readable as text ({error})") from error
+        raise InputError(f"{where or path}: is not text in UTF-8 (byte {error.start})") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
