@@ -174,7 +174,7 @@ def _losses(out):
     return [{"total": line["total"], **line["terms"]} for line in read_rows(out / "log.jsonl")]
 
 
-@pytest.mark.parametrize("settings", [[], ["train.bank_samples=5", "train.teacher_targets=pca"]])
+@pytest.mark.parametrize("settings", [["train.bank_samples=5", "train.teacher_targets=pca"]])
 def test_a_stopped_run_goes_on_to_the_bit(tmp_path, store, student, settings, monkeypatch, capsys):
     name = f"cache:{store.folder}"
     distill(_config(tmp_path / "whole", name, student, *settings), quiet=True)

@@ -149,9 +149,9 @@ def test_an_interrupted_call_does_not_make_a_round() -> None:
 @pytest.mark.parametrize("count", [6, 9, 10, 13, 20])
 def test_the_median_interval_covers(count: int) -> None:
     rng = np.random.default_rng(count)
-    samples = rng.exponential(size=(4000, count))
+    samples = rng.exponential(size=(800, count))
     inside = sum(low <= np.log(2) <= high for _, low, high in map(median_interval, samples))
-    nominal = stats.binom(4000, 0.95)
+    nominal = stats.binom(800, 0.95)
     assert inside >= nominal.ppf(0.001)
     tighter = np.sort(samples, axis=1)  # one value further in would not cover
     value, low, high = median_interval(samples[0])

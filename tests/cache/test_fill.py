@@ -328,6 +328,7 @@ def test_block_sizes(samples, bytes_each, expected):
     assert create.block_size(samples, bytes_each) == expected
 
 
+@pytest.mark.slow
 def test_a_fill_keeps_the_engine_it_began_with(tmp_path, teacher):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -62,6 +62,7 @@ def test_every_engine_gives_the_rows_of_torch(engine, dtype, packages, model, sq
     assert (query[0] * plain.text[plain.captions.index("a red square number 1")]).sum() >= LEAST_COSINE[dtype]
 
 
+@pytest.mark.slow
 def test_scores_say_what_ran_the_towers(model, squares):
     _needs("onnxruntime", "onnxscript")
     plain, found = (

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
 
-from tests.examples.test_own_student import run
+from tests.reliability.support import Launcher
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_data.py"
 ANOTHER = """
@@ -22,6 +25,14 @@ for flags in (own_data.Flags(0, 64), own_data.Flags(5, 64)):
     except cd.errors.InputError as error:
         print(f"refused: {error}")
 """
+
+
+def run(folder: Path, program: str) -> str:
+    """A program in a process of its own; what it printed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, program], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def test_data_from_a_file_outside_the_package(tmp_path: Path) -> None:
@@ -38,9 +49,9 @@ def test_data_from_a_file_outside_the_package(tmp_path: Path) -> None:
     assert "data" in said.split("refused: ")[1]
 
 
-def test_a_format_of_ones_own_from_the_shell(tmp_path: Path) -> None:
+def test_a_format_of_ones_own_from_the_shell(tmp_path: Path, launcher: Launcher) -> None:
     shutil.copy(EXAMPLE, tmp_path)
-    command = ("-m", "clipdistill.cli", "train", "--plugin", "own_data.py", "--recipe", "clip-rd", "--size", "debug")
-    run(tmp_path, *command, "--data", "flags:train", "--validation", "flags:val", "--out", "run", "train.steps=2")
+    command = ("train", "--plugin", "own_data.py", "--recipe", "clip-rd", "--size", "debug", "--data", "flags:train")
+    launcher.start(*command, "--validation", "flags:val", "--out", "run", "train.steps=2", folder=tmp_path).finish()
     told = json.loads((tmp_path / "run/run.json").read_text())
     assert "flags" in json.dumps(told)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from clipdistill.objective import Embeddings, Objective, Term, register_term
 from clipdistill.registry import TERMS, load_plugin
 from tests.conftest import REPOSITORY
 from tests.objective.plain import kl, random_embeddings, unit
+from tests.reliability.support import Launcher
 
 WEIGHTS = {"task": 1.0, "relations": 2.0, "huber": 10.0}
 RECIPE = """
@@ -46,11 +46,11 @@ def forgotten():
         TERMS._forget(TERMS.origin(name) or "")
 
 
-def command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    whole = ["train", "--plugin", "own_loss.py", "--recipe", "mine.yaml", "--size", "debug", *arguments]
-    return subprocess.run(
-        [sys.executable, "-m", "clipdistill.cli", *whole], cwd=folder, capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def command(plugin: Path, launcher: Launcher) -> Callable[..., str]:
+    """Run `clipdistill train` with the example in its folder; what it said, where it ended with `code`."""
+    whole = ["train", "--plugin", "own_loss.py", "--recipe", "mine.yaml", "--size", "debug"]
+    return lambda *words, code=0: launcher.start(*whole, *words, folder=plugin.parent).finish(code)
 
 
 def test_the_example_is_short_and_explained() -> None:
@@ -58,19 +58,16 @@ def test_the_example_is_short_and_explained() -> None:
     assert len(text.splitlines()) < 60
 
 
-def test_a_run_trains_with_it_and_explain_shows_it(plugin: Path) -> None:
-    shown = command(plugin.parent, "--out", "run", "--explain")
-    assert shown.returncode == 0, shown.stderr
+def test_a_run_trains_with_it_and_explain_shows_it(plugin: Path, command: Callable[..., str]) -> None:
+    shown = command("--out", "run", "--explain")
     for part in ("KL(u u^T / 0.1 || A0 A0^T / 0.1)", "relations_of=both (images or texts or both)", "own_loss.py"):
-        assert part in " ".join(shown.stderr.split()), part
-    done = command(plugin.parent, "--out", "run", "train.steps=2")
-    assert done.returncode == 0, done.stderr
+        assert part in " ".join(shown.split()), part
+    command("--out", "run", "train.steps=2")
     assert (plugin.parent / "run" / "student" / "model.safetensors").is_file()
-    wrong = command(plugin.parent, "--out", "other", "objective.relations_of=pixels")
-    assert wrong.returncode == 2
-    assert "objective.relations_of" in wrong.stderr
-    misspelt = command(plugin.parent, "--out", "other", "objective.relation_of=both")
-    assert "did you mean 'relations_of'" in misspelt.stderr
+    wrong = command("--out", "other", "objective.relations_of=pixels", code=2)
+    assert "objective.relations_of" in wrong
+    misspelt = command("--out", "other", "objective.relation_of=both", code=2)
+    assert "did you mean 'relations_of'" in misspelt
 
 
 @pytest.mark.parametrize("engine", ["dense", "tiled"])

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.reliability.support import Launcher
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_student.py"
 CHECK = """
 import sys, torch
@@ -26,25 +28,17 @@ assert torch.allclose(module.encode_image(images), exported.encode_image(images)
 """
 
 
-def run(folder: Path, *words: str) -> str:
-    """One command in a process of its own; what it printed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def test_a_student_from_a_file_outside_the_package(tmp_path: Path, launcher: Launcher) -> None:
+    def run(*words: str) -> str:
+        return launcher.start(*words, folder=tmp_path, environment={"HF_HUB_OFFLINE": "1"}).finish()
 
-
-def test_a_student_from_a_file_outside_the_package(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     shutil.copy(EXAMPLE, tmp_path)
     assert len(EXAMPLE.read_text().splitlines()) < 60
-    command = ("-m", "clipdistill.cli")
     plugin = ("--plugin", "own_student.py")
-    train = (*command, "train", *plugin, "--student", "patches", "--recipe", "clip-rd", "--size", "debug",
+    train = ("train", *plugin, "--student", "patches", "--recipe", "clip-rd", "--size", "debug",
              "--out", "run", "train.batch_size=8", "data.size=32", "validation.size=16")  # fmt: skip
-    run(tmp_path, *train, "train.steps=2", "train.checkpoint_every=1")
+    run(*train, "train.steps=2", "train.checkpoint_every=1")
     described = json.loads((tmp_path / "run/student/model.json").read_text())
     assert described["architecture"] | {"module": ""} == {
         "module": "",
@@ -52,11 +46,11 @@ def test_a_student_from_a_file_outside_the_package(tmp_path: Path) -> None:
         "plugin": "own_student.py",
     }
     # again, from the checkpoint of step 2
-    said = run(tmp_path, *train, "train.steps=3", "train.checkpoint_every=1", "--allow-changes")
+    said = run(*train, "train.steps=3", "train.checkpoint_every=1", "--allow-changes")
     assert "from step 2" in said
-    scores = run(
-        tmp_path, *command, "eval", *plugin, "run", "--data", "scenes:val?size=16", "--quiet", "--device", "cpu"
-    )
+    scores = run("eval", *plugin, "run", "--data", "scenes:val?size=16", "--quiet", "--device", "cpu")
     assert "R@1" in scores
-    run(tmp_path, *command, "export", *plugin, "run", "--to", "onnx", "--out", "exported")
-    run(tmp_path, "-c", CHECK)
+    run("export", *plugin, "run", "--to", "onnx", "--out", "exported")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", CHECK], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

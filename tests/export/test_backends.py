@@ -22,6 +22,7 @@ def model():
     return build_student(ARCHITECTURE, seed=0, tokenizer=build_words_tokenizer(["a photo of cats on a red sofa"], 12))
 
 
+@pytest.mark.slow
 def test_onnx_runs_in_both_formats_beside_eager(model):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -36,8 +36,14 @@ def clip_model(**changes):
     return build_student(architecture, seed=3, tokenizer=ClipBpeTokenizer(12))
 
 
-@pytest.mark.parametrize("to", ["open_clip", "hf"])
-@pytest.mark.parametrize("words", [True, False], ids=["words", "clip-bpe"])
+@pytest.mark.parametrize(
+    ("to", "words"),
+    [
+        ("open_clip", True),
+        ("hf", False),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (("open_clip", False), ("hf", True))),
+    ],
+)
 def test_there_and_back(to, words, tiny, images, tmp_path):
     if to == "hf" or words:
         pytest.importorskip("transformers")
@@ -122,7 +128,7 @@ def test_files_are_what_the_libraries_expect(tiny, tmp_path):
         "config.json", "model.safetensors", "modules.json", "preprocessor_config.json", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
-    assert graphs == {f"{t}_model{k}.onnx" for t in ("text", "vision") for k in ("", "_fp16", "_quantized")} or (
+    assert graphs == {f"{t}model{k}.onnx" for t in ("text_", "vision_", "") for k in ("", "_fp16", "_quantized")} or (
         importlib.util.find_spec("onnx") is None and not graphs
     )
 

@@ -37,6 +37,7 @@ FORMS = {
     "openvino": ("openvino", "openvino", []),
     "int8": ("onnx", "onnx", ["--int8", "--data", "scenes:val?size=16", "--budget", "100"]),
 }
+GATE = {("onnx", "files"), ("int8", "clip")}
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,10 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("pair", ["files", "clip"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "pair"),
+    [pytest.param(f, p, marks=() if (f, p) in GATE else pytest.mark.slow) for f in FORMS for p in ("files", "clip")],
+)
 def test_an_export_runs_without_the_libraries_of_its_towers(form, pair, towers, photographs, tmp_path):
     to, runtime, options = FORMS[form]
     for package in ("onnxruntime", "onnxscript") if to == "onnx" else ("openvino",):

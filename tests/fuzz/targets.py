@@ -289,9 +289,8 @@ def run_index(data: bytes, folder: Path) -> None:
     for name in rng.sample(sorted(arrays), rng.randrange(1, 3)):
         array = np.array(arrays[name])
         if array.dtype.kind in "iu" and array.size:
-            array.flat[rng.randrange(array.size)] = rng.choice((0, 1, 127, 99)) if array.dtype == np.uint8 else (
-                rng.choice((-1, 0, 3, 1 << 20, 1 << 40, (1 << 63) - 1, -(1 << 63)))
-            )  # fmt: skip
+            value = rng.choice((-1, 0, 1, 3, 99, 127, 1 << 20, 1 << 40, (1 << 63) - 1, -(1 << 63)))
+            array.flat[rng.randrange(array.size)] = np.int64(value).astype(array.dtype)  # its low bits
         arrays[name] = array[: rng.randrange(array.size + 1)] if array.ndim and rng.random() < 0.3 else array
     if rng.random() < 0.3:
         arrays["problems"] = np.array(data.decode("utf-8", "replace"))

@@ -57,13 +57,18 @@ class Launcher:
         return json.loads(self.process.stdout.readline())
 
     def start(
-        self, *arguments: object, environment: dict[str, str] | None = None, fault: str | None = None, **settings: Any
+        self,
+        *arguments: object,
+        environment: dict[str, str] | None = None,
+        folder: Path | None = None,
+        fault: str | None = None,
+        **settings: Any,
     ) -> Child:
-        """Run `clipdistill ARGUMENTS` with a fault (a function of faults.py) put in first."""
+        """Run `clipdistill ARGUMENTS` in `folder`, with a fault (a function of faults.py) put in first."""
         self.count += 1
         log = self.logs / f"{self.count:04d}.txt"
         request = {"start": [str(word) for word in arguments], "log": str(log), "environment": environment or {}}
-        answer = self.ask(**request, fault=fault, settings=settings)
+        answer = self.ask(**request, folder=str(folder or ""), fault=fault, settings=settings)
         return Child(self, answer["pid"], log)
 
     def warm(self, *arguments: object) -> None:

@@ -213,7 +213,15 @@ def test_labels_and_class_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("array", "place", "value"),
-    [("offsets", 0, -1), ("sizes", 1, 1 << 62), ("caption_offsets", 1, 0), ("starts", 1, 0), ("starts", -1, 2)],
+    [
+        ("offsets", 0, -1),
+        ("sizes", 1, 1 << 62),
+        ("caption_offsets", 1, 0),
+        ("starts", 1, 0),
+        ("starts", 1, 4),
+        ("starts", 0, 1),
+        ("starts", -1, 2),
+    ],
 )
 def test_a_remembered_index_that_cannot_be_true_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, array: str, place: int, value: int

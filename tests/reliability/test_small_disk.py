@@ -18,7 +18,7 @@ from clipdistill import cli
 from tests.conftest import REPOSITORY
 
 RUN = str(REPOSITORY / "tests" / "kept" / "run")
-SLOW = ("train", "ablate", "onnx", "openvino")
+SLOW = ("train", "ablate", "onnx", "openvino", "hf")
 COMMANDS: dict[str, str] = {
     "train": "train --recipe clip-rd --size debug --out OUT/run train.steps=3 train.checkpoint_every=1",
     "ablate": "ablate --recipe clip --seeds 1 --size debug --out OUT/a --quiet train.steps=2",

@@ -1,6 +1,7 @@
 """A process that has imported everything and forks a child for each command: a run starts in milliseconds.
 
-Reads one JSON object a line: {"start": [arguments], "environment", "log", "fault", "settings"} answers {"pid"};
+Reads one JSON object a line: {"start": [arguments], "environment", "folder", "log", "fault", "settings"} answers
+{"pid"};
 {"wait": pid, "seconds"} answers {"code"} (null when it still runs, negative for the signal that ended it);
 {"warm": [arguments]} runs a command in this process.
 No gradient is computed before a fork: the threads of autograd and OpenMP do not survive one.
@@ -36,6 +37,7 @@ def _child(request: dict[str, Any]) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    os.chdir(request.get("folder") or ".")
     os.environ.update({"COLUMNS": "1000", **request.get("environment", {})})  # nothing said is folded
     if request.get("fault"):
         getattr(faults, request["fault"])(**request.get("settings", {}))

@@ -22,6 +22,7 @@ def run(tmp_path, capsys, *assignments, recipe="clip", **settings):
     return [line.strip() for line in (said.out + said.err).splitlines() if "warning:" in line], tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_not_warned(tmp_path, capsys):
     warnings, _ = run(tmp_path, capsys, "train.steps=120", "train.evaluate_every=40", recipe="clip-kd")
     assert warnings == []

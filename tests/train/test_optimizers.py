@@ -80,7 +80,7 @@ def weights(run):
 
 
 @pytest.mark.parametrize(
-    "options", [["train.precision=fp16"], ["train.optimizer=lamb"], ["train.precision=fp16", "train.micro_batch=8"]]
+    "options", [["train.precision=fp16", "train.batch_size=8", "train.micro_batch=4"], ["train.optimizer=lamb"]]
 )
 def test_a_continued_run_goes_on_to_the_bit(options, tmp_path):
     whole = distill(debug(tmp_path / "whole", *options), quiet=True)
@@ -95,7 +95,7 @@ def test_a_continued_run_goes_on_to_the_bit(options, tmp_path):
 
 def test_float16_overflows_lower_the_scale_and_are_no_failures(tmp_path, monkeypatch):
     monkeypatch.setattr(loss_scale, "FIRST", 2.0**30)
-    run = distill(debug(tmp_path / "run", "train.precision=fp16", "train.steps=24"), quiet=True)
+    run = distill(debug(tmp_path / "run", "train.precision=fp16", "train.batch_size=8", "train.steps=16"), quiet=True)
     lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
     scales = [line["loss_scale"] for line in lines]
     assert scales[0] == 2.0**29

@@ -58,7 +58,14 @@ def test_a_finished_run_is_returned_not_repeated(finished):
     assert (finished.folder / "run.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("extra", [(), ("train.micro_batch=5",), ("train.precision=bf16",), ("train.workers=2",)])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (),
+        ("train.micro_batch=5", "train.precision=bf16"),
+        pytest.param(("train.workers=2",), marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_continues_to_the_bit(tmp_path, monkeypatch, extra):
     changes = ("train.log_every=2", "train.evaluate_every=3", *extra)
     whole = distill(settings(tmp_path / "whole", "clip-rd", *changes), quiet=True)

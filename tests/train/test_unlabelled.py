@@ -125,7 +125,9 @@ def test_plain_embeddings_need_no_texts(photographs, tmp_path):
         run(tmp_path / "x", f"scenes:train?size={COUNT}", teacher=f"cache:{tmp_path / 's.npz'}")
 
 
-@pytest.mark.parametrize("extra", [(), ("train.micro_batch=3",), ("train.workers=1",)])
+@pytest.mark.parametrize(
+    "extra", [("train.micro_batch=3",), pytest.param(("train.workers=1",), marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_goes_on_to_the_bit(photographs, tmp_path, monkeypatch, extra):
     run(tmp_path / "whole", photographs, *extra)
     stop_after(monkeypatch, 2)

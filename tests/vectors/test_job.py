@@ -264,6 +264,7 @@ def test_what_cannot_be_is_one_sentence(model, pictures, tmp_path):
         cd.read_embeddings(tmp_path / "own.npy")
 
 
+@pytest.mark.slow
 def test_another_engine_gives_the_same_rows_and_is_recorded(model, expected, tmp_path):
     pytest.importorskip("onnxruntime")
     pictures = cd.embed_to_file(model, "scenes:val?size=10", tmp_path / "x.npy", engine="onnx", part=4, progress=False)

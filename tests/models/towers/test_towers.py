@@ -360,6 +360,7 @@ def test_a_run_is_resumed_and_evaluated_by_name(name, tmp_path, monkeypatch):
     assert main(["eval", str(run), "--data", "scenes:val?size=16", "--device", "cpu"]) == 0
 
 
+@pytest.mark.slow
 def test_towers_are_exported_with_their_tokenizer(name, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

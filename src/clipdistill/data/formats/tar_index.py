@@ -218,7 +218,7 @@ def _recall(file: Path | None, key: str, length: int) -> ShardIndex | None:
             for name, ends in (("stems", "stem_offsets"), ("captions", "caption_offsets"))
         )
         found = json.loads(str(packed["problems"]))
-        starts = packed["starts"]
+        starts = packed["starts"].astype(np.int64)  # differences of unsigned numbers are never negative
         index = ShardIndex(stems, packed["offsets"], packed["sizes"], captions, np.diff(starts))
         index.problems.counts.update(found["counts"])
         index.problems.rows = [(str(k), str(r)) for k, r in found["rows"]]
@@ -228,7 +228,8 @@ def _recall(file: Path | None, key: str, length: int) -> ShardIndex | None:
         inside = not len(stems) or bool(
             index.offsets.min() >= 0 <= index.sizes.min() and (index.offsets + index.sizes).max() <= length
         )
-        filled = all(captions) and bool((index.counts >= 0).all())
+        # each picture has captions, or (pictures alone) none has
+        filled = all(captions) and bool((index.counts >= min(1, len(captions))).all())
     except Exception:  # zipfile and numpy raise almost any type on damaged archives
         return None
     return index if whole and inside and filled else None
