@@ -67,6 +67,7 @@ class MetricComparison:
 
     @property
     def value(self) -> float:
+        """The difference a - b, in fractions."""
         return self.a - self.b
 
     @property
