@@ -173,6 +173,13 @@ def test_added_captions_in_every_form(tmp_path, form):
     else:
         pq.write_table(pa.table({"key": ["a", "b"], "captions": [["one", "two words"], ["three"]]}), path)
     assert read_synthetic(path) == {"a": ("one", "two words"), "b": ("three",)}
+    if path.suffix != ".parquet":
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as editors of Windows do
+        assert read_synthetic(path) == {"a": ("one", "two words"), "b": ("three",)}
+    else:
+        pq.write_table(pa.table({"key": [None], "captions": [["one"]]}), path)
+        with pytest.raises(InputError, match="expected an object with 'key'"):
+            read_synthetic(path)
 
 
 @pytest.mark.parametrize(
@@ -182,6 +189,15 @@ def test_added_captions_in_every_form(tmp_path, form):
         ("a.jsonl", '{"key": "a", "captions": ["x"]}\n{"text": 3}', "line 2: expected an object"),
         ("a.json", '{"a": 5}', "key 'a': expected a caption"),
         ("a.parquet", "x", "not readable as Parquet"),
+        ("a.json", '{"a": ["x"],\n "a": ["y"]}', "the key 'a' stands twice"),
+        (
+            "a.jsonl",
+            '{"key": "a", "key": "b", "caption": "x"}\n{}',
+            "the key 'key' stands twice",
+        ),
+        ("a.jsonl", '{"key": null, "caption": "x"}\n', "expected an object with 'key'"),
+        ("a.json", '[{"key": ["a"], "caption": "x"}]', "expected an object with 'key'"),
+        ("a.json", "[" * 100_000, "not readable as JSON"),
     ],
 )
 def test_unusable_added_captions_are_refused(tmp_path, name, content, message):

@@ -14,12 +14,14 @@ from clipdistill.cache import create
 from clipdistill.cache import fill as filling
 from clipdistill.cache.check import verify
 from clipdistill.cache.fill import fill
+from clipdistill.cache.merge import merge
 from clipdistill.cache.store import CacheStore
 from clipdistill.data.pairs import BadSample
 from clipdistill.data.views import EVALUATION_VIEW, render
 from clipdistill.errors import BudgetError, ClipdistillError, InputError
 from clipdistill.models import load_model
 from tests.cache.support import cache_config, contents, filled, scenes
+from tests.data.helpers import encoded
 
 VIEWS = {
     "views": 2,
@@ -224,6 +226,31 @@ class _Reordered:
 
     def image(self, i, at_least=None):
         return self._source.image(self._order[i], at_least)
+
+
+def test_other_pictures_under_the_same_names_are_not_added_to_a_store(tmp_path, teacher):
+    """A fill that goes on, a share of another machine, a merge: the rest would be of other pictures."""
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+
+    def draw(shift):
+        for number in range(16):
+            (folder / f"{number:02d}.jpg").write_bytes(encoded(number + shift))
+            (folder / f"{number:02d}.txt").write_text(f"picture {number}")
+
+    def share(out, part):
+        return cache_config(out, teacher, data={"path": str(folder)}, part=part)
+
+    draw(0)
+    fill(share(tmp_path / "one", "0/2"))
+    draw(100)
+    with pytest.raises(InputError, match="the pictures of photographs are not those that it was begun with"):
+        fill(share(tmp_path / "one", "1/2"))
+    fill(share(tmp_path / "two", "1/2"))
+    with pytest.raises(InputError, match="filled from other pictures under the same names"):
+        merge(tmp_path / "merged", [tmp_path / "one", tmp_path / "two"])
+    draw(0)
+    assert not fill(share(tmp_path / "one", "1/2")).store.missing_blocks()
 
 
 def test_new_samples_may_come_first(tmp_path, teacher):

@@ -203,6 +203,21 @@ def test_the_hub_gives_the_sets_of_clip_benchmark(root, monkeypatch, capsys) -> 
     assert open_labelled("wds/vtab/dtd").name == "vtab-dtd/test"
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["cifar10", "--split", "train"], "the split 'train' is for sets of the hub, and cifar10 comes whole"),
+        (["wds/cars", "cifar10", "--split", "test"], "cifar10 comes whole"),
+        (["wds/cars", "--split", ","], "'' is no name of a split"),
+        (["wds/cars", "--split", "../test"], "'../test' is no name of a split"),
+    ],
+)
+def test_a_split_that_cannot_be_fetched_is_said_before_anything_is(words, sentence, root, capsys) -> None:
+    assert main(["fetch", *words]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not root.exists()
+
+
 def test_what_cannot_be_fetched_is_said_before_anything_is(root, capsys) -> None:
     for names, said in (
         (["cifar10", "imagenet"], "imagenet is not in .* put there its validation pictures"),

@@ -340,7 +340,7 @@ def test_scenes_are_opened_by_name() -> None:
     assert source.image(0).mode == "RGB"
     assert source.captions(0)
     assert len(open_pairs(DataConfig(path="scenes", size=5), default_split="val")) == 5
-    with pytest.raises(InputError, match=r"unknown key 'sizes' \(did you mean 'size'"):
+    with pytest.raises(InputError, match=r"unknown setting 'sizes' \(did you mean 'size'"):
         open_pairs("scenes:train?sizes=12")
     with pytest.raises(InputError, match="size and seed are whole numbers"):
         open_pairs("scenes:train?size=many")

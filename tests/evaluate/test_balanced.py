@@ -82,7 +82,7 @@ def test_the_command_and_what_it_refuses(tmp_path, capsys) -> None:
     for options, message in (
         ([*pairs, "--score", "bsab"], "unknown way to score retrieval 'bsab' (did you mean 'bsap'?)"),
         ([*pairs, "--score", f"bsap:{tmp_path}/empty.txt"], "no prompt in it"),
-        ([*pairs, "--score", f"bsap:{tmp_path}/none.txt"], "cannot be read as a text file"),
+        ([*pairs, "--score", f"bsap:{tmp_path}/none.txt"], "auxiliary prompts"),
         (["--data", "scenes:zeroshot", "--score", "bsap"], "--score is for image-caption pairs"),
     ):
         assert main([*common, *options]) != 0

@@ -62,6 +62,7 @@ def test_row_13_too_many_stop_the_run_and_replay_says_where_it_begins(
 
 
 def test_row_13_a_broken_teacher_is_found_out(launcher: Launcher, models: Path, tmp_path: Path) -> None:
+    """Weights that are finite, and embeddings that are not: weights that are no numbers are refused when loaded."""
     model = load_model(models / "teacher")
     with torch.no_grad():
         model.module.visual.proj[:, 3] = 3e38  # finite, what it makes is not

@@ -53,6 +53,18 @@ def test_the_longest_names_can_be_written(tmp_path: Path, name: str) -> None:
     assert names(tmp_path) == [name]
 
 
+def test_a_folder_is_made_where_a_link_leads(tmp_path: Path) -> None:
+    """The link (to a larger disk, say) stays one, also when an earlier result there is replaced."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large")
+    for content in ("1", "2"):
+        with files.new_folder(tmp_path / "out", lambda folder: (folder / "mark").exists(), "export") as temporary:
+            (temporary / "mark").write_text(content)
+        assert (tmp_path / "out").is_symlink()
+        assert (tmp_path / "large" / "mark").read_text() == content
+    assert names(tmp_path) == ["large", "out"]
+
+
 def test_a_folder_replaces_its_like_only(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for content in ("1", "2"):

@@ -50,7 +50,7 @@ def test_scan_takes_images_and_leaves_the_rest(tmp_path: Path) -> None:
     (tmp_path / odd).write_bytes(b"x")
     found, problems = scan(tmp_path)
     assert [p.path for p in found] == sorted(["UPPER.JPG", odd, "more/scene-02.png", "scene-00.png", "scene-01.png"])
-    assert problems == []
+    assert problems == [("dead.png", "is a link that leads nowhere, or no file")]
     assert printable(odd) == "caf\N{REPLACEMENT CHARACTER}.png"
     assert printable("a\x1b[31m\u202eb") == "a\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}b"
     with pytest.raises(InputError, match="no such folder"):

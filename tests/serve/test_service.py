@@ -132,6 +132,18 @@ BAD = {
     "format": ("/embed/texts", b'{"texts": ["a"], "format": "xml"}', 400, "format"),
     "same labels": ("/classify", b'{"images": ["aa=="], "labels": ["a", "a"]}', 400, "'a' stands twice"),
     "no place": ("/classify", b'{"images": ["aa=="], "labels": ["a"], "templates": ["x"]}', 400, "exactly one {}"),
+    "labels that differ in capitals": (
+        "/classify",
+        b'{"images": ["aa=="], "labels": ["red", "blue", "RED"]}',
+        422,
+        "labels 0 and 2 (from 0) are the same",
+    ),
+    "labels that differ in unknown words": (
+        "/classify",
+        b'{"images": ["aa=="], "labels": ["red harp", "red oboe"]}',
+        422,
+        "the same to the model",
+    ),
     "unknown label": ("/classify", b'{"images": ["aa=="], "labels": ["red", "xylophone"]}', 422, "no word of label 1"),
     "too many prompts": (
         "/classify",

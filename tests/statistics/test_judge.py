@@ -33,6 +33,20 @@ def side(method: str, values: list[float], seeds: list[int] | None = None, **mor
     return [Record.of(base | {"value": v, "seed": s} | more) for v, s in zip(values, seeds, strict=True)]
 
 
+def test_results_of_other_pictures_under_the_same_names_are_not_judged() -> None:
+    """Names and captions are the same, so is the protocol; older scores do not say which pictures they are of."""
+
+    def of(pictures: str | None, value: float) -> Record:
+        queries = np.full(50, value)
+        more = {"dataset": "d", "protocol": "p", "measured": protocol(pictures_sha256=pictures), "per_query": queries}
+        return Record("m", "t2i_R@1", value, 0, n=50, **more)
+
+    assert decide([of("a", 0.5)], [of("b", 0.1)]).outcome == "undecided"
+    assert "other pictures under the same names" in decide([of("a", 0.5)], [of("b", 0.1)]).reason
+    for other in ("a", None):
+        assert decide([of("a", 0.5)], [of(other, 0.1)]).outcome == "supported"
+
+
 # of seeds alone (the queries are certain), the known tests
 
 

@@ -79,6 +79,14 @@ def test_a_run_ends_in_a_ternary_student_and_its_packed_file(tmp_path: Path) -> 
     again, known = load_model(str(tmp_path / "again")).module.state_dict(), student.module.state_dict()
     assert all(torch.equal(again[name], value) for name, value in known.items())
     assert RunFolder(folder).status() == "finished"
+    whole = (folder / "packed" / "ternary.safetensors").read_bytes()
+    for place in (-1, -1000, -20_000):  # wherever a bit flips: codes, scales and what is not ternary are all believed
+        damaged = bytearray(whole)
+        damaged[place] ^= 4
+        (folder / "packed" / "ternary.safetensors").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"its weights are not those that model\.json recorded"):
+            unpack(folder / "packed", tmp_path / "none")
+        assert not (tmp_path / "none").exists()
     save_file({"x": torch.zeros(1)}, folder / "packed" / "ternary.safetensors", {"shapes": '{"y": [2, 2]}'})
     with pytest.raises(InputError, match="does not hold the weights that it lists"):
         unpack(folder / "packed", tmp_path / "none")

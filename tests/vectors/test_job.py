@@ -192,6 +192,24 @@ def test_another_picture_is_noticed_when_work_goes_on(begun, pictures):
         again()
 
 
+def test_exchanged_pixels_of_an_archive_are_noticed_when_work_goes_on(model, tmp_path, monkeypatch):
+    """Pictures that are kept as pixels have no encoded bytes to compare."""
+    settings = {"batch_size": 2, "part": 2, "progress": False}
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 40, 40, 3), dtype=np.uint8)
+    about = {"labels": np.arange(6) % 2, "classnames": np.array(["a", "b"])}
+    np.savez(tmp_path / "x.npz", images=pixels, **about)
+
+    def stopping(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "_assemble", stopping)
+        cd.embed_to_file(model, str(tmp_path / "x.npz"), tmp_path / "y.npy", **settings)
+    np.savez(tmp_path / "x.npz", images=255 - pixels, **about)
+    with pytest.raises(InputError, match="begun with other pictures"):
+        cd.embed_to_file(model, str(tmp_path / "x.npz"), tmp_path / "y.npy", **settings)
+
+
 @pytest.mark.parametrize("name", ["x{0}", "x.jsonl", "x{0}.json"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors"])

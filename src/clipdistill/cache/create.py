@@ -34,6 +34,8 @@ from clipdistill.runtime.locks import Claims
 
 _BLOCK_BYTES = 64_000_000
 _PATIENCE = 900.0
+_PICTURES = 64
+"""Pictures whose bytes tell whether a set is still the one that a store was begun with."""
 
 
 def require_cache_place(folder: Path) -> None:
@@ -82,7 +84,12 @@ def _create(
     synthetic = _add_synthetic(records, config.synthetic)
     total = sum(record["captions"] for record in records)
     data = DataEntry(
-        name=source.name, path=config.data.path, fingerprint=source.fingerprint(), samples=len(source), captions=total
+        name=source.name,
+        path=config.data.path,
+        fingerprint=source.fingerprint(),
+        samples=len(source),
+        captions=total,
+        pictures=source.images_fingerprint(_PICTURES),
     )
     extra = 0 if synthetic is None else synthetic.captions
     bytes_each = (1 + config.views + (total + extra) / len(source)) * max(
@@ -147,6 +154,11 @@ def _update(
         _write_tokenizers(config.out, teachers, range(len(old.teachers), len(entries)))
     if source.fingerprint() != old.data.fingerprint:
         manifest = _grown(config, manifest, store.samples, source)
+    elif old.data.pictures not in (None, source.images_fingerprint(_PICTURES)):
+        raise InputError(
+            f"{where}: the pictures of {source.name} are not those that it was begun with, under the same names and "
+            "captions: bring them back, or give a new folder"
+        )
     elif config.synthetic is not None:
         manifest = _with_captions(config, manifest, store.samples)
     if manifest != old:
@@ -194,6 +206,7 @@ def _grown(config: CacheConfig, manifest: Manifest, table: SampleTable, source: 
             "fingerprint": source.fingerprint(),
             "samples": len(records),
             "captions": sum(record["captions"] for record in records),
+            "pictures": source.images_fingerprint(_PICTURES),
         }
     )
     segments = (*manifest.segments, len(records)) if new else manifest.segments

@@ -47,13 +47,15 @@ class TeacherEntry(Config):
 
 
 class DataEntry(Config):
-    """The pairs: `fingerprint` is PairSource.fingerprint(), a sha256 over keys and captions in order."""
+    """The pairs: `fingerprint` is PairSource.fingerprint(), a sha256 over keys and captions in order; pictures: over
+    some of the pictures that the store was begun with (None: not known)."""
 
     name: str
     path: str
     fingerprint: str
     samples: int = pydantic.Field(ge=1)
     captions: int = pydantic.Field(ge=0)
+    pictures: str | None = None
 
 
 class SyntheticEntry(Config):

@@ -79,6 +79,8 @@ def _copy_tokenizers(out: Path, store: CacheStore) -> None:
 
 def _join_shares(out: Path, stores: list[CacheStore]) -> None:
     first = stores[0]
+    if len({store.manifest.data.pictures for store in stores} - {None}) > 1:
+        raise InputError("merge: the shares were filled from other pictures under the same names and captions")
     for store in stores[1:]:
         if store.layout != first.layout or store.manifest.samples != first.manifest.samples:
             raise InputError(
@@ -136,6 +138,7 @@ def _append(out: Path, stores: list[CacheStore]) -> None:
             "fingerprint": "+".join(fingerprints),
             "samples": len(records),
             "captions": sum(record["captions"] for record in records),
+            "pictures": None,
         }
     )
     manifest = first.model_copy(

@@ -11,7 +11,7 @@ from typing import Any
 from clipdistill.data.captions import clean
 from clipdistill.embed.prepare import sample_digest
 from clipdistill.errors import InputError
-from clipdistill.runtime.files import read_text
+from clipdistill.runtime.files import once, text_lines
 
 _COLUMNS = ("captions", "caption", "synthetic", "text")
 
@@ -34,17 +34,21 @@ def _entries(path: Path) -> Iterable[tuple[str, list[str]]]:
     if path.suffix.lower() in (".parquet", ".pq"):
         yield from _from_parquet(path)
         return
-    text = read_text(path)
+    lines = text_lines(path)
     try:
-        values = json.loads(text)
-    except ValueError:
-        for number, line in enumerate(text.split("\n"), 1):
+        values = json.loads("\n".join(lines), object_pairs_hook=once)
+    except json.JSONDecodeError:
+        for number, line in enumerate(lines, 1):
             if line.strip():
+                where = f"{path}, line {number}"
                 try:
-                    yield _entry(json.loads(line), f"{path}, line {number}")
-                except ValueError as error:
-                    raise InputError(f"{path}, line {number}: not readable as JSON ({error})") from error
+                    value = json.loads(line, object_pairs_hook=once)
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{where}: not readable as JSON ({error})") from error
+                yield _entry(value, where)
         return
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from error
     if isinstance(values, dict) and "key" not in values:
         for key, captions in values.items():
             yield key, _captions(captions, f"{path}, key '{key}'")
@@ -55,7 +59,7 @@ def _entries(path: Path) -> Iterable[tuple[str, list[str]]]:
 
 def _entry(value: Any, where: str) -> tuple[str, list[str]]:
     name = next((c for c in _COLUMNS if isinstance(value, dict) and c in value), None)
-    if name is None or "key" not in value:
+    if name is None or not isinstance(value.get("key"), str | int):
         raise InputError(f"{where}: expected an object with 'key' and 'captions'")
     return str(value["key"]), _captions(value[name], where)
 
@@ -79,8 +83,10 @@ def _from_parquet(path: Path) -> Iterable[tuple[str, list[str]]]:
             raise InputError(f"{path}: expected the columns 'key' and 'captions', found {', '.join(names)}")
         for batch in file.iter_batches(columns=["key", name]):
             for key, captions in zip(batch["key"].to_pylist(), batch[name].to_pylist()):
-                yield str(key), _captions(captions, f"{path}, key '{key}'")
-    except (OSError, pa.ArrowInvalid) as error:
+                yield _entry({"key": key, name: captions}, f"{path}, key '{key}'")
+    except InputError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
         raise InputError(f"{path}: not readable as Parquet ({error})") from error
 
 

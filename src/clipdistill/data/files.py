@@ -12,13 +12,14 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 
 from clipdistill.data.pairs import IndexedPairs, Strings
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.errors import InputError, nearest
-from clipdistill.runtime.files import is_inside
+from clipdistill.runtime.files import is_inside, once
 
 LARGEST_FILE = 1 << 29
 """Bytes; a larger image file is refused rather than read."""
@@ -272,7 +273,7 @@ def _present(root: Path, names: Sequence[str]) -> set[str]:
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises InputError that says where it stops being JSON."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig", errors="surrogateescape"))
+        return json.loads(path.read_bytes().decode("utf-8-sig", errors="surrogateescape"), object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not JSON (line {error.lineno}: {error.msg})") from error
     except RecursionError as error:
@@ -318,22 +319,26 @@ def collect(
 
 
 def choose_splits(
-    asked: str | None, default: str | None, counts: Mapping[str, int], where: str
+    asked: str | None, default: str | None, counts: Mapping[str, int], where: str, problems: Problems | None = None
 ) -> tuple[set[str] | None, str]:
     """The chosen splits (None: everything) and a label for the source's name ('/train', '').
+
+    counts: images by split, those of none under ''; where splits are chosen, `problems` counts those.
 
     asked: 'train', 'train+restval' or 'all'. Nothing asked: the only split, else `default` if the data has it, else an
     InputError that lists what there is. Asking for a split of data without splits is an error too.
     """
-    known = ", ".join(f"{name} ({n})" for name, n in counts.items())
+    none = counts.get("", 0)
+    known = ", ".join(f"{name or 'without a split'} ({n})" for name, n in counts.items())
+    counts = {name: n for name, n in counts.items() if name}
     if asked is None:
-        if len(counts) <= 1:
+        if len(counts) + bool(none) <= 1:
             return None, "".join(f"/{name}" for name in counts)
         if default is None or default not in counts:
             raise InputError(
                 f"{where} holds several splits: {known}; name one, for example split='{next(iter(counts))}'"
             )
-        return {default}, f"/{default}"
+        asked = default
     if asked == "all":
         return None, ""
     if not counts:
@@ -344,7 +349,28 @@ def choose_splits(
             hint = nearest(name, counts)
             hint = hint if "did you mean" in hint else ""
             raise InputError(f"{where} has no split '{name}'{hint}; it holds {known}")
+    if none and problems is not None:
+        problems.add("image without a split", where, times=none)
     return chosen, f"/{asked}"
+
+
+def settings_of_name(query: str, known: Sequence[str], name: str) -> dict[str, str]:
+    """The settings behind the question mark of a set's name, each once. Raises InputError, naming the set."""
+    found: dict[str, str] = {}
+    for key, value in parse_qsl(query, keep_blank_values=True):
+        if key not in known:
+            raise InputError(f"'{name}': unknown setting '{key}'{nearest(key, known)}")
+        if key in found or not value:
+            raise InputError(f"'{name}': the setting '{key}' {'stands twice' if key in found else 'has no value'}")
+        found[key] = value
+    return found
+
+
+def one_split(asked: str | None, named: str | None, where: str) -> str | None:
+    """The split that was asked for, or that the set's name ends in. Raises InputError where these are two."""
+    if asked and named and asked != named:
+        raise InputError(f"'{where}' names the split '{named}', and split='{asked}' is given too: leave one out")
+    return asked or named or None
 
 
 def refuse_split(split: str | None, where: Path | str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.errors import InputError
 from clipdistill.registry import FORMATS
+from clipdistill.runtime.files import text_lines
 
 _COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_")
 _SIDE = 16
@@ -73,7 +75,7 @@ def held_out_names(config: HeldOutConfig) -> list[str]:
     place = Place(config.data)
     path, names = place.path, list[str]()
     if path.is_file() and path.suffix == ".txt":
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in text_lines(path, f"held-out images '{path}'") if line.strip()]
     elif path.suffix == ".json" and FORMATS.get("karpathy").matches(place):
         entries = [entry for entry in place.document["images"] if isinstance(entry, dict)]
         names = [str(entry.get("filename")) for entry in entries if str(entry.get("split")) == config.split]
@@ -96,7 +98,7 @@ def _split(config: HeldOutConfig) -> str | None:
 
 def plain_name(key: str) -> str:
     """'000000391895' for 'val2014/COCO_val2014_000000391895.jpg': what is left of a name in every distribution."""
-    return _COCO.sub("", PurePosixPath(key).stem)
+    return _COCO.sub("", unicodedata.normalize("NFC", PurePosixPath(key).stem))
 
 
 def _same_pictures(source: PairSource, held_out: PairSource, known: set[int]) -> set[int]:

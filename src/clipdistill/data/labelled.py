@@ -22,10 +22,10 @@ from PIL import Image
 from clipdistill.data.class_names import KNOWN_SETS, Rule, deviation, is_wnids, read_labels, recognise
 from clipdistill.data.files import read_json
 from clipdistill.data.images import MAX_PIXELS
-from clipdistill.data.pairs import Strings
+from clipdistill.data.pairs import Strings, images_fingerprint
 from clipdistill.data.problems import BadSample, Problems, valid_text
 from clipdistill.errors import InputError
-from clipdistill.runtime.files import read_text
+from clipdistill.runtime.files import text_lines
 
 __all__ = ["BadSample", "LabelledConfig", "LabelledSource", "Naming", "OwnNames", "read_class_file"]
 
@@ -149,6 +149,10 @@ class LabelledSource(ABC):
         self._hash_content(digest)
         return digest.hexdigest()
 
+    def images_fingerprint(self, count: int = 8) -> str:
+        """As PairSource's."""
+        return images_fingerprint(len(self), count, self._bytes, self.image)
+
     def _hash_content(self, digest: hashlib._Hash) -> None:  # noqa: B027 - most sources have nothing to add
         """What fingerprint() covers beyond keys, labels and names: nothing where the keys are file names."""
 
@@ -177,7 +181,7 @@ def _read_class_file(path: Path, wnids: bool) -> list[str] | dict[str, str]:
     if not path.is_file():
         raise InputError(f"class names '{path}': no such file")
     if path.suffix.lower() != ".json":
-        lines = read_text(path, f"class names '{path}'").splitlines()
+        lines = text_lines(path, f"class names '{path}'")
         while lines and not lines[-1].strip():
             lines.pop()
         blank = next((number for number, line in enumerate(lines, start=1) if not line.strip()), None)
@@ -196,11 +200,11 @@ def _read_class_file(path: Path, wnids: bool) -> list[str] | dict[str, str]:
 
 def _mapping(content: Mapping[str, Any], path: Path) -> list[str] | dict[str, str]:
     if content and all(isinstance(value, int) and not isinstance(value, bool) for value in content.values()):
-        content = {str(index): name for name, index in content.items()}
+        return _in_order([(index, name) for name, index in content.items()], path)
     if not content or not all(isinstance(value, str) for value in content.values()):
         raise InputError(f"class names '{path}': expected class names as texts, got {json.dumps(content)[:60]}")
     if all(key.isdecimal() for key in content):
-        return _in_order({int(key): value for key, value in content.items()}, path)
+        return _in_order([(int(key), value) for key, value in content.items()], path)
     return dict(content)
 
 
@@ -209,15 +213,25 @@ def _listed(content: Any, path: Path, wnids: bool) -> list[str]:
         raise InputError(f"class names '{path}': expected a list or a mapping of names")
     if all(isinstance(entry, str) for entry in content):
         return list(content)
+    key = "name"
     try:
-        key = "wnid" if wnids and is_wnids([str(entry.get("wnid")) for entry in content]) else "name"
-        names = {int(entry["index"]): str(entry[key]) for entry in content}
-    except (TypeError, KeyError, ValueError, AttributeError):
-        raise InputError(f"class names '{path}': expected texts, or entries with 'index' and 'name'") from None
-    return _in_order(names, path)
+        if wnids and is_wnids([str(entry.get("wnid")) for entry in content]):
+            key = "wnid"
+        found = [(entry["index"], entry[key]) for entry in content]
+        if not all(type(index) is int and isinstance(name, str) for index, name in found):
+            raise TypeError
+    except (TypeError, KeyError, AttributeError):
+        raise InputError(
+            f"class names '{path}': expected texts, or entries with a whole number 'index' and a text '{key}'"
+        ) from None
+    return _in_order(found, path)
 
 
-def _in_order(names: Mapping[int, str], path: Path) -> list[str]:
+def _in_order(found: Sequence[tuple[int, str]], path: Path) -> list[str]:
+    names = dict(found)
+    if len(names) < len(found):
+        twice = next(index for index, _ in found if [other for other, _ in found].count(index) > 1)
+        raise InputError(f"class names '{path}': more than one class has the index {twice}")
     missing = next((index for index in range(len(names)) if index not in names), None)
     if missing is not None:
         raise InputError(f"class names '{path}': {len(names)} classes, but none has the index {missing}")

@@ -36,6 +36,9 @@ class _Kept:
             self._used += size
         return picture
 
+    def images_fingerprint(self, count: int = 8) -> str:
+        return self.source.images_fingerprint(count)
+
 
 class KeptInMemory(_Kept, DerivedPairs):
     """`source` with its pictures kept, and its captions."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.data.class_names import KNOWN_SETS
-from clipdistill.data.files import data_path, is_remote, is_there
+from clipdistill.data.files import data_path, is_remote, is_there, one_split
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.images import MAX_PIXELS
 from clipdistill.data.labelled import LabelledConfig, LabelledSource, Naming, read_class_file
@@ -118,7 +118,7 @@ def _readings(config: DataConfig) -> Iterator[tuple[Place, DataConfig]]:
     yield place, config
     with_split = None if place.there else _WITH_SPLIT.match(config.path)
     if with_split and is_there(data_path(with_split["path"])):
-        changes = {"path": with_split["path"], "split": config.split or with_split["split"]}
+        changes = {"path": with_split["path"], "split": one_split(config.split, with_split["split"], config.path)}
         yield Place(with_split["path"]), config.model_copy(update=changes)
 
 

@@ -11,7 +11,7 @@ import importlib
 import itertools
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -218,13 +218,25 @@ class PairSource(ABC):
     def images_fingerprint(self, count: int = 8) -> str:
         """SHA-256 over the stored images of `count` samples, evenly spread: enough to notice that a set was exchanged
         for another under the same names and captions, without reading all of it."""
-        digest = hashlib.sha256()
-        for i in sorted({k * len(self) // count for k in range(count)}):
+        return images_fingerprint(len(self), count, self.image_bytes, self.image)
+
+
+def images_fingerprint(
+    length: int, count: int, encoded: Callable[[int], bytes], decoded: Callable[[int], Image.Image]
+) -> str:
+    """SHA-256 over `count` of `length` images, evenly spread: encoded as they are, else their pixels."""
+    digest = hashlib.sha256()
+    for i in sorted({k * length // count for k in range(count)}):
+        try:
+            data = encoded(i)
+        except BadSample:
             try:
-                digest.update(hashlib.sha256(self.image_bytes(i)).digest())
+                data = decoded(i).tobytes()
             except BadSample:
                 digest.update(b"no image")
-        return digest.hexdigest()
+                continue
+        digest.update(hashlib.sha256(data).digest())
+    return digest.hexdigest()
 
 
 def one_or_several(captions: str | Sequence[str]) -> tuple[str, ...]:

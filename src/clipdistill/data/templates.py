@@ -14,7 +14,7 @@ from pathlib import Path
 
 from clipdistill.data.class_names import OWN_TEMPLATES
 from clipdistill.errors import InputError, nearest
-from clipdistill.runtime.files import read_text
+from clipdistill.runtime.files import text_lines
 
 TEMPLATE_SETS = ("imagenet", "simple", *OWN_TEMPLATES)
 
@@ -80,4 +80,4 @@ def _read(path: Path, entry: str | None) -> tuple[str, ...]:
         return check_templates(content, str(path))
     if not path.exists():
         raise InputError(f"prompt templates '{path}': no such file")
-    return check_templates(read_text(path, f"prompt templates '{path}'").splitlines(), str(path))
+    return check_templates(text_lines(path, f"prompt templates '{path}'"), str(path))

@@ -18,7 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipdistill.data.files import data_path
 from clipdistill.errors import InputError
+from clipdistill.runtime.files import text_lines
 from clipdistill.statistics.protocol import digest
 
 if TYPE_CHECKING:
@@ -65,11 +67,8 @@ def augmented(image: Tensor, text: Tensor, prompts: Tensor, scale: float) -> tup
 
 
 def _read(file: str) -> tuple[str, ...]:
-    try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"auxiliary prompts '{file}': cannot be read as a text file ({error})") from error
-    found = tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    lines = text_lines(data_path(file), f"auxiliary prompts '{file}'")
+    found = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not found:
         raise InputError(f"auxiliary prompts '{file}': no prompt in it; give one a line")
     return found

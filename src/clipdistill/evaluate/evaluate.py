@@ -41,6 +41,8 @@ from clipdistill.statistics.protocol import (
 )
 from clipdistill.statistics.scores import Queries, Score, Scores
 
+SAMPLED = 64
+"""Pictures whose bytes tell whether two measurements were on the same ones."""
 REPLICATES = 1000
 """Bootstrap replicates of the intervals in tables."""
 
@@ -207,6 +209,7 @@ def _retrieval_scores(
         keys_sha256=digest([*encoded.keys, *encoded.captions, *encoded.text_to_image.tolist()]),
         model_fingerprint=fingerprint,
         deviation=deviation,
+        pictures_sha256=source.images_fingerprint(SAMPLED),
     )
     found = retrieval(
         encoded.image.to(encoder.device),
@@ -262,6 +265,7 @@ def _zero_shot_scores(
         keys_sha256=digest([*found.keys, *found.labels.tolist()]),
         model_fingerprint=fingerprint,
         deviation=source.deviation(),
+        pictures_sha256=source.images_fingerprint(SAMPLED),
     )
     queries = found.queries()
     scores = Scores(with_intervals(found.scores(), queries, {}, protocol, model, intervals))

@@ -15,21 +15,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from clipdistill.data.captions import clean
-from clipdistill.data.files import LARGEST_FILE, data_path, find_image_root, read_image_file, read_json, safe_relative
+from clipdistill.data.files import (
+    LARGEST_FILE,
+    data_path,
+    find_image_root,
+    read_image_file,
+    read_json,
+    safe_relative,
+    settings_of_name,
+)
 from clipdistill.data.images import MAX_PIXELS, decode
+from clipdistill.data.pairs import images_fingerprint
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.embed.encode import Encoder
-from clipdistill.errors import InputError, nearest
-from clipdistill.evaluate.evaluate import with_intervals
+from clipdistill.errors import InputError
+from clipdistill.evaluate.evaluate import SAMPLED, with_intervals
 from clipdistill.evaluate.tiles import TIE_TOLERANCE
-from clipdistill.runtime.files import read_text
+from clipdistill.runtime.files import once, text_lines
 from clipdistill.statistics.protocol import Protocol, describe_transform, digest
 from clipdistill.statistics.scores import Queries, Scores
 
@@ -51,6 +59,10 @@ class PictureFiles:
     def key(self, i: int) -> str:
         """The picture's path below the folder."""
         return self._names[i]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over some of them."""
+        return images_fingerprint(len(self), SAMPLED, lambda i: self._bytes(self._names[i]), self.image)
 
     def image(self, i: int, at_least: int | None = None) -> Any:
         """The RGB picture. Raises BadSample."""
@@ -113,6 +125,7 @@ class MatchingSource:
             dtype=encoder.dtype,
             keys_sha256=digest([*captions, *(self.pictures.key(row) for k in items for row in self.rows[k])]),
             model_fingerprint=fingerprint,
+            pictures_sha256=self.pictures.fingerprint(),
         )
         values = {metric: float(hits.mean()) for metric, hits in queries.items()}
         by_picture = dict.fromkeys(queries, clusters)
@@ -175,9 +188,7 @@ def open_matching(name: str) -> list[MatchingSource] | None:
 def _opened(file: Path, query: str, asked: Path) -> MatchingSource | None:
     if file.name != _EXAMPLES and file.stem not in SUBSETS and not _looks_like_choices(file):
         return None
-    settings = dict(parse_qsl(query))
-    if unknown := next((key for key in settings if key != "images"), None):
-        raise InputError(f"'{asked}?{query}': unknown setting '{unknown}'{nearest(unknown, ['images'])}")
+    settings = settings_of_name(query, ["images"], f"{asked}?{query}")
     read = _winoground if file.name == _EXAMPLES else _sugar_crepe
     return read(file, settings.get("images"))
 
@@ -224,12 +235,12 @@ def _winoground(file: Path, images: str | None) -> MatchingSource:
     rows: list[tuple[int, ...]] = []
     captions: list[tuple[str, str]] = []
     names: list[str] = []
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
+    for number, line in enumerate(text_lines(file), start=1):
         if not line.strip():
             continue
         place = f"{file}, line {number}"
         try:
-            entry = json.loads(line)
+            entry = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{place}: not JSON ({error})") from error
         rows.append((len(names), len(names) + 1))

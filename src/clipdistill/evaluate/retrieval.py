@@ -184,6 +184,6 @@ def _expected_reciprocal(above: int, group: int, positives: int) -> float:
 
 def _positive(values: Sequence[int], name: str) -> tuple[int, ...]:
     values = tuple(values)
-    if not all(isinstance(v, int | np.integer) and not isinstance(v, bool) and v > 0 for v in values):
-        raise InputError(f"{name} must be positive whole numbers, got {values}")
+    if not all(isinstance(v, int | np.integer) and not isinstance(v, bool) and 0 < v < 1 << 31 for v in values):
+        raise InputError(f"{name} must be positive whole numbers below 2^31, got {values}")
     return tuple(dict.fromkeys(int(v) for v in values))

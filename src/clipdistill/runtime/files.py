@@ -110,6 +110,7 @@ def new_folder(path: Path | str, replaces: Callable[[Path], bool], what: str) ->
     name is an InputError before any work is done. what: what is being made ("export"), for that sentence.
     """
     path = require_new_folder(path, replaces, what)
+    path = path.resolve() if path.is_symlink() else path  # a link to another disk stays one
     remove_leftovers(path.parent, path.name)
     temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(path), dir=path.parent))
     try:
@@ -314,7 +315,7 @@ def parse_json(content: bytes, where: str, hint: str = "") -> Any:
     if not content.strip(b"\0 \t\r\n"):
         raise InputError(f"{where}: {'empty' if not content.strip() else 'holds only NUL bytes'}{_after(hint)}")
     try:
-        return json.loads(content.decode("utf-8-sig", "surrogatepass"), object_pairs_hook=_once)
+        return json.loads(content.decode("utf-8-sig", "surrogatepass"), object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise InputError(f"{where} (line {error.lineno}): not readable as JSON: {error.msg}{_after(hint)}") from error
     except UnicodeDecodeError as error:
@@ -335,7 +336,20 @@ def read_text(path: Path, where: str | None = None, *, errors: str = "strict") -
         raise InputError(f"{where or path}: is not text in UTF-8 (byte {error.start})") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def text_lines(path: Path, where: str | None = None, *, errors: str = "strict") -> list[str]:
+    """The lines of a UTF-8 file, as `read_text` reads it."""
+    return lines_of(read_text(path, where, errors=errors))
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, ended as any system ends them. str.splitlines cuts at form feeds, U+0085 and U+2028 too,
+    which captions and names may hold."""
+    lines = re.split(r"\r\n?|\n", text)
+    return lines if lines[-1] else lines[:-1]
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object_pairs_hook of json: raises ValueError for a key that stands twice, whose first value would be lost."""
     values = dict(pairs)
     if len(values) < len(pairs):
         seen: set[str] = set()

@@ -10,10 +10,10 @@ import hashlib
 import io
 import re
 from dataclasses import dataclass
-from urllib.parse import parse_qsl
 
 from PIL import Image
 
+from clipdistill.data.files import one_split, settings_of_name
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import Problems
@@ -139,9 +139,7 @@ def parse_scenes_name(text: str) -> ScenesName | None:
     if colon and not split:
         raise InputError(f"'{text}': a split is missing after 'scenes:'; known: {', '.join((*SPLITS, 'zeroshot'))}")
     settings: dict[str, int] = {}
-    for key, value in parse_qsl(query, keep_blank_values=True):
-        if key not in _SETTINGS:
-            raise InputError(f"'{text}': unknown key '{key}'{nearest(key, _SETTINGS)}")
+    for key, value in settings_of_name(query, _SETTINGS, text).items():
         try:
             settings[key] = int(value)
         except ValueError:
@@ -157,7 +155,7 @@ def _open(place: Place, config: DataConfig, default_split: str | None) -> SceneP
             raise InputError(f"data.{setting}={asked} contradicts the name '{place}': give one of them")
     size = config.size if name.size is None else name.size
     seed = config.seed if name.seed is None else name.seed
-    return open_scenes(config.split or name.split or default_split or "train", size, seed, name.pixels)
+    return open_scenes(one_split(config.split, name.split, place) or default_split or "train", size, seed, name.pixels)
 
 
 FORMAT = Format(

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from clipdistill.data.formats import Format
-from clipdistill.data.labelled import LabelledSource
+from clipdistill.data.files import refuse_split
+from clipdistill.data.formats import Format, Place
+from clipdistill.data.labelled import LabelledConfig, LabelledSource
 from clipdistill.errors import InputError, nearest
 from clipdistill.scenes.captions import TEMPLATES, WORDS, with_article
 from clipdistill.scenes.draw import draw_scene
@@ -142,6 +143,10 @@ class SceneLabels(LabelledSource):
         self.image(i).save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
 
+    def images_fingerprint(self, count: int = 8) -> str:
+        """Of what the pictures follow from, whatever compresses them."""
+        return self.fingerprint()
+
     def _hash_content(self, digest: hashlib._Hash) -> None:
         digest.update(f"{WORLD_VERSION} {self.pixels}".encode())
 
@@ -162,7 +167,12 @@ def open_scenes_zeroshot(name: str) -> SceneLabels:
     return SceneLabels(task, *check_settings(size, parsed.seed, parsed.pixels))
 
 
+def _open(place: Place, config: LabelledConfig) -> SceneLabels:
+    refuse_split(config.split, place)
+    return open_scenes_zeroshot(place)
+
+
 FORMAT = Format(
     lambda place: place.split("?")[0].split("/")[0] == "scenes:zeroshot",
-    lambda place, config: open_scenes_zeroshot(place),
+    _open,
 )

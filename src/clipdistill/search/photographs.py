@@ -51,20 +51,23 @@ def scan(folder: Path) -> tuple[list[Photograph], list[tuple[str, str]]]:
                     elif _suffix(entry.name) in IMAGE_SUFFIXES | UNREAD_SUFFIXES:
                         if entry.is_symlink() and not is_inside(folder, Path(entry.path)):
                             problems.append((path, "is a link that leads out of the folder"))
-                        else:
-                            _add(entry, path, found)
+                        elif not _add(entry, path, found):
+                            problems.append((path, "is a link that leads nowhere, or no file"))
         except OSError as error:
             problems.append((below or ".", f"cannot be listed: {error.strerror or error}"))
     return sorted(found, key=lambda photograph: photograph.path), sorted(problems)
 
 
-def _add(entry: os.DirEntry[str], path: str, found: list[Photograph]) -> None:
+def _add(entry: os.DirEntry[str], path: str, found: list[Photograph]) -> bool:
+    """False for what is there and no file."""
     try:
-        if entry.is_file():
-            status = entry.stat()
-            found.append(Photograph(path, status.st_size, status.st_mtime_ns))
+        if not entry.is_file():
+            return not os.path.lexists(entry.path)
+        status = entry.stat()
+        found.append(Photograph(path, status.st_size, status.st_mtime_ns))
     except OSError:
-        return  # gone between listing and looking, or a link that leads nowhere
+        pass  # gone between listing and looking
+    return True
 
 
 def read_photograph(path: Path) -> bytes:

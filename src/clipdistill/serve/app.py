@@ -322,11 +322,15 @@ class Service:
 
     async def _classify(self, asked: ClassifyPictures, pictures: list[bytes]) -> bytes:
         templates = check_classes(asked, self.limits)
-        unknown = (await self._tokens(asked.labels))[2]
+        tokens, _, unknown = await self._tokens(asked.labels)
         if unknown:
             raise RequestRefused(
                 422, f"the model knows no word of label {unknown[0]} (from 0), so an answer means nothing"
             )
+        first: dict[bytes, int] = {}
+        for number, row in enumerate(tokens):
+            if (other := first.setdefault(row.tobytes(), number)) != number:
+                raise RequestRefused(422, f"labels {other} and {number} (from 0) are the same to the model")
         prompts = [fill(template, label) for template in templates for label in asked.labels]
         known = {text: row for text in prompts if (row := self._labels.get(text)) is not None}
         missing = [text for text in dict.fromkeys(prompts) if text not in known]

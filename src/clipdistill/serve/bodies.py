@@ -185,7 +185,7 @@ def openapi(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 description of the service, from the forms above."""
     errors = {
         "400": "not understood", "408": "the body took too long", "413": "too large or too many",
-        "415": "no such kind of body", "422": "a picture that cannot be decoded, or a label of unknown words",
+        "415": "no such kind of body", "422": "a picture that is none, or labels that the model cannot tell apart",
         "429": "busy: come again (Retry-After)", "503": "took too long, or stopping",
     }  # fmt: skip
     sentence = {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}

@@ -183,6 +183,10 @@ def _check(sides: Sequence[Sequence[Record]], given: Sequence[Sequence[Record]])
     protocols = sorted({str(record.protocol) for record in records})
     if len(protocols) > 1:
         raise InputError(f"the results were measured under different protocols ({'; '.join(protocols)})")
+    if len({record.pictures for record in records if record.pictures}) > 1:
+        raise InputError(
+            "the results are of other pictures under the same names and captions: measure all of them on the same ones"
+        )
     for side in sides:
         seeds = [record.seed for record in side if record.seed is not None]
         twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)

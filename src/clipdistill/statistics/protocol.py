@@ -23,8 +23,13 @@ from clipdistill.registry import RETRIEVAL_SCORES
 RETRIEVAL_PROTOCOLS = ("standard", "first-caption")
 TIES = "expected over random order"
 
-# what belongs to the model that was measured, and not to the question it was asked
-_OF_THE_MODEL = frozenset({"model_fingerprint", "transform"})
+# what belongs to the model that was measured, and not to the question it was asked; and what older scores lack
+_OF_THE_MODEL = frozenset({"model_fingerprint", "transform", "pictures_sha256"})
+
+_DIGESTS = {
+    "keys_sha256": "other samples, captions or labels under that name",
+    "prompts_sha256": "other prompts or class names",
+}
 
 # Published test sets: (data set, split) -> (images, captions allowed). COCO's file holds 25,010 captions, as some
 # images have six or seven; the common protocol keeps the first five of each image, 25,000 in all.
@@ -46,7 +51,8 @@ class Protocol(Config):
     captions: numbers scored. captions_per_image: "all", "first" or "first 5". positives, ties: the rules of retrieval.
     classes, templates: of zero-shot classification. prompts_sha256: of templates and class names, or of the prompts of
     balanced scores. transform, dtype: how the model was fed. keys_sha256: over sample keys with captions or labels.
-    deviation: how the set differs from the published one it is named after.
+    deviation: how the set differs from the published one it is named after. pictures_sha256: over some of the pictures
+    themselves; the judge compares it where it was recorded.
     """
 
     name: str
@@ -66,6 +72,7 @@ class Protocol(Config):
     keys_sha256: str
     model_fingerprint: str
     deviation: str | None = None
+    pictures_sha256: str | None = None
 
     def label(self) -> str:
         """One line for a table's title: 'retrieval, standard: flickr8k/val, 1,000 images, 5,000 captions (all)'."""
@@ -95,7 +102,8 @@ def comparable(a: Protocol, b: Protocol) -> bool:
 def difference(a: Protocol, b: Protocol) -> str:
     """What keeps two protocols apart, for messages: "captions_per_image: all / first"; '' when comparable."""
     other = dict(b.question())
-    return ", ".join(f"{k}: {v} / {other[k]}" for k, v in a.question() if other[k] != v)
+    found = {k: f"{k}: {v} / {other[k]}" for k, v in a.question() if other[k] != v}
+    return ", ".join({k: _DIGESTS.get(k, text) for k, text in found.items()}.values())
 
 
 def check_retrieval_protocol(name: str) -> None:

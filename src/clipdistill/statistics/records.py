@@ -64,6 +64,11 @@ class Record:
         return self.measured.model_fingerprint if self.measured else ""
 
     @property
+    def pictures(self) -> str:
+        """Of the pictures that it was measured on; '' where it is not known."""
+        return (self.measured.pictures_sha256 or "") if self.measured else ""
+
+    @property
     def lower_is_better(self) -> bool:
         return self.metric.endswith("median_rank")
 

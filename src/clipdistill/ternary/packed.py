@@ -92,4 +92,6 @@ def unpack(folder: Path | str, out: Path | str) -> None:
     description = read_json(source / DESCRIPTION)
     with new_folder(Path(out), lambda old: (old / DESCRIPTION).exists(), "model folder") as new:
         save_file(stored, new / WEIGHTS)
-        write_json(new / DESCRIPTION, {**description, "weights_sha256": sha256(new / WEIGHTS)}, checked=True)
+        if sha256(new / WEIGHTS) != description.get("weights_sha256"):
+            raise InputError(f"{path}: its weights are not those that {DESCRIPTION} recorded: the file is damaged")
+        write_json(new / DESCRIPTION, description, checked=True)

@@ -10,7 +10,7 @@ from clipdistill.data.files import data_path, is_remote
 from clipdistill.embed.names import add_engine, on_cluster
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
-from clipdistill.runtime.files import is_inside, read_text
+from clipdistill.runtime.files import is_inside, text_lines
 from clipdistill.vectors.files import require_suffix
 
 if TYPE_CHECKING:
@@ -150,9 +150,7 @@ def embed_to_file(
 
 def _lines(path: Path) -> list[str]:
     """The texts of a file, one a line; blank lines are an error, since rows would no longer be lines."""
-    lines = read_text(path).split("\n")
-    if not lines[-1]:
-        lines.pop()  # behind the last line's end
+    lines = text_lines(path)
     if not lines:
         raise InputError(f"{path}: holds no text")
     blank = next((i for i, line in enumerate(lines, 1) if not line.strip()), None)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import re
 from pathlib import Path
 
-from clipdistill.data.benchmarks.places import absent, data_root, folder_of, source_of, sources
+from clipdistill.data.benchmarks.places import Source, absent, data_root, folder_of, source_of, sources
 from clipdistill.errors import InputError
 from clipdistill.runtime.console import say
 from clipdistill.runtime.files import make_folder
@@ -26,17 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("names", nargs="+", metavar="NAME", help="a name of `list datasets`, or wds/NAME for a set of CLIP_benchmark")
     add("--to", type=Path, metavar="DIR", help="one folder a set below it (default: where the names are looked for)")
-    add("--split", default="test", help="of the hub's sets: test, train, or test,train (default test)")
+    add("--split", help="of the hub's sets: test, train, or test,train (default test)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Bring each set and say how it is called."""
     root = data_root() if arguments.to is None else arguments.to.expanduser()
+    splits = None if arguments.split is None else [word.strip() for word in arguments.split.split(",")]
     for name in arguments.names:  # unknown names before the first download
-        if source_of(name).layout:
-            raise absent(name)
+        _checked(name, splits)
     for name in arguments.names:
-        folder = fetch(name, root=root, splits=arguments.split.split(","))
+        folder = fetch(name, root=root, splits=splits)
         is_own = folder == folder_of(name)
         declared = f"{name}@" if name in sources() else ""
         say(f"{name}: in '{folder}', read with  --data {name if is_own else f'{declared}{folder}'}")
@@ -51,9 +52,7 @@ def fetch(name: str, *, root: Path | None = None, splits: list[str] | None = Non
     the hub (None: test); torchvision's come whole. Raises InputError for names that are unknown or cannot be fetched,
     and where the network or the server fails. Source: torchvision's addresses, and huggingface.co/clip-benchmark.
     """
-    about = source_of(name)
-    if about.layout:
-        raise absent(name)
+    about = _checked(name, splits)
     folder = folder_of(name, root)
     make_folder(folder, "data sets")
     try:
@@ -66,6 +65,18 @@ def fetch(name: str, *, root: Path | None = None, splits: list[str] | None = Non
         with contextlib.suppress(OSError):  # nothing came
             folder.rmdir()
     return folder
+
+
+def _checked(name: str, splits: list[str] | None) -> Source:
+    about = source_of(name)
+    if about.layout:
+        raise absent(name)
+    for split in splits or ():
+        if not about.hub:
+            raise InputError(f"the split '{split}' is for sets of the hub, and {name} comes whole: leave it out")
+        if not re.fullmatch(r"\w+", split):
+            raise InputError(f"'{split}' is no name of a split: write test, train, or test,train")
+    return about
 
 
 def _by_torchvision(name: str, title: str, folder: Path) -> None:

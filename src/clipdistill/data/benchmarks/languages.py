@@ -19,7 +19,7 @@ from clipdistill.data.formats import Format, Place
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import Problems
 from clipdistill.errors import InputError, nearest
-from clipdistill.runtime.files import read_text
+from clipdistill.runtime.files import once, text_lines
 
 _NAMES = "test_image_names.txt"
 _CAPTIONS = re.compile(r"test_1kcaptions_(\w+)\.txt")
@@ -54,8 +54,7 @@ def _caption_files(names: Path) -> dict[str, Path]:
 
 
 def _lines(path: Path) -> list[str]:
-    text = read_text(path, errors="surrogateescape")
-    return text.removesuffix("\n").split("\n") if text else []  # splitlines knows more ends of lines
+    return text_lines(path, errors="surrogateescape")
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -65,7 +64,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(record, dict) or not isinstance(record.get("image/key"), str):

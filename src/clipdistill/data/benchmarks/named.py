@@ -8,6 +8,7 @@ from typing import Any
 
 from clipdistill.data.benchmarks.places import absent, folder_of, named, source_of, sources
 from clipdistill.data.benchmarks.webdatasets import is_layout, is_retrieval, open_classes, open_retrieval
+from clipdistill.data.files import one_split
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.labelled import LabelledConfig, LabelledSource
 from clipdistill.data.pairs import DataConfig, PairSource
@@ -53,7 +54,7 @@ def open_named(place: Place, config: LabelledConfig) -> LabelledSource:
     if not place.there:
         name, split = named(place) or (str(place), None)
         folder, known = _folder(name), known or (name if name in sources() else None)
-        config = replace(config, path=str(folder), known=known, split=config.split or split)
+        config = replace(config, path=str(folder), known=known, split=one_split(config.split, split, str(place)))
         place = Place(str(folder))
     if is_layout(folder):
         return open_classes(place, config)
@@ -99,7 +100,7 @@ def open_named_pairs(place: Place, config: DataConfig, default_split: str | None
     if not place.there:
         name, split = named(place) or (str(place), None)
         place = Place(str(folder_of(name)))
-        config = config.model_copy(update={"split": config.split or split})
+        config = config.model_copy(update={"split": one_split(config.split, split, name)})
     return open_retrieval(place, config, default_split)
 
 

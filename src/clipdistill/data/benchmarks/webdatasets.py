@@ -21,7 +21,7 @@ from clipdistill.data.labelled import LabelledConfig, LabelledSource, read_class
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.templates import check_templates
 from clipdistill.errors import InputError, nearest
-from clipdistill.runtime.files import read_text
+from clipdistill.runtime.files import read_text, text_lines
 
 _CLASSES, _TEMPLATES, _TYPE, _COUNT = (
     "classnames.txt", "zeroshot_classification_templates.txt", "dataset_type.txt", "nshards.txt",
@@ -76,7 +76,7 @@ def open_classes(place: Place, config: LabelledConfig) -> LabelledSource:
     source = open_class_tars(shards, config, several=kind == "multilabel")
     source.name = f"{_name(folder)}/{split}"
     if (folder / _TEMPLATES).is_file():
-        source.templates = check_templates(read_text(folder / _TEMPLATES).splitlines(), str(folder / _TEMPLATES))
+        source.templates = check_templates(text_lines(folder / _TEMPLATES), str(folder / _TEMPLATES))
     elif source.known:
         source.templates = KNOWN_SETS[source.known].templates
     return source

@@ -71,7 +71,12 @@ class ArrayLabels(LabelledSource):
         array = self._array(archive, name)
         if array.ndim != 1:
             raise InputError(f"'{self._path}': '{name}' must be texts in one row, got the shape {array.shape}")
-        return [str(text) for text in array.tolist()]
+        if array.dtype.kind not in "USiu":
+            raise InputError(f"'{self._path}': '{name}' must be texts, got {array.dtype}")
+        try:
+            return [text.decode("utf-8") if isinstance(text, bytes) else str(text) for text in array.tolist()]
+        except UnicodeDecodeError as error:
+            raise InputError(f"'{self._path}': '{name}' holds bytes that are not UTF-8") from error
 
     def _shape(self) -> tuple[int, ...]:
         return self._load().shape if self._load().dtype == np.uint8 else ()

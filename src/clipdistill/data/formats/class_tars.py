@@ -18,7 +18,7 @@ from clipdistill.data.files import is_url, refuse_split
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.formats.tar_headers import members
 from clipdistill.data.formats.tar_index import samples_of
-from clipdistill.data.formats.tars import shards_of
+from clipdistill.data.formats.tars import shard_labels, shards_of
 from clipdistill.data.labelled import LabelledConfig, LabelledSource, Naming, OwnNames, read_class_file
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.errors import InputError
@@ -72,13 +72,13 @@ def open_class_tars(place: Place, config: LabelledConfig, *, several: bool = Fal
     labels: list[Any] = []
     kinds, most = (("npy",), 1 << 16) if several else (_LABELS, 32)
     places: list[tuple[int, int, int]] = []
-    for number, shard in enumerate(shards):
+    for number, (shard, label) in enumerate(zip(shards, shard_labels(shards))):
         if not shard.is_file():
             raise InputError(f"labelled data: the shard '{shard}' does not exist")
-        prefix = f"{shard.stem}/" if len(shards) > 1 else ""
+        prefix = f"{label}/" if len(shards) > 1 else ""
         with shard.open("rb") as file:
             seen: dict[str, int] = {}
-            for sample in samples_of(file, shard.stat().st_size, shard.name, kinds, problems):
+            for sample in samples_of(file, shard.stat().st_size, label, kinds, problems):
                 seen[sample.stem] = seen.get(sample.stem, 0) + 1
                 key = f"{prefix}{sample.stem}" + (f"#{seen[sample.stem]}" if seen[sample.stem] > 1 else "")
                 cls, image = next((sample.components[c] for c in kinds if c in sample.components), None), sample.image

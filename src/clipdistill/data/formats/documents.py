@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from clipdistill.data.captions import clean_all
+from clipdistill.data.captions import clean_all, is_missing
 from clipdistill.data.files import choose_splits, collect, find_image_root, refuse_split, safe_relative
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.pairs import DataConfig, PairSource
@@ -35,10 +35,10 @@ def open_karpathy(place: Place, config: DataConfig, default_split: str | None) -
     images = [entry for entry in content["images"] if isinstance(entry, dict)]
     if len(images) < len(content["images"]):
         problems.add("unreadable entry", str(path), times=len(content["images"]) - len(images))
-    counts = Counter(str(entry["split"]) for entry in images if "split" in entry)
-    chosen, label = choose_splits(config.split, default_split, counts, str(path))
+    splits = ["" if is_missing(entry.get("split")) else str(entry["split"]) for entry in images]
+    chosen, label = choose_splits(config.split, default_split, Counter(splits), str(path), problems)
     if chosen is not None:
-        images = [entry for entry in images if str(entry.get("split")) in chosen]
+        images = [entry for entry, split in zip(images, splits) if split in chosen]
     entries: dict[str, list[str]] = {}
     for number, entry in enumerate(images):
         name = safe_relative(entry.get("filename"))

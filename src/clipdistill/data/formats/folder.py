@@ -9,6 +9,7 @@ from clipdistill.data.files import collect, is_url, read_image_file, refuse_spli
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import BadSample, Problems
+from clipdistill.runtime.files import lines_of
 
 
 def _has_captions(place: Place) -> bool:
@@ -32,7 +33,7 @@ def open_folder(place: Place, config: DataConfig, default_split: str | None) -> 
             if stem not in place.texts:
                 raise BadSample(MISSING)
             text = read_image_file(folder / place.texts[stem])
-            lines = text.decode("utf-8-sig", errors="surrogateescape").splitlines()
+            lines = lines_of(text.decode("utf-8-sig", errors="surrogateescape"))
         except BadSample:
             problems.add(MISSING, name)
             lines = []

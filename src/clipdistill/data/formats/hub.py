@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clipdistill.data.files import choose_splits, read_image_file, refuse_split
+from clipdistill.data.files import choose_splits, one_split, read_image_file, refuse_split
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.formats.rows import WITHOUT_IMAGE, Rows, find_columns
 from clipdistill.data.pairs import DataConfig, IndexedPairs, PairSource
@@ -38,7 +38,7 @@ def open_hub(place: Place, config: DataConfig, default_split: str | None) -> Pai
     _log.warning(
         "hf:%s: asking the Hugging Face hub, which needs the network unless the data are cached here", identity
     )
-    asked = config.split or split or None
+    asked = one_split(config.split, split, str(place))
     try:
         names = list(datasets.get_dataset_split_names(identity))
         chosen, label = choose_splits(asked, default_split, dict.fromkeys(names, 0), f"hf:{identity}")

@@ -8,16 +8,16 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipdistill.data.files import read_image_file
+from clipdistill.data.files import one_split, read_image_file, settings_of_name
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.images import as_rgb, decode
 from clipdistill.data.labelled import LabelledConfig, LabelledSource
+from clipdistill.data.pairs import images_fingerprint
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError, nearest, needing
 
@@ -69,6 +69,10 @@ class TorchvisionLabels(LabelledSource):
         except BadSample as error:
             raise BadSample(error.reason, self.key(i)) from error
 
+    def images_fingerprint(self, count: int = 8) -> str:
+        """Of the pixels, whatever compresses them."""
+        return images_fingerprint(len(self), count, lambda i: self.image(i).tobytes(), self.image)
+
     def _bytes(self, i: int) -> bytes:
         buffer = io.BytesIO()
         self.image(i).save(buffer, "PNG")
@@ -82,7 +86,7 @@ def open_torchvision(place: Place, config: LabelledConfig) -> TorchvisionLabels:
     """
     title, at, root = place.removeprefix("torchvision:").partition("@")
     name, _, named_split = title.partition(":")
-    own_names, split = config.classes, config.split or named_split or None
+    own_names, split = config.classes, one_split(config.split, named_split, str(place))
     if name not in TORCHVISION_SETS:
         raise InputError(f"torchvision:{name} is not read here{nearest(name, TORCHVISION_SETS)}")
     if not at or not root:
@@ -160,13 +164,8 @@ def open_hub_labelled(place: Place, config: LabelledConfig) -> HubLabels:
     with needing("datasets", "hf", f"hf:{text}"):
         import datasets
     name, _, query = text.partition("?")
-    settings = dict(parse_qsl(query))
-    unknown = next((key for key in settings if key not in ("split", "image", "label", "config")), None)
-    if unknown is not None:
-        raise InputError(
-            f"hf:{text}: unknown setting '{unknown}'{nearest(unknown, ('split', 'image', 'label', 'config'))}"
-        )
-    split = config.split or settings.get("split") or "test"
+    settings = settings_of_name(query, ("split", "image", "label", "config"), f"hf:{text}")
+    split = one_split(config.split, settings.get("split"), str(place)) or "test"
     rows = _load(datasets, name, settings.get("config"), split)
     image = _column(rows, settings.get("image"), datasets.Image, name, "image")
     label = _column(rows, settings.get("label"), datasets.ClassLabel, name, "label")

@@ -46,6 +46,8 @@ def open_parquet(place: Place, config: DataConfig, default_split: str | None) ->
 
     files, where = tables_of(place), place.path
     tables = [_open(file) for file in files]
+    labels = [file.stem for file in files]
+    labels = labels if len(set(labels)) == len(labels) else [file.name for file in files]  # x.parquet beside x.pq
     try:
         names, schema = tables[0].schema_arrow.names, tables[0].schema_arrow
         for file, table in zip(files, tables):
@@ -63,15 +65,15 @@ def open_parquet(place: Place, config: DataConfig, default_split: str | None) ->
         if in_cells and config.image_root is not None:
             raise InputError(f"data.image_root={config.image_root} is not applied to '{where}', which holds its images")
         rows = Rows(where, config)
-        for number, (file, table) in enumerate(zip(files, tables)):
+        for number, (file, table, name) in enumerate(zip(files, tables, labels)):
             beside = f" of {file.name}" if len(files) > 1 else ""
             if in_cells:
                 lines = zip(_columns(table, (caption, split)), _places(table, image), strict=True)
                 for line, ((texts, label), (group, row, null)) in enumerate(lines):
                     if null:
-                        rows.problems.add(WITHOUT_IMAGE, f"{file.stem}/{line}", dropped=True)
+                        rows.problems.add(WITHOUT_IMAGE, f"{name}/{line}", dropped=True)
                     else:
-                        rows.add_cell(f"{file.stem}/{line}", texts, label, f"row {line}", (number, group, row))
+                        rows.add_cell(f"{name}/{line}", texts, label, f"row {line}", (number, group, row))
             else:
                 for line, (path, texts, label) in enumerate(_columns(table, (image, caption, split))):
                     rows.add(path, texts, label, f"row {line}{beside}")
@@ -207,7 +209,7 @@ class ParquetPairs(IndexedPairs):
 
     def shard_of(self, key: str) -> str | None:
         stem = key.rpartition("/")[0]
-        return next((str(path) for path in self._paths if path.stem == stem), None)
+        return next((str(path) for path in self._paths if stem in (path.stem, path.name)), None)
 
     def image_bytes(self, i: int) -> bytes:
         if not 0 <= i < len(self):

@@ -35,7 +35,7 @@ class Rows:
         if not isinstance(path, str) or not path.strip() or "\0" in path:
             self.problems.add(WITHOUT_IMAGE, place, dropped=True)
             return
-        path, label = path.strip(), "" if split is None else str(split)
+        path, label = path.strip(), _label(split)
         texts = self._usable(captions, path, place)
         if (label, path) not in self._entries:
             self._entries[label, path] = []
@@ -44,7 +44,7 @@ class Rows:
 
     def add_cell(self, key: str, captions: object, split: object, place: str, at: tuple[int, ...]) -> None:
         """One row with its image inside the table; `at` is where the cell is, for the source that reads it."""
-        label = "" if split is None else str(split)
+        label = _label(split)
         self._cells.append((key, label, self._usable(captions, key, place), at))
         self.splits[label] += 1
 
@@ -70,7 +70,7 @@ class Rows:
                 "them in, or leave them out with missing_captions=skip"
             )
         counts = self.splits if has_splits else Counter[str]()
-        return choose_splits(self.config.split, default_split, counts, str(self.where))
+        return choose_splits(self.config.split, default_split, counts, str(self.where), self.problems)
 
     def source(self, default_split: str | None, has_splits: bool) -> PairSource:
         """The pairs of the chosen split, with image files. Raises InputError when there are none."""
@@ -113,6 +113,11 @@ def required_column(name: str, columns: Sequence[str], setting: str, where: Path
     hint = nearest(name, columns) if columns else ""
     hint = hint if "did you mean" in hint else ""
     raise InputError(f"{where}: no column '{name}'{hint}; it has: {known}; set {setting}")
+
+
+def _label(split: object) -> str:
+    """The name of a row's split, '' for none."""
+    return "" if is_missing(split) else str(split).strip()
 
 
 _USUAL = {

@@ -7,12 +7,13 @@ faster, and it stops at damage where tarfile (Python before 3.13.6) can loop for
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
+_KINDS = {b"1": "link", b"2": "link", b"S": "sparse file"}
 _LARGEST_EXTENSION = 1 << 20  # bytes of a long name or a pax header
 
 
@@ -34,9 +35,12 @@ def looks_like_tar(head: bytes) -> bool:
     return len(head) >= BLOCK and any(head[:BLOCK]) and _checksum_right(head[:BLOCK])
 
 
-def members(file: BinaryIO, length: int) -> Iterator[Member]:
+def members(
+    file: BinaryIO, length: int, passed: Callable[[str, str], None] = lambda name, kind: None
+) -> Iterator[Member]:
     """The regular files of an archive of `length` bytes, in order; archives written one behind the other are one.
 
+    passed: called with the name and the kind of what is neither a file with data of its own nor a folder.
     Raises DamagedTar at the first header or member that is not whole, when the end mark is missing (a cut between two
     members), and for anything but another archive behind the end mark: everything yielded before is complete.
     """
@@ -86,6 +90,8 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
             sparse = any(key.startswith("GNU.sparse") for key in settings)
             if kind in _REGULAR and not sparse and not name.endswith("/"):
                 yield Member(name, data, size)
+            elif kind not in (*_REGULAR, b"5") or sparse:
+                passed(name, "sparse file" if sparse else _KINDS.get(kind, "member that is no file"))
             long_name, pax = None, {}
         position = data + (-(-size // BLOCK) * BLOCK if has_data else 0)
 

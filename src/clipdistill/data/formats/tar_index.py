@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,9 +24,9 @@ from clipdistill.data.files import PICTURES, UNREAD, UNREAD_SUFFIXES
 from clipdistill.data.formats.tar_headers import DamagedTar, Member, members
 from clipdistill.data.pairs import Strings, ends_of
 from clipdistill.data.problems import Problems
-from clipdistill.runtime.files import new_file
+from clipdistill.runtime.files import new_file, once
 
-FORMAT = 5
+FORMAT = 6
 TEXTS = ("txt", "json")
 LINES = "txt:lines"
 _LARGEST_TEXT = 1 << 24  # bytes of a .txt or .json member that are read
@@ -85,7 +85,7 @@ def index_shard(path: Path, label: str, column: str | None = None) -> ShardIndex
         status = path.stat()
         remembered = _cache_file(path, column)
         key = json.dumps([FORMAT, str(path.resolve()), status.st_size, status.st_mtime_ns, label, column])
-        index = _recall(remembered, key, status.st_size)
+        index = _recall(remembered, key)
         if index is None:
             with path.open("rb") as file:
                 index = _scan(file, status.st_size, label, column)
@@ -100,8 +100,13 @@ def samples_of(file: BinaryIO, length: int, label: str, texts: Sequence[str], pr
     """The samples of a shard in the order of their first members, with their images and the components `texts`."""
     groups: dict[str, list[Sample]] = {}
     samples: list[Sample] = []
+
+    def passed(name: str, kind: str) -> None:
+        if "__MACOSX" not in name.split("/"):
+            problems.add(f"{kind} inside an archive", f"{label}/{name}")
+
     try:
-        for member in members(file, length):
+        for member in members(file, length, passed):
             folder, _, name = member.name.rpartition("/")
             stem, _, component = name.partition(".")
             component = component.lower()
@@ -160,7 +165,8 @@ def _captions(
     record: dict[str, Any] = {}
     if "json" in components:
         try:
-            content = json.loads(_read(file, components["json"]).decode("utf-8-sig", "surrogateescape"))
+            document = _read(file, components["json"]).decode("utf-8-sig", "surrogateescape")
+            content = json.loads(document, object_pairs_hook=once)
             record = content if isinstance(content, dict) else {}
         except (ValueError, RecursionError):
             problems.add("unreadable json", key)
@@ -204,7 +210,7 @@ def _cache_file(path: Path, column: str | None) -> Path | None:
         return None
 
 
-def _recall(file: Path | None, key: str, length: int) -> ShardIndex | None:
+def _recall(file: Path | None, key: str) -> ShardIndex | None:
     """A remembered index if it belongs to exactly this file; anything unreadable is simply scanned again."""
     if file is None or not file.is_file():
         return None
@@ -213,26 +219,29 @@ def _recall(file: Path | None, key: str, length: int) -> ShardIndex | None:
             if str(stored["key"]) != key:
                 return None
             packed = {name: stored[name] for name in stored.files}
+        if str(packed.pop("sha256")) != _digest(packed):
+            return None
         stems, captions = (
             Strings(packed[name], packed[ends])
             for name, ends in (("stems", "stem_offsets"), ("captions", "caption_offsets"))
         )
         found = json.loads(str(packed["problems"]))
-        starts = packed["starts"].astype(np.int64)  # differences of unsigned numbers are never negative
-        index = ShardIndex(stems, packed["offsets"], packed["sizes"], captions, np.diff(starts))
+        index = ShardIndex(stems, packed["offsets"], packed["sizes"], captions, np.diff(packed["starts"]))
         index.problems.counts.update(found["counts"])
         index.problems.rows = [(str(k), str(r)) for k, r in found["rows"]]
         index.problems.dropped = int(found["dropped"])
-        lengths = {len(stems), len(index.offsets), len(index.sizes), len(index.counts)}
-        whole = len(lengths) == 1 and len({*stems}) == len(stems) and int(starts[-1]) == len(captions)
-        inside = not len(stems) or bool(
-            index.offsets.min() >= 0 <= index.sizes.min() and (index.offsets + index.sizes).max() <= length
-        )
-        # each picture has captions, or (pictures alone) none has
-        filled = all(captions) and bool((index.counts >= min(1, len(captions))).all())
     except Exception:  # zipfile and numpy raise almost any type on damaged archives
         return None
-    return index if whole and inside and filled else None
+    return index
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """sha256 (hex) of arrays by name."""
+    found = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name} {array.dtype} {array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
 
 
 def _remember(file: Path | None, key: str, index: ShardIndex) -> None:
@@ -250,4 +259,4 @@ def _remember(file: Path | None, key: str, index: ShardIndex) -> None:
     with contextlib.suppress(OSError, ValueError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with new_file(file) as temporary, temporary.open("wb") as handle:
-            np.savez(handle, **arrays)
+            np.savez(handle, **arrays, sha256=np.array(_digest(arrays)))

@@ -196,7 +196,7 @@ def open_tars(place: Place, config: DataConfig, default_split: str | None) -> Ta
     missing = [path for path, there in zip(shards, run(type(shards[0]).is_file, shards)) if not there]
     if missing:
         raise InputError(f"{len(missing)} of {len(shards)} shards do not exist, the first is '{missing[0]}'")
-    labels = _labels(shards)
+    labels = shard_labels(shards)
     problems = Problems()
     for image in place.with_ending(*IMAGE_SUFFIXES):
         problems.add("image beside the shards", image.name)
@@ -216,7 +216,7 @@ def open_tars(place: Place, config: DataConfig, default_split: str | None) -> Ta
     return pairs
 
 
-def _labels(shards: Sequence[Path]) -> list[str]:
+def shard_labels(shards: Sequence[Path]) -> list[str]:
     """A short unique name for each shard: its stem, or its path below the common folder where stems repeat."""
     stems = [valid_text(path.stem) for path in shards]
     if len(set(stems)) == len(stems):

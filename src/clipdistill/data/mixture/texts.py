@@ -10,7 +10,7 @@ from clipdistill.data.files import IMAGE_SUFFIXES, nothing_usable, refuse_split
 from clipdistill.data.formats import Place
 from clipdistill.data.pairs import DataConfig, IndexedPairs
 from clipdistill.data.problems import BadSample, Problems
-from clipdistill.runtime.files import read_text
+from clipdistill.runtime.files import text_lines
 
 SUFFIXES = (".txt", ".tsv")
 
@@ -35,8 +35,7 @@ def open_texts(config: DataConfig) -> Texts | None:
     path, tabs = place.path, place.path.suffix.lower() == ".tsv"
     if path.suffix.lower() not in SUFFIXES or not place.head.strip():
         return None
-    lines = read_text(path).split("\n")
-    rows = [line.split("\t") if tabs else [line] for line in lines]
+    rows = [line.split("\t") if tabs else [line] for line in text_lines(path)]
     columns = Counter(len(cells) for cells in rows if any(cell.strip() for cell in cells)).most_common(1)[0][0]
     if any(os.path.splitext(cell.strip())[1].lower() in IMAGE_SUFFIXES for row in rows[:2] for cell in row):  # noqa: PTH122
         return None
