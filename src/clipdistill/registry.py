@@ -249,7 +249,10 @@ _TERMS = (
 TERMS: Registry[Any] = Registry(
     "term",
     {name: f"clipdistill.objective.terms.{name}:TERM" for name in _TERMS}
-    | {name: f"clipdistill.bank.{name}:TERM" for name in ("bank_cross", "bank_within", "bank_xrd", "cluster")}
+    | {
+        name: f"clipdistill.bank.{name}:TERM"
+        for name in ("bank_cross", "bank_within", "bank_xrd", "cluster", "class_kd")
+    }
     | {
         name: f"clipdistill.objective.one_modality:{name.upper()}"
         for name in ("cosine_image", "cosine_text", "within_image", "within_text")
@@ -306,8 +309,11 @@ STUDENTS: Registry[Any] = Registry("student")
 TEACHERS: Registry[Any] = Registry("teacher")
 """Functions that open a teacher of a kind of its own, by the word before the colon of its name."""
 
-WHOLE_SET: Registry[Any] = Registry("teacher of a whole set", {"cache": "clipdistill.bank.teacher:BankTeacher"})
-"""Classes that give a stored teacher what it knows of all training data (a bank, cleaned targets)."""
+WHOLE_SET: Registry[Any] = Registry(
+    "teacher of a whole set",
+    {"cache": "clipdistill.bank.teacher:BankTeacher", "classes": "clipdistill.bank.classes:ClassTeacher"},
+)
+"""Classes that give a teacher what it knows beside a batch: a bank of all training data, cleaned targets, classes."""
 
 TEACHER_FOLDERS: Registry[Any] = Registry(
     "teacher folder", {"meta_teacher.json": "clipdistill.regions.teacher:open_region_teacher"}

@@ -10,7 +10,7 @@ import torch
 from clipdistill.objective import TERMS, Embeddings, Objective
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import load_recipe, recipe_names
-from tests.objective.plain import random_bank, random_embeddings
+from tests.objective.plain import random_bank, random_embeddings, unit
 
 EVERYTHING = "every term"
 
@@ -21,8 +21,8 @@ def mix_names() -> list[str]:
 
 
 def batch_terms() -> list[str]:
-    """The terms that compare the rows of a batch alone: no bank is needed."""
-    return [name for name in TERMS.names() if not TERMS.get(name).bank]
+    """The terms that compare the rows of a batch alone: no bank and no classes are needed."""
+    return [name for name in TERMS.names() if not (TERMS.get(name).bank or TERMS.get(name).classes)]
 
 
 def settings_of(mix: str) -> dict[str, Any]:
@@ -55,6 +55,8 @@ def make_input(
             theirs = replace(theirs, blocks=(teacher - 3, 3), logit_scale=(30.0, 20.0))
     if ObjectiveConfig(**settings_of(mix)).needs_bank:
         theirs = replace(theirs, bank=random_bank(rows, teacher, 5, dtype=dtype))
+    if ObjectiveConfig(**settings_of(mix)).needs_classes:
+        theirs = replace(theirs, classes=unit(random_embeddings(4, teacher, 1.0, 6, dtype=dtype).text))
     return ours, theirs
 
 

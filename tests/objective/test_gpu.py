@@ -19,6 +19,8 @@ def on_gpu(embeddings: Embeddings) -> Embeddings:
     if embeddings.bank is not None:
         parts = ("image", "text", "counts", "place")
         moved["bank"] = replace(embeddings.bank, **{part: getattr(embeddings.bank, part).cuda() for part in parts})
+    if embeddings.classes is not None:
+        moved["classes"] = embeddings.classes.cuda()
     return replace(embeddings, **moved)
 
 

@@ -219,7 +219,7 @@ def test_autocast_changes_nothing(mix: str, engine: str) -> None:
 
 def trained_parts(recipe: str) -> tuple[str, ...]:
     """The modalities that a recipe's terms reach."""
-    return {"images-only": ("image",), "text-only": ("text",)}.get(recipe, ("image", "text"))
+    return {"images-only": ("image",), "promptkd": ("image",), "text-only": ("text",)}.get(recipe, ("image", "text"))
 
 
 @pytest.mark.parametrize("engine", ["dense", "tiled"])
@@ -314,7 +314,7 @@ def test_rows_that_a_loss_needs() -> None:
     """One row says nothing to a term that compares pairs; a distance of rows is content with one."""
     assert ObjectiveConfig(weights={"fd": 1, "cosine": 2}).least_rows == 1
     for name in TERMS.names():
-        alone = name in ("fd", "cosine", "cosine_image", "cosine_text") or TERMS.get(name).bank
+        alone = name in ("fd", "cosine", "cosine_image", "cosine_text", "class_kd") or TERMS.get(name).bank
         expected = 1 if alone else 2
         assert ObjectiveConfig(weights={"fd": 1, name: 1}).least_rows == expected
     settings = {"student": "scenes-student", "data": {"path": "scenes"}, "out": "x", "teacher": "scenes-teacher"}

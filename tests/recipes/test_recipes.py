@@ -22,6 +22,8 @@ def test_the_published_methods_are_there():
 def test_recipe_resolves_to_a_typed_run(name, tmp_path):
     teacher = "cache:T" if name == "clipdistill" else "T"  # whose bank comes with a cache
     given = {"teacher": teacher, "student": "S", "data": "scenes", "out": tmp_path}
+    if name == "promptkd":
+        given["train"] = {"classes": "C"}
     for config in resolve_stages(name, given) or [resolve(name, given)]:
         assert config.objective.weights
         assert (config.train.steps is None) != (config.train.epochs is None)

@@ -55,6 +55,8 @@ def gradients(recipe: str, micro_batch: int | None) -> tuple[float, dict[str, to
     teacher = Embeddings(torch.randn(ROWS, TEACHER).double(), torch.randn(ROWS, TEACHER).double(), 30.0)
     if config.needs_bank:
         teacher = replace(teacher, bank=random_bank(ROWS, TEACHER, 5))
+    if config.needs_classes:
+        teacher = replace(teacher, classes=torch.nn.functional.normalize(torch.randn(3, TEACHER).double(), dim=1))
     output = forward_backward(
         towers,
         objective,

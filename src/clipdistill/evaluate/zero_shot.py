@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from clipdistill.data.labelled import LabelledSource
-from clipdistill.data.templates import check_templates, fill, templates
+from clipdistill.data.templates import fill
+from clipdistill.embed.classes import choose_templates, class_weights
 from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError, nearest
 from clipdistill.evaluate.tiles import TIE_TOLERANCE
@@ -164,14 +165,6 @@ def indistinct_classes(tokenizer: Tokenizer, class_names: Sequence[str], lines: 
     return found
 
 
-def class_weights(encoder: Encoder, class_names: Sequence[str], lines: Sequence[str]) -> Tensor:
-    """Unit-length class vectors (C, D): the normalised mean over templates of normalised text embeddings."""
-    texts = [fill(line, name) for name in class_names for line in lines]
-    features = encoder.texts(texts, f"{len(class_names)} class names in {len(lines)} templates")
-    means = features.view(len(class_names), len(lines), -1).double().mean(dim=1)
-    return torch.nn.functional.normalize(means, dim=1).float()
-
-
 def classify(image: Tensor, weights: Tensor, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(top-1 (n,), top-5 (n,), predicted class (n,)) of unit-length images (n, D) against class vectors (C, D).
 
@@ -223,15 +216,6 @@ def mean_average_precision(cosines: np.ndarray, right: np.ndarray) -> np.ndarray
         total += average
         gains[order] += count * (gain - gain.mean()) / true.sum()
     return (total + gains) / len(occurring)
-
-
-def choose_templates(prompts: str | Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """(name for the protocol, templates) of a set's name, a file, or a list of templates."""
-    if isinstance(prompts, str):
-        lines = templates(prompts)
-        return f"{prompts} ({len(lines)})", lines
-    lines = check_templates(prompts, "the given templates")
-    return f"given ({len(lines)})", lines
 
 
 def _chosen_classes(labelled: LabelledSource, classes: Sequence[int | str] | None) -> list[int]:

@@ -23,7 +23,7 @@ from clipdistill.export.gate import Runner, Tolerance, compare, require
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.tokenizer_json import tokenizer_json
 from clipdistill.export.transformers_js import write_transformers_js
-from clipdistill.models import sized
+from clipdistill.models import prompts, sized
 from clipdistill.models.architecture import JOINED
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.hugging_face import rename_back
@@ -120,6 +120,8 @@ def write_open_clip(model: ClipModel, folder: Path) -> None:
     _require_open_clip(model)
     if sized.KEY in model.architecture:
         raise InputError(f"'{model.name}' has blocks of different sizes ('{sized.KEY}'), which open_clip cannot build")
+    if prompts.KEY in model.architecture:
+        raise InputError(f"'{model.name}' has prompts ('{prompts.KEY}'), which open_clip does not know: use --to onnx")
     architecture = copy.deepcopy(model.architecture)
     text = architecture["text_cfg"]
     tokenizer = model.tokenizer
@@ -172,7 +174,7 @@ def hugging_face_config(model: ClipModel) -> dict[str, Any]:
     _require_open_clip(model)
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
     refused = f"'{model.name}' cannot be a Hugging Face CLIPModel"
-    for key in (sized.KEY, "multimodal_cfg", "init_logit_bias"):
+    for key in (sized.KEY, prompts.KEY, "multimodal_cfg", "init_logit_bias"):
         if architecture.get(key) is not None:
             raise InputError(f"{refused}, because its architecture has '{key}': export it with --to open_clip or onnx")
     for key, kind in (("timm_model_name", "timm image tower"), ("hf_model_name", "Hugging Face text tower")):

@@ -3,8 +3,9 @@
 The dictionary is open_clip's own model configuration (`embed_dim`, `vision_cfg`, `text_cfg`, ...) with `quick_gelu`
 always written out, because a wrong activation changes every result and raises no error. It may come from a file of
 unknown origin, so it can name values only: sizes are bounded, keys are known ones, nothing in it downloads or runs
-code. One key is not open_clip's: `block_sizes`, for towers whose layers differ in size (see models/sized.py). Joined
-towers of other libraries are described by a dictionary of their own (models/towers/modules.py).
+code. Two keys are not open_clip's: `block_sizes`, for towers whose layers differ in size (models/sized.py), and
+`image_prompts` (models/prompts.py). Joined towers of other libraries are described by a dictionary of their own
+(models/towers/modules.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from clipdistill.errors import InputError, nearest
-from clipdistill.models import sized
+from clipdistill.models import prompts, sized
 from clipdistill.models.known import near, table
 from clipdistill.models.text_length import any_length
 
@@ -59,6 +60,8 @@ def check_architecture(values: Mapping[str, Any], where: str = "architecture") -
     _check_tower_names(result, where)
     if sized.KEY in result:
         sized.check_block_sizes(result[sized.KEY], result["vision_cfg"], result["text_cfg"], where)
+    if prompts.KEY in result:
+        prompts.check_prompts(result[prompts.KEY], where)
     result["quick_gelu"] = bool(result.get("quick_gelu", False))
     return result
 
@@ -116,6 +119,7 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
             "only open_clip's architectures can be built, cut or pruned, not an export or a module of your own"
         )
     arguments, block_sizes = sized.split_block_sizes(architecture)
+    prompted = arguments.pop(prompts.KEY, None)
     custom_text = arguments.pop("custom_text", False) or arguments["text_cfg"].get("hf_model_name") is not None
     text_model = arguments["text_cfg"].get("hf_model_name")
     if text_model is not None:  # said beforehand, because building the tower would fetch it silently
@@ -134,6 +138,8 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
                 kind: Any = type(text)
                 text.__class__ = any_length(kind)
             sized.size_blocks(module, block_sizes)
+            if prompted is not None:
+                prompts.put_prompts(module.visual, prompted)
             return _channels_last(module)
     except InputError:
         raise

@@ -110,6 +110,11 @@ class ObjectiveConfig(Config):
         return any(TERMS.get(name).bank for name in self.active_terms)
 
     @property
+    def needs_classes(self) -> bool:
+        """Some term classifies by the teacher's class vectors."""
+        return any(TERMS.get(name).classes for name in self.active_terms)
+
+    @property
     def accepts_ensemble(self) -> bool:
         """Every term has a meaning for several teachers, and one of them uses them."""
         return self.needs_teacher and not any(TERMS.get(name).single_teacher for name in self.active_terms)

@@ -24,6 +24,7 @@ class Embeddings:
     logit_bias: added to the logits by sigmoid losses; a number or tensor of the shape of logit_scale.
     synthetic_text: (N, D), embeddings of one generated caption per image (MobileCLIP).
     bank: a teacher's embeddings of the whole training set (clipdistill.bank), for the terms that compare with them.
+    classes: (C, D), a teacher's class vectors, of length 1, for the terms that classify by them.
     """
 
     image: Tensor
@@ -33,6 +34,7 @@ class Embeddings:
     synthetic_text: Tensor | None = None
     blocks: Sequence[int] | None = None
     bank: Any = None
+    classes: Tensor | None = None
 
     @property
     def any(self) -> Tensor:

@@ -287,8 +287,8 @@ class Objective(nn.Module):
         if engine == "dense":
             names.update(dict.fromkeys(gathered_names(mix.plan, world)))
         whole = dict(zip(names, gather_rows([features.matrices[name] for name in names], world)))
-        bank = None if teacher is None else teacher.bank
-        total, terms = self._feature_terms(mix, LocalBatch(features, whole, world, mix.setting, bank), like)
+        extra = (None, None) if teacher is None else (teacher.bank, teacher.classes)
+        total, terms = self._feature_terms(mix, LocalBatch(features, whole, world, mix.setting, *extra), like)
         if mix.plan.primitives:
             plan = mix.plan
             if self.config.schedules:
@@ -343,6 +343,13 @@ class Objective(nn.Module):
         return setting
 
     def _check_bank(self, teacher: Embeddings) -> None:
+        classes = next((name for name in self.weights if TERMS.get(name).classes), None)
+        if classes is not None and (teacher.classes is None or teacher.classes.shape[1] != self.teacher_dim):
+            found = "none are given" if teacher.classes is None else f"they have {teacher.classes.shape[1]}"
+            raise InputError(
+                f"objective: the term '{classes}' compares with the teacher's class vectors, of {self.teacher_dim} "
+                f"numbers each, and {found}: name the classes, train.classes=SET, or a file of their vectors"
+            )
         needing = [name for name in self.weights if TERMS.get(name).bank]
         if not needing:
             return

@@ -64,7 +64,8 @@ class LocalBatch:
     """What a feature loss sees; `batch["student_image"]`: own rows (n_local, D), of length 1, or a 0-dimensional scale.
 
     whole: everybody's rows (N, D) of the matrices the term `gathers`, in the order of the ranks. world: rows by rank.
-    bank: the teacher's embeddings of the training set, for a term that asks for them.
+    bank, classes: the teacher's embeddings of the training set, and its class vectors (C, D), for a term that asks for
+        them.
     """
 
     features: Features
@@ -72,6 +73,7 @@ class LocalBatch:
     world: World
     setting: Setting
     bank: Any = None
+    classes: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.features.matrices[name] if name in self.features.matrices else self.features.scales[name]
@@ -91,8 +93,8 @@ class Term:
     gathered rows is (n_local, N) whatever the engine: only primitives are tiled.
     formula: in the notation of docs/methods.md. gradient: what is trained and what is detached. default_weight: that of
     the published recipe. differs: where the released code does something else. single_teacher: no meaning for an
-    ensemble. bank: compares with the teacher's embeddings of the whole training set (`LocalBatch.bank`). remark: a line
-    for `--explain` from all weights, the setting and the teacher's width.
+    ensemble. bank: compares with the teacher's embeddings of the whole training set (`LocalBatch.bank`); classes: with
+    its class vectors. remark: a line for `--explain` from all weights, the setting and the teacher's width.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Term:
     options: tuple[Option, ...] = ()
     single_teacher: bool = True
     bank: bool = False
+    classes: bool = False
     remark: Callable[[Mapping[str, float], Setting, int], str] | None = None
 
     def __post_init__(self) -> None:

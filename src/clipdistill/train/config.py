@@ -140,6 +140,14 @@ class TrainConfig(Config):
     (a locked layer's are always frozen)."""
     masks: MaskConfig | None = None
     """Automatic inheritance: trained masks over the student's parts, then pruning (TinyCLIP)."""
+    classes: str | None = None
+    """Class names for `class_kd`: a classification set, embedded by the teacher's text tower in the templates that fit
+    the set, or a file of class vectors (`clipdistill embed MODEL --classes SET --out FILE`)."""
+    image_prompts: Literal["auto"] | Annotated[int, pydantic.Field(ge=0, le=1024)] = 0
+    """Learnable tokens beside the patches of an image transformer, which train where its weights are locked. auto: 4,
+    and none where the image tower has no tokens."""
+    image_prompt_depth: int = pydantic.Field(default=9, ge=1)
+    """Blocks, from the first, that have prompts of their own; the later ones go on with those of the last of them."""
     ternary: Literal["none", "image", "text", "both"] = "none"
     """Towers whose trained weight matrices are -1, 0 and 1 times a scale a row in every pass (docs/more-methods.md)."""
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
@@ -417,6 +425,13 @@ def _check(config: RunConfig) -> None:
         )
     if train.ternary != "none" and (train.masks or train.keep_best or config.meta_teacher is not None):
         raise InputError("train.ternary: not together with train.masks or train.keep_best, nor for region teachers")
+    if config.objective.needs_classes and (train.classes is None or train.teacher_targets != "raw"):
+        raise InputError(
+            f"recipe {config.recipe}: the term 'class_kd' needs class names, train.classes=SET, or a file of class "
+            "vectors, and the teacher's embeddings as they are, train.teacher_targets=raw"
+        )
+    if train.image_prompts and train.masks is not None:
+        raise InputError("train.image_prompts: not together with train.masks: prune first, then add prompts")
     if train.patience is not None and train.keep_best is None:
         raise InputError("train.patience: say by which measure, for example  train.keep_best=t2i_R@1")
     if train.schedule != "wsd" and train.decay_share != TrainConfig.model_fields["decay_share"].default:

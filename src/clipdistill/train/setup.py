@@ -28,6 +28,7 @@ from clipdistill.models.parameters import (
     lock,
     parameter_groups,
 )
+from clipdistill.models.prompts import TOKENS, with_prompts
 from clipdistill.objective import Objective
 from clipdistill.objective.term import MODALITIES
 from clipdistill.registry import INHERITANCE, wing
@@ -186,6 +187,9 @@ def _make_trainable(
     for tower, wanted in (("image", train.lock_image), ("text", train.lock_text)):
         if wanted != "none":
             lock(module, tower, 0 if wanted == "all" else wanted)
+    for name, parameter in module.named_parameters():
+        if name.endswith(TOKENS) and train.image_prompts:
+            parameter.requires_grad_(True)
     # a tower that no step reads stays as it is
     freeze(module, [tower for tower in MODALITIES if tower not in modalities and hasattr(module, "visual")])
     if not any(p.requires_grad for p in module.parameters()):
@@ -276,6 +280,8 @@ def _student(
             if source.captioned
             else ["a picture"],
         )
+    if train.image_prompts:
+        student = with_prompts(student, train.image_prompts, train.image_prompt_depth, seed=train.seed)
     student = _with_other_tower(student, config, source, teacher)
     with torch.no_grad():
         if train.logit_scale_init is not None:

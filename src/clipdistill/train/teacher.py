@@ -215,18 +215,20 @@ def open_teacher(config: RunConfig, source: PairSource, device: torch.device) ->
 
 
 def prepare_teacher(teacher: Teacher | None, config: RunConfig, source: PairSource, width: int) -> Teacher | None:
-    """The teacher with what the run wants of its rows of the whole set (a bank, cleaned targets of `width`)."""
-    train, bank = config.train, config.objective.needs_bank
-    if teacher is None or not (bank or train.teacher_targets != "raw"):
-        return teacher
-    made: Teacher = WHOLE_SET.get("cache")(
-        teacher,
-        source,
-        captions=train.caption,
-        targets=train.teacher_targets,
-        width=width,
-        bank=bank,
-        samples=train.bank_samples,
-        seed=train.seed,
-    )
+    """The teacher with what the run wants of its rows of the whole set (a bank, cleaned targets of `width`), and with
+    its class vectors."""
+    train, bank, made = config.train, config.objective.needs_bank, teacher
+    if made is not None and (bank or train.teacher_targets != "raw"):
+        made = WHOLE_SET.get("cache")(
+            made,
+            source,
+            captions=train.caption,
+            targets=train.teacher_targets,
+            width=width,
+            bank=bank,
+            samples=train.bank_samples,
+            seed=train.seed,
+        )
+    if made is not None and config.objective.needs_classes:
+        made = WHOLE_SET.get("classes")(made, train.classes)
     return made

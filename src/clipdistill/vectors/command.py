@@ -20,6 +20,7 @@ _USAGE = """
 clipdistill embed runs/x --data photographs --out photographs.npy        a folder, tars, a table, a labelled set
 clipdistill embed runs/x --data captions.json --captions all --out captions.parquet     the captions of pairs
 clipdistill embed onnx:export --texts queries.txt --out queries.safetensors             one text a line
+clipdistill embed runs/x --classes flowers.tar --out classes.npy     a vector a class, from all its templates
 
 clipdistill embed runs/x --data photographs --out vectors/photographs.lance                 a table of LanceDB
 
@@ -36,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="any name of a model: a run, an export (onnx:DIR), hf:..., towers:...")
     add("--data", help="pictures: a folder, tars, a table, pairs in any format, or a classification set")
     add("--texts", type=Path, help="instead of pictures: a file of texts, one a line, in UTF-8")
+    add("--classes", metavar="SET", help="instead of pictures: the class vectors of a classification set")
+    add("--templates", help="of --classes: a set's name or a file (default: what fits the set)")
     add("--captions", choices=("first", "all"), help="of --data: the captions instead of the pictures")
     add("--split", help="split of the data, where the format has splits")
     add("--out", type=Path, required=True, help="FILE.npy, FILE.parquet, FILE.safetensors or TABLE.lance")
@@ -55,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.data,
         arguments.out,
         texts=arguments.texts,
+        classes=arguments.classes,
+        templates=arguments.templates,
         captions=arguments.captions,
         split=arguments.split,
         batch_size=arguments.batch_size,
@@ -81,6 +86,8 @@ def embed_to_file(
     out: str | Path = "",
     *,
     texts: Any = None,
+    classes: str | None = None,
+    templates: str | None = None,
     captions: str | None = None,
     split: str | None = None,
     batch_size: int = 64,
@@ -94,21 +101,24 @@ def embed_to_file(
     """Embeddings of pictures or texts into the file `out`, with their keys; called again, it goes on where it stopped.
 
     model: any name of a model, or a loaded one. data: the pictures: a name, with or without captions, an opened source,
-    or any object that `distill` takes. texts: instead of them a list of texts, or a file of one a line. captions:
-    "first" or "all", the captions of `data` instead of its pictures. split: of data that has splits. out: FILE.npy
-    (keys in FILE.jsonl), FILE.parquet, FILE.safetensors or TABLE.lance (a table of LanceDB). batch_size: pictures or
-    texts a forward pass; workers: processes that decode; dtype: of the forward pass; engine: what runs the towers
-    (`embed/names.py`: ENGINES); part: rows kept at a time; device: None is CUDA where there is one; progress: a bar
-    on the error stream.
+    or any object that `distill` takes. texts: instead of them a list of texts, or a file of one a line. classes:
+    instead of them a classification set, of whose classes each gets one vector under its name, the mean over
+    `templates` (a set's name or a file; None: what fits the set); these are made at once. captions: "first" or "all",
+    the captions of `data` instead of its pictures. split: of data that has splits. out: FILE.npy (keys in FILE.jsonl),
+    FILE.parquet, FILE.safetensors or TABLE.lance (a table of LanceDB). batch_size: pictures or texts a forward pass;
+    workers: processes that decode; dtype: of the forward pass; engine: what runs the towers (`embed/names.py`:
+    ENGINES); part: rows kept at a time; device: None is CUDA where there is one; progress: a bar on the error stream.
 
     Returns an EmbedReport: path, rows, width, left_out, truncated. Raises InputError for unusable input, a file of
     something else at `out`, and work begun with other settings. `read_embeddings` reads such a file.
     """
     out = Path(out)
     require_suffix(out)
-    if (data is None) == (texts is None):
-        raise InputError("embed: name either pictures (--data) or texts (--texts)")
-    if captions is not None and texts is not None:
+    if sum(given is not None for given in (data, texts, classes)) != 1:
+        raise InputError("embed: name either pictures (--data) or texts (--texts), or class names (--classes)")
+    if templates is not None and classes is None:
+        raise InputError("embed: --templates belongs to --classes")
+    if captions is not None and data is None:
         raise InputError("embed: --captions belongs to --data")
     if batch_size < 1 or workers < 0 or part < 1:
         raise InputError("embed: batch size and part must be at least 1, and workers at least 0")
@@ -130,7 +140,9 @@ def embed_to_file(
     from clipdistill.runtime.machine import pick_device
     from clipdistill.vectors import job
 
-    if given is not None:
+    if classes is not None:
+        source = None
+    elif given is not None:
         source = job.TextList(list(given))
     else:
         source = source if isinstance(source, PairSource) else as_pairs(source)
@@ -142,6 +154,12 @@ def embed_to_file(
         loaded = load_model(model, device=pick_device(device), teacher=True)
     else:
         loaded = model if isinstance(model, ClipModel) else clip_model_of(model)
+    if classes is not None:
+        from clipdistill.embed.encode import open_encoder
+        from clipdistill.vectors.classes import classes_to_file
+
+        encoder = open_encoder(loaded, engine=engine, batch_size=batch_size, dtype=dtype, progress=progress)
+        return classes_to_file(encoder, classes, templates, out)
     return job.embed_to_file(
         loaded, source, out, batch_size=batch_size, workers=workers, dtype=dtype, engine=engine, part=part,
         progress=progress,

@@ -248,6 +248,8 @@ def clip_part(architecture: Mapping[str, Any], tower: str, build: Build) -> nn.M
     if KEY not in values:
         other = "text_cfg" if tower == "image" else "vision_cfg"
         values[other] = dict(_SMALLEST[other])
+        if tower == "text":
+            values.pop("image_prompts", None)
         values.get("block_sizes", {}).pop("text" if tower == "image" else "image", None)
         if values.pop("multimodal_cfg", None) is not None:
             values["custom_text"] = True
