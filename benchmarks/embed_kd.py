@@ -136,7 +136,15 @@ def main() -> None:
             done = subprocess.run(words, env=environment, check=True, capture_output=True, text=True)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(time.strftime("%H:%M:%S"), name, found[name][-1], flush=True)
-    rows = {}
+        report: dict[str, Any] = {"teacher": TEACHER, "student": STUDENT, "terms": WEIGHTS, "torch": torch.__version__}
+        report |= {"batch": given.batch, "rounds": turn + 1, "steps": given.steps, "found": summary(found)}
+        if given.json:
+            write_json(given.json, report)
+
+
+def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Medians of each variant, and live over stored; said on the terminal too."""
+    rows: dict[str, Any] = {}
     for name, parts in found.items():
         times = [step for part in parts for step in part["steps"]]
         rows[name] = {
@@ -147,18 +155,10 @@ def main() -> None:
         }
     for where in ("from disk", "in memory"):
         live, stored = rows[f"live, {where}"], rows[f"stored, {where}"]
-        for key in ("seconds", "processor_seconds", "megabytes", "megabytes_whole"):
-            print(f"{where}: {key} {live[key]:.2f} / {stored[key]:.2f} = {live[key] / stored[key]:.2f}")
-    report = {
-        "teacher": TEACHER,
-        "student": STUDENT,
-        "terms": WEIGHTS,
-        "batch": given.batch,
-        "torch": torch.__version__,
-    }
-    report |= {"batch": given.batch, "rounds": given.rounds, "steps": given.steps, "found": rows}
-    if given.json:
-        write_json(given.json, report)
+        keys = ("seconds", "processor_seconds", "megabytes", "megabytes_whole")
+        rows[f"live over stored, {where}"] = {key: round(live[key] / stored[key], 2) for key in keys}
+        print(where, rows[f"live over stored, {where}"], flush=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -105,12 +106,19 @@ def test_a_cache_gives_the_losses_of_the_live_teacher(photographs, vectors, tmp_
 
 
 def test_a_stopped_run_goes_on_to_the_bit_and_not_with_other_classes(photographs, vectors, tmp_path, monkeypatch):
-    run(tmp_path / "whole", photographs)
+    own = tmp_path / "own.npy"
+    for path in (vectors, vectors.with_suffix(".jsonl")):
+        shutil.copy(path, own.with_suffix(path.suffix))
+    run(tmp_path / "whole", photographs, f"train.classes={own}")
     stop_after(monkeypatch, 2)
     with pytest.raises(Preempted, match="after step 2"):
-        run(tmp_path / "parts", photographs)
+        run(tmp_path / "parts", photographs, f"train.classes={own}")
     monkeypatch.undo()
-    run(tmp_path / "parts", photographs)
+    np.save(own, np.load(vectors)[:, ::-1])
+    with pytest.raises(InputError, match="teacher"):
+        run(tmp_path / "parts", photographs, f"train.classes={own}")
+    shutil.copy(vectors, own)
+    run(tmp_path / "parts", photographs, f"train.classes={own}")
     require_same_run(tmp_path / "whole", tmp_path / "parts", 4)
 
 
