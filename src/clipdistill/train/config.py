@@ -146,7 +146,7 @@ class TrainConfig(Config):
     image_prompts: Literal["auto"] | Annotated[int, pydantic.Field(ge=0, le=1024)] = 0
     """Learnable tokens beside the patches of an image transformer, which train where its weights are locked. auto: 4,
     and none where the image tower has no tokens."""
-    image_prompt_depth: int = pydantic.Field(default=9, ge=1)
+    prompt_depth: int = pydantic.Field(default=9, ge=1)
     """Blocks, from the first, that have prompts of their own; the later ones go on with those of the last of them."""
     ternary: Literal["none", "image", "text", "both"] = "none"
     """Towers whose trained weight matrices are -1, 0 and 1 times a scale a row in every pass (docs/more-methods.md)."""

@@ -281,7 +281,7 @@ def _student(
             else ["a picture"],
         )
     if train.image_prompts:
-        student = with_prompts(student, train.image_prompts, train.image_prompt_depth, seed=train.seed)
+        student = with_prompts(student, train.image_prompts, train.prompt_depth, seed=train.seed)
     student = _with_other_tower(student, config, source, teacher)
     with torch.no_grad():
         if train.logit_scale_init is not None:
