@@ -7,8 +7,8 @@ from clipdistill.cli import main
 
 def test_the_demo_trains_measures_and_reports(tmp_path, capsys):
     out = tmp_path / "demo"
-    small = ["train.steps=4", "train.batch_size=32", "data.size=128", "validation.size=40", "train.evaluate_every=2"]
-    small += ["--seconds", "0.05"]
+    small = ["train.steps=4", "train.batch_size=32", "data.size=64", "validation.size=24", "train.evaluate_every=2"]
+    small += ["--seconds", "0.05", "preflight.samples=8"]
     assert main(["demo", "--out", str(out), *small]) == 0
     shown = capsys.readouterr().out
     assert "report.html" in shown

@@ -40,7 +40,7 @@ def clip_model(**changes):
     ("to", "words"),
     [
         ("open_clip", True),
-        ("hf", False),
+        pytest.param("hf", False, marks=pytest.mark.slow),
         *(pytest.param(*c, marks=pytest.mark.slow) for c in (("open_clip", False), ("hf", True))),
     ],
 )

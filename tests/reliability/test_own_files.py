@@ -29,7 +29,7 @@ from clipdistill.train.replay import _records
 from tests.fuzz.own_targets import PARTS, SAMPLES
 
 KEPT = Path(__file__).parent.parent / "kept"
-FLIPS = 400
+FLIPS = 200
 """Bits of a file that are tried, evenly over it; `pytest -m slow` tries them all."""
 DEEP = b'{"a": ' * 100_000
 SHAPES = [b"", b"\0", b"\0" * 400, b"\n", b"[]", b"[{}]", b"null", b"3", b"1e999", b'"text"', b"\xff\xfe{}", b"\x80",

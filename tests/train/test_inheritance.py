@@ -80,7 +80,7 @@ def test_masks_close_and_are_pruned_on_the_way(automatic: Path) -> None:
     assert (automatic / "scores.json").is_file()
 
 
-@pytest.mark.parametrize("step", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_interrupted_before_at_and_after_pruning(
     automatic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:

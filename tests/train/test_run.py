@@ -62,7 +62,8 @@ def test_a_finished_run_is_returned_not_repeated(finished):
     "extra",
     [
         (),
-        ("train.micro_batch=5", "train.precision=bf16"),
+        ("train.micro_batch=5",),
+        pytest.param(("train.precision=bf16",), marks=pytest.mark.slow),
         pytest.param(("train.workers=2",), marks=pytest.mark.slow),
     ],
 )

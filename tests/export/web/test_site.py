@@ -64,7 +64,9 @@ def test_the_folder_is_whole_and_an_export(tiny, squares, libraries, tmp_path):
         assert "https://" not in (folder / name).read_text()
 
 
-@pytest.mark.parametrize(("int8", "cosine", "share"), [(False, 0.99999, 0.62), (True, 0.995, 0.45)])
+@pytest.mark.parametrize(
+    ("int8", "cosine", "share"), [pytest.param(False, 0.99999, 0.62, marks=pytest.mark.slow), (True, 0.995, 0.45)]
+)
 def test_weights_shrink_and_embeddings_stay(tiny, libraries, tmp_path, exported, int8, cosine, share):
     result = export_web(tiny, tmp_path / "site", libraries / "dist", int8=int8)
     assert min(parity.cosine for parity in result.parities) >= cosine
