@@ -35,7 +35,10 @@ test: lint
 tests: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS)
 
+# the slow tests too, with what they ask (Ray, databases, other libraries and runtimes); the converters for phones are
+# installed by hand, and two tests want  npm install @huggingface/transformers azurite
 test-all: lint types
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,export,docs,slow]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not gpu"
 
 # on a machine with a GPU, within 8 minutes: tests, recipes, speeds and the objective's table

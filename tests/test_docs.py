@@ -382,5 +382,8 @@ def test_the_site_builds_without_a_warning_and_holds_every_page(tmp_path: Path) 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1000, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "tutorial" / "index.html").is_file()
+    # `make docs` exports the demo's student there, behind a page of the navigation
+    assert 'href="../try/"' in (tmp_path / "site" / "web" / "index.html").read_text(encoding="utf-8")
+    assert " --out site/try\n" in (REPOSITORY / "Makefile").read_text(encoding="utf-8")
     there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     assert there == set(book()), "pages without a place in the navigation of mkdocs.yml"

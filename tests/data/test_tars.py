@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
 import os
 import pickle
 import tarfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -177,6 +179,29 @@ def test_row_3_a_shard_that_changes_later_gives_bad_samples(tmp_path: Path) -> N
     (tmp_path / "s.tar").unlink()
     with pytest.raises(BadSample, match="unreadable shard"):
         source.image_bytes(0)
+
+
+def test_a_pair_of_the_index_takes_less_than_a_hundred_bytes(tmp_path: Path) -> None:
+    """Made-up pairs as those of benchmarks/scaling.py: keys of 15 letters, captions of 53."""
+    for number in range(5):
+        members = []
+        for pair in range(500):
+            caption = f"a photograph of {pair:06d} things beside a lake at evening"
+            members += [(f"{pair:09d}.jpg", b"\xff\xd8" + bytes(98)), (f"{pair:09d}.txt", caption.encode())]
+        write_tar(tmp_path / f"{number:05d}.tar", members)
+    open_pairs(f"{tmp_path}/00000.tar")  # what a first call imports is none of its memory
+    held = {}
+    for turn in ("indexed", "remembered"):
+        for last in (1, 4):
+            tracemalloc.start()
+            source = open_pairs(f"{tmp_path}/{{00000..{last:05d}}}.tar")
+            gc.collect()
+            held[last, turn] = tracemalloc.get_traced_memory()[0]
+            tracemalloc.stop()
+            assert len(source) == 500 * (last + 1)
+            del source
+    for turn in ("indexed", "remembered"):
+        assert 53 < (held[4, turn] - held[1, turn]) / 1500 < 100, held
 
 
 def test_negative_sizes_do_not_loop(tmp_path: Path) -> None:

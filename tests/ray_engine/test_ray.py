@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import clipdistill as cd
 from clipdistill.cache.fill import fill
 from clipdistill.errors import InputError
 from clipdistill.models.load import load_model
-from tests.cache.support import cache_config, saved_teacher
+from tests.cache.support import cache_config, saved_teacher, scenes
 from tests.conftest import REPOSITORY
 from tests.ray_engine.test_same_bytes import files
 
@@ -99,6 +100,15 @@ def test_the_work_of_a_killed_worker_is_done_again(teacher, tmp_path):
     assert here[1] == there[1]
 
 
+def test_the_block_of_a_killed_worker_is_filled_again(teacher, tmp_path):
+    fill(cache_config(tmp_path / "here", teacher, 40))
+    dying = DiesOnce(scenes(40), tmp_path / "marker")
+    report = fill(cache_config(tmp_path / "there", teacher, 40, engine="ray:workers=2"), source=dying)
+    assert (tmp_path / "marker").read_text() != str(os.getpid())
+    assert report.samples == 40
+    assert files(tmp_path / "here") == files(tmp_path / "there")
+
+
 def test_a_killed_driver_resumes(teacher, tmp_path):
     fill(cache_config(tmp_path / "here", teacher, 40))
     out = tmp_path / "there"
@@ -114,6 +124,46 @@ def test_a_killed_driver_resumes(teacher, tmp_path):
     report = fill(cache_config(out, teacher, 40, engine="ray:workers=2"))
     assert report.samples <= 40 - 8 * left
     assert files(tmp_path / "here") == files(out)
+
+
+def test_a_cluster_that_is_there_is_used_by_its_address(teacher, tmp_path):
+    """`ray start` as an administrator types it, and the command with RAY_ADDRESS as a user does."""
+    port, folder = free_port(), tmp_path / "ray"
+    head = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
+    head += ["--include-dashboard=false", f"--temp-dir={folder}", "--object-store-memory=200000000"]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    cluster = subprocess.Popen(head, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    try:
+        wait_for(port)
+        command = [sys.executable, "-m", "clipdistill", "cache", "--teacher", teacher, "--data", "scenes:train?size=40"]
+        for name, engine in (("here", "torch"), ("there", "ray:workers=2")):
+            done = subprocess.run(
+                [*command, "--out", tmp_path / name, "--engine", engine, "block=8", "--device", "cpu"],
+                env={**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout + done.stderr
+        assert "Ray: 2 workers on CPUs of 1 machines" in done.stdout
+        assert files(tmp_path / "here") == files(tmp_path / "there")
+        assert cluster.poll() is None  # it is not ours to end
+    finally:
+        cluster.terminate()
+        cluster.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+def wait_for(port: int) -> None:
+    end = time.monotonic() + 120
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            assert time.monotonic() < end, "no cluster was started"
+            time.sleep(0.5)
 
 
 def test_more_workers_than_there_is_room_for(teacher, tmp_path):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import REPOSITORY
 from tests.data.helpers import encoded, sample_members, write_tar
-from tests.remote.servers import WebServer, fill_bucket, s3_server
+from tests.remote.servers import WebServer, az_server, fill_bucket, gs_server, s3_server
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +115,26 @@ def s3(everything):
     with s3_server() as url:
         fill_bucket(everything)
         yield url
+
+
+@pytest.fixture(scope="session")
+def gs(everything):
+    """A server that speaks Google's protocol with all formats in the bucket `pairs`."""
+    if not all(map(find_spec, ("gcsfs", "gcp_storage_emulator"))):
+        pytest.skip("needs gcsfs and gcp-storage-emulator")
+    with gs_server(everything):
+        yield
+
+
+@pytest.fixture(scope="session")
+def az(everything):
+    """A server that speaks Azure's protocol with all formats in the container `pairs`."""
+    pytest.importorskip("adlfs")
+    modules = Path(os.environ.get("CLIPDISTILL_NODE_MODULES", REPOSITORY / "node_modules"))
+    if shutil.which("node") is None or not (modules / ".bin" / "azurite-blob").exists():
+        pytest.skip("needs Node and  npm install azurite")
+    with az_server(modules / ".bin" / "azurite-blob", everything):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Servers on 127.0.0.1 for the tests: a web server that fails when it is told to, and one that speaks S3."""
+"""Servers on 127.0.0.1 for the tests: a web server that fails when it is told to, and those of S3, GCS and Azure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import http.server
 import os
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from clipdistill.remote import store
@@ -163,20 +165,12 @@ def s3_server(bucket: str = "pairs") -> Iterator[str]:
         **{"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"},
         **{"AWS_ENDPOINT_URL": url, "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1"},
     }
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
-    store._stores.clear()  # a process keeps its connections, to the server of an earlier test too
     try:
-        boto3.client("s3").create_bucket(Bucket=bucket)
-        yield url
+        with _environment(own):
+            boto3.client("s3").create_bucket(Bucket=bucket)
+            yield url
     finally:
         server.stop()
-        store._stores.clear()
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def fill_bucket(folder: Path, bucket: str = "pairs", prefix: str = "") -> None:
@@ -188,6 +182,87 @@ def fill_bucket(folder: Path, bucket: str = "pairs", prefix: str = "") -> None:
         if path.is_file():
             key = prefix + path.relative_to(folder).as_posix()
             client.put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+
+
+@contextmanager
+def gs_server(folder: Path, bucket: str = "pairs") -> Iterator[None]:
+    """gcp-storage-emulator with the files below a folder in a bucket, found by Google's own variable."""
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gRPC, which the server does not speak
+    import fsspec
+    from gcp_storage_emulator.server import create_server
+
+    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket=bucket)
+    server.start()
+    url = "http://{}:{}".format(*server._api._httpd.server_address[:2])
+    before = fsspec.config.conf.get("gs")
+    fsspec.config.conf["gs"] = {"token": "anon"}
+    try:
+        with _environment({"STORAGE_EMULATOR_HOST": url, "NO_PROXY": "127.0.0.1"}):
+            _pipe(fsspec.filesystem("gs", skip_instance_cache=True), folder, bucket)
+            yield
+    finally:
+        fsspec.config.conf.pop("gs") if before is None else fsspec.config.conf.update(gs=before)
+        server.stop()
+
+
+@contextmanager
+def az_server(azurite: Path, folder: Path, container: str = "pairs") -> Iterator[None]:
+    """Azurite (its program at `azurite`) with the files below a folder in a container, found by a connection string."""
+    import fsspec
+
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    # the account that every Azurite has, whose key is public
+    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    account = f"http://127.0.0.1:{port}/devstoreaccount1"
+    text = f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={key};BlobEndpoint={account};"
+    words = ["--inMemoryPersistence", "--silent", "--skipApiVersionCheck", "--blobPort", str(port)]
+    process = subprocess.Popen([azurite, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _answering(port, process)
+        with _environment({"AZURE_STORAGE_CONNECTION_STRING": text, "NO_PROXY": "127.0.0.1"}):
+            fs = fsspec.filesystem("az", skip_instance_cache=True)
+            fs.mkdir(container)
+            _pipe(fs, folder, container)
+            yield
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _pipe(fs: Any, folder: Path, bucket: str) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            fs.pipe(f"{bucket}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
+def _answering(port: int, process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            assert process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+
+@contextmanager
+def _environment(own: dict[str, str]) -> Iterator[None]:
+    """These variables, and no connection of another test's server, within."""
+    before = {name: os.environ.get(name) for name in own}
+    os.environ.update(own)
+    store._stores.clear()  # a process keeps its connections, to the server of an earlier test too
+    try:
+        yield
+    finally:
+        store._stores.clear()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class FaultyProxy(http.server.ThreadingHTTPServer):

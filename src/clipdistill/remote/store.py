@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import threading
 import time
@@ -90,6 +91,7 @@ class FsspecStore:
 
         self.scheme = scheme
         self._looked: dict[str, float] = {}
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints each of its tries; `attempted` tells once
         try:
             # listings are not kept: an object may change while a program runs
             self.fs: Any = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
