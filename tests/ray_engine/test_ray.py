@@ -39,7 +39,7 @@ def environment():
     import torch
 
     before, threads = dict(os.environ), torch.get_num_threads()
-    os.environ |= {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"PYTHONPATH": f"{REPOSITORY}/src:{REPOSITORY}", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     torch.set_num_threads(1)
     yield
     ray.shutdown()

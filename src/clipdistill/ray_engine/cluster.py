@@ -167,7 +167,9 @@ def connect(engine: RayEngine, device: str | None, say: Callable[[str], None]) -
             if local
             else {}
         )
-        if not local:
+        if local:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # its own 15 starves beside any other work
+        else:
             _require_reachable(address)
         for attempt in range(3):  # on a busy machine Ray gives its own processes too little time to start
             try:
