@@ -269,6 +269,7 @@ def test_serve_answers_until_it_is_stopped() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs the extra export")
+@pytest.mark.slow
 def test_export_writes_a_folder_and_shows_what_was_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = cd.export("scenes-teacher", "onnx", tmp_path / "onnx", data="scenes:val?size=8", quiet=True)
     assert (made.folder / "image.onnx").is_file()

@@ -108,6 +108,7 @@ def places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield from places(value, (*path, key))
 
 
+@pytest.mark.slow
 def test_every_value_of_the_description_replaced_by_every_other(folder: Path) -> None:
     path = folder / "model.json"
     whole = read_json(path)  # without its checksum, as older versions wrote it

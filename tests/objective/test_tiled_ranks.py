@@ -87,7 +87,8 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max()) / size if expected.numel() else 0.0
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
 def test_ranks_equal_one_process(size: int, tmp_path: Path) -> None:
     multiprocessing.start_processes(worker, (size, tmp_path), nprocs=size, start_method="spawn")
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(size)]

@@ -139,6 +139,7 @@ def test_boxes_that_are_detected_and_their_regions(tmp_path: Path) -> None:
     killed(work, folder, look)
 
 
+@pytest.mark.slow
 def test_an_ablation(launcher: Launcher, tmp_path: Path) -> None:
     """Killed while runs are trained, measured and summed up: what was finished is not trained again."""
     plan = tmp_path / "plan.yaml"

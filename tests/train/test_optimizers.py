@@ -93,6 +93,7 @@ def test_a_continued_run_goes_on_to_the_bit(options, tmp_path):
         assert torch.equal(tensor, weights(part)[name]), name
 
 
+@pytest.mark.slow
 def test_float16_overflows_lower_the_scale_and_are_no_failures(tmp_path, monkeypatch):
     monkeypatch.setattr(loss_scale, "FIRST", 2.0**30)
     run = distill(debug(tmp_path / "run", "train.precision=fp16", "train.batch_size=8", "train.steps=16"), quiet=True)

@@ -130,6 +130,7 @@ def test_eight_bits_leave_out_what_they_fit_worst(tmp_path, tiny, exported):
     assert eight(tmp_path / "light.onnx") == eight(tmp_path / "all.onnx")
 
 
+@pytest.mark.slow
 def test_int8_that_loses_more_than_the_budget_leaves_nothing(tiny, squares, libraries, tmp_path, monkeypatch):
     from clipdistill.export.web import site
 
