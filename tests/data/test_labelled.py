@@ -198,7 +198,7 @@ def test_bad_folders(tmp_path: Path) -> None:
         ("c.json", "{", "not JSON"),
         ("c.json", "7", "expected a list"),
         ("c.json", "[]", "no name in it"),
-        ("c.json", '[{"index": 0}]', "'index' and 'name'"),
+        ("c.json", '[{"index": 0}]', "a whole number 'index' and a text 'name'"),
         ("c.json", '[{"index": 1, "name": "b"}]', "none has the index 0"),
         ("c.json", '{"0": "a", "2": "c"}', "none has the index 1"),
         ("c.json", '{"a": ["b"]}', "expected class names as texts"),
