@@ -93,12 +93,13 @@ def test_karpathy_errors(karpathy: str, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     with pytest.raises(InputError, match=r"image_root '.*other' holds none of the first 1 images \('2.jpg'"):
         open_pairs(DataConfig(path=karpathy, split="val", image_root=str(tmp_path / "other")))
-    for picture in (tmp_path / "pictures").iterdir():
-        picture.unlink()
+    alone = tmp_path / "away" / "from" / "pictures"  # folders beside the file's own are searched too
+    alone.mkdir(parents=True)
+    moved = str(Path(karpathy).rename(alone / "dataset.json"))
     with pytest.raises(
         InputError, match=r"images of 'dataset.json' are not found \('2.jpg' is neither in .*image_root"
     ):
-        open_pairs(karpathy, split="val")
+        open_pairs(moved, split="val")
 
 
 def test_karpathy_with_folders_as_in_coco(tmp_path: Path) -> None:
