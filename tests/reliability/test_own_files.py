@@ -29,7 +29,7 @@ from clipdistill.train.replay import _records
 from tests.fuzz.own_targets import PARTS, SAMPLES
 
 KEPT = Path(__file__).parent.parent / "kept"
-FLIPS = 200
+FLIPS = 100
 """Bits of a file that are tried, evenly over it; `pytest -m slow` tries them all."""
 DEEP = b'{"a": ' * 100_000
 SHAPES = [b"", b"\0", b"\0" * 400, b"\n", b"[]", b"[{}]", b"null", b"3", b"1e999", b'"text"', b"\xff\xfe{}", b"\x80",
@@ -197,7 +197,7 @@ def test_a_file_of_another_shape_or_cut_anywhere_is_one_sentence(
 ) -> None:
     folder, path, read = whole
     content, value = path.read_bytes(), read(folder)
-    for length in sampled(len(content), 60):
+    for length in sampled(len(content), 30):
         path.write_bytes(content[:length])
         kind, found = outcome(read, folder)
         # what is cut behind the last brace or word is not missed
