@@ -16,13 +16,30 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote, unquote, urlsplit
 
 from clipdistill.remote import store
 
 
-class WebServer(http.server.ThreadingHTTPServer):
+class Loopback(http.server.ThreadingHTTPServer):
+    """Answers on a free port of this machine between `with` and its end."""
+
+    daemon_threads = True
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is no news."""
+
+
+class WebServer(Loopback):
     """Serves the files of `objects` (path without the first '/' -> bytes).
 
     faults: what happens to the next requests, one each: a status, "reset", "short", "hang", "drip", "slow".
@@ -30,7 +47,6 @@ class WebServer(http.server.ThreadingHTTPServer):
     server knows them.
     """
 
-    daemon_threads = True
     request_queue_size = 128
 
     def __init__(self, objects: dict[str, bytes] | None = None, *, ranges: bool = True, etags: bool = True) -> None:
@@ -54,17 +70,6 @@ class WebServer(http.server.ThreadingHTTPServer):
         for path in sorted(folder.rglob("*")):
             if path.is_file():
                 self.objects[prefix + path.relative_to(folder).as_posix()] = path.read_bytes()
-
-    def __enter__(self) -> WebServer:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is no news."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -265,28 +270,15 @@ def _environment(own: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-class FaultyProxy(http.server.ThreadingHTTPServer):
+class FaultyProxy(Loopback):
     """Passes requests on to a server, but for those that `faults` (one each) or `always` spoil: a status, "reset",
     "slow" (passed on after 0.4 s)."""
-
-    daemon_threads = True
 
     def __init__(self, behind: str) -> None:
         super().__init__(("127.0.0.1", 0), _ProxyHandler)
         self.behind, self.always = behind, None
         self.faults: list[int | str] = []
         self.spoilt = 0
-
-    def __enter__(self) -> FaultyProxy:
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is no news."""
 
 
 class _ProxyHandler(http.server.BaseHTTPRequestHandler):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from clipdistill.train import loop
 from tests.reliability.support import lines, require_same_run
 
-__all__ = ["lines", "require_same_run", "stop_after"]
+__all__ = ["COUNT", "lines", "require_same_run", "stop_after"]
+
+COUNT = 24
+"""Pictures in the folder `photographs`."""
 
 
 def stop_after(monkeypatch, step):

@@ -20,22 +20,11 @@ from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_model
 from clipdistill.runs.folder import read_rows
-from clipdistill.scenes.pairs import open_scenes
 from clipdistill.train.config import resolve
 from clipdistill.train.run import distill
-from tests.train.support import require_same_run, stop_after
+from tests.train.support import COUNT, require_same_run, stop_after
 
-COUNT = 24
 CLASSES = "scenes:zeroshot"
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photographs")
-    source = open_scenes("train", COUNT)
-    for i in range(COUNT):
-        source.image(i).save(folder / f"{i:03d}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -23,19 +23,7 @@ from clipdistill.runs.folder import read_rows
 from clipdistill.scenes.pairs import open_scenes
 from clipdistill.train.config import resolve
 from clipdistill.train.run import distill
-from tests.train.support import require_same_run, stop_after
-
-COUNT = 24
-
-
-@pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
-    """A folder of pictures, nothing else."""
-    folder = tmp_path_factory.mktemp("photographs")
-    source = open_scenes("train", COUNT)
-    for i in range(COUNT):
-        source.image(i).save(folder / f"{i:03d}.png")
-    return folder
+from tests.train.support import COUNT, require_same_run, stop_after
 
 
 def run(out, data, *assignments, recipe="images-only", **settings):
