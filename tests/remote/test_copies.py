@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,26 @@ def test_a_set_that_does_not_fit_keeps_what_fits_and_reads_the_rest_by_ranges(se
     kept = _copies(tmp_path / "copies")
     assert len(kept) == 2
     assert sum(path.stat().st_size for path in kept) <= 2 * size
+
+
+def test_room_is_given_once_to_copies_that_are_made_at_the_same_time(tmp_path, monkeypatch):
+    from clipdistill.remote import copies
+
+    truncate = os.truncate
+
+    def slowly(path, size):
+        time.sleep(0.05)  # others look for room meanwhile
+        truncate(path, size)
+
+    monkeypatch.setattr(copies.os, "truncate", slowly)
+    kept = Copies(tmp_path / "copies", 250)
+    with ThreadPoolExecutor(6) as threads:
+        made = list(
+            threads.map(
+                lambda k: kept.fetch(f"{k}.copy", 100, time.time(), lambda path: path.write_bytes(b"x" * 100)), range(6)
+            )
+        )
+    assert sum(path is not None for path in made) == len(_copies(tmp_path / "copies")) == 2
 
 
 def test_the_least_recently_used_copies_leave_first(served, shards, tmp_path):

@@ -117,12 +117,14 @@ class Copies:
                 if not mine:
                     return None
                 remove_leftovers(self.folder, name)
-                if not self._make_room(path, size, since):
-                    self._no_room[name] = time.monotonic()
-                    return None
-                with new_file(path) as temporary:
-                    if size > 0:
-                        os.truncate(temporary, size)  # others count it from now on
+                with contextlib.ExitStack() as made:
+                    with _locked(self.folder / ".lock"):  # the room is taken before anybody else looks for some
+                        if not self._make_room(path, size, since):
+                            self._no_room[name] = time.monotonic()
+                            return None
+                        temporary = made.enter_context(new_file(path))
+                        if size > 0:
+                            os.truncate(temporary, size)
                     write(temporary)
                 return path
         except OSError as error:
@@ -144,31 +146,31 @@ class Copies:
             return False
 
     def _make_room(self, path: Path, size: int, since: float) -> bool:
-        """Remove the least recently used copies until `size` bytes fit; False, and nothing removed, if they cannot."""
-        with _locked(self.folder / ".lock"):
-            used, others = 0, []
-            for entry in os.scandir(self.folder):
-                if entry.name.endswith(_ENDING):
-                    with contextlib.suppress(FileNotFoundError):
-                        if WRITING in entry.name and self._abandoned(entry.name):
-                            continue
-                        status = entry.stat()
-                        used += status.st_size
-                        if WRITING not in entry.name and status.st_mtime < since and entry.name != path.name:
-                            others.append((status.st_mtime, status.st_size, entry.name))
-            limit = self.limit
-            if limit is None:
-                limit = used + shutil.disk_usage(self.folder).free * 9 // 10
-            if used + max(size, 0) - sum(entry[1] for entry in others) > limit:
-                return False
-            for _, length, name in sorted(others):
-                if used + max(size, 0) <= limit:
-                    break
+        """Under the folder's lock: remove the least recently used copies until `size` bytes fit; False, and nothing
+        removed, if they cannot."""
+        used, others = 0, []
+        for entry in os.scandir(self.folder):
+            if entry.name.endswith(_ENDING):
                 with contextlib.suppress(FileNotFoundError):
-                    (self.folder / name).unlink()
-                    (self.folder / f".{name}.lock").unlink(missing_ok=True)
-                used -= length
-            return True
+                    if WRITING in entry.name and self._abandoned(entry.name):
+                        continue
+                    status = entry.stat()
+                    used += status.st_size
+                    if WRITING not in entry.name and status.st_mtime < since and entry.name != path.name:
+                        others.append((status.st_mtime, status.st_size, entry.name))
+        limit = self.limit
+        if limit is None:
+            limit = used + shutil.disk_usage(self.folder).free * 9 // 10
+        if used + max(size, 0) - sum(entry[1] for entry in others) > limit:
+            return False
+        for _, length, name in sorted(others):
+            if used + max(size, 0) <= limit:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                (self.folder / name).unlink()
+                (self.folder / f".{name}.lock").unlink(missing_ok=True)
+            used -= length
+        return True
 
     def _abandoned(self, name: str) -> bool:
         """Whether nobody writes this copy any more; it is removed then."""
