@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -32,6 +33,8 @@ for command in {commands!r}:
     code = main(command)
     if code:
         sys.exit(code)
+    if command[0] == "train":
+        print("FILES", len([name for name in sys.modules if name.split(".")[0] == "clipdistill"]))
 """
 
 
@@ -90,6 +93,8 @@ def test_the_core_trains_evaluates_and_reports_without_the_wings(house, tmp_path
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "absent" not in done.stderr
+    # what every run loads; a set or a teacher of a wing adds its own
+    assert int(re.findall("^FILES ([0-9]+)$", done.stdout, re.MULTILINE)[0]) <= 115
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert json.loads((tmp_path / "scores.json").read_text())["scores"]
 

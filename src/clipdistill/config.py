@@ -230,8 +230,7 @@ def _unfolded(value: Any, known: dict[int, int], depth: int) -> int:
 
 def as_dict(config: Config) -> dict[str, Any]:
     """Plain dictionaries, lists and scalars of a configuration, ready to be written; URLs without their secrets."""
-    values: dict[str, Any] = _public(config.model_dump(mode="json"))
-    return values
+    return _public(config.model_dump(mode="json"))
 
 
 def _public(value: Any) -> Any:

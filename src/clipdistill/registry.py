@@ -15,7 +15,7 @@ import inspect
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -231,11 +231,18 @@ def _as_plugin(origin: str) -> Iterator[None]:
 
 @functools.cache
 def _is_here(module: str) -> bool:
-    """Whether a module is installed: whoever wants the core alone may leave wings away."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
+    """Whether a module is installed (whoever wants the core alone may leave wings away); nothing is loaded."""
+    path: Sequence[str] | None = None
+    for end in [*(k for k, sign in enumerate(module) if sign == "."), len(module)]:
+        try:
+            specs = (finder.find_spec(module[:end], path) for finder in sys.meta_path)
+            spec = next((spec for spec in specs if spec is not None), None)
+        except ImportError:
+            return False
+        if spec is None:
+            return False
+        path = spec.submodule_search_locations
+    return True
 
 
 def _origin() -> str:
@@ -269,16 +276,16 @@ FORMATS: Registry[Any] = Registry(
     "data format",
     {
         "scenes": "clipdistill.scenes.pairs:FORMAT",
-        "object": "clipdistill.data.objects:FORMAT",
-        "hub": f"{_HOME}.hub:HUB",
-        "saved": f"{_HOME}.hub:SAVED",
-        "tars": f"{_HOME}.tars:FORMAT",
-        "parquet": f"{_HOME}.parquet:FORMAT",
-        "karpathy": f"{_HOME}.documents:KARPATHY",
-        "coco": f"{_HOME}.documents:COCO",
+        "object": f"{_HOME}.forms:OBJECT",
+        "hub": f"{_HOME}.forms:HUB",
+        "saved": f"{_HOME}.forms:SAVED",
+        "tars": f"{_HOME}.forms:TARS",
+        "parquet": f"{_HOME}.forms:PARQUET",
+        "karpathy": f"{_HOME}.forms:KARPATHY",
+        "coco": f"{_HOME}.forms:COCO",
         "languages": "clipdistill.data.benchmarks.languages:FORMAT",
-        "table": f"{_HOME}.table:FORMAT",
-        "folder": f"{_HOME}.folder:FORMAT",
+        "table": f"{_HOME}.forms:TABLE",
+        "folder": f"{_HOME}.forms:FOLDER",
         "named": "clipdistill.data.benchmarks.named:PAIRS",
     },
 )

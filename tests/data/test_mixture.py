@@ -8,8 +8,7 @@ import pytest
 from clipdistill.data.held_out import HeldOutConfig, without_held_out
 from clipdistill.data.memory import KeptInMemory
 from clipdistill.data.mixture.mixed import TurnSampler
-from clipdistill.data.mixture.opening import check_any
-from clipdistill.data.open import open_pairs, open_training
+from clipdistill.data.open import check_training, open_pairs, open_training
 from clipdistill.data.pairs import DataConfig
 from clipdistill.errors import InputError
 from tests.data.helpers import encoded
@@ -143,12 +142,12 @@ def test_sets_that_cannot_be(sets, change, message):
 def test_a_file_of_sets_that_names_one_is_refused_before_it_is_opened(sets, tmp_path):
     path = tmp_path / "mix.yaml"
     path.write_text(f"sets:\n- {{path: '{path}'}}\n- {{path: scenes}}\n")
-    for call in (check_any, open_training):
+    for call in (check_training, open_training):
         with pytest.raises(InputError, match=r"data.sets\[0\]: it is a file of sets itself"):
             call(DataConfig(path=str(path)))
     path.write_text("sets: []")
     with pytest.raises(InputError, match="neither a path nor sets are named"):
-        check_any(DataConfig(path=str(path)))
+        check_training(DataConfig(path=str(path)))
 
 
 def test_one_set_or_a_path_beside_them_is_refused(sets):

@@ -17,9 +17,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clipdistill.data.formats import tar_index, tars
+from clipdistill.data import files
+from clipdistill.data.files import expand_braces
+from clipdistill.data.formats import tar_index
 from clipdistill.data.formats.tar_headers import DamagedTar, looks_like_tar, members
-from clipdistill.data.formats.tars import expand_braces
 from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.problems import BadSample
@@ -344,7 +345,7 @@ def test_expand_braces(pattern: str, expected: list[str]) -> None:
     "pattern", ["{5..1}.tar", "{0..99999999}.tar", "{}.tar", "{a..c}.tar", "{0..1.tar", "{0..99}{0..99}.tar"]
 )
 def test_senseless_patterns_are_refused(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tars, "_MOST_SHARDS", 1000)
+    monkeypatch.setattr(files, "_MOST_SHARDS", 1000)
     with pytest.raises(InputError, match=r"shards|never closed"):
         expand_braces(pattern)
 

@@ -17,7 +17,7 @@ from .test_retrieval import matched, small
 
 def sift_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sifts whatever the size, the processor and the number of scores that reach a limit."""
-    monkeypatch.setattr(ranking, "sifting_pays", lambda *shape: True)
+    monkeypatch.setattr(ranking, "cpu_counter", lambda *shape: tiles_sift.SiftCounter)
     monkeypatch.setattr(tiles_cpu, "FEW_SHARE", 1.0)
 
 
@@ -156,8 +156,8 @@ def test_sampled_product_is_the_product_at_these_places() -> None:
 
 def test_sifting_needs_size_speed_and_exact_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles_sift, "_gain", lambda *arguments: 2.0)
-    assert tiles_sift.sifting_pays(5000, 25000, 512)
-    assert not tiles_sift.sifting_pays(1000, 5000, 512)
+    assert ranking.cpu_counter(5000, 25000, 512) is tiles_sift.SiftCounter
+    assert ranking.cpu_counter(1000, 5000, 512) is tiles_cpu.CpuCounter
     monkeypatch.undo()
     times = iter([2.0, 1.0])
     monkeypatch.setattr(tiles_sift, "_best", lambda function: next(times))
@@ -174,7 +174,8 @@ def test_sifting_needs_size_speed_and_exact_sums(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("share", [0.0, 1.0])
 @pytest.mark.parametrize("noise", [0.5, 4.0])
 def test_counts_that_stop_early(monkeypatch: pytest.MonkeyPatch, sifts: bool, share: float, noise: float) -> None:
-    monkeypatch.setattr(ranking, "sifting_pays", lambda *shape: sifts)
+    counter = tiles_sift.SiftCounter if sifts else tiles_cpu.CpuCounter
+    monkeypatch.setattr(ranking, "cpu_counter", lambda *shape: counter)
     monkeypatch.setattr(tiles_cpu, "FEW_SHARE", share)
     for kind in (tiles_cpu.CpuCounter, tiles_sift.SiftCounter):
         monkeypatch.setattr(kind, "tile_shape", (16, 24))

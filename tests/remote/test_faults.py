@@ -115,11 +115,11 @@ def test_neighbours_are_one_request(served):
 
 
 def test_a_set_of_a_mixture_is_fetched_ahead_beside_one_of_this_machine(served, shards):
-    from clipdistill.data.mixture.opening import open_any
+    from clipdistill.data.open import open_training
     from clipdistill.data.pairs import DataConfig
 
     sets = [{"path": str(shards), "name": "near"}, {"path": f"{served.url}/{{00000..00002}}.tar", "name": "far"}]
-    both = open_any(DataConfig(sets=sets))
+    both = open_training(DataConfig(sets=sets))
     served.asked.clear()
     read_ahead(both, range(24))
     assert [both.image_bytes(i) for i in range(24)] == [both.image_bytes(24 + i) for i in range(24)]

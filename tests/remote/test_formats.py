@@ -144,12 +144,12 @@ def test_a_wrong_url_is_one_sentence(name, said, memory, monkeypatch):
 
 
 def test_pictures_and_texts_alone(web):
-    from clipdistill.data.mixture.opening import open_any
+    from clipdistill.data.open import open_training
     from clipdistill.data.pairs import DataConfig
 
     web.objects |= {f"pictures/a/{k}.jpg": encoded(k) for k in range(5)}
     web.objects["texts.tsv"] = "\n".join(f"sentence {k}\tSatz {k}" for k in range(4)).encode()
-    pictures, texts = (open_any(DataConfig(path=f"{web.url}/{name}")) for name in ("pictures", "texts.tsv"))
+    pictures, texts = (open_training(DataConfig(path=f"{web.url}/{name}")) for name in ("pictures", "texts.tsv"))
     assert (len(pictures), pictures.captioned, pictures.image_bytes(3)) == (5, False, encoded(3))
     assert texts.captions(2) == ("sentence 2", "Satz 2")
 

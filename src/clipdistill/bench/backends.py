@@ -89,8 +89,7 @@ EAGER, COMPILED = Eager(), Compiled()
 
 def find_backend(name: str) -> Backend:
     """The back end called `name`, or an InputError with the nearest one."""
-    backend: Backend = BACKENDS.get(name)
-    return backend
+    return BACKENDS.get(name)
 
 
 def find_dtype(name: str) -> str:

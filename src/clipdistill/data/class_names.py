@@ -44,8 +44,7 @@ class KnownSet:
 
 def stored_table(name: str) -> dict[str, Any]:
     """A table of facts that lies beside this file."""
-    table: dict[str, Any] = json.loads(resources.files("clipdistill.data").joinpath(name).read_text(encoding="utf-8"))
-    return table
+    return json.loads(resources.files("clipdistill.data").joinpath(name).read_text(encoding="utf-8"))
 
 
 _TABLE = stored_table("known_sets.json")

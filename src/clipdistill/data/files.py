@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import re
@@ -47,8 +48,7 @@ def data_path(name: str, pattern: Path | None = None) -> Path:
     if "\0" in name:
         raise InputError(f"{name!r} is not the name of a file: it holds a null character")
     if is_remote(name):
-        path: Path = importlib.import_module("clipdistill.remote").remote_path(name, pattern)
-        return path
+        return importlib.import_module("clipdistill.remote").remote_path(name, pattern)
     try:
         return Path(name).expanduser()
     except RuntimeError as error:  # the home folder of a user that does not exist
@@ -383,3 +383,54 @@ def nothing_usable(where: Path | str, problems: Problems, what: str = "no usable
     """The error for a set in which nothing is left, with what was found."""
     found = problems.summary()
     return InputError(f"{where}: {what}" + (f" ({found})" if found else ""))
+
+
+_MOST_SHARDS = 1_000_000
+_RANGE = re.compile(r"(\d+)\.\.(\d+)$")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern with '{000..331}' and '{a,b}' stands for, in order. InputError for a senseless range."""
+    names = list(itertools.islice(_expanded(pattern, pattern), _MOST_SHARDS + 1))
+    if len(names) > _MOST_SHARDS:
+        raise InputError(f"'{pattern}' names more than {_MOST_SHARDS} shards")
+    return names
+
+
+def _expanded(part: str, pattern: str) -> Iterator[str]:
+    before, brace, rest = part.partition("{")
+    if not brace:
+        yield part
+        return
+    depth, cuts = 1, [-1]
+    for position, character in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0 or (depth == 1 and character == ","):
+            cuts.append(position)
+        if depth == 0:
+            break
+    else:
+        raise InputError(f"'{pattern}': a brace is opened and never closed")
+    options = [rest[a + 1 : b] for a, b in itertools.pairwise(cuts)]
+    after = rest[cuts[-1] + 1 :]
+    interval = _RANGE.match(options[0])
+    names: Iterator[str]
+    if len(options) == 1 and interval:
+        names = _numbers(interval[1], interval[2], pattern)
+    elif len(options) > 1:
+        names = (name for option in options for name in _expanded(option, pattern))
+    else:
+        body = options[0]
+        raise InputError(
+            f"'{pattern}': {{{body}}} is neither a range like {{00000..00331}} nor a list like {{a,b}} of shards"
+        )
+    for name in names:
+        yield from (f"{before}{name}{end}" for end in _expanded(after, pattern))
+
+
+def _numbers(first: str, last: str, pattern: str) -> Iterator[str]:
+    low, high = int(first), int(last)
+    if high < low or high - low >= _MOST_SHARDS:
+        raise InputError(f"'{pattern}': the range {{{first}..{last}}} names no shards or far too many")
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    return (str(number).zfill(width) for number in range(low, high + 1))

@@ -21,14 +21,14 @@ from PIL import Image
 
 from clipdistill.data.captions import clean_all
 from clipdistill.data.files import read_image_file
-from clipdistill.data.formats import Format, Place
+from clipdistill.data.formats import Place
+from clipdistill.data.formats.forms import OBJECT_PREFIX
 from clipdistill.data.images import MAX_PIXELS, as_rgb, decode
 from clipdistill.data.pairs import DataConfig, IndexedPairs, PairSource
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.errors import ClipdistillError, InputError
 from clipdistill.registry import describe
 
-_PREFIX = "object:"
 _PROBES = 8  # items that are asked for a second time
 _CAPTIONS = ("captions", "caption", "text")
 _held: dict[str, PairSource] = {}
@@ -46,14 +46,15 @@ def hold(data: Any) -> str:
     Raises InputError for an object that is no set of image-caption pairs.
     """
     source = as_pairs(data)
-    name = f"{_PREFIX}{source.name}@{source.fingerprint()[:16]}"
+    name = f"{OBJECT_PREFIX}{source.name}@{source.fingerprint()[:16]}"
     _held[name] = source
     return name
 
 
-def _open_held(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
+def open_held(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
+    """The object of this process that goes by this name. Raises InputError in a process that does not have it."""
     if place not in _held:
-        name = place.removeprefix(_PREFIX).partition("@")[0]
+        name = place.removeprefix(OBJECT_PREFIX).partition("@")[0]
         raise InputError(
             f"'{place}' was an object of the program that named it ({name}): give the same object again, as in  "
             f"clipdistill.distill({{..., 'data': {name.lower()}}}),  or register a format that opens it by its name"
@@ -68,9 +69,6 @@ def _limited(source: PairSource, max_pixels: int) -> PairSource:
     limited = copy.copy(source)
     limited.max_pixels = max_pixels
     return limited
-
-
-FORMAT = Format(lambda place: place.startswith(_PREFIX), _open_held)
 
 
 def as_pairs(data: Any, name: str | None = None) -> PairSource:

@@ -71,8 +71,7 @@ def open_pairs(data: str | DataConfig, *, split: str | None = None, default_spli
         for name, format in _matching(FORMATS, place):
             _refuse_unused(name, format, named)
             with FORMATS.blaming(name):
-                source: PairSource = format.open(place, named, default_split)
-                return source
+                return format.open(place, named, default_split)
     raise InputError(_no_format(Place(config.path)))
 
 
@@ -88,15 +87,36 @@ def parts_of(name: str, split: str | None) -> list[tuple[str, str | None]]:
 
 def open_training(config: DataConfig) -> PairSource:
     """What a training or a cache takes: pairs, and (data/mixture) pictures alone, texts alone, several sets."""
-    open_any = wing("clipdistill.data.mixture.opening:open_any")
-    source: PairSource = open_pairs(config, default_split="train") if open_any is None else open_any(config)
-    return source
+    if config.sets and (open_sets := wing("clipdistill.data.mixture.opening:open_sets")) is not None:
+        return open_sets(config)
+    try:
+        return open_pairs(config, default_split="train")
+    except InputError as error:
+        open_without_pairs = wing("clipdistill.data.mixture.opening:open_without_pairs")
+        if open_without_pairs is None:
+            raise
+        return open_without_pairs(config, error)
 
 
 def check_data_name(name: str) -> None:
     """Raise InputError when no format knows the name of pairs (a missing file); nothing is opened."""
     if not any(True for place, _ in _readings(DataConfig(path=name)) for _ in _matching(FORMATS, place)):
         raise InputError(_no_format(Place(name)))
+
+
+def check_training(config: DataConfig) -> None:
+    """Raise InputError for what `open_training` would find nothing by the name of; only what must be is opened."""
+    if config.sets and (check_sets := wing("clipdistill.data.mixture.opening:check_sets")) is not None:
+        check_sets(config)
+        return
+    if not config.path.strip():
+        raise InputError("data: neither a path nor sets are named")
+    try:
+        check_data_name(config.path)
+    except InputError:
+        open_bare = wing("clipdistill.data.mixture.pictures:open_bare")
+        if open_bare is None or open_bare(config) is None:
+            raise
 
 
 def check_evaluated_name(name: str) -> None:
@@ -125,11 +145,10 @@ def _readings(config: DataConfig) -> Iterator[tuple[Place, DataConfig]]:
 def _matching(registry: Registry[Any], place: Place) -> Iterator[tuple[str, Format]]:
     """The formats that say that the name is theirs."""
     for name in sorted(registry.names(), key=lambda name: registry.origin(name) is None):
-        format: Format = registry.get(name)
         with registry.blaming(name):
-            matches = format.matches(place)
+            matches = registry.get(name).matches(place)
         if matches:
-            yield name, format
+            yield name, registry.get(name)
 
 
 def _refuse_unused(name: str, format: Format, config: DataConfig) -> None:
@@ -220,8 +239,7 @@ def open_labelled(
     config = LabelledConfig(text, known, own, names if own is None else "stored", split, max_pixels)
     for name, format in _matching(LABELLED_FORMATS, place):
         with LABELLED_FORMATS.blaming(name):
-            source: LabelledSource = format.open(place, config)
-            return source
+            return format.open(place, config)
     if not place.there:
         raise InputError(f"labelled data '{text}': no such file or folder")
     raise InputError(

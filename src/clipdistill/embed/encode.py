@@ -94,8 +94,7 @@ def open_encoder(model: ClipModel, *, engine: str = "torch", **settings: Any) ->
     cluster = on_cluster(engine)
     if cluster is None:
         return Encoder(model, engine=engine, **settings)
-    encoder: Encoder = importlib.import_module("clipdistill.ray_engine.encoder").RayEncoder(model, cluster, **settings)
-    return encoder
+    return importlib.import_module("clipdistill.ray_engine.encoder").RayEncoder(model, cluster, **settings)
 
 
 class Encoder:

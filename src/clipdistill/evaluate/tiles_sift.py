@@ -22,8 +22,6 @@ import torch
 from clipdistill.evaluate.tiles import Near, UnitRows, float32_bound
 from clipdistill.evaluate.tiles_cpu import SMALLEST, CpuCounter, Limits
 
-LEAST_WORK = 2**33
-"""Multiply-adds below which a float32 product takes less than a tenth of a second: not worth trying both."""
 LEAST_GAIN = 1.4
 
 
@@ -107,9 +105,9 @@ def sampled_product(rows: torch.Tensor, columns: torch.Tensor, i: torch.Tensor, 
     return torch.sparse.sampled_addmm(wanted, rows, columns.T, beta=0.0).values()
 
 
-def sifting_pays(images: int, texts: int, dimensions: int) -> bool:
-    """Whether this machine multiplies clearly faster in bfloat16 (tried out), and the product is large enough."""
-    return images * texts * dimensions >= LEAST_WORK and _gain(dimensions, torch.get_num_threads()) >= LEAST_GAIN
+def sifting_pays(dimensions: int) -> bool:
+    """Whether this machine multiplies clearly faster in bfloat16 (tried out)."""
+    return _gain(dimensions, torch.get_num_threads()) >= LEAST_GAIN
 
 
 @functools.lru_cache

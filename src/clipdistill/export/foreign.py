@@ -23,12 +23,11 @@ from clipdistill.export.gate import Runner, Tolerance, compare, require
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.tokenizer_json import tokenizer_json
 from clipdistill.export.transformers_js import write_transformers_js
-from clipdistill.models import prompts, sized
 from clipdistill.models.architecture import JOINED
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.hugging_face import rename_back
+from clipdistill.models.known import BLOCK_SIZES, IMAGE_PROMPTS, OPEN_CLIP_CONFIG, is_own_module
 from clipdistill.models.known import HUGGING_FACE_CONFIG as CONFIG
-from clipdistill.models.known import OPEN_CLIP_CONFIG, is_own_module
 from clipdistill.models.load import load_model
 from clipdistill.models.open_clip_models import SAFE_WEIGHTS
 from clipdistill.models.tokenizers import ClipBpeTokenizer, HuggingFaceTokenizer, WordsTokenizer
@@ -118,10 +117,10 @@ def _require_open_clip(model: ClipModel) -> None:
 def write_open_clip(model: ClipModel, folder: Path) -> None:
     """open_clip_config.json and weights, for  open_clip.create_model_and_transforms("local-dir:...")."""
     _require_open_clip(model)
-    if sized.KEY in model.architecture:
-        raise InputError(f"'{model.name}' has blocks of different sizes ('{sized.KEY}'), which open_clip cannot build")
-    if prompts.KEY in model.architecture:
-        raise InputError(f"'{model.name}' has prompts ('{prompts.KEY}'), which open_clip does not know: use --to onnx")
+    if BLOCK_SIZES in model.architecture:
+        raise InputError(f"'{model.name}' has blocks of several sizes ('{BLOCK_SIZES}'), which open_clip cannot build")
+    if IMAGE_PROMPTS in model.architecture:
+        raise InputError(f"'{model.name}' has prompts ('{IMAGE_PROMPTS}'), unknown to open_clip: use --to onnx")
     architecture = copy.deepcopy(model.architecture)
     text = architecture["text_cfg"]
     tokenizer = model.tokenizer
@@ -174,7 +173,7 @@ def hugging_face_config(model: ClipModel) -> dict[str, Any]:
     _require_open_clip(model)
     vision, text = architecture["vision_cfg"], architecture["text_cfg"]
     refused = f"'{model.name}' cannot be a Hugging Face CLIPModel"
-    for key in (sized.KEY, prompts.KEY, "multimodal_cfg", "init_logit_bias"):
+    for key in (BLOCK_SIZES, IMAGE_PROMPTS, "multimodal_cfg", "init_logit_bias"):
         if architecture.get(key) is not None:
             raise InputError(f"{refused}, because its architecture has '{key}': export it with --to open_clip or onnx")
     for key, kind in (("timm_model_name", "timm image tower"), ("hf_model_name", "Hugging Face text tower")):

@@ -89,8 +89,7 @@ def _definition(model: Any, normalizers: list[Any], split: str, ends: tuple[tupl
     fast.pre_tokenizer = pre_tokenizers.Split(Regex(split), "removed", invert=True)
     start, end = ends
     fast.post_processor = processors.TemplateProcessing(single=f"{start[0]} $A {end[0]}", special_tokens=[start, end])
-    result: dict[str, Any] = json.loads(fast.to_str())
-    return result
+    return json.loads(fast.to_str())
 
 
 def _words(tokenizer: WordsTokenizer) -> dict[str, Any]:
@@ -120,8 +119,7 @@ def _clip_bpe(tokenizer: ClipBpeTokenizer) -> dict[str, Any]:
     )
     if tokenizer.clean != "canonicalize":  # which leaves no brackets to recognise them by
         fast.add_special_tokens([AddedToken(name, normalized=True, special=True) for name, _ in ends])
-    result: dict[str, Any] = json.loads(fast.to_str())
-    return result
+    return json.loads(fast.to_str())
 
 
 def _hugging_face(tokenizer: HuggingFaceTokenizer) -> dict[str, Any]:

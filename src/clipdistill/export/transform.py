@@ -33,8 +33,7 @@ def transform_json(image: ImageSpec) -> dict[str, Any]:
 def example(image: ImageSpec, runtime: str = "onnx") -> str:
     """The program example.py of an export for `runtime`."""
     parts = read_yaml(_PARTS)
-    program: str = parts["program"].format(resize=parts["resize"][image.resize_mode], **parts["runtimes"][runtime])
-    return program
+    return parts["program"].format(resize=parts["resize"][image.resize_mode], **parts["runtimes"][runtime])
 
 
 def write_transform(folder: Path, image: ImageSpec, runtime: str = "onnx") -> None:

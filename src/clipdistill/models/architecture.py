@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from clipdistill.errors import InputError, nearest
-from clipdistill.models import prompts, sized
-from clipdistill.models.known import near, table
+from clipdistill.models.known import BLOCK_SIZES, IMAGE_PROMPTS, near, table
 from clipdistill.models.text_length import any_length
 
 JOINED = "towers"
@@ -58,10 +57,14 @@ def check_architecture(values: Mapping[str, Any], where: str = "architecture") -
         _check_sizes(result[key], f"{where}: {key}")
     _check_sizes(result, where)
     _check_tower_names(result, where)
-    if sized.KEY in result:
-        sized.check_block_sizes(result[sized.KEY], result["vision_cfg"], result["text_cfg"], where)
-    if prompts.KEY in result:
-        prompts.check_prompts(result[prompts.KEY], where)
+    if BLOCK_SIZES in result:
+        from clipdistill.models.sized import check_block_sizes
+
+        check_block_sizes(result[BLOCK_SIZES], result["vision_cfg"], result["text_cfg"], where)
+    if IMAGE_PROMPTS in result:
+        from clipdistill.models.prompts import check_prompts
+
+        check_prompts(result[IMAGE_PROMPTS], where)
     result["quick_gelu"] = bool(result.get("quick_gelu", False))
     return result
 
@@ -118,8 +121,13 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
         raise InputError(
             "only open_clip's architectures can be built, cut or pruned, not an export or a module of your own"
         )
-    arguments, block_sizes = sized.split_block_sizes(architecture)
-    prompted = arguments.pop(prompts.KEY, None)
+    arguments: dict[str, Any] = copy.deepcopy(dict(architecture))
+    block_sizes: dict[str, Any] = {}
+    if BLOCK_SIZES in architecture:
+        from clipdistill.models.sized import split_block_sizes
+
+        arguments, block_sizes = split_block_sizes(architecture)
+    prompted = arguments.pop(IMAGE_PROMPTS, None)
     custom_text = arguments.pop("custom_text", False) or arguments["text_cfg"].get("hf_model_name") is not None
     text_model = arguments["text_cfg"].get("hf_model_name")
     if text_model is not None:  # said beforehand, because building the tower would fetch it silently
@@ -137,9 +145,14 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
             if text is not module:
                 kind: Any = type(text)
                 text.__class__ = any_length(kind)
-            sized.size_blocks(module, block_sizes)
+            if block_sizes:
+                from clipdistill.models.sized import size_blocks
+
+                size_blocks(module, block_sizes)
             if prompted is not None:
-                prompts.put_prompts(module.visual, prompted)
+                from clipdistill.models.prompts import put_prompts
+
+                put_prompts(module.visual, prompted)
             return _channels_last(module)
     except InputError:
         raise

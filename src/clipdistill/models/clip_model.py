@@ -131,8 +131,7 @@ def _text_blocks(module: nn.Module) -> nn.Module:
     if hasattr(transformer, "tower"):  # of a CLIP, in joined towers
         return _text_blocks(transformer.tower)
     if hasattr(transformer, "resblocks"):
-        blocks: nn.Module = transformer.resblocks
-        return blocks
+        return transformer.resblocks
     encoder: Any = getattr(transformer, "encoder", transformer)  # a Hugging Face text tower
     encoder = getattr(encoder, "transformer", encoder)  # DistilBERT
     blocks = getattr(encoder, "layer", getattr(encoder, "block", encoder))

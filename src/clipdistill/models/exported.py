@@ -179,8 +179,7 @@ def part_name(path: Path) -> str:
 def load_graph(path: Path, runtime: str, precision: str = "float32") -> Runner:
     """A graph with one input and one output as a function on arrays; threads as torch has them now."""
     if runtime in PHONES:
-        loaded: Runner = RUNTIMES.get(runtime)(path)
-        return loaded
+        return RUNTIMES.get(runtime)(path)
     return _load_onnx(path) if runtime == "onnx" else _load_openvino(path, precision)
 
 

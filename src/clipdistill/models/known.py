@@ -30,6 +30,8 @@ HELD = "module:"
 """How the name of a module that the program itself holds begins."""
 OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG, EXPORT_MANIFEST = "open_clip_config.json", "config.json", "manifest.json"
 """The file by which a folder of each form is recognised."""
+BLOCK_SIZES, IMAGE_PROMPTS = "block_sizes", "image_prompts"
+"""Keys of an architecture: layers of different sizes (models/sized.py), prompts (models/prompts.py)."""
 PHONES = ("litert", "executorch", "coreml")
 """Forms of an export for a phone."""
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite", "executorch": ".pte", "coreml": ".mlpackage"}

@@ -153,8 +153,7 @@ def _inherited(sizes: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:
     if wanted.source is None:
         raise InputError(f"'{PREFIX}{sizes}': say which model to inherit from, for example  {PREFIX}{sizes},from=MODEL")
     cut = INHERITANCE.get("cut")
-    model: ClipModel = cut(load_model(wanted.source, tokenizer=tokenizer, seed=seed), wanted, seed=seed)
-    return model
+    return cut(load_model(wanted.source, tokenizer=tokenizer, seed=seed), wanted, seed=seed)
 
 
 def _joined(towers: str, tokenizer: Tokenizer | None, seed: int) -> ClipModel:

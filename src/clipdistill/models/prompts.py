@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipdistill.errors import InputError
+from clipdistill.models.known import IMAGE_PROMPTS
 
-KEY = "image_prompts"
 TOKENS = "prompt_tokens"
 _DEFAULT = 4
 _LIMITS = {"count": 1024, "depth": 256}
@@ -29,16 +29,18 @@ _LIMITS = {"count": 1024, "depth": 256}
 def check_prompts(values: Any, where: str) -> None:
     """Raise InputError unless `values` is a valid entry `image_prompts` of an architecture."""
     if not isinstance(values, dict) or set(values) != set(_LIMITS):
-        raise InputError(f"{where}: '{KEY}' must be a mapping with count and depth, got {values!r:.200}")
+        raise InputError(f"{where}: '{IMAGE_PROMPTS}' must be a mapping with count and depth, got {values!r:.200}")
     for key, limit in _LIMITS.items():
         if not isinstance(values[key], int) or isinstance(values[key], bool) or not 1 <= values[key] <= limit:
-            raise InputError(f"{where}: {KEY}: '{key}' must be a number from 1 to {limit}, got {values[key]!r:.200}")
+            raise InputError(
+                f"{where}: {IMAGE_PROMPTS}: '{key}' must be a number from 1 to {limit}, got {values[key]!r:.200}"
+            )
 
 
 def put_prompts(visual: Any, values: Mapping[str, int]) -> None:
     """Give an open_clip vision transformer its prompts, from the global generator. Raises InputError for another."""
     if not _takes(visual):
-        raise InputError(f"'{KEY}': the image tower is no vision transformer of open_clip")
+        raise InputError(f"'{IMAGE_PROMPTS}': the image tower is no vision transformer of open_clip")
     transformer = visual.transformer
     kind: Any = type(transformer)
     transformer.__class__ = _prompted(kind)
@@ -75,7 +77,7 @@ def with_prompts(model: Any, count: int | Literal["auto"], depth: int, *, seed: 
     """
     architecture = copy.deepcopy(model.architecture)
     places = list(_towers(architecture, getattr(model.module, "visual", None)))
-    if count == 0 or any(KEY in inner for inner, _ in places) or (count == "auto" and not places):
+    if count == 0 or any(IMAGE_PROMPTS in inner for inner, _ in places) or (count == "auto" and not places):
         return model
     if not places:
         raise InputError(
@@ -85,10 +87,17 @@ def with_prompts(model: Any, count: int | Literal["auto"], depth: int, *, seed: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for inner, visual in places:
-            inner[KEY] = {"count": _DEFAULT if count == "auto" else count, "depth": depth}
-            put_prompts(visual, inner[KEY])
+            inner[IMAGE_PROMPTS] = {"count": _DEFAULT if count == "auto" else count, "depth": depth}
+            put_prompts(visual, inner[IMAGE_PROMPTS])
     model.architecture = architecture
     return model
+
+
+def unlock_prompts(module: nn.Module) -> None:
+    """Let the prompts train, whatever is locked around them."""
+    for name, parameter in module.named_parameters():
+        if name.endswith(TOKENS):
+            parameter.requires_grad_(True)
 
 
 def _towers(architecture: dict[str, Any], visual: Any) -> Iterator[tuple[dict[str, Any], Any]]:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from clipdistill.errors import InputError, nearest
+from clipdistill.models.known import BLOCK_SIZES
 
-KEY = "block_sizes"
 TOWERS = ("image", "text")
 _FIELDS = ("head_width", "heads", "mlp")
 _OTHER_BLOCKS = (
@@ -104,31 +104,41 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 def check_block_sizes(values: Any, vision: Mapping[str, Any], text: Mapping[str, Any], where: str) -> None:
     """Raise InputError unless `values` is a valid entry `block_sizes` of an architecture with these towers."""
     if not isinstance(values, dict) or not values:
-        raise InputError(f"{where}: '{KEY}' must be a mapping with 'image' or 'text', got {values!r:.200}")
+        raise InputError(f"{where}: '{BLOCK_SIZES}' must be a mapping with 'image' or 'text', got {values!r:.200}")
     for tower, sizes in values.items():
         if tower not in TOWERS:
-            raise InputError(f"{where}: {KEY}: unknown key '{tower}'{nearest(str(tower), TOWERS)}")
+            raise InputError(f"{where}: {BLOCK_SIZES}: unknown key '{tower}'{nearest(str(tower), TOWERS)}")
         config = vision if tower == "image" else text
         if not isinstance(sizes, dict) or set(sizes) != set(_FIELDS):
             raise InputError(
-                f"{where}: {KEY}: {tower} must have exactly the keys {', '.join(_FIELDS)}, got {sizes!r:.200}"
+                f"{where}: {BLOCK_SIZES}: {tower} must have exactly the keys {', '.join(_FIELDS)}, got {sizes!r:.200}"
             )
         foreign = config.get("timm_model_name") or config.get("hf_model_name")
         if foreign or not isinstance(config.get("layers", 12), int):
-            raise InputError(f"{where}: {KEY}: the {tower} tower is no open_clip transformer, so it has no such blocks")
+            raise InputError(
+                f"{where}: {BLOCK_SIZES}: the {tower} tower is no open_clip transformer, so it has no such blocks"
+            )
         other = next((key for key in _OTHER_BLOCKS if config.get(key) not in (None, False, "default")), None)
         if other is not None:
-            raise InputError(f"{where}: {KEY}: the {tower} tower's '{other}' cannot be combined with sizes per block")
+            raise InputError(
+                f"{where}: {BLOCK_SIZES}: the {tower} tower's '{other}' cannot be combined with sizes per block"
+            )
         width = sizes["head_width"]
         if not _whole(width) or not 0 < width <= 16_384:
-            raise InputError(f"{where}: {KEY}: {tower}.head_width must be a number from 1 to 16384, got {width!r:.200}")
+            raise InputError(
+                f"{where}: {BLOCK_SIZES}: {tower}.head_width must be a number from 1 to 16384, got {width!r:.200}"
+            )
         layers = config.get("layers", 12)
         for field, factor in (("heads", width), ("mlp", 1)):
             entries = sizes[field]
             if not isinstance(entries, list) or len(entries) != layers:
-                raise InputError(f"{where}: {KEY}: {tower}.{field} must list one number for each of {layers} layers")
+                raise InputError(
+                    f"{where}: {BLOCK_SIZES}: {tower}.{field} must list one number for each of {layers} layers"
+                )
             if not all(_whole(n) and 0 <= n * factor <= _LARGEST for n in entries):
-                raise InputError(f"{where}: {KEY}: {tower}.{field} holds an impossible number: {entries!r:.200}")
+                raise InputError(
+                    f"{where}: {BLOCK_SIZES}: {tower}.{field} holds an impossible number: {entries!r:.200}"
+                )
 
 
 def _whole(value: Any) -> bool:
@@ -141,7 +151,7 @@ def split_block_sizes(architecture: Mapping[str, Any]) -> tuple[dict[str, Any], 
     open_clip is asked for one head as wide as the stream and the smallest MLP, because it cannot build the real ones.
     """
     plain = copy.deepcopy(dict(architecture))
-    sizes = plain.pop(KEY, {})
+    sizes = plain.pop(BLOCK_SIZES, {})
     for tower in sizes:
         config = plain["vision_cfg" if tower == "image" else "text_cfg"]
         width = config.get("width", 768 if tower == "image" else 512)

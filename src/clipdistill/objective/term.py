@@ -163,15 +163,13 @@ def register_term(term: Term) -> Term:
         options_model(term).model_validate({})
     except pydantic.ValidationError as error:
         raise InputError(f"{here}: an option's default does not fit its type ({error.errors()[0]['msg']})") from error
-    registered: Term = TERMS.register(term.name, term)
-    return registered
+    return TERMS.register(term.name, term)
 
 
 def options_model(*terms: Term) -> type[Config]:
     """The configuration class of all options of the terms."""
     fields: dict[str, Any] = {option.name: (option.type, option.default) for term in terms for option in term.options}
-    model: type[Config] = pydantic.create_model("Options", __base__=Config, **fields)
-    return model
+    return pydantic.create_model("Options", __base__=Config, **fields)
 
 
 def _require(name: str, known: tuple[str, ...], what: str) -> None:

@@ -159,8 +159,7 @@ class FsspecStore:
             return data
 
         try:
-            found: bytes = fsspec.asyn.sync(self.fs.loop, get, timeout=2 * time_limit())
-            return found
+            return fsspec.asyn.sync(self.fs.loop, get, timeout=2 * time_limit())
         except (FileNotFoundError, TimeoutError, Changed):
             raise
         except Exception as error:

@@ -131,8 +131,7 @@ def _mask(thing: Thing, patch: _Patch, grow: float) -> Image.Image:
 def _place(outline: NDArray[np.float64], angle: float, patch: _Patch, radius: float) -> list[float]:
     """The outline's corners in the patch, as x, y, x, y, ..."""
     cosine, sine = radius * math.cos(angle), radius * math.sin(angle)
-    corners: list[float] = (outline @ np.array([[cosine, sine], [-sine, cosine]]) + (patch.x, patch.y)).ravel().tolist()
-    return corners
+    return (outline @ np.array([[cosine, sine], [-sine, cosine]]) + (patch.x, patch.y)).ravel().tolist()
 
 
 def _stripes(patch: _Patch, dice: Dice) -> Image.Image:

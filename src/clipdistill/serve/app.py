@@ -358,8 +358,7 @@ class Service:
 
             async def decoded(number: int, data: bytes) -> np.ndarray:
                 async with places:
-                    found: np.ndarray = await self._pooled(self._pixels, number, data)
-                    return found
+                    return await self._pooled(self._pixels, number, data)
 
             decoding = [asyncio.ensure_future(decoded(i, data)) for i, data in enumerate(pictures)]
             try:

@@ -11,7 +11,7 @@ import pydantic
 from clipdistill.cache.names import is_cached
 from clipdistill.config import LARGEST_SCALE, Config, build, override
 from clipdistill.data.held_out import HeldOutConfig
-from clipdistill.data.open import check_data_name
+from clipdistill.data.open import check_data_name, check_training
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
@@ -21,7 +21,7 @@ from clipdistill.models.names import check_model_name, check_student_name, check
 from clipdistill.models.towers.names import split_models
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import lay, load_recipe
-from clipdistill.registry import TERMS, is_loaded, load_plugin, wing
+from clipdistill.registry import TERMS, is_loaded, load_plugin
 from clipdistill.runs.folder import RunFolder
 from clipdistill.train.region_config import MetaTeacherConfig, RegionsConfig
 
@@ -391,12 +391,9 @@ def check_names(config: RunConfig) -> None:
         check_model_name(config.evaluation.teacher)
     if config.student_weights is not None:
         check_model_name(config.student_weights)
-    check_any = wing("clipdistill.data.mixture.opening:check_any")
-    for data in (config.data, config.validation):
-        if data is config.data and check_any is not None:
-            check_any(data)
-        elif isinstance(data, DataConfig):
-            check_data_name(data.path)
+    check_training(config.data)
+    if isinstance(config.validation, DataConfig):
+        check_data_name(config.validation.path)
 
 
 def _check(config: RunConfig) -> None:

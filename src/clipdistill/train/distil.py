@@ -16,10 +16,8 @@ from clipdistill.models import ClipModel, save_model
 from clipdistill.objective import Embeddings, ObjectiveOutput
 from clipdistill.runtime.distributed import average_gradients, rank
 from clipdistill.runtime.files import digest_of
-from clipdistill.train.average import WeightAverage
 from clipdistill.train.config import RunConfig
 from clipdistill.train.health import Movement
-from clipdistill.train.loss_scale import LossScale
 from clipdistill.train.setup import build
 from clipdistill.train.sources import Sources
 from clipdistill.train.step import Statistics, forward_backward, inputs_of
@@ -38,9 +36,15 @@ class Distillation:
         self._statistics = Statistics(self.setup.student.module)
         pretrained = config.student_weights is not None or config.student.startswith(("towers:", "inherit:"))
         self._movement = Movement(self.setup.student.module, pretrained)
-        decay = config.train.ema_decay
-        self._average = None if decay is None else WeightAverage(self.setup.student.module, decay)
-        self._scale = LossScale().to(device) if config.train.precision == "fp16" else None
+        self._average = self._scale = None
+        if config.train.ema_decay is not None:
+            from clipdistill.train.average import WeightAverage
+
+            self._average = WeightAverage(self.setup.student.module, config.train.ema_decay)
+        if config.train.precision == "fp16":
+            from clipdistill.train.loss_scale import LossScale
+
+            self._scale = LossScale().to(device)
 
     def _evaluated(self) -> AbstractContextManager[object]:
         """Within, the student is the one that is measured and saved."""

@@ -21,7 +21,6 @@ from clipdistill.objective import ObjectiveOutput
 from clipdistill.runs.folder import BAD_SAMPLES, CHECKPOINTS
 from clipdistill.runtime.distributed import any_rank, gather_lists, is_main, on_main, sum_over_ranks
 from clipdistill.runtime.signals import Interrupted, StopSignal
-from clipdistill.train.best import forget_before, judge, keep
 from clipdistill.train.callbacks import Callbacks, RunView, Say
 from clipdistill.train.checkpoint import CheckpointWriter
 from clipdistill.train.config import RunConfig, TrainConfig
@@ -184,6 +183,8 @@ def _checkpoint_done(loop: Loop) -> None:
     folder = _told_to_all(loop.writer.finished)
     if folder is not None:
         if loop.progress.best:
+            from clipdistill.train.best import forget_before
+
             forget_before(loop.config.out, loop.progress.best)
         loop.tell("on_checkpoint", checkpoint=folder, **loop.saved)
 
@@ -292,6 +293,8 @@ def _evaluate(loop: Loop) -> None:
         return
     scores, metric = MappingProxyType(point.scores), loop.config.train.keep_best
     if metric is not None:
+        from clipdistill.train.best import judge, keep
+
         loop.progress.best = judge(loop.progress.best, scores, metric, loop.progress.step)
         student, _ = loop.task.checkpoint()
         if loop.progress.best["since"] == 0 and student is not None:

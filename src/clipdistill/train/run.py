@@ -25,7 +25,6 @@ from clipdistill.runtime.files import sha256
 from clipdistill.runtime.machine import keep_freed_memory, pick_device, return_freed_memory
 from clipdistill.runtime.signals import Interrupted, StopSignal
 from clipdistill.statistics.scores import Scores
-from clipdistill.train.best import BEST, take
 from clipdistill.train.callbacks import Callbacks, Curve, Log, RunView, choose
 from clipdistill.train.checkpoint import Checkpoint, newest_checkpoint, restore
 from clipdistill.train.config import RunConfig, resolve
@@ -134,8 +133,7 @@ def make_task(config: RunConfig, device: torch.device, sources: Sources | None =
     """What `config` trains, ready for its first step. Raises InputError for unusable input."""
     kind = "distillation" if config.train.ternary == "none" else "ternary student"
     kind = kind if config.meta_teacher is None else "region teacher"
-    task: Task = TASKS.get(kind)(config, device, sources, say)
-    return task
+    return TASKS.get(kind)(config, device, sources, say)
 
 
 def resume(task: Task, checkpoint: Checkpoint) -> Progress:
@@ -208,7 +206,9 @@ def _train_and_finish(loop: Loop) -> Run:
             loop.tell("on_end", status=status, final_scores=final)
             if is_main():
                 _describe(loop, status, outcome.fingerprint or None)
-                if status == "finished":
+                if status == "finished" and loop.progress.best:
+                    from clipdistill.train.best import BEST
+
                     shutil.rmtree(run / BEST, ignore_errors=True)
     barrier()
     return Run(run.path, status, progress.step, outcome.scores)
@@ -219,6 +219,8 @@ def _finish(loop: Loop) -> Outcome:
     with loop.stop.at_once():
         out, progress, (student, _) = loop.config.out, loop.progress, loop.task.checkpoint()
         if progress.best and student is not None:
+            from clipdistill.train.best import take
+
             loop.say(take(student, out, progress.best, progress.step))
         outcome = loop.task.finish(out, loop.say)
         if outcome.scores is not None:

@@ -28,7 +28,6 @@ from clipdistill.models.parameters import (
     lock,
     parameter_groups,
 )
-from clipdistill.models.prompts import TOKENS, with_prompts
 from clipdistill.objective import Objective
 from clipdistill.objective.term import MODALITIES
 from clipdistill.registry import INHERITANCE, wing
@@ -124,9 +123,8 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
             raise InputError(
                 f"data '{config.data.path or own.name}': {len(own)} usable pairs; training needs at least 2"
             )
-    require_terms = wing("clipdistill.data.mixture.opening:require_terms")
-    if require_terms is not None:
-        require_terms(config.objective.modalities, source)
+    if not (source.captioned and source.pictured) or source.uneven:  # only data/mixture opens such sets
+        wing("clipdistill.data.mixture.opening:require_terms")(config.objective.modalities, source)
     validation = sources.validation(config)
     teacher: Teacher | None = None
     if config.objective.needs_teacher:
@@ -187,9 +185,10 @@ def _make_trainable(
     for tower, wanted in (("image", train.lock_image), ("text", train.lock_text)):
         if wanted != "none":
             lock(module, tower, 0 if wanted == "all" else wanted)
-    for name, parameter in module.named_parameters():
-        if name.endswith(TOKENS) and train.image_prompts:
-            parameter.requires_grad_(True)
+    if train.image_prompts:
+        from clipdistill.models.prompts import unlock_prompts
+
+        unlock_prompts(module)
     # a tower that no step reads stays as it is
     freeze(module, [tower for tower in MODALITIES if tower not in modalities and hasattr(module, "visual")])
     if not any(p.requires_grad for p in module.parameters()):
@@ -281,6 +280,8 @@ def _student(
             else ["a picture"],
         )
     if train.image_prompts:
+        from clipdistill.models.prompts import with_prompts
+
         student = with_prompts(student, train.image_prompts, train.prompt_depth, seed=train.seed)
     student = _with_other_tower(student, config, source, teacher)
     with torch.no_grad():

@@ -80,8 +80,7 @@ class Towers(nn.Module):
         by_tokens = not captions.is_floating_point()  # and not by the features of a locked tower
         if self.group_captions and by_tokens and encode_text == self.module.encode_text:
             return encode_by_length(encode_text, captions, least=max(LEAST_GROUP, len(captions) // 8)).float()
-        found: Tensor = encode_text(captions).float()
-        return found
+        return encode_text(captions).float()
 
     def forward(self, images: Any, tokens: Any) -> tuple[Any, Any, Tensor, Tensor | None]:
         """images (B, 3, H, W), tokens (B, L) -> raw features (B, D), (B, D), the logit multiplier, the logit bias.

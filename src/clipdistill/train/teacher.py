@@ -196,8 +196,7 @@ def open_teacher(config: RunConfig, source: PairSource, device: torch.device) ->
     for mark in TEACHER_FOLDERS.names():
         folders = [Path(name).expanduser() / inside for name in config.teachers for inside in ("", STUDENT)]
         if any((folder / mark).is_file() for folder in folders):
-            opened: Teacher = TEACHER_FOLDERS.get(mark)(config, source, device, scale)
-            return opened
+            return TEACHER_FOLDERS.get(mark)(config, source, device, scale)
     if not is_cached(config.teachers):
         return load_teacher(config.teachers, device, train.precision, scale)
     from clipdistill.cache.teacher import CacheUse, open_cached_teacher

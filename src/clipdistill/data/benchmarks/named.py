@@ -71,8 +71,7 @@ def open_named(place: Place, config: LabelledConfig) -> LabelledSource:
     if reader is FOLDERS and config.split is None:  # the split that is measured on, where there are several
         below = {entry.name for entry in folder.iterdir() if entry.is_dir()}
         config = replace(config, split=next((split for split in ("test", "val") if split in below), None))
-    source: LabelledSource = reader.open(place, config)
-    return source
+    return reader.open(place, config)
 
 
 def _open_arrays(files: list[Path], config: LabelledConfig, folder: Path) -> LabelledSource:
@@ -84,8 +83,7 @@ def _open_arrays(files: list[Path], config: LabelledConfig, folder: Path) -> Lab
     if len(fitting) != 1:
         listed = ", ".join(file.name for file in files)
         raise InputError(f"'{folder}' holds {listed}: {len(fitting)} of them are called '{split}', name the file")
-    source: LabelledSource = FORMAT.open(Place(str(fitting[0])), replace(config, split=None))
-    return source
+    return FORMAT.open(Place(str(fitting[0])), replace(config, split=None))
 
 
 def _is_pairs(place: Place) -> bool:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from clipdistill.data.class_names import class_labels
 from clipdistill.data.files import is_url, refuse_split
 from clipdistill.data.formats import Format, Place
+from clipdistill.data.formats.forms import shards_of
 from clipdistill.data.formats.tar_headers import members
 from clipdistill.data.formats.tar_index import samples_of
-from clipdistill.data.formats.tars import shard_labels, shards_of
+from clipdistill.data.formats.tars import shard_labels
 from clipdistill.data.labelled import LabelledConfig, LabelledSource, Naming, OwnNames, read_class_file
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.errors import InputError

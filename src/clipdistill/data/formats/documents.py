@@ -11,22 +11,10 @@ from typing import Any
 
 from clipdistill.data.captions import clean_all, is_missing
 from clipdistill.data.files import choose_splits, collect, find_image_root, refuse_split, safe_relative
-from clipdistill.data.formats import Format, Place
+from clipdistill.data.formats import Place
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import Problems
 from clipdistill.errors import InputError
-
-
-def is_karpathy(content: Any) -> bool:
-    """Whether a JSON document has Karpathy's form: images that carry their sentences."""
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list):
-        return False
-    return any(isinstance(entry, dict) and "sentences" in entry for entry in content["images"][:100])
-
-
-def is_coco(content: Any) -> bool:
-    """Whether a JSON document has COCO's form: a list of images and a list of annotations."""
-    return isinstance(content, dict) and all(isinstance(content.get(part), list) for part in ("images", "annotations"))
 
 
 def open_karpathy(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
@@ -92,7 +80,3 @@ def open_coco(place: Place, config: DataConfig, default_split: str | None) -> Pa
             entries[name].extend(clean_all(_listed(annotation.get("caption")) or [None], name, problems))
     root = find_image_root(entries or ["(no image)"], config.image_root, path)
     return collect(path.stem, entries.items(), root, problems, config.max_pixels, path)
-
-
-KARPATHY = Format(lambda place: is_karpathy(place.document), open_karpathy, frozenset({"image_root"}))
-COCO = Format(lambda place: is_coco(place.document), open_coco, frozenset({"image_root"}))

@@ -6,14 +6,10 @@ import os
 
 from clipdistill.data.captions import MISSING, clean_all
 from clipdistill.data.files import collect, is_url, read_image_file, refuse_split
-from clipdistill.data.formats import Format, Place
+from clipdistill.data.formats import Place
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.runtime.files import lines_of
-
-
-def _has_captions(place: Place) -> bool:
-    return bool(place.images) and any(os.path.splitext(image)[0] in place.texts for image in place.images)  # noqa: PTH122
 
 
 def open_folder(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
@@ -40,6 +36,3 @@ def open_folder(place: Place, config: DataConfig, default_split: str | None) -> 
         # blank lines separate captions, they are not captions
         entries.append((name, clean_all([line for line in lines if line.strip()], name, problems)))
     return collect(folder.resolve().name, entries, folder, problems, config.max_pixels, folder)
-
-
-FORMAT = Format(_has_captions, open_folder)

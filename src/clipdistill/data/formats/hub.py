@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from clipdistill.data.files import choose_splits, one_split, read_image_file, refuse_split
-from clipdistill.data.formats import Format, Place
+from clipdistill.data.formats import Place
 from clipdistill.data.formats.rows import WITHOUT_IMAGE, Rows, find_columns
 from clipdistill.data.pairs import DataConfig, IndexedPairs, PairSource
 from clipdistill.data.problems import BadSample
@@ -130,12 +130,3 @@ class HubPairs(IndexedPairs):
         if isinstance(value, str):
             return read_image_file(self._root / value)
         raise BadSample("empty image file")
-
-
-def _is_saved(place: Place) -> bool:
-    return any(file.name in ("dataset_dict.json", "state.json") for file in place.files)
-
-
-_SETTINGS = frozenset({"image_root", "image_column", "caption_column"})
-HUB = Format(lambda place: place.startswith("hf:") and not place.startswith("hf://"), open_hub, _SETTINGS)
-SAVED = Format(_is_saved, open_saved, _SETTINGS)

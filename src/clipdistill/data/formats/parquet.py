@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from clipdistill.data.files import to_read
-from clipdistill.data.formats import Format, Place
+from clipdistill.data.formats import Place
+from clipdistill.data.formats.forms import tables_of
 from clipdistill.data.formats.rows import WITHOUT_IMAGE, Rows, find_columns
 from clipdistill.data.pairs import DataConfig, IndexedPairs, PairSource
 from clipdistill.data.problems import BadSample
@@ -23,17 +24,6 @@ from clipdistill.errors import InputError
 
 _KEPT_BYTES = 256 << 20  # of row groups, per process
 _BATCH = 65536  # rows of captions converted at a time
-
-
-def tables_of(place: Place) -> list[Path]:
-    """The Parquet files that a name stands for; [] where it names none, or a folder of which they only tell something.
-
-    img2dataset's `files` output keeps a table of links NNNNN.parquet beside each folder NNNNN of photographs.
-    """
-    if place.head.startswith(b"PAR1"):
-        return [place.path]
-    found = place.with_ending(".parquet", ".pq")
-    return [] if any(file.with_suffix("").is_dir() for file in found) else found
 
 
 def open_parquet(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
@@ -137,8 +127,7 @@ def _to_python(column: Any) -> list[Any]:
     if _is_text(column.type):  # lenient: a string that is no UTF-8 must not end the reading
         raw = column.cast(pa.large_binary()).to_pylist()
         return [None if value is None else value.decode("utf-8", "surrogateescape") for value in raw]
-    values: list[Any] = column.to_pylist()
-    return values
+    return column.to_pylist()
 
 
 def _places(table: Any, column: str) -> Iterator[tuple[int, int, bool]]:
@@ -241,8 +230,3 @@ class ParquetPairs(IndexedPairs):
                 self._groups.popitem(last=False)
         self._groups.move_to_end((file, group))
         return cells
-
-
-FORMAT = Format(
-    lambda place: bool(tables_of(place)), open_parquet, frozenset({"image_root", "image_column", "caption_column"})
-)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clipdistill.data.files import IMAGE_SUFFIXES
-from clipdistill.data.formats import Format, Place
+from clipdistill.data.formats import Place
 from clipdistill.data.formats.rows import Rows, required_column
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.errors import InputError
@@ -20,16 +20,6 @@ from clipdistill.errors import InputError
 _SEPARATORS = ("\t", ",", ";", "|")
 _LONGEST_CELL = 131_072  # characters
 _MOST_CHARACTERS = 1 << 24  # in a cell that is read at all, to say how long it is
-
-
-def is_table(place: Place) -> bool:
-    """Whether the name is a file that holds text (every other kind of file is known by its first bytes)."""
-    head = place.head
-    if not head.strip() or head.startswith((b"PAR1", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\3\4")):
-        return False
-    if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return False
-    return place.path.suffix.lower() not in (".tar", ".json") and place.document is None
 
 
 def open_table(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
@@ -167,6 +157,3 @@ def _holds_rows(cell: str, separator: str, image: int) -> bool:
         if 1 < len(cells) > image and os.path.splitext(cells[image].strip())[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
             return True
     return False
-
-
-FORMAT = Format(is_table, open_table, frozenset({"image_root", "image_column", "caption_column", "separator"}))

@@ -9,18 +9,17 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clipdistill.data.files import IMAGE_SUFFIXES, data_path, is_url, nothing_usable
-from clipdistill.data.formats import Format, Place
-from clipdistill.data.formats.tar_headers import looks_like_tar
+from clipdistill.data.files import IMAGE_SUFFIXES, is_url, nothing_usable
+from clipdistill.data.formats import Place
+from clipdistill.data.formats.forms import shards_of
 from clipdistill.data.formats.tar_index import DUPLICATE, ShardIndex, index_shard
 from clipdistill.data.pairs import DataConfig, GrowingStrings, IndexedPairs, Strings, narrow
 from clipdistill.data.problems import BadSample, Problems, valid_text
@@ -28,57 +27,7 @@ from clipdistill.errors import InputError
 from clipdistill.runtime.machine import return_freed_memory
 
 _OPEN_FILES = 64  # per process
-_MOST_SHARDS = 1_000_000
 _log = logging.getLogger(__name__)
-
-_RANGE = re.compile(r"(\d+)\.\.(\d+)$")
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern with '{000..331}' and '{a,b}' stands for, in order. InputError for a senseless range."""
-    names = list(itertools.islice(_expanded(pattern, pattern), _MOST_SHARDS + 1))
-    if len(names) > _MOST_SHARDS:
-        raise InputError(f"'{pattern}' names more than {_MOST_SHARDS} shards")
-    return names
-
-
-def _expanded(part: str, pattern: str) -> Iterator[str]:
-    before, brace, rest = part.partition("{")
-    if not brace:
-        yield part
-        return
-    depth, cuts = 1, [-1]
-    for position, character in enumerate(rest):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0 or (depth == 1 and character == ","):
-            cuts.append(position)
-        if depth == 0:
-            break
-    else:
-        raise InputError(f"'{pattern}': a brace is opened and never closed")
-    options = [rest[a + 1 : b] for a, b in itertools.pairwise(cuts)]
-    after = rest[cuts[-1] + 1 :]
-    interval = _RANGE.match(options[0])
-    names: Iterator[str]
-    if len(options) == 1 and interval:
-        names = _numbers(interval[1], interval[2], pattern)
-    elif len(options) > 1:
-        names = (name for option in options for name in _expanded(option, pattern))
-    else:
-        body = options[0]
-        raise InputError(
-            f"'{pattern}': {{{body}}} is neither a range like {{00000..00331}} nor a list like {{a,b}} of shards"
-        )
-    for name in names:
-        yield from (f"{before}{name}{end}" for end in _expanded(after, pattern))
-
-
-def _numbers(first: str, last: str, pattern: str) -> Iterator[str]:
-    low, high = int(first), int(last)
-    if high < low or high - low >= _MOST_SHARDS:
-        raise InputError(f"'{pattern}': the range {{{first}..{last}}} names no shards or far too many")
-    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-    return (str(number).zfill(width) for number in range(low, high + 1))
 
 
 class TarPairs(IndexedPairs):
@@ -134,8 +83,7 @@ class TarPairs(IndexedPairs):
             raise IndexError(f"sample {i} of {len(self)}")
         shard, size = int(np.searchsorted(self._ends, i, side="right")), int(self._size[i])
         if is_url(self._shards[shard]):
-            remote: bytes = self._shards[shard].read_range(int(self._offset[i]), size)
-            return remote
+            return self._shards[shard].read_range(int(self._offset[i]), size)
         try:
             data = self._read(shard, int(self._offset[i]), size)
         except OSError as error:
@@ -165,15 +113,6 @@ class TarPairs(IndexedPairs):
             _, oldest = self._files.popitem(last=False)
             os.close(oldest)
         return descriptor
-
-
-def shards_of(place: Place) -> list[Path]:
-    """The tars that a name stands for: one, those of a folder, or those of a brace pattern; [] if it names none."""
-    if place.is_folder:
-        return place.with_ending(".tar")
-    if place.there:
-        return [place.path] if looks_like_tar(place.head) else []
-    return [data_path(name, place.path) for name in expand_braces(place)] if "{" in place else []
 
 
 def open_tars(place: Place, config: DataConfig, default_split: str | None) -> TarPairs:
@@ -228,6 +167,3 @@ def shard_labels(shards: Sequence[Path]) -> list[str]:
         repeated = next(path for path, label in zip(shards, labels) if labels.count(label) > 1)
         raise InputError(f"the shard '{repeated}' is named more than once")
     return labels
-
-
-FORMAT = Format(lambda place: bool(shards_of(place)), open_tars, frozenset({"caption_column"}))

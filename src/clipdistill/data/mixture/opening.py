@@ -9,7 +9,7 @@ from clipdistill.config import build
 from clipdistill.data.mixture.mixed import MixedPairs, SetConfig, open_mixture, require_no_sets
 from clipdistill.data.mixture.pictures import open_bare
 from clipdistill.data.mixture.texts import open_texts
-from clipdistill.data.open import check_data_name, open_pairs
+from clipdistill.data.open import check_training, open_pairs, open_training
 from clipdistill.data.pairs import DataConfig, DerivedPairs, PairSource
 from clipdistill.errors import InputError
 from clipdistill.registry import TERMS
@@ -17,29 +17,25 @@ from clipdistill.registry import TERMS
 MISSING = {"text": "captions", "image": "pictures"}
 
 
-def open_any(config: DataConfig) -> PairSource:
-    """The set that `config` names, its training split where it has several. Raises InputError as `open_pairs`."""
-    if config.sets:
-        return open_mixture(config, open_any)
-    try:
-        return open_pairs(config, default_split="train")
-    except InputError as error:
-        found = _no_pairs(config, error)
-        if found is None:
-            raise
-        found.lacks = str(error)
-        return found
+def open_sets(config: DataConfig) -> PairSource:
+    """The sets of `config`, each opened as training data. Raises InputError as `open_training`."""
+    return open_mixture(config, open_training)
 
 
-def _no_pairs(config: DataConfig, error: InputError) -> PairSource | None:
-    """The pictures, or the texts, of what holds no pairs; None for what holds neither, or looks like a slip."""
+def open_without_pairs(config: DataConfig, error: InputError) -> PairSource:
+    """The pictures, or the texts, of what holds no pairs. Raises `error`, which said so, for what holds neither, or
+    looks like a slip."""
     found = open_bare(config)
     if found is None and "did you mean" in str(error):
-        return None
+        raise error
     if found is None and config.caption_column == DataConfig.model_fields["caption_column"].default:
         with contextlib.suppress(InputError):
             found = open_pairs(config.model_copy(update={"caption_column": None}), default_split="train")
-    return open_texts(config) if found is None else found
+    found = open_texts(config) if found is None else found
+    if found is None:
+        raise error
+    found.lacks = str(error)
+    return found
 
 
 def require_terms(terms: Mapping[str, Sequence[str]], source: PairSource) -> None:
@@ -67,17 +63,9 @@ def require_terms(terms: Mapping[str, Sequence[str]], source: PairSource) -> Non
     )
 
 
-def check_any(config: DataConfig) -> None:
-    """Raise InputError when nothing is known by the name of the data; only what must be looked at is opened."""
-    if not config.sets and not config.path.strip():
-        raise InputError("data: neither a path nor sets are named")
+def check_sets(config: DataConfig) -> None:
+    """Raise InputError when nothing is known by the name of one of the sets; only what must be looked at is opened."""
     for number, values in enumerate(config.sets):
         each = build(SetConfig, values, f"data.sets[{number}]")
         require_no_sets(each, number)
-        check_any(each)
-    try:
-        if not config.sets:
-            check_data_name(config.path)
-    except InputError:
-        if open_bare(config) is None:
-            raise
+        check_training(each)

@@ -71,8 +71,7 @@ def load(path: Path) -> Runner:
         raise InputError(f"{path}: ExecuTorch cannot load it ({first_line(error)})") from error
 
     def one(row: np.ndarray, program: Any = program) -> np.ndarray:
-        found: np.ndarray = method.execute([torch.from_numpy(np.ascontiguousarray(row))])[0].numpy()
-        return found
+        return method.execute([torch.from_numpy(np.ascontiguousarray(row))])[0].numpy()
 
     return in_rows(one)
 

@@ -76,7 +76,6 @@ def load(path: Path) -> Runner:
         raise InputError(f"{path}: LiteRT cannot load it ({first_line(error)})") from error
 
     def one(row: np.ndarray) -> np.ndarray:
-        found: np.ndarray = signature(**{name: row.astype(facts["dtype"], copy=False)})[output]
-        return found
+        return signature(**{name: row.astype(facts["dtype"], copy=False)})[output]
 
     return in_rows(one)

@@ -31,7 +31,7 @@ from clipdistill.models.inheritance.parts import (
     tower_sizes,
 )
 from clipdistill.models.inherited import PREFIX, Inheritance, TowerSizes, parse
-from clipdistill.models.sized import KEY
+from clipdistill.models.known import BLOCK_SIZES
 
 Sizes = TransformerSizes | ResNetSizes
 
@@ -116,7 +116,7 @@ def write_sizes(architecture: dict[str, Any], tower: str, sizes: TransformerSize
     """Put the sizes of a transformer tower into an architecture: open_clip's own keys where it can express them."""
     config = architecture["vision_cfg" if tower == "image" else "text_cfg"]
     config |= {"layers": sizes.layers, "width": sizes.width}
-    blocks: dict[str, Any] = architecture.get(KEY, {})
+    blocks: dict[str, Any] = architecture.get(BLOCK_SIZES, {})
     blocks.pop(tower, None)
     ratio = sizes.units[0] / sizes.width
     plain = (
@@ -130,9 +130,9 @@ def write_sizes(architecture: dict[str, Any], tower: str, sizes: TransformerSize
         config |= {"head_width": sizes.head_width} if tower == "image" else {"heads": sizes.heads[0]}
     else:
         blocks[tower] = {"head_width": sizes.head_width, "heads": list(sizes.heads), "mlp": list(sizes.units)}
-    architecture.pop(KEY, None)
+    architecture.pop(BLOCK_SIZES, None)
     if blocks:
-        architecture[KEY] = blocks
+        architecture[BLOCK_SIZES] = blocks
 
 
 def _require_patch(config: Mapping[str, Any], wanted: int | None, label: str) -> None:

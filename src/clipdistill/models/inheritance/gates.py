@@ -20,7 +20,8 @@ from clipdistill.errors import InputError
 from clipdistill.models.architecture import build_module, check_architecture
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.inheritance.parts import TransformerSizes, tower_sizes
-from clipdistill.models.sized import KEY, SizedAttention, SizedMlp, blocks_of
+from clipdistill.models.known import BLOCK_SIZES
+from clipdistill.models.sized import SizedAttention, SizedMlp, blocks_of
 
 
 class OpenLayerNorm(nn.LayerNorm):
@@ -122,7 +123,7 @@ def gateable_copy(model: ClipModel, towers: tuple[str, ...]) -> ClipModel:
     Raises InputError for towers that are not open_clip's plain transformers.
     """
     architecture = copy.deepcopy(model.architecture)
-    blocks = architecture.setdefault(KEY, {})
+    blocks = architecture.setdefault(BLOCK_SIZES, {})
     for tower in towers:
         sizes = tower_sizes(model.module, tower, model.architecture)
         if not isinstance(sizes, TransformerSizes):

@@ -133,8 +133,7 @@ class JoinedImages(_Tower):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W), or features (B, F) -> (B, D)."""
-        output: Tensor = self.head(images if images.ndim == 2 else self.features(images))
-        return output
+        return self.head(images if images.ndim == 2 else self.features(images))
 
 
 class JoinedText(_Tower):
@@ -170,8 +169,7 @@ class JoinedText(_Tower):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, L) ids, or features (B, F) -> (B, D)."""
-        output: Tensor = self.head(tokens if tokens.is_floating_point() else self.features(tokens))
-        return output
+        return self.head(tokens if tokens.is_floating_point() else self.features(tokens))
 
 
 class Head(nn.Module):
@@ -260,11 +258,9 @@ def clip_part(architecture: Mapping[str, Any], tower: str, build: Build) -> nn.M
 def take_part(module: Any, tower: str) -> nn.Module:
     """The same, taken out of a model, which is of no use afterwards."""
     if tower == "image":
-        visual: nn.Module = module.visual
-        return visual
+        return module.visual
     if hasattr(module, "text"):
-        text: nn.Module = module.text
-        return text
+        return module.text
     for name in ("visual", "logit_scale", "logit_bias"):
         if getattr(module, name, None) is not None:
             delattr(module, name)
@@ -273,8 +269,7 @@ def take_part(module: Any, tower: str) -> nn.Module:
 
 def _first(output: Any) -> Tensor:
     """The pooled embedding; CoCa's towers give their tokens behind it."""
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _trunk(values: Mapping[str, Any], build: Build) -> nn.Module:

@@ -16,8 +16,7 @@ def load_engine(name: EngineName) -> Engine:
     if name == "tiled":
         from clipdistill.objective.engines.tiled import tiled
 
-        engine: Engine = tiled
-        return engine
+        return tiled
     from clipdistill.objective.engines.dense import dense
 
     return dense
