@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,19 @@ def shared_folder(name: str = "") -> Path:
     if not path.exists():
         pytest.skip(f"needs the shared development folder {name!r}, which is not on this machine")
     return path
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `sampled(n)` all but each n-th case are slow; a case that is asked for alone runs."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        sampled = item.get_closest_marker("sampled")
+        if sampled is not None:
+            name = item.nodeid.partition("[")[0]
+            if seen[name] % sampled.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[name] += 1
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -191,6 +191,7 @@ def require_one_sentence(code: int | str, said: str, command: str) -> None:
     assert "the the" not in own[0]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("place", ["read_only", "read_only/further/down", "no_entry"])
 @pytest.mark.parametrize("command", WRITING, ids=lambda command: command[:30])
 def test_places_that_may_not_be_written_are_one_sentence(command: str, place: str, denied: Denied) -> None:

@@ -117,6 +117,7 @@ def paths(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("key", [key for key in paths(SETTINGS) if key.startswith(("train.", "data.", "evaluation."))])
 def test_on_the_command_line_a_number_is_refused_by_name_or_kept(key: str) -> None:
     for text in ("true", ".nan", ".inf", "-1", "0", "1.0e+308", "1.0e+20", "100000000000000000000", "9" * 5000, "many"):
@@ -191,6 +192,7 @@ def test_every_key_of_a_recipe_takes_any_shape_or_says_one_sentence(name: str, t
             refused_or_taken(tmp_path / "own.yaml", given)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("key", [*RunConfig.model_fields, "from", "about", "sizes", "stages", "size", "recipe"])
 def test_every_key_of_an_own_recipe_takes_any_shape_or_says_one_sentence(key: str, tmp_path: Path) -> None:
     for number, value in enumerate(SHAPES):

@@ -88,6 +88,7 @@ def watched(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess
     return subprocess.run([sys.executable, "-c", WATCHED, *words], capture_output=True, text=True, cwd=tmp_path)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES)
 def test_a_mistake_is_told_before_anything_heavy_is_loaded(case: str, tmp_path: Path) -> None:
     arguments, told = CASES[case]

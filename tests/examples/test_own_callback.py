@@ -98,6 +98,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("event", ["on_step", "on_evaluation", "on_checkpoint", "on_end"])
+@pytest.mark.sampled(2)
 def test_one_that_raises_is_named_and_the_run_goes_on(tmp_path, capsys, event):
     run = clipdistill.distill(run_folder(tmp_path), callbacks=[Failing(event)])
     assert run.status == "finished"

@@ -51,6 +51,7 @@ def test_good_inputs_are_taken(name: str) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data(), st.integers(0, 2**40))
+@pytest.mark.sampled(2)
 def test_spoiled_inputs_are_taken_or_refused(name: str, data: st.DataObject, seed: int) -> None:
     target, rng = TARGETS[name], random.Random(seed)
     content = data.draw(st.sampled_from(list(target.seeds)))

@@ -212,6 +212,7 @@ def test_a_file_of_another_shape_or_cut_anywhere_is_one_sentence(
 
 
 @pytest.mark.parametrize("whole", sorted({*READERS} - {"scores.npz", "recipe.yaml"}), indirect=True, ids=str)
+@pytest.mark.sampled(2)
 def test_any_value_of_any_type_under_any_key_is_read_or_one_sentence(
     whole: tuple[Path, Path, Callable[[Path], Any]],
 ) -> None:

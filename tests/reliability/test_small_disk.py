@@ -99,6 +99,7 @@ def require_whole(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in COMMANDS])
+@pytest.mark.sampled(2)
 def test_row_16_every_command_on_a_disk_that_is_too_small(
     name: str, disk: SmallDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

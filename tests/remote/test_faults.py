@@ -30,6 +30,7 @@ def three_attempts(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.sampled(2)
 def test_one_failure_changes_nothing(fault, served, shards):
     near = open_pairs(str(shards))
     served.faults.append(fault)
@@ -41,6 +42,7 @@ def test_one_failure_changes_nothing(fault, served, shards):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.sampled(2)
 def test_an_object_that_always_fails_is_one_sentence(fault, served, three_attempts):
     far = open_pairs(f"{served.url}/{{00000..00002}}.tar")
     served.always["00001.tar"] = fault

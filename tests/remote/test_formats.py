@@ -37,6 +37,7 @@ def _same_labels(far, near):
 
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(3)
 def test_pairs_are_the_same_as_from_a_disk(kind, name, request, everything, monkeypatch):
     monkeypatch.setenv("CLIPDISTILL_REMOTE_TIMEOUT", "5")
     base = _base(kind, request, everything)

@@ -209,6 +209,7 @@ def figures(verdict: Verdict) -> tuple:
     return verdict.outcome, verdict.low, verdict.high, verdict.p, verdict.basis
 
 
+@pytest.mark.sampled(3)
 def test_all_four_say_the_same(runs: dict[str, list[GridRun]], tmp_path: Path) -> None:
     ours, base = ([run.folder for run in runs[name]] for name in ("clip-rd", "clip-kd"))
     (claim,) = judge([CLAIM], read_records([*ours, *base]))
@@ -224,6 +225,7 @@ def test_all_four_say_the_same(runs: dict[str, list[GridRun]], tmp_path: Path) -
     assert compared.outcome == {"supported": "a", "contradicted": "b"}.get(claim.outcome, "undecided")
 
 
+@pytest.mark.sampled(3)
 def test_the_pages_say_it_in_the_same_words(runs: dict[str, list[GridRun]], tmp_path: Path, capsys) -> None:
     ours, base = ([str(run.folder) for run in runs[name]] for name in ("clip-rd", "clip-kd"))
     claims = tmp_path / "claims.yaml"

@@ -152,6 +152,7 @@ def test_scores_of_a_student_that_was_trained_on_are_stale(tmp_path):
     assert "other weights" in str(stale_scores(run.facts(), fingerprint))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("content", [b"", b"\0" * 300, b"[]", b"\xff\xfe"])
 @pytest.mark.parametrize("name", ["run.json", "recipe.yaml", "log.jsonl", "eval.jsonl", "bad_samples.jsonl"])
 def test_a_damaged_file_beside_a_whole_checkpoint_is_set_aside(tmp_path, monkeypatch, undamaged, name, content):
