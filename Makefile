@@ -32,9 +32,9 @@ test: lint
 	$(MAKE) --no-print-directory --jobs 2 types tests
 
 # one thread a worker: two workers with two threads each on two cores wait for each other; by file: what the tests of
-# a file share is made once; compiled files are kept, or each of some hundred processes would compile them again
+# a file or a folder share is made once; compiled files are kept, or each of some hundred processes would compile them again
 tests: install
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # the slow tests too, with what they ask (Ray, databases, other libraries and runtimes); the converters for phones are
 # installed by hand, and two tests want  npm install @huggingface/transformers azurite

@@ -7,9 +7,14 @@ import os
 import resource
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.reliability.support import Launcher
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -23,6 +28,17 @@ def shared_folder(name: str = "") -> Path:
     if not path.exists():
         pytest.skip(f"needs the shared development folder {name!r}, which is not on this machine")
     return path
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """One warm process that forks commands: each has a process of its own and finds everything loaded."""
+    from tests.reliability.support import Launcher
+
+    launcher = Launcher(tmp_path_factory.mktemp("said"))
+    launcher.warm("eval", "scenes-teacher", "--data", "scenes:val?size=8")
+    yield launcher
+    launcher.close()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -37,7 +37,6 @@ FORMS = {
     "openvino": ("openvino", "openvino", []),
     "int8": ("onnx", "onnx", ["--int8", "--data", "scenes:val?size=16", "--budget", "100"]),
 }
-GATE = [("onnx", "files")]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +60,10 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "pair"),
-    [pytest.param(f, p, marks=() if (f, p) in GATE else pytest.mark.slow) for f in FORMS for p in ("files", "clip")],
+    [(f, p) for f in FORMS for p in ("files", "clip")],
 )
 def test_an_export_runs_without_the_libraries_of_its_towers(form, pair, towers, photographs, tmp_path):
     to, runtime, options = FORMS[form]

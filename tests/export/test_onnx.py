@@ -229,7 +229,8 @@ def test_places_that_cannot_be_written_are_told_before_the_model_is_read(tmp_pat
         assert len(shown.strip().splitlines()) == 1
 
 
-@pytest.mark.parametrize("place", ["write_graphs", pytest.param("compare", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["write_graphs", "compare"])
 def test_a_killed_export_leaves_only_what_the_next_one_takes_away(tiny, tmp_path, place):
     """Killed while it measures and quantises: everything temporary lies in one folder beside the place."""
     save_model(tiny, tmp_path / "model")

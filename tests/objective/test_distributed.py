@@ -119,7 +119,7 @@ def close(ours: torch.Tensor, reference: torch.Tensor, scale: float) -> bool:
     return ours.shape == reference.shape and bool(((ours - reference).abs() <= 1e-10 * scale).all())
 
 
-@pytest.mark.parametrize("size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (1, 4))])
 def test_equals_one_process(size: int, tmp_path: Path) -> None:
     """Every recipe on two ranks with uneven rows; the mixes that differ in kind on all splits."""
     splits = SPLITS[size]

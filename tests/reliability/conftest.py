@@ -1,4 +1,4 @@
-"""One warm process that forks runs, and tiny models for them."""
+"""Tiny models, and a run of theirs that nothing happened to."""
 
 from __future__ import annotations
 
@@ -20,15 +20,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="package")
-def launcher(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path_factory.mktemp("said"))
-    launcher.warm("eval", models / "teacher", "--data", "scenes:val?size=8")
-    yield launcher
-    launcher.close()
-
-
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny `teacher` and a `student` of another width."""
     folder = tmp_path_factory.mktemp("models")
@@ -37,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def undisturbed(launcher: Launcher, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happened to."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"

@@ -80,7 +80,11 @@ def weights(run):
 
 
 @pytest.mark.parametrize(
-    "options", [["train.precision=fp16", "train.batch_size=8", "train.micro_batch=4"], ["train.optimizer=lamb"]]
+    "options",
+    [
+        pytest.param(["train.precision=fp16", "train.batch_size=8", "train.micro_batch=4"], marks=pytest.mark.slow),
+        ["train.optimizer=lamb"],
+    ],
 )
 def test_a_continued_run_goes_on_to_the_bit(options, tmp_path):
     whole = distill(debug(tmp_path / "whole", *options), quiet=True)
