@@ -7,12 +7,15 @@ OLDEST ?= build/oldest
 FUZZ_INPUTS ?= 100000
 FUZZ_OUT ?= build/fuzz
 
+# compiled files are kept, or each of some hundred processes that the tests start would compile what it imports
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test tests test-all test-gpu test-oldest fuzz docs lint types install clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,export]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(COMPILE) --editable '.[dev,export]'
 	touch $@
 
 install: $(VENV)/.installed
@@ -27,14 +30,16 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# types are checked beside the tests: alone they keep one core idle for a minute
+# types are checked beside the tests: alone they keep one core idle for a minute; what is installed for them compiles
+# the few files of each library that are imported, not all of them beforehand
+test: COMPILE = --no-compile
 test: lint
 	$(MAKE) --no-print-directory --jobs 2 types tests
 
 # one thread a worker: two workers with two threads each on two cores wait for each other; by file: what the tests of
-# a file or a folder share is made once; compiled files are kept, or each of some hundred processes would compile them again
+# a file or a folder share is made once
 tests: install
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 # the slow tests too, with what they ask (Ray, databases, other libraries and runtimes); the converters for phones are
 # installed by hand, and two tests want  npm install @huggingface/transformers azurite
