@@ -25,7 +25,7 @@ from clipdistill.data.open import open_labelled, open_pairs
 from clipdistill.data.pairs import DataConfig
 from clipdistill.regions.measure import METRICS, measure
 from clipdistill.regions.meta_teacher import read_meta_teacher
-from clipdistill.regions.retention import before_after, to_json
+from clipdistill.regions.retention import before_after
 from clipdistill.regions.teacher import open_store
 from clipdistill.runtime.machine import pick_device
 from clipdistill.train.config import resolve
@@ -138,8 +138,8 @@ def train_student(options: argparse.Namespace, name: str) -> dict[str, Any]:
     kept = run.folder / "before_after.json"
     if not kept.exists():
         sets = [DataConfig(**data["validation"]), *(open_labelled(path) for path in options.zero_shot)]
-        changes, _ = before_after(options.clip, run.student, sets)
-        kept.write_text(json.dumps(to_json(changes), indent=1) + "\n", encoding="utf-8")
+        changes = before_after(options.clip, run.student, sets)
+        kept.write_text(json.dumps(changes.to_json(), indent=1) + "\n", encoding="utf-8")
     return json.loads(kept.read_text(encoding="utf-8"))
 
 

@@ -50,7 +50,7 @@ WINGS = (
     "regions", "ternary", "search", "serve", "probe", "reference", "listing", "doctor", "remote", "data.formats.hub",
     "data.formats.labelled_libraries", "data.mixture", "data.benchmarks", "evaluate.matching", "evaluate.balanced",
     "objective.one_modality", "objective.logit_matching", "objective.targeted", "train.features", "train.trackers",
-    "report.exports",
+    "train.replay", "train.replay_command", "report.exports",
 )  # fmt: skip
 """Rooms, and parts of rooms, that a run can do without. The core finds them by name and never imports them."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import inspect
 import re
 import sys
@@ -65,16 +66,11 @@ FUNCTIONS = {
     "train": ("distill", "dry_run", "register_callback"),
     "replay": ("replay",),
     "ablate": ("ablate",),
-    "regions": (
-        "clipdistill.regions.box_file.detect",
-        "clipdistill.regions.teacher.open_store",
-        "clipdistill.regions.measure.measure",
-        "clipdistill.regions.teacher.export",
-        "clipdistill.regions.retention.before_after",
-    ),
+    "regions": ("region_boxes", "region_embeddings", "region_scores", "region_vectors", "before_after"),
     "cache": (
         "cache",
         "clipdistill.cache.check.verify",
+        "clipdistill.cache.store.CacheStore",
         "clipdistill.cache.merge.merge",
         "clipdistill.cache.tars.export_shards",
     ),
@@ -87,14 +83,56 @@ FUNCTIONS = {
     "claims": ("claims",),
     "bench": ("bench",),
     "report": ("report",),
-    "search": ("search", "clipdistill.search.server.serve"),
+    "search": (
+        "search",
+        "clipdistill.search.ask.open_collection",
+        "clipdistill.search.server.serve",
+        "clipdistill.search.vectors.write_vectors",
+    ),
     "serve": ("serve",),
     "scenes": ("clipdistill.scenes.write.write_scenes",),
-    "list": ("clipdistill.reference.settings.settings", "clipdistill.recipes.recipe_names"),
+    "list": (
+        "clipdistill.listing.recipes",
+        "clipdistill.listing.students",
+        "clipdistill.listing.towers",
+        "clipdistill.listing.datasets",
+        "clipdistill.reference.settings.settings",
+    ),
     "completion": ("clipdistill.reference.completion.completion_script",),
     "doctor": ("clipdistill.doctor.examine",),
 }
 """What does in Python what a command does: names of `clipdistill` itself, or functions of its rooms."""
+
+
+RESULTS = (
+    "clipdistill.statistics.scores.Score",
+    "clipdistill.statistics.compare.ModelComparison",
+    "clipdistill.statistics.compare.MetricComparison",
+    "clipdistill.export.graphs.Exported",
+    "clipdistill.cache.fill.FillReport",
+    "clipdistill.embed.encode.EncodedPairs",
+    "clipdistill.search.ask.SearchResult",
+    "clipdistill.bench.measure.Measurements",
+    "clipdistill.vectors.job.EmbedReport",
+    "clipdistill.train.dry_run.DryRun",
+    "clipdistill.ablate.ask.Ablation",
+    "clipdistill.probe.linear.ProbeResults",
+    "clipdistill.probe.linear.ProbeResult",
+    "clipdistill.statistics.verdicts.Verdicts",
+    "clipdistill.statistics.judge.Verdict",
+    "clipdistill.report.report.ReportSummary",
+    "clipdistill.train.replay.Replay",
+    "clipdistill.serve.ask.RunningService",
+    "clipdistill.evaluate.retrieval.RetrievalScores",
+    "clipdistill.data.benchmarks.fetch.Fetched",
+    "clipdistill.regions.box_file.BoxFile",
+    "clipdistill.regions.store.RegionStore",
+    "clipdistill.regions.measure.Measured",
+    "clipdistill.regions.ask.RegionVectors",
+    "clipdistill.regions.retention.Changes",
+    "clipdistill.regions.retention.Change",
+)
+"""What functions give back, and what is in it: classes that are described beside those of `clipdistill` itself."""
 
 
 def function_table() -> str:
@@ -110,33 +148,14 @@ def python_page() -> str:
     """Signature and docstring of everything public, functions first, then what they take and return."""
     import torch
 
-    from clipdistill.ablate.ask import Ablation
-    from clipdistill.bench.measure import Measurements
-    from clipdistill.cache.fill import FillReport
-    from clipdistill.embed.encode import EncodedPairs
-    from clipdistill.export.graphs import Exported
-    from clipdistill.probe.linear import ProbeResult, ProbeResults
-    from clipdistill.report.report import ReportSummary
-    from clipdistill.search.ask import SearchResult
-    from clipdistill.serve.ask import RunningService
-    from clipdistill.statistics.compare import MetricComparison, ModelComparison
-    from clipdistill.statistics.judge import Verdict
-    from clipdistill.statistics.scores import Score
-    from clipdistill.statistics.verdicts import Verdicts
-    from clipdistill.train.dry_run import DryRun
-    from clipdistill.train.replay import Replay
-    from clipdistill.vectors.job import EmbedReport
-
     public = {name: getattr(clipdistill, name) for name in clipdistill.__all__ if name != "__version__"}
     functions = {name: value for name, value in public.items() if not inspect.isclass(value)}
     parts = [PYTHON, "## Commands and functions", function_table(), "## Functions"]
     for name, value in functions.items():
         parts.append(f"### `{name}`\n\n```py\n{signature(f'cd.{name}', value)}\n```\n\n{text(documented(value))}")
     parts.append("## Classes")
-    more = (Score, ModelComparison, MetricComparison, Exported, FillReport, EncodedPairs, SearchResult, Measurements)
-    more += (EmbedReport, DryRun, Ablation, ProbeResults, ProbeResult, Verdicts, Verdict, ReportSummary, Replay)
-    more += (RunningService,)
-    for cls in dict.fromkeys([value for value in public.values() if inspect.isclass(value)] + list(more)):
+    more = [getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in RESULTS]
+    for cls in dict.fromkeys([value for value in public.values() if inspect.isclass(value)] + more):
         name = f"cd.{cls.__name__}" if cls in public.values() else cls.__name__
         parts.append(f"### `{cls.__name__}`\n\n{text(cls)}")
         own = [name for name in vars(cls) if not name.startswith("_")]

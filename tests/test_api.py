@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
+import pickle
 import re
 import subprocess
 import sys
@@ -13,12 +15,14 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import clipdistill as cd
 from clipdistill.commands import COMMANDS, command_parser
 from clipdistill.errors import InputError
 from clipdistill.scenes.pairs import open_scenes
+from clipdistill.statistics.bootstrap import bootstrap
 from tests.conftest import REPOSITORY
 
 FUNCTIONS = [n for n in cd.__all__ if n != "__version__" and not inspect.isclass(getattr(cd, n))]
@@ -41,51 +45,85 @@ def test_a_public_function_has_a_real_signature_and_says_what_it_takes_returns_a
     assert signature.return_annotation == "None" or re.search(r"[Rr]eturns", text)
 
 
-@pytest.mark.parametrize(
-    ("command", "renamed", "of_the_terminal"),
-    [
-        ("ablate", {"weight": "weights", "student": "students", "teacher": "teachers", "batch_size": "batch_sizes",
-                    "shard": "shard_of", "recipe": "plan"} | dict.fromkeys(
-                        ("data", "split", "image_root", "validation", "validation_split", "zero_shot", "protocol",
-                         "device"), "settings"), {"list"}),
-        ("replay", {"run": "folder"}, set()),
-        ("cache", {"image_root": "data", "allow_versions": "settings"}, {"words"}),
-        ("embed_to_file", {}, set()),
-        ("evaluate", {"models": "model", "k": "ks", "no_intervals": "intervals", "geometry": "embeddings"}, set()),
-        ("fetch", {"names": "name", "split": "splits", "to": "root"}, set()),
-        ("probe", {"models": "model"}, set()),
-        ("export", {}, set()),
-        ("compare", {"runs": "a", "against": "b", "metric": "metrics"}, set()),
-        ("claims", {}, {"all"}),
-        ("bench", {"backend": "backends", "batch": "batch_sizes", "json": "out"}, set()),
-        ("report", {}, set()),
-        ("search", {"image": "query"}, {"page", "host", "port", "vectors"}),
-        ("serve", {"allow_host": "allow_hosts"}, set()),
-    ],
+SETTINGS = (
+    "size", "data", "split", "image_root", "validation", "validation_split", "zero_shot", "protocol", "device"
 )  # fmt: skip
-def test_what_a_command_can_be_told_its_function_can_be_told(
-    command: str, renamed: dict[str, str], of_the_terminal: set[str]
-) -> None:
-    parameters = inspect.signature(getattr(cd, command)).parameters
-    _, parser = command_parser({"evaluate": "eval", "embed_to_file": "embed"}.get(command, command))
-    everywhere = {"help", "plugin", "local_cache", "local_cache_size", "quiet", "json", "markdown"}
-    options = {action.dest for action in parser._actions} - everywhere - of_the_terminal
-    assert {name for name in options if renamed.get(name, name) not in parameters} == set()
-    assert renamed.keys() <= options | {"json"}
-    if "quiet" in {action.dest for action in parser._actions}:
-        assert parameters.keys() & {"quiet", "progress"}
+OWN = ("recipe", "teacher", "student", "student_weights", "out", "name", "tensorboard", "wandb", "mlflow", "settings")
+TOLD: dict[str, tuple[dict[str, str], set[str]]] = {
+    "demo": (dict.fromkeys(("seed", "recipes", "settings"), "config"), set()),
+    "train": (dict.fromkeys((*SETTINGS, *OWN, "dry_run"), "config") | {"callback": "callbacks"}, {"gpus"}),
+    "ablate": (
+        dict.fromkeys(SETTINGS, "settings")
+        | {"weight": "weights", "student": "students", "teacher": "teachers", "shard": "shard_of", "size": "size",
+           "batch_size": "batch_sizes", "recipe": "plan"},
+        {"list"},
+    ),
+    "replay": ({"run": "folder"}, set()),
+    "regions": ({"models": "teacher", "image_root": "data", "zero_shot": "data"}, {"action"}),
+    "cache": ({"image_root": "data", "allow_versions": "settings"}, {"words"}),
+    "embed": ({}, set()),
+    "eval": ({"models": "model", "k": "ks", "no_intervals": "intervals", "geometry": "embeddings"}, set()),
+    "fetch": ({"names": "name", "split": "splits", "to": "root"}, set()),
+    "probe": ({"models": "model"}, set()),
+    "export": ({}, set()),
+    "compare": ({"runs": "a", "against": "b", "metric": "metrics"}, set()),
+    "claims": ({}, {"all"}),
+    "bench": ({"backend": "backends", "batch": "batch_sizes", "json": "out"}, set()),
+    "report": ({}, set()),
+    "search": ({"image": "query", "vectors": "path"}, {"page"}),
+    "serve": ({"allow_host": "allow_hosts"}, set()),
+    "scenes": ({}, set()),
+    "list": ({}, {"what"}),
+    "completion": ({}, set()),
+    "doctor": ({}, set()),
+}  # fmt: skip
+"""Command -> options that have another name in its functions, and what only says which function, or is the shell's."""
 
 
-def test_the_table_of_functions_names_what_there_is_for_every_command() -> None:
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The script of docs/python.md: what does in Python what a command does, and what it gives back."""
     spec = importlib.util.spec_from_file_location("reference_of_functions", REPOSITORY / "docs" / "reference.py")
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    assert script.FUNCTIONS.keys() == COMMANDS.keys()
-    for name in {name for names in script.FUNCTIONS.values() for name in names}:
-        module, _, attribute = name.rpartition(".")
-        assert callable(getattr(importlib.import_module(module or "clipdistill"), attribute))
+    return script
+
+
+def test_the_table_of_functions_names_what_there_is_for_every_command(reference: Any) -> None:
+    assert reference.FUNCTIONS.keys() == COMMANDS.keys() == TOLD.keys()
+    for name in {name for names in reference.FUNCTIONS.values() for name in names}:
+        assert callable(named(name))
+
+
+def named(name: str) -> Any:
+    module, _, attribute = name.rpartition(".")
+    return getattr(importlib.import_module(module or "clipdistill"), attribute)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_command_can_be_told_its_functions_can_be_told(command: str, reference: Any) -> None:
+    renamed, of_the_terminal = TOLD[command]
+    parameters = {
+        name for function in reference.FUNCTIONS[command] for name in inspect.signature(named(function)).parameters
+    }
+    actions = {action.dest for action in command_parser(command)[1]._actions}
+    options = actions - {"help", "plugin", "local_cache", "local_cache_size", "quiet", "json", "markdown"}
+    assert {name for name in options - of_the_terminal if renamed.get(name, name) not in parameters} == set()
+    assert renamed.keys() | of_the_terminal <= options | {"json"}
+    if "quiet" in actions:
+        assert parameters & {"quiet", "progress"}
+
+
+def test_what_functions_return_is_described_and_shows_itself(reference: Any) -> None:
+    results = {name.rpartition(".")[2]: named(name) for name in reference.RESULTS}
+    returned = {str(inspect.signature(documented(name)).return_annotation) for name in FUNCTIONS}
+    plain = {"None", "ClipModel", "Term", "Callable[..., Any]"}  # a model, and what was registered
+    for name in {told for told in returned if not told.startswith("tuple[")} - plain:
+        shown = getattr(cd, name, None) or results[name]
+        assert shown.__repr__ not in (object.__repr__, dict.__repr__, list.__repr__), name
+        assert hasattr(shown, "_repr_html_"), name
 
 
 def test_every_class_is_documented() -> None:
@@ -175,6 +213,27 @@ def test_search_finds_photographs_by_words_and_by_picture(tmp_path: Path) -> Non
     assert "student score" in repr(found)
     same = cd.search(tmp_path, tmp_path / "1.png", model="scenes-teacher", top=1, device="cpu")
     assert Path(same.answers[0].hits[0].path).name == "1.png"
+
+
+def test_retrieval_is_a_dict_that_shows_itself_with_intervals_where_it_can() -> None:
+    draws = np.random.default_rng(0)
+    image = draws.normal(size=(40, 8))
+    owner = np.arange(80) // 2
+    text = image[owner] + 0.8 * draws.normal(size=(80, 8))
+    plain, whole = cd.retrieval(image, text, owner), cd.retrieval(image, text, owner, per_query=True)
+    assert plain == {name: value for name, value in whole.items() if name != "per_query"}
+    assert json.loads(json.dumps(plain)) == dict(plain)
+    assert re.search(rf"R@1 +{100 * plain['i2t_R@1']:.1f} +{100 * plain['t2i_R@1']:.1f}\n", repr(plain))
+    assert "per_query=True" in repr(plain)
+    found = re.search(r"R@1 +(\S+) \[(\S+), (\S+)\] +(\S+) \[(\S+), (\S+)\]\n", repr(whole))
+    assert found is not None
+    for first, direction, clusters in ((1, "i2t", None), (4, "t2i", owner)):
+        value, low, high = (float(found[first + k]) for k in range(3))
+        interval = bootstrap(whole["per_query"][f"{direction}_R@1"], clusters)
+        assert (value, low, high) == tuple(round(100 * x, 1) for x in (interval.value, interval.low, interval.high))
+    assert re.search(r"median_rank +\d+\.\d \[", repr(whole))
+    assert whole._repr_html_().count("<table>") == 1
+    assert pickle.loads(pickle.dumps(whole))._repr_html_() == whole._repr_html_()
 
 
 RUN = {"recipe": "clip-kd", "size": "debug", "device": "cpu", "train": {"steps": 2, "workers": 0}}

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from clipdistill.objective import Embeddings, Objective, ObjectiveOutput
     from clipdistill.objective.term import register_term
     from clipdistill.probe.linear import probe
+    from clipdistill.regions.ask import region_boxes, region_embeddings, region_scores, region_vectors
+    from clipdistill.regions.retention import before_after
     from clipdistill.report.report import report
     from clipdistill.search.ask import search
     from clipdistill.serve.ask import serve
@@ -39,10 +41,11 @@ if TYPE_CHECKING:
     from clipdistill.vectors.files import read_embeddings
 
 __all__ = [
-    "Callback", "Embeddings", "Objective", "ObjectiveOutput", "Run", "Scores", "__version__", "ablate", "bench",
-    "cache", "claims", "compare", "distill", "dry_run", "embed", "embed_to_file", "evaluate", "export", "fetch",
-    "load_model", "load_student", "probe", "read_embeddings", "register_callback", "register_format",
-    "register_student", "register_term", "replay", "report", "retrieval", "search", "serve",
+    "Callback", "Embeddings", "Objective", "ObjectiveOutput", "Run", "Scores", "__version__", "ablate", "before_after",
+    "bench", "cache", "claims", "compare", "distill", "dry_run", "embed", "embed_to_file", "evaluate", "export",
+    "fetch", "load_model", "load_student", "probe", "read_embeddings", "region_boxes", "region_embeddings",
+    "region_scores", "region_vectors", "register_callback", "register_format", "register_student", "register_term",
+    "replay", "report", "retrieval", "search", "serve",
 ]  # fmt: skip
 
 _PACKAGES = ("ablate", "bench", "cache", "embed", "evaluate", "export", "probe", "report", "search", "serve")
@@ -57,6 +60,8 @@ _attribute = lazy_package(
         "clipdistill.evaluate.retrieval": "retrieval",
         "clipdistill.models": "load_model load_student register_student",
         "clipdistill.objective": "Embeddings Objective ObjectiveOutput register_term",
+        "clipdistill.regions.ask": "region_boxes region_embeddings region_scores region_vectors",
+        "clipdistill.regions.retention": "before_after",
         "clipdistill.statistics.claims_command": "claims",
         "clipdistill.statistics.compare": "compare",
         "clipdistill.statistics.scores": "Scores",

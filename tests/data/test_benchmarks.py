@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import pickle
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,10 +165,13 @@ def test_cifar10_is_fetched_when_asked_for_and_then_read_by_name(archive, root, 
     assert (source.name, len(source), source.known) == ("CIFAR10/test", 20, "cifar10")
     assert len(open_labelled("cifar10:train")) == len(open_labelled("cifar10", split="train")) == 30
     # elsewhere, it is named with its folder
-    folder = cd.fetch("cifar10", root=tmp_path / "other")
-    assert (
-        open_labelled(f"cifar10@{folder}").fingerprint() == open_labelled(folder).fingerprint() == source.fingerprint()
-    )
+    fetched = cd.fetch("cifar10", root=str(tmp_path / "other"))
+    assert Path(fetched) == tmp_path / "other" / "cifar10"
+    assert fetched.data == f"cifar10@{fetched}"
+    assert re.fullmatch(r"cifar10@\S+: 4 files, \d+\.\d kB, in '\S+'", repr(fetched))
+    assert "kB" in fetched._repr_html_()
+    for name in (fetched.data, Path(fetched)):
+        assert open_labelled(name).fingerprint() == source.fingerprint()
 
 
 def test_a_failed_download_is_one_sentence_and_leaves_nothing(archive, root, capsys) -> None:

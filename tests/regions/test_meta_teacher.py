@@ -18,7 +18,7 @@ from clipdistill.models import build_student, load_model
 from clipdistill.regions.command import add_arguments, run
 from clipdistill.regions.measure import matrix_scores, measure
 from clipdistill.regions.meta_teacher import MetaTeacher, read_meta_teacher, region_teacher_folder
-from clipdistill.regions.retention import before_after, table
+from clipdistill.regions.retention import before_after
 from clipdistill.regions.teacher import RegionTeacher
 from clipdistill.regions.training import RegionTeaching
 from clipdistill.runs.folder import read_rows as read_lines
@@ -318,7 +318,8 @@ def test_scores_of_a_matrix_by_hand() -> None:
 @pytest.mark.parametrize("labelled", [(), pytest.param(("scenes:zeroshot",), marks=pytest.mark.slow)])
 def test_before_and_after(labelled: tuple[str, ...]) -> None:
     untrained = build_student("scenes-student", seed=0, tokenizer=load_model("scenes-teacher").tokenizer)
-    changes, scores = before_after("scenes-teacher", untrained, ["scenes:val?size=16", *labelled])
+    changes = before_after("scenes-teacher", untrained, ["scenes:val?size=16", *labelled])
+    scores = changes.scores
     by_name = {change.metric: change for change in changes}
     assert {"i2t_R@1", "t2i_MRR", "i2t_mAP@10"} <= set(by_name)
     for metric in ("t2i_R@1", *(("top1",) if labelled else ())):
@@ -329,7 +330,8 @@ def test_before_and_after(labelled: tuple[str, ...]) -> None:
         assert change.kept is not None
         assert change.kept[0] == pytest.approx(change.after / change.before)
         assert change.difference[2] < 0  # an untrained model is worse, and the interval says so
-    assert len(table(changes).rows) == len(changes)
+    assert repr(changes).count(" [-") == len(changes)
+    assert "<table>" in changes._repr_html_()
 
 
 @pytest.mark.parametrize(
@@ -367,7 +369,7 @@ def test_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     data = ("--data", "scenes:train?size=64")
     boxes = tmp_path / "boxes"
     command("boxes", "--detector", "grid:2", *data, "--out", str(boxes))
-    assert "boxes of 64 images by grid:2" in capsys.readouterr().out
+    assert "boxes of 64 images: grid:2" in capsys.readouterr().out
     teacher = str(folder / "free")
     shared = ("--boxes", str(boxes), "--store", str(tmp_path / "store"))
     command("embed", teacher, *data, *shared)

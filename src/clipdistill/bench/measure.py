@@ -11,11 +11,11 @@ from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.names import check_model_name
 from clipdistill.registry import BACKENDS
-from clipdistill.runtime.console import TextTable, compact, file_size, html_page, say
+from clipdistill.runtime.console import Shown, TextTable, compact, file_size, say
 from clipdistill.runtime.files import require_place, write_json
 
 
-class Measurements(dict[str, Any]):
+class Measurements(Shown, dict[str, Any]):
     """What `bench` measured, JSON-able as `clipdistill bench --json` writes it; shows itself as tables with intervals.
 
     Keys: "models" (parameters, FLOPs, bytes), "measurements" and "ratios" (lists of rows with value, low, high: images
@@ -26,9 +26,6 @@ class Measurements(dict[str, Any]):
         text = io.StringIO()
         show(self, text)
         return text.getvalue().rstrip()
-
-    def _repr_html_(self) -> str:
-        return html_page(text=repr(self))
 
 
 def bench(

@@ -38,7 +38,7 @@ from clipdistill.embed.prepare import Item, Preparation, Prepared
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel, load_model
 from clipdistill.runs.folder import read_lines
-from clipdistill.runtime.console import file_size, html_page
+from clipdistill.runtime.console import Shown, file_size
 from clipdistill.runtime.locks import Claims
 from clipdistill.runtime.machine import pick_device
 
@@ -47,7 +47,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class FillReport:
+class FillReport(Shown):
     """What one process did: samples of finished blocks, seconds, samples whose image was bad, captions cut."""
 
     store: CacheStore
@@ -61,9 +61,6 @@ class FillReport:
             f"{self.store.folder}: {self.samples:,} images embedded in {self.seconds:.1f} s "
             f"({self.rate:,.1f} images/s); {self.bad} could not be read; {self.truncated} captions cut"
         )
-
-    def _repr_html_(self) -> str:
-        return html_page(text=repr(self))
 
     @property
     def rate(self) -> float:

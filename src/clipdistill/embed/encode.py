@@ -35,6 +35,7 @@ from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.parameters import evaluation_mode
 from clipdistill.models.text_length import encode_by_length
 from clipdistill.models.tokenizers import as_captions
+from clipdistill.runtime.console import Shown
 from clipdistill.runtime.console import say as console_say
 from clipdistill.runtime.machine import cpu_count
 from clipdistill.runtime.progress import Meter
@@ -57,7 +58,7 @@ _STARTING_PAYS = 2.0
 
 
 @dataclass(repr=False)
-class EncodedPairs:
+class EncodedPairs(Shown):
     """Unit-length float32 embeddings of a pair source, on the CPU.
 
     image: (N, D) of the images that could be read; text: (M, D); text_to_image: (M,) int64 row of `image`;

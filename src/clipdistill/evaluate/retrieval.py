@@ -23,9 +23,37 @@ import numpy as np
 
 from clipdistill.errors import InputError
 from clipdistill.evaluate.ranking import PositiveCounts, count_positives
+from clipdistill.runtime.console import Shown, TextTable
+from clipdistill.statistics.bootstrap import bootstrap
 
 Direction = Literal["i2t", "t2i"]
 DIRECTIONS: tuple[Direction, Direction] = ("i2t", "t2i")
+
+
+class RetrievalScores(Shown, dict[str, Any]):
+    """Scores by name; shows itself as a table in percent, with 95 % intervals where "per_query" is among them.
+
+    text_to_image: (M,) the image of each text; the intervals of t2i are clustered by it.
+    """
+
+    text_to_image: np.ndarray
+
+    def tables(self) -> list[TextTable]:
+        metrics = dict.fromkeys(name[4:] for name in self if name.startswith(DIRECTIONS))
+        rows = [(metric, *(self._cell(direction, metric) for direction in DIRECTIONS)) for metric in metrics]
+        caption = "percent, with 95 % intervals" if "per_query" in self else "percent; intervals: per_query=True"
+        return [
+            TextTable(["metric", *DIRECTIONS], list(rows), "retrieval", f"{caption}; ties: {self.get('ties', 0)} queries")
+        ]
+
+    def _cell(self, direction: Direction, metric: str) -> str:
+        rank, name = metric == "median_rank", f"{direction}_{metric}"
+        scale, clusters = 1 if rank else 100, self.text_to_image if direction == "t2i" else None
+        text = f"{self[name] * scale:.1f}"
+        if "per_query" not in self:
+            return text
+        found = bootstrap(self["per_query"][name], clusters, statistic="median" if rank else "mean")
+        return f"{text} [{found.low * scale:.1f}, {found.high * scale:.1f}]"
 
 
 def retrieval(
@@ -37,19 +65,20 @@ def retrieval(
     map_ks: Sequence[int] = (10,),
     per_query: bool = False,
     distributed: bool = False,
-) -> dict[str, Any]:
+) -> RetrievalScores:
     """Scores of zero-shot retrieval by cosine.
 
     image_embeddings (N, D), text_embeddings (M, D): tensors or arrays; rows need not be normalised, they are here.
     text_to_image: (M,) integers, the image each text belongs to; every image needs a text.
     ks: the K of R@K. map_ks: the K of mAP@K; 10 is always among them.
-    per_query: also return "per_query", {metric: array over queries}, for intervals and paired tests; queries of t2i
-    are the texts, those of i2t the images, in the order given.
+    per_query: also return "per_query", {metric: array over queries}, for the intervals of the table that the result
+    shows and for paired tests; queries of t2i are the texts, those of i2t the images, in the order given.
     distributed: share the work between the ranks of torch.distributed; every rank must call with the same arguments
     and gets the whole result.
 
-    Returns fractions in [0, 1] under "i2t_R@K", "t2i_R@K", "i2t_mAP@10", "t2i_mAP@10", "i2t_MRR", "t2i_MRR", the
-    ranks "i2t_median_rank", "t2i_median_rank" (1 is best) and "ties" (number of queries, both directions).
+    Returns RetrievalScores, a dict: fractions in [0, 1] under "i2t_R@K", "t2i_R@K", "i2t_mAP@10", "t2i_mAP@10",
+    "i2t_MRR", "t2i_MRR", the ranks "i2t_median_rank", "t2i_median_rank" (1 is best) and "ties" (number of queries, both
+    directions).
     Never holds more than a tile of the N x M scores. Raises InputError on input that has no defined score.
     """
     ks, map_ks = _positive(ks, "ks"), tuple(dict.fromkeys((*_positive(map_ks, "map_ks"), 10)))
@@ -61,7 +90,8 @@ def retrieval(
         queries |= {f"{direction}_R@{k}": ranks.recall(direction, k) for k in ks}
         queries |= {f"{direction}_mAP@{k}": ranks.average_precision(direction, k) for k in map_ks}
         queries[f"{direction}_MRR"] = ranks.reciprocal_rank(direction)
-    result: dict[str, Any] = {name: float(values.mean()) for name, values in queries.items()}
+    result = RetrievalScores({name: float(values.mean()) for name, values in queries.items()})
+    result.text_to_image = ranks.text_to_image
     for direction in DIRECTIONS:
         queries[f"{direction}_median_rank"] = ranks.best_rank(direction)
         result[f"{direction}_median_rank"] = float(np.median(queries[f"{direction}_median_rank"]))

@@ -50,7 +50,7 @@ from clipdistill.models.exported import (
 )
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.models.known import PHONES, SUFFIX
-from clipdistill.runtime.console import html_page
+from clipdistill.runtime.console import Shown
 from clipdistill.runtime.files import read_json, sha256, write_json
 from clipdistill.version import __version__
 
@@ -59,7 +59,7 @@ _LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", 
 
 
 @dataclass
-class Exported:
+class Exported(Shown):
     """What an export did: the folder, the gate's comparisons, R@1 before and after (where data was given), choices."""
 
     folder: Path
@@ -77,9 +77,6 @@ class Exported:
         if self.before is not None and self.after is not None:
             lines.append(f"R@1 on {self.before.data}: {self.before.text()} before, {self.after.text()} after")
         return "\n".join([*lines, *(choice.text() for choice in self.choices), *self.notes])
-
-    def _repr_html_(self) -> str:
-        return html_page(text=repr(self))
 
 
 def export_graphs(

@@ -23,7 +23,7 @@ from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
 from clipdistill.models import load_model
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.runtime.console import TextTable, html_page
+from clipdistill.runtime.console import Shown, TextTable
 from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.bootstrap import Interval, bootstrap, seed_interval
 
@@ -65,7 +65,7 @@ class ProbeResult:
     left_out: tuple[tuple[str, str], ...] = ()
 
 
-class ProbeResults(list[ProbeResult]):
+class ProbeResults(Shown, list[ProbeResult]):
     """One result a number of pictures a class; shows itself as a table with intervals. model, train, test: names."""
 
     model = train = test = ""
@@ -81,11 +81,8 @@ class ProbeResults(list[ProbeResult]):
             table.rows.append([self.model, str(result.shots or "all"), f"{100 * top1.value:.1f}", bounds, over])
         return table
 
-    def __repr__(self) -> str:
-        return "\n".join(self.table().lines())
-
-    def _repr_html_(self) -> str:
-        return html_page([self.table()])
+    def tables(self) -> list[TextTable]:
+        return [self.table()]
 
 
 def fit(features: Array, labels: NDArray[np.int64], classes: int, strength: float) -> Classifier:

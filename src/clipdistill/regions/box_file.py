@@ -23,6 +23,7 @@ from clipdistill.data.pairs import PairSource
 from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
 from clipdistill.regions.boxes import Boxes, Detector
+from clipdistill.runtime.console import Shown
 from clipdistill.runtime.files import make_folder, new_file, parse_json, read_json, remove_leftovers, write_json
 
 _PARQUET = (".parquet", ".pq")
@@ -36,7 +37,7 @@ _ASPECT = 0.02
 """Relative difference of aspect ratios up to which an image is taken for a resized copy of the one with the boxes."""
 
 
-class BoxFile:
+class BoxFile(Shown):
     """Boxes by image key, from a file or a folder of Parquet files.
 
     An image is found by its key, else by its file name where only one row has it. Boxes drawn on an image of another
@@ -84,6 +85,10 @@ class BoxFile:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def __repr__(self) -> str:
+        boxes = sum(len(row.corners) for row in self._rows.values())
+        return f"{boxes:,} boxes of {len(self):,} images: {self.name}"
 
     def __contains__(self, key: str) -> bool:
         return self._found(key) is not None

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.config import build
-from clipdistill.data.open import open_pairs
-from clipdistill.data.pairs import DataConfig, PairSource
+from clipdistill.data.pairs import DataConfig
 from clipdistill.errors import InputError
 from clipdistill.runtime.console import say
 from clipdistill.runtime.files import require_place, write_json
-from clipdistill.train.region_config import RegionsConfig
 
 _USAGE = """
 clipdistill regions boxes --detector X --data D --out DIR          what a detector finds, once for every image
@@ -56,16 +54,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _data(arguments: argparse.Namespace, path: str) -> DataConfig:
+def _data(arguments: argparse.Namespace, path: str) -> dict[str, Any]:
     values = {"path": path, "split": arguments.split, "image_root": arguments.image_root}
-    return build(DataConfig, {k: v for k, v in values.items() if v is not None}, "regions")
-
-
-def _source(arguments: argparse.Namespace, default_split: str) -> PairSource:
-    source = open_pairs(_data(arguments, _needed(arguments, "data")[0]), default_split=default_split)
-    if source.problems:
-        say(source.problems.sentence(source.name))
-    return source
+    return {k: v for k, v in values.items() if v is not None}
 
 
 def _needed(arguments: argparse.Namespace, name: str) -> Any:
@@ -75,71 +66,55 @@ def _needed(arguments: argparse.Namespace, name: str) -> Any:
     return value
 
 
-def _boxes(arguments: argparse.Namespace) -> None:
-    source = _source(arguments, "train")
-    from clipdistill.regions.box_file import detect
-    from clipdistill.regions.detectors import open_detector
-    from clipdistill.runtime.machine import pick_device
-
-    detector = open_detector(_needed(arguments, "detector"), pick_device(arguments.device))
-    boxes = detect(source, detector, _needed(arguments, "out"), progress=lambda done, all: say(f"{done}/{all} images"))
-    say(f"{arguments.out}: boxes of {len(boxes)} images by {detector.name}")
-
-
-def _opened(arguments: argparse.Namespace, default_split: str) -> Any:
-    """The named teacher, the data, its regions, the device."""
-    from clipdistill.regions.meta_teacher import read_meta_teacher, region_teacher_folder
-    from clipdistill.regions.teacher import open_store
-    from clipdistill.runtime.machine import pick_device
-
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `embed`, `measure` and `export` are told."""
     if len(arguments.models) != 1:
         raise InputError(f"regions {arguments.action}: name one region teacher, the run that trained it or its folder")
-    folder = region_teacher_folder(arguments.models[0])
-    if folder is None:
-        raise InputError(f"'{arguments.models[0]}' is no region teacher: train one with --recipe dclip-teacher")
-    device = pick_device(arguments.device)
-    teacher, source = read_meta_teacher(folder), _source(arguments, default_split)
-    values = {"boxes": _needed(arguments, "boxes"), "store": arguments.store or folder.parent / "regions"}
-    config = build(RegionsConfig, values, "regions")
-    store = open_store(config, source, teacher.clip, teacher.config, folder.parent, device, say)
-    return teacher.to(device), source, store, device
+    data = _data(arguments, _needed(arguments, "data")[0])
+    return {
+        "teacher": arguments.models[0], "data": data, "boxes": _needed(arguments, "boxes"), "store": arguments.store,
+        "device": arguments.device,
+    }  # fmt: skip
+
+
+def _boxes(arguments: argparse.Namespace) -> None:
+    from clipdistill.regions.ask import region_boxes
+
+    data, detector = _data(arguments, _needed(arguments, "data")[0]), _needed(arguments, "detector")
+    say(repr(region_boxes(detector, data, _needed(arguments, "out"), device=arguments.device)))
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    _, source, store, _ = _opened(arguments, "train")
-    counts = store.counts()
-    say(f"{store.folder}: {int(counts.sum())} regions of {len(source)} images, {counts.float().mean():.1f} each")
+    from clipdistill.regions.ask import region_embeddings
+
+    say(repr(region_embeddings(**_given(arguments))))
 
 
 def _measure(arguments: argparse.Namespace) -> None:
-    from clipdistill.regions.measure import measure
+    from clipdistill.regions.ask import region_scores
 
-    teacher, source, store, device = _opened(arguments, "val")
-    measured = measure(teacher, source, store, pairs=arguments.pairs, device=device)
+    measured = region_scores(**_given(arguments), pairs=arguments.pairs)
     measured.table().print()
     if arguments.json is not None:
         write_json(arguments.json, measured.to_json())
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from clipdistill.regions.teacher import export
+    from clipdistill.regions.ask import region_vectors
 
-    out = _needed(arguments, "out")
-    teacher, source, store, device = _opened(arguments, "train")
-    count = export(teacher, source, store, out, device=device)
-    say(f"{out}: {count} images; use it as  --teacher cache:{out}")
+    say(repr(region_vectors(**_given(arguments), out=_needed(arguments, "out"))))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from clipdistill.regions.retention import before_after, table, to_json
+    from clipdistill.regions.retention import before_after
 
     if len(arguments.models) != 2:
         raise InputError("regions compare: name two models, the one before and the one after")
-    data: list[Any] = [_data(arguments, path) for path in arguments.data or []]
+    pairs: list[Any] = [build(DataConfig, _data(arguments, path), "regions") for path in arguments.data or []]
     before, after = arguments.models
-    changes, scores = before_after(before, after, data + arguments.zero_shot, device=arguments.device)
-    table(changes).print()
-    for note in scores.notes:
+    changes = before_after(before, after, pairs + arguments.zero_shot, device=arguments.device)
+    changes.table().print()
+    for note in changes.scores.notes:
         say(note)
     if arguments.json is not None:
-        write_json(arguments.json, to_json(changes))
+        write_json(arguments.json, changes.to_json())

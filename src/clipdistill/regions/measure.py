@@ -28,14 +28,14 @@ from clipdistill.embed.encode import encode_pairs
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.regions.meta_teacher import MetaTeacher
 from clipdistill.regions.store import RegionBatch, RegionStore
-from clipdistill.runtime.console import TextTable
+from clipdistill.runtime.console import Shown, TextTable
 
 METRICS = ("i2t_R@1", "i2t_R@5", "t2i_R@1", "t2i_R@5", "i2t_MRR", "t2i_MRR")
 _BATCH = 128
 
 
-@dataclass
-class Measured:
+@dataclass(repr=False)
+class Measured(Shown):
     """Scores by condition; `images` is how many were scored in each. Fractions."""
 
     teacher: str
@@ -44,6 +44,7 @@ class Measured:
     images: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values for a file."""
         return {"format": 1, **vars(self)}
 
     def table(self) -> TextTable:
@@ -54,6 +55,9 @@ class Measured:
         ]
         title = f"{self.teacher} on {self.data}, first captions, percent"
         return TextTable(("image embedding", "images", *METRICS), rows, title)
+
+    def tables(self) -> list[TextTable]:
+        return [self.table()]
 
 
 @torch.no_grad()

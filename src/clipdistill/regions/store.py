@@ -29,6 +29,7 @@ from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel, hash_tensors
 from clipdistill.regions.box_file import BoxFile
 from clipdistill.regions.boxes import Boxes
+from clipdistill.runtime.console import Shown
 from clipdistill.runtime.files import ABANDONED, remove_leftovers
 from clipdistill.train.region_config import BoxLimits
 
@@ -215,7 +216,7 @@ def crop(image: Image.Image, box: tuple[int, int, int, int], spec: ImageSpec) ->
     return normalise(torch.from_numpy(render_pixels(image, View(box), spec)), spec)
 
 
-class RegionStore:
+class RegionStore(Shown):
     """Reads a complete store: regions of samples by their index in the data it was made from."""
 
     def __init__(self, folder: Path) -> None:
@@ -230,6 +231,10 @@ class RegionStore:
 
     def __len__(self) -> int:
         return self.manifest.images
+
+    def __repr__(self) -> str:
+        counts = self.counts()
+        return f"{self.folder}: {int(counts.sum()):,} regions of {len(self):,} images, {counts.float().mean():.1f} each"
 
     def _block(self, number: int) -> dict[str, np.ndarray]:
         """The tensors of a block, read whole and compared with its checksum the first time."""

@@ -24,7 +24,7 @@ from clipdistill.report.text import to_csv
 from clipdistill.report.trade import read_trade
 from clipdistill.report.words import headline
 from clipdistill.runs.folder import STAGES, RunFolder, distinct, run_folders
-from clipdistill.runtime.console import html_page
+from clipdistill.runtime.console import Shown
 from clipdistill.runtime.files import write_text
 from clipdistill.statistics.claims import is_claim, is_measured, judge, read_claims
 from clipdistill.statistics.judge import Verdict
@@ -33,7 +33,7 @@ from clipdistill.statistics.verdicts import evidence
 
 
 @dataclass(frozen=True, repr=False)
-class ReportSummary:
+class ReportSummary(Shown):
     """Where the three files are, the headline (one sentence a line), what could not be shown, the page's bytes."""
 
     html: Path
@@ -46,9 +46,6 @@ class ReportSummary:
     def __repr__(self) -> str:
         written = f"report: {self.html} ({self.size / 1e6:.1f} MB), also {self.markdown.name} and {self.csv.name}"
         return "\n".join([self.headline, *(f"note: {notice}" for notice in self.notices), "", written])
-
-    def _repr_html_(self) -> str:
-        return html_page(text=repr(self))
 
 
 def report(

@@ -141,6 +141,21 @@ class TextTable:
         return lines
 
 
+class Shown:
+    """A result that shows itself: as its tables, or as the text of its own repr; in notebooks too."""
+
+    def tables(self) -> Sequence[TextTable]:
+        """The numbers with their intervals."""
+        return ()
+
+    def __repr__(self) -> str:
+        return "\n".join(line for table in self.tables() for line in table.lines())
+
+    def _repr_html_(self) -> str:
+        tables = self.tables()
+        return html_page(tables, "" if tables else repr(self))
+
+
 def say(text: str, file: TextIO | None = None, *, colour: str = "") -> None:
     """One line, never wrapped here; its characters as they are, except those that would steer the terminal."""
     file = sys.stdout if file is None else file

@@ -12,7 +12,7 @@ from clipdistill.data.problems import BadSample
 from clipdistill.embed.names import EngineName
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
-from clipdistill.runtime.console import TextTable, html_page, say
+from clipdistill.runtime.console import Shown, TextTable, say
 from clipdistill.runtime.files import is_inside, refuse_links
 from clipdistill.runtime.signals import StopSignal
 from clipdistill.search import HIDDEN
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from clipdistill.search.update import Update
 
 
-@dataclass(frozen=True)
-class SearchResult:
+@dataclass(frozen=True, repr=False)
+class SearchResult(Shown):
     """What `search` found: one answer a model (the student first), each with its hits, best first.
 
     photographs: how many are in the index; left_out: file -> why it could not be read.
@@ -48,11 +48,8 @@ class SearchResult:
             table.rows.append(row)
         return table
 
-    def __repr__(self) -> str:
-        return "\n".join(self.table().lines())
-
-    def _repr_html_(self) -> str:
-        return html_page([self.table()])
+    def tables(self) -> list[TextTable]:
+        return [self.table()]
 
 
 def search(

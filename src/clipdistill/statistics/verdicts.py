@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clipdistill.runtime.console import Coloured, TextTable, html_page
+from clipdistill.runtime.console import Coloured, Shown, TextTable
 from clipdistill.runtime.files import require_place, write_json
 from clipdistill.statistics.judge import Verdict
 
@@ -17,14 +17,11 @@ QUERIES_ALONE = "on the test queries alone: it holds for these models, not for t
 """What is said wherever a verdict rests on one training seed, or on models that were not trained here."""
 
 
-class Verdicts(list[Verdict]):
+class Verdicts(Shown, list[Verdict]):
     """Verdicts on claims, in the order of the claims; shows itself as a table with the evidence."""
 
-    def __repr__(self) -> str:
-        return "\n".join(verdict_table(self).lines()) if self else "no verdicts"
-
-    def _repr_html_(self) -> str:
-        return html_page([verdict_table(self)])
+    def tables(self) -> list[TextTable]:
+        return [verdict_table(self)]
 
 
 def require_verdicts_place(path: Path) -> None:

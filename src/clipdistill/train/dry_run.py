@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from clipdistill.runs.folder import LOG, read_rows
-from clipdistill.runtime.console import duration, html_page
+from clipdistill.runtime.console import Shown, duration
 from clipdistill.runtime.machine import pick_device
 from clipdistill.train.config import RunConfig
 from clipdistill.train.run import distill, from_mapping
@@ -24,7 +24,7 @@ STEPS = 10
 
 
 @dataclass(frozen=True, repr=False)
-class DryRun:
+class DryRun(Shown):
     """What a few steps tell of a run: the median seconds of a step, pairs a second, the share of the time that waits
     for data, seconds of the first step, bytes in use at the peak (of the GPU where there is one), and the whole run's
     steps and seconds, evaluation not counted."""
@@ -50,9 +50,6 @@ class DryRun:
             f"{self.peak_bytes / 2**30:.2f} GiB{' of the GPU' if self.on_gpu else ''} at the peak\n"
             f"all {self.total_steps:,} steps: about {duration(self.total_seconds)}, evaluation not counted"
         )
-
-    def _repr_html_(self) -> str:
-        return html_page(text=repr(self))
 
 
 def dry_run(config: RunConfig | Mapping[str, Any], *, quiet: bool = False) -> DryRun:

@@ -18,7 +18,7 @@ from clipdistill.config import build
 from clipdistill.data.loader import Batch
 from clipdistill.errors import InputError
 from clipdistill.runs.folder import RECIPE, RunFolder
-from clipdistill.runtime.console import html_page
+from clipdistill.runtime.console import Shown
 from clipdistill.runtime.files import read_json
 from clipdistill.runtime.machine import pick_device
 from clipdistill.train.capture import CAPTURED, STATE, captured_steps
@@ -52,7 +52,7 @@ class Finding:
 
 
 @dataclass(repr=False)
-class Replay:
+class Replay(Shown):
     """What running a step again found, in the order of its making; `first` is where it begins."""
 
     step: int
@@ -65,9 +65,6 @@ class Replay:
 
     def __repr__(self) -> str:
         return "\n".join([f"step {self.step}", *(f"  {finding}" for finding in self.findings), self.advice])
-
-    def _repr_html_(self) -> str:
-        return html_page(text=repr(self))
 
 
 def replay(

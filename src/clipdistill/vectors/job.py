@@ -27,7 +27,7 @@ from clipdistill.embed.encode import Encoder, open_encoder
 from clipdistill.embed.names import on_cluster
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.runtime.console import html_page
+from clipdistill.runtime.console import Shown
 from clipdistill.runtime.files import digest_of, make_folder, new_file, read_json, require_place, sha256, write_json
 from clipdistill.runtime.locks import FolderLock
 from clipdistill.runtime.progress import Meter
@@ -41,7 +41,7 @@ _ASSEMBLING = "part-s are being put together"
 
 
 @dataclass(frozen=True, repr=False)
-class EmbedReport:
+class EmbedReport(Shown):
     """What `embed` wrote: the file, its rows and their width, (key, reason) of pictures left out, texts that were cut,
     and whether nothing was left to do."""
 
@@ -59,9 +59,6 @@ class EmbedReport:
             f"{self.path}: {self.rows:,} rows of {self.width} numbers in {self.seconds:.1f} s; "
             f"{self.truncated} texts cut{left_out}{' (was finished before)' if self.known else ''}"
         )
-
-    def _repr_html_(self) -> str:
-        return html_page(text=repr(self))
 
 
 class TextList:

@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import importlib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from clipdistill.data.benchmarks.places import Source, absent, data_root, folder_of, source_of, sources
 from clipdistill.errors import InputError
-from clipdistill.runtime.console import say
+from clipdistill.runtime.console import Shown, file_size, say
 from clipdistill.runtime.files import make_folder
 
 _HUB = "clip-benchmark"
@@ -19,6 +20,28 @@ clipdistill fetch cifar10 caltech101
 clipdistill fetch wds/cars wds/vtab/dtd --to /data/sets
 clipdistill eval runs/x --data cifar10 --data caltech101 --data wds/cars
 """
+
+
+@dataclass(frozen=True, repr=False)
+class Fetched(Shown):
+    """A set that `fetch` brought: its folder, the name by which `evaluate` and the others read it, files and bytes.
+
+    It stands for its folder where a path is taken: `Path(fetched)`, `os.listdir(fetched)`.
+    """
+
+    folder: Path
+    data: str
+    files: int
+    size: int
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        return f"{self.data}: {self.files:,} files, {file_size(self.size)}, in '{self.folder}'"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,23 +60,23 @@ def run(arguments: argparse.Namespace) -> int:
     for name in arguments.names:  # unknown names before the first download
         _checked(name, splits)
     for name in arguments.names:
-        folder = fetch(name, root=root, splits=splits)
-        is_own = folder == folder_of(name)
-        declared = f"{name}@" if name in sources() else ""
-        say(f"{name}: in '{folder}', read with  --data {name if is_own else f'{declared}{folder}'}")
+        fetched = fetch(name, root=root, splits=splits)
+        say(f"{name}: in '{fetched.folder}', read with  --data {fetched.data}")
     return 0
 
 
-def fetch(name: str, *, root: Path | None = None, splits: list[str] | None = None) -> Path:
-    """Bring one published set; what is there already is not brought again. Returns its folder.
+def fetch(name: str, *, root: str | Path | None = None, splits: list[str] | None = None) -> Fetched:
+    """Bring one published set; what is there already is not brought again.
 
     name: 'cifar10' and the others of `clipdistill list datasets`, or 'wds/NAME' for a set of CLIP_benchmark. root: the
     folder that holds a folder a set (None: $CLIPDISTILL_DATA, else ~/.cache/clipdistill/datasets). splits: of sets from
-    the hub (None: test); torchvision's come whole. Raises InputError for names that are unknown or cannot be fetched,
-    and where the network or the server fails. Source: torchvision's addresses, and huggingface.co/clip-benchmark.
+    the hub (None: test); torchvision's come whole. Source: torchvision's addresses, and huggingface.co/clip-benchmark.
+
+    Returns a Fetched: folder, data (its name for `evaluate` and the others), files, size. Raises InputError for names
+    that are unknown or cannot be fetched, and where the network or the server fails.
     """
     about = _checked(name, splits)
-    folder = folder_of(name, root)
+    folder = folder_of(name, None if root is None else Path(root).expanduser())
     make_folder(folder, "data sets")
     try:
         if about.hub:
@@ -64,7 +87,9 @@ def fetch(name: str, *, root: Path | None = None, splits: list[str] | None = Non
     finally:
         with contextlib.suppress(OSError):  # nothing came
             folder.rmdir()
-    return folder
+    declared = f"{name}@" if name in sources() else ""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return Fetched(folder, name if folder == folder_of(name) else f"{declared}{folder}", len(sizes), sum(sizes))
 
 
 def _checked(name: str, splits: list[str] | None) -> Source:
