@@ -47,7 +47,9 @@ PYTHON = """# Python
 
 `import clipdistill as cd` takes milliseconds; torch is loaded when something is computed. What the commands do,
 functions do; what they return shows its numbers with intervals, in a notebook as tables. Mistakes raise
-`clipdistill.errors.InputError` with the sentence that the command would print.
+`clipdistill.errors.InputError` with the sentence that the command would print. In place of `--plugin FILE.py` a program
+imports what registers ([Extending](extending.md)); in place of `--gpus N` it is started with
+`torchrun --nproc-per-node N program.py`.
 
 ```python
 import clipdistill as cd

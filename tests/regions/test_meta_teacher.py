@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+import clipdistill as cd
 from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import build_student, load_model
@@ -355,6 +357,23 @@ def test_a_teacher_needs_boxes_and_stands_alone(folder: Path, tmp_path: Path) ->
     both = f"teacher={folder / 'free'},scenes-teacher"  # several teachers are for the term reinforced
     with pytest.raises(InputError, match="stands alone"):
         build(settings(tmp_path / "run", "mobileclip", both, "regions.boxes=grid"), CPU)
+
+
+def test_from_python(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = {"store": tmp_path / "store", "device": "cpu", "quiet": True}
+    found = cd.region_boxes("grid:2", {"path": "scenes", "size": 8}, tmp_path / "boxes", device="cpu", quiet=True)
+    assert repr(found) == f"32 boxes of 8 images: grid:2 ({tmp_path / 'boxes'})"
+    data = "scenes:train?size=8"
+    assert "40 regions of 8 images, 5.0 each" in repr(cd.region_embeddings(folder / "free", data, found.path, **told))
+    scores = cd.region_scores(folder / "caption", "scenes?size=8", "grid:2", pairs=4, **told)
+    assert scores.images["every pair"] == 4
+    assert re.search(r"own caption +8 +\d+\.\d", repr(scores))
+    assert "<table>" in scores._repr_html_()
+    assert "on scenes/val" in repr(scores)
+    written = cd.region_vectors(folder / "free", data, found.path, tmp_path / "vectors.parquet", **told)
+    assert written.images == 8
+    assert f"'cache:{written.path}'" in repr(written)
+    assert capsys.readouterr() == ("", "")
 
 
 def command(*words: str) -> int:

@@ -41,10 +41,9 @@ class RetrievalScores(Shown, dict[str, Any]):
     def tables(self) -> list[TextTable]:
         metrics = dict.fromkeys(name[4:] for name in self if name.startswith(DIRECTIONS))
         rows = [(metric, *(self._cell(direction, metric) for direction in DIRECTIONS)) for metric in metrics]
-        caption = "percent, with 95 % intervals" if "per_query" in self else "percent; intervals: per_query=True"
-        return [
-            TextTable(["metric", *DIRECTIONS], list(rows), "retrieval", f"{caption}; ties: {self.get('ties', 0)} queries")
-        ]
+        intervals = "with 95 % intervals" if "per_query" in self else "with per_query=True intervals too"
+        caption = f"percent, {intervals}; {self.get('ties', 0)} queries with ties"
+        return [TextTable(["metric", *DIRECTIONS], list(rows), "retrieval", caption)]
 
     def _cell(self, direction: Direction, metric: str) -> str:
         rank, name = metric == "median_rank", f"{direction}_{metric}"
