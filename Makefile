@@ -66,9 +66,9 @@ fuzz: install
 docs: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	$(BIN)/zensical build --clean --strict
-	$(BIN)/python docs/typeset.py site
 	test -d demo/clip-rd/student || $(BIN)/clipdistill demo --out demo
 	$(BIN)/clipdistill export demo/clip-rd --to web --int8 --out site/try
+	$(BIN)/python docs/typeset.py site
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -54,11 +54,14 @@ imports what registers ([Extending](extending.md)); in place of `--gpus N` it is
 ```python
 import clipdistill as cd
 
-run = cd.distill({"recipe": "clip-rd", "teacher": "scenes-teacher", "student": "scenes-student",
-                  "data": "scenes", "validation": "scenes:val", "out": "runs/python", "train": {"steps": 200}})
-run.scores                                        # tables; run.scores.to_frame() with pandas
+run = cd.distill({
+    "recipe": "clip-rd", "teacher": "scenes-teacher", "student": "scenes-student",
+    "data": "scenes", "validation": "scenes:val", "out": "runs/python",
+    "train": {"steps": 200},
+})
+run.scores  # tables; run.scores.to_frame() with pandas
 scores = cd.evaluate(run.student, "scenes:val", teacher="scenes-teacher")
-embeddings = cd.embed(run.student, "scenes:val")  # embeddings.image (N, D), embeddings.text (M, D)
+embeddings = cd.embed(run.student, "scenes:val")  # .image (N, D), .text (M, D)
 cd.export(run.student, "onnx", "export/python", data="scenes:val")
 cd.bench([run.student, "scenes-teacher"])
 ```"""

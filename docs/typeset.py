@@ -1,7 +1,7 @@
 """Formulas of the built site as MathML, which browsers set by themselves: no script, no font, no third party. And no
-link from the site to files that are in the repository alone.
+link from the site to files that are in the repository alone: notebooks come with it, others lose their link.
 
-    python docs/typeset.py site        # after `zensical build`
+    python docs/typeset.py site        # after everything else has been put there
 
 The book's sources write formulas as the code prints them ("1/2 [KL(X || I) + KL(X^T || I^T)]"), so that `--explain`,
 the pages and the sources say the same. In the site the formulas of PAGES become MathML: cells of tables under a head
@@ -11,10 +11,13 @@ the pages and the sources say the same. In the site the formulas of PAGES become
 from __future__ import annotations
 
 import html
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("methods", "recipe", "tinyclip", "dclip")
 HEADS = ("formula", "matrix")
 
@@ -203,23 +206,39 @@ _LINK = re.compile(r'<a\s[^>]*?href="(?P<to>\.\.?/[^"#?]*)[^"]*"[^>]*>(?P<text>.
 
 def inside(markup: str, folder: Path, site: Path) -> str:
     """A page of `folder` without the links to files of the repository that are not in the site: their text stays, with
-    the file's name where a pointer rests on it."""
+    the file's name where a pointer rests on it. Notebooks are copied, and their links lead there."""
 
     def kept(match: re.Match[str]) -> str:
         target = (folder / match["to"]).resolve()
         if target.is_relative_to(site.resolve()) and target.exists():
             return match[0]
         name = "/".join(part for part in match["to"].split("/") if part not in (".", ".."))
+        if name.endswith(".ipynb") and (ROOT / name).is_file():
+            (site / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, site / name)
+            return match[0].replace(match["to"], Path(os.path.relpath(site / name, folder)).as_posix(), 1)
         return f'<span title="{name} in the sources">{match["text"]}</span>'
 
     return _LINK.sub(kept, markup)
+
+
+def breakable(markup: str) -> str:
+    """Names in the cells of tables may break behind their own marks, and nowhere else ("needed" stays whole)."""
+
+    def broken(match: re.Match[str]) -> str:
+        return re.sub(r"(?<=[\w)\]][._/=,:])(?=[\w({])", "<wbr>", match[0])
+
+    def cell(match: re.Match[str]) -> str:
+        return re.sub(r"(?<=<code>)[^<]{9,}(?=</code>)", broken, match[0])
+
+    return re.sub(r"<td.*?</td>", cell, markup, flags=re.DOTALL)
 
 
 def main(arguments: list[str]) -> int:
     site = Path(arguments[0] if arguments else "site")
     for file in sorted(site.rglob("index.html")):
         before = file.read_text(encoding="utf-8")
-        if (after := inside(before, file.parent, site)) != before:
+        if (after := breakable(inside(before, file.parent, site))) != before:
             file.write_text(after, encoding="utf-8")
     for name in PAGES:
         file = site / name / "index.html"

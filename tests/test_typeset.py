@@ -100,3 +100,25 @@ def test_links_to_files_of_the_repository_alone_become_text(tmp_path: Path) -> N
         f'{kept} <span title="examples/own.py in the sources">one</span> '
         '<span title="tests/test_a.py in the sources"><code>two</code></span>'
     )
+
+
+def test_notebooks_come_with_the_site(tmp_path: Path) -> None:
+    page = tmp_path / "site" / "tutorial"
+    page.mkdir(parents=True)
+    link = '<a href="../../examples/notebooks/first_student.ipynb">first</a>'
+    shown = typeset.inside(link, page, tmp_path / "site")
+    assert shown == '<a href="../examples/notebooks/first_student.ipynb">first</a>'
+    assert (page / "../examples/notebooks/first_student.ipynb").is_file()
+
+
+def test_names_in_tables_break_behind_their_marks_only() -> None:
+    cell = "<td><code>train.batch_size</code></td><td><code>needed</code> a.b_c</td>"
+    broken = "<td><code>train.<wbr>batch_<wbr>size</code></td><td><code>needed</code> a.b_c</td>"
+    assert typeset.breakable(f"<code>train.batch_size</code>{cell}") == f"<code>train.batch_size</code>{broken}"
+
+
+def test_links_are_looked_at_when_the_site_is_whole() -> None:
+    makefile = (typeset.ROOT / "Makefile").read_text(encoding="utf-8")
+    recipe = makefile.split("\ndocs:")[1].split("\n\n")[0].strip().splitlines()
+    assert "site/try" in recipe[-2]
+    assert "docs/typeset.py site" in recipe[-1]
