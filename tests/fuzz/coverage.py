@@ -26,10 +26,10 @@ class Coverage:
         self._new = False
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Record what runs in this thread inside the `with`."""
+    def recording(self, watched: bool = True) -> Iterator[None]:
+        """Record what runs in this thread inside the `with`, where it is `watched`."""
         self._new, self._last = False, 0
-        sys.settrace(self._enter)
+        sys.settrace(self._enter if watched else None)
         try:
             yield
         finally:

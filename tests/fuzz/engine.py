@@ -38,6 +38,8 @@ CLOCK = 120.0
 SILENT, GONE = "silent", "gone"
 MEMORY = 400 << 20
 """Bytes by which one input may raise the process's peak (pictures have at most a million pixels)."""
+WATCHED = 100
+"""Tries of a target without a new step after which only every fourth is watched."""
 ROUND = 20_000
 """Inputs after which a worker is replaced, with the next seed, and what was found is written: a killed run goes on."""
 
@@ -143,6 +145,7 @@ class Worker:
         self.corpus_folder = corpus
         self.rng = random.Random(seed)
         self.corpus: dict[str, list[bytes]] = {}
+        self.quiet: Counter[str] = Counter()  # tries of a target since one of them took a new step
 
     def load(self, alive: Callable[[], None]) -> None:
         """Take the seeds and what earlier workers kept, and learn what they cover."""
@@ -157,8 +160,12 @@ class Worker:
     def attempt(self, target: Target, data: bytes) -> tuple[str, str]:
         (self.place / "current.name").write_text(target.name)
         (self.place / "current.bin").write_bytes(data)
-        with self.coverage.recording():
-            return try_input(target, data, self.place / "folder" / "inner")
+        # watching takes as long as running: targets that have long found nothing new are watched now and then
+        watched = self.quiet[target.name] < WATCHED or self.quiet[target.name] % 4 == 0
+        with self.coverage.recording(watched):
+            outcome = try_input(target, data, self.place / "folder" / "inner")
+        self.quiet[target.name] = 0 if self.coverage.found_new else self.quiet[target.name] + 1
+        return outcome
 
     def next_input(self, target: Target) -> bytes:
         corpus, rng = self.corpus[target.name], self.rng
@@ -293,9 +300,12 @@ def fuzz(
 
 
 def _receive(pipe: Connection, seconds: float) -> Any:
-    """The next message; GONE when the worker died, SILENT when it said nothing for so long."""
+    """The next message; GONE when the worker died, SILENT when it said nothing for so long.
+
+    The clock is read in steps of a second, so that a machine or a process group that was paused counts as one of them.
+    """
     try:
-        return pipe.recv() if pipe.poll(seconds) else SILENT
+        return pipe.recv() if any(pipe.poll(1) for _ in range(max(1, round(seconds)))) else SILENT
     except (EOFError, OSError):
         return GONE
 

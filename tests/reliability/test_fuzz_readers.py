@@ -11,7 +11,9 @@ import os
 import random
 import signal
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -31,7 +33,7 @@ from tests.fuzz import seeds
 from tests.fuzz.__main__ import read_files
 from tests.fuzz.cache_targets import cache_targets
 from tests.fuzz.coverage import Coverage
-from tests.fuzz.engine import fuzz, replay
+from tests.fuzz.engine import SILENT, _receive, fuzz, replay
 from tests.fuzz.mutate import mangle
 from tests.fuzz.own_targets import own_targets
 from tests.fuzz.run_targets import run_targets
@@ -312,6 +314,25 @@ def test_the_fuzzer_finds_endless_loops_and_hunger(monkeypatch: pytest.MonkeyPat
         peaks = iter((0, 100 << 20))
         monkeypatch.setattr("tests.fuzz.engine._peak", lambda: next(peaks))
         assert replay(Target("eat", [], lambda data, folder: None), b"")[0] == "memory"
+
+
+def test_a_pause_of_all_processes_is_no_hang() -> None:
+    class Pipe:
+        """Says nothing for some polls, each of which may have lasted an hour."""
+
+        def __init__(self, silent: int) -> None:
+            self.silent = silent
+
+        def poll(self, seconds: float) -> bool:
+            assert seconds <= 1
+            self.silent -= 1
+            return self.silent < 0
+
+        def recv(self) -> str:
+            return "message"
+
+    answers = [_receive(cast(Connection, Pipe(silent)), 120.0) for silent in (0, 1, 119, 120)]
+    assert answers == ["message", "message", "message", SILENT]
 
 
 def test_coverage_counts_the_lines_of_functions() -> None:

@@ -338,7 +338,7 @@ def _recipe_without_seed(run: ReportedRun) -> str:
 
 
 def _rows(records: Sequence[Record], role: str, column: ScoreColumn) -> list[Record]:
-    return [r for r in records if (r.role, r.metric, r.question) == (role, column.metric, column.protocol)]
+    return [r for r in records if r.metric == column.metric and r.role == role and r.question == column.protocol]
 
 
 def _plain_value(row: Record) -> str:
