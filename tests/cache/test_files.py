@@ -46,6 +46,15 @@ def test_plain_embeddings_are_matched_by_key(tmp_path):
     assert table.logit_scale == 100
 
 
+@pytest.mark.parametrize("kind", ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8"])
+def test_plain_embeddings_of_any_order_of_bytes_are_read(kind, tmp_path):
+    rows = np.arange(1.0, 49).reshape(6, 8)
+    table = PlainEmbeddings(_npz(tmp_path / "a.npz", image=rows.astype(kind), text=rows.astype(kind)))
+    table.match(scenes(6), "first")
+    expected = torch.from_numpy(rows[2:4]).float()
+    assert all(torch.equal(found, expected) for found in table.read(0, [2, 3], [0, 0], [0, 0]))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -96,7 +96,7 @@ def test_a_killed_merge_is_repeated_into_the_same_folder(tmp_path, teacher, same
     merge(tmp_path / "out", folders)
     assert verify(tmp_path / "out").good
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "out"]
-    with pytest.raises(InputError, match="exists and is no merged cache"):
+    with pytest.raises(InputError, match="exists and is no merged cache that may be replaced"):
         merge(tmp_path / "out", folders)
 
 

@@ -183,6 +183,19 @@ def undamaged(tmp_path_factory):
     return run.path, load_file(done.student / "model.safetensors")
 
 
+def test_a_run_without_a_whole_checkpoint_says_that_it_begins_again(tmp_path, undamaged, capsys):
+    source, weights = undamaged
+    shutil.copytree(source, tmp_path / "run")
+    for state in (tmp_path / "run" / "checkpoints").glob("step-*/state.json"):
+        state.write_bytes(b"")
+    done = distill(settings(tmp_path / "run", "train.evaluate_every=2", recipe="clip"))
+    said = capsys.readouterr().err
+    assert "passed over" in said
+    assert "no whole checkpoint is left: the run begins again at step 0" in said
+    found = load_file(done.student / "model.safetensors")
+    assert all(torch.equal(value, found[key]) for key, value in weights.items())
+
+
 def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
     script = (
         "import sys, time; from pathlib import Path; from clipdistill.runtime.locks import FolderLock\n"

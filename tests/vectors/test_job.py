@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 import clipdistill as cd
@@ -17,6 +18,7 @@ from clipdistill.errors import InputError
 from clipdistill.scenes.pairs import open_scenes
 from clipdistill.vectors import job
 from tests.conftest import shared_folder
+from tests.data.helpers import encoded, sample_members, write_tar
 
 TEXTS = ["a red circle", "two blue squares", "a red circle", "a green triangle"]
 
@@ -280,6 +282,47 @@ def test_what_cannot_be_is_one_sentence(model, pictures, tmp_path):
     refused("no picture of photographs can be read .the first, a.png", str(pictures))
     with pytest.raises(InputError, match="holds no embeddings"):
         cd.read_embeddings(tmp_path / "own.npy")
+
+
+ROWS = np.eye(3, 4, dtype=np.float32)
+
+
+@pytest.mark.parametrize("kind", ["<f4", ">f4", ">f8", "<f2", ">f2", "fortran"])
+def test_rows_of_any_order_of_bytes_are_read(kind, tmp_path):
+    np.save(tmp_path / "x.npy", np.asfortranarray(ROWS) if kind == "fortran" else ROWS.astype(kind))
+    (tmp_path / "x.jsonl").write_text('{"key": "a"}\n{"key": "b"}\n{"key": "c"}\n')
+    rows, keys = cd.read_embeddings(tmp_path / "x.npy")
+    assert torch.equal(torch.from_numpy(rows), torch.from_numpy(ROWS))
+    assert [entry["key"] for entry in keys] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines", "message"),
+    [
+        (ROWS[0], '{"key": "a"}\n' * 4, "of shape"),
+        (ROWS, '{"key": "a"}\n' * 2, "2 keys, and float32 numbers of shape"),
+        (ROWS.astype(int), '{"key": "a"}\n' * 3, "int64 numbers"),
+        (ROWS * [[1], [np.nan], [1]], '{"key": "a"}\n' * 3, "row 1 is zero or not finite"),
+        (ROWS * [[1], [0], [0]], '{"key": "a"}\n' * 3, r"row 1 is zero or not finite \(2 such rows"),
+        (ROWS.astype(np.float64) * 1e300, '{"key": "a"}\n' * 3, "row 0 is zero or not finite"),
+        (ROWS, '{"key": "a"}\n{"name": "b"}\n{"key": "c"}\n', "without its key"),
+        (ROWS, '{"key": "a"}\n[]\n{"key": "c"}\n', "without its key"),
+    ],
+)
+def test_a_file_whose_rows_mean_nothing_is_refused(rows, lines, message, tmp_path):
+    np.save(tmp_path / "x.npy", rows)
+    (tmp_path / "x.jsonl").write_text(lines)
+    with pytest.raises(InputError, match=message):
+        cd.read_embeddings(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("more", [[], ["--captions", "all"]])
+def test_what_was_found_when_the_data_were_opened_is_said(more, tmp_path, capsys):
+    write_tar(tmp_path / "s.tar", [*sample_members(0), ("p1.v2.jpg", encoded(1)), ("p1.v2.txt", b"lost")])
+    places = ["--data", str(tmp_path / "s.tar"), "--out", str(tmp_path / "x.npy")]
+    for _ in range(2):  # the second time everything is there already
+        assert main(["embed", "scenes-teacher", *places, *more]) == 0
+        assert "s: found when it was opened: 2 dotted member name" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -195,7 +195,7 @@ def _numbers(array: np.ndarray, path: Path) -> np.ndarray:
     if array.dtype.kind != "f":
         raise InputError(f"{path}: embeddings must be floating point, found {array.dtype}")
     with np.errstate(over="ignore"):  # beyond float32 a row is not finite, and refused as such
-        return array.astype(np.float32) if array.dtype.itemsize > 4 else array
+        return array.astype(np.float32 if array.dtype.itemsize > 4 else array.dtype.newbyteorder("="))
 
 
 def _matrix(column: Any, path: Path, name: str) -> np.ndarray:

@@ -155,13 +155,14 @@ def export(
         from clipdistill.export.towers import OPSET
 
         test = open_test(data, split, limit) if data is not None else None
-        if test is not None and test.problems:
-            tell(test.problems.sentence(test.name))
         calibration = (
             open_calibration(str(calibrate or data), calibration_size)
             if int8 and to in graphs and (calibrate or data)
             else None
         )
+        for source in (test, calibration):
+            if source is not None and source.problems:
+                tell(source.problems.sentence(source.name))
         allowed = dataclasses.replace(Tolerance(), difference=tolerance, cosine=1 - 0.1 * tolerance)
         shared: dict[str, Any] = {"int8": int8, "test": test, "budget": budget, "tolerance": allowed}
         shared["opset"] = opset or OPSET

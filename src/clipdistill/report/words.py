@@ -56,7 +56,7 @@ def metric_text(column: ScoreColumn, table: ScoreTable) -> str:
 def headline(table: ScoreTable, comparisons: Sequence[PairComparison], trade: Trade) -> list[Sentence]:
     """The sentences at the head of the report: the best student, each pair of methods, speed and size, cautions."""
     if not table.lead:
-        return [Sentence("caution", "None of these runs has been evaluated, so nothing can be said about accuracy.")]
+        return [Sentence("caution", "No run has scores of its student: nothing can be said about accuracy.")]
     sentences = [_best_student(table, comparisons)]
     sentences += _pairs(table, comparisons)
     sentences += _price(table, trade)

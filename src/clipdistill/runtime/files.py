@@ -172,7 +172,7 @@ def require_new_folder(path: Path | str, replaces: Callable[[Path], bool], what:
         if path.is_symlink() and not path.exists():
             raise InputError(f"{path}: is a link that leads nowhere: choose another place for the {what}")
         if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or replaces(path))):
-            raise InputError(f"{path}: exists and is no {what}, so it is not replaced: choose another place")
+            raise InputError(f"{path}: exists and is no {what} that may be replaced: choose another place")
     except OSError as error:
         raise cannot_write(path, what, error) from error
     make_folder(path.parent, what)

@@ -105,6 +105,8 @@ def distill(
             checkpoint, rejected = (None, []) if explain else _newest(config.out)
             progress = Progress() if checkpoint is None else resume(task, checkpoint)
             notes += [f"passed over: {sentence}" for sentence in rejected]
+            if rejected and checkpoint is None:
+                notes.append("no whole checkpoint is left: the run begins again at step 0")
             if not explain:
                 parts = {**task.identity(), "training images": task.source.images_fingerprint()}
                 parts |= {f"plug-in {Path(plugin).name}": sha256(plugin) for plugin in config.plugins}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     took = "was complete already" if report.known else f"in {report.seconds:.1f} s"
     print(f"{report.path}: {report.rows} rows of {report.width} numbers {took}")
+    if report.found:
+        print(report.found)
     if report.left_out:
         key, reason = report.left_out[0]
         print(f"left out: {len(report.left_out)} pictures that cannot be read (the first, {key}: {reason})")
@@ -109,8 +112,8 @@ def embed_to_file(
     workers: processes that decode; dtype: of the forward pass; engine: what runs the towers (`embed/names.py`:
     ENGINES); part: rows kept at a time; device: None is CUDA where there is one; progress: a bar on the error stream.
 
-    Returns an EmbedReport: path, rows, width, left_out, truncated. Raises InputError for unusable input, a file of
-    something else at `out`, and work begun with other settings. `read_embeddings` reads such a file.
+    Returns an EmbedReport: path, rows, width, left_out, truncated, found. Raises InputError for unusable input, a file
+    of something else at `out`, and work begun with other settings. `read_embeddings` reads such a file.
     """
     out = Path(out)
     require_suffix(out)
@@ -140,12 +143,14 @@ def embed_to_file(
     from clipdistill.runtime.machine import pick_device
     from clipdistill.vectors import job
 
+    found = ""
     if classes is not None:
         source = None
     elif given is not None:
         source = job.TextList(list(given))
     else:
         source = source if isinstance(source, PairSource) else as_pairs(source)
+        found = source.problems.sentence(source.name)
         if captions is not None:
             if not source.captioned:
                 raise InputError(f"{source.name}: has no captions to embed")
@@ -160,10 +165,11 @@ def embed_to_file(
 
         encoder = open_encoder(loaded, engine=engine, batch_size=batch_size, dtype=dtype, progress=progress)
         return classes_to_file(encoder, classes, templates, out)
-    return job.embed_to_file(
+    report = job.embed_to_file(
         loaded, source, out, batch_size=batch_size, workers=workers, dtype=dtype, engine=engine, part=part,
         progress=progress,
     )  # fmt: skip
+    return replace(report, found=found)
 
 
 def _lines(path: Path) -> list[str]:

@@ -152,15 +152,30 @@ def read_embeddings(path: str | Path) -> tuple[np.ndarray, list[dict[str, Any]]]
         if path.suffix in (".parquet", ".lance"):
             table = _table(path)
             rows = np.stack(table["embedding"].to_numpy()) if len(table) else np.zeros((0, 0), dtype=np.float32)
-            return rows, table.drop(["embedding"]).to_pylist()
+            return _checked(rows, table.drop(["embedding"]).to_pylist())
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False), _lines(keys_beside(path).read_bytes())
+            return _checked(np.load(path, allow_pickle=False), _lines(keys_beside(path).read_bytes()))
         from safetensors.numpy import load_file
 
         tensors = load_file(path)
-        return tensors["embedding"], _lines(tensors["keys"].tobytes())
+        return _checked(tensors["embedding"], _lines(tensors["keys"].tobytes()))
     except Exception as error:  # each library raises errors of its own
         raise InputError(f"{path}: holds no embeddings of clipdistill embed ({error!s:.200})") from error
+
+
+def _checked(rows: np.ndarray, entries: list[Any]) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """The rows in this machine's order of bytes, and what is known of each. Raises ValueError for what is neither."""
+    if rows.ndim != 2 or rows.dtype.kind != "f" or len(rows) != len(entries):
+        raise ValueError(f"{len(entries)} keys, and {rows.dtype} numbers of shape {rows.shape}")
+    if not all(isinstance(entry, dict) and isinstance(entry.get("key"), str | int) for entry in entries):
+        raise ValueError("a row without its key")
+    with np.errstate(over="ignore"):
+        rows = rows.astype(np.float32, copy=False)
+    lengths = np.linalg.norm(rows, axis=1)
+    wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(wrong):
+        raise ValueError(f"row {wrong[0]} is zero or not finite ({len(wrong)} such rows)")
+    return rows, entries
 
 
 def _table(path: Path) -> Any:

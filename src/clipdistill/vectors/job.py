@@ -43,7 +43,7 @@ _ASSEMBLING = "part-s are being put together"
 @dataclass(frozen=True, repr=False)
 class EmbedReport(Shown):
     """What `embed` wrote: the file, its rows and their width, (key, reason) of pictures left out, texts that were cut,
-    and whether nothing was left to do."""
+    whether nothing was left to do, and a sentence on what was found when the data were opened ('' for nothing)."""
 
     path: Path
     rows: int
@@ -52,9 +52,11 @@ class EmbedReport(Shown):
     truncated: int = 0
     seconds: float = 0.0
     known: bool = False
+    found: str = ""
 
     def __repr__(self) -> str:
         left_out = f"; {len(self.left_out)} left out, the first: {self.left_out[0][0]}" if self.left_out else ""
+        left_out += f"; {self.found}" if self.found else ""
         return (
             f"{self.path}: {self.rows:,} rows of {self.width} numbers in {self.seconds:.1f} s; "
             f"{self.truncated} texts cut{left_out}{' (was finished before)' if self.known else ''}"
