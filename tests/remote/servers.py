@@ -157,6 +157,34 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
+def found_at(scheme: str, url: str) -> Iterator[None]:
+    """The environment in which the rules of s3, gs or az find their server at `url`."""
+    import fsspec
+
+    # the account that every Azurite has, whose key is public
+    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+    name = "devstoreaccount1"
+    text = f"DefaultEndpointsProtocol=http;AccountName={name};AccountKey={key};BlobEndpoint={url}/{name};"
+    own = {
+        "s3": {
+            **{"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"},
+            **{"AWS_ENDPOINT_URL": url, "AWS_EC2_METADATA_DISABLED": "true"},
+        },
+        "gs": {"STORAGE_EMULATOR_HOST": url},
+        "az": {"AZURE_STORAGE_CONNECTION_STRING": text},
+    }[scheme]
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gRPC, which the servers do not speak
+    before = fsspec.config.conf.get(scheme)
+    if scheme == "gs":
+        fsspec.config.conf[scheme] = {"token": "anon"}
+    try:
+        with _environment({**own, "NO_PROXY": "127.0.0.1"}):
+            yield
+    finally:
+        fsspec.config.conf.pop(scheme, None) if before is None else fsspec.config.conf.update({scheme: before})
+
+
+@contextmanager
 def s3_server(bucket: str = "pairs") -> Iterator[str]:
     """moto's server with an empty bucket, and the environment in which S3's own rules find it; gives its URL."""
     import boto3
@@ -166,12 +194,8 @@ def s3_server(bucket: str = "pairs") -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     url = f"http://{host}:{port}"
-    own = {
-        **{"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"},
-        **{"AWS_ENDPOINT_URL": url, "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1"},
-    }
     try:
-        with _environment(own):
+        with found_at("s3", url):
             boto3.client("s3").create_bucket(Bucket=bucket)
             yield url
     finally:
@@ -192,21 +216,16 @@ def fill_bucket(folder: Path, bucket: str = "pairs", prefix: str = "") -> None:
 @contextmanager
 def gs_server(folder: Path, bucket: str = "pairs") -> Iterator[None]:
     """gcp-storage-emulator with the files below a folder in a bucket, found by Google's own variable."""
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # gRPC, which the server does not speak
     import fsspec
     from gcp_storage_emulator.server import create_server
 
     server = create_server("127.0.0.1", 0, in_memory=True, default_bucket=bucket)
     server.start()
-    url = "http://{}:{}".format(*server._api._httpd.server_address[:2])
-    before = fsspec.config.conf.get("gs")
-    fsspec.config.conf["gs"] = {"token": "anon"}
     try:
-        with _environment({"STORAGE_EMULATOR_HOST": url, "NO_PROXY": "127.0.0.1"}):
+        with found_at("gs", "http://{}:{}".format(*server._api._httpd.server_address[:2])):
             _pipe(fsspec.filesystem("gs", skip_instance_cache=True), folder, bucket)
             yield
     finally:
-        fsspec.config.conf.pop("gs") if before is None else fsspec.config.conf.update(gs=before)
         server.stop()
 
 
@@ -218,15 +237,11 @@ def az_server(azurite: Path, folder: Path, container: str = "pairs") -> Iterator
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
-    # the account that every Azurite has, whose key is public
-    key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-    account = f"http://127.0.0.1:{port}/devstoreaccount1"
-    text = f"DefaultEndpointsProtocol=http;AccountName=devstoreaccount1;AccountKey={key};BlobEndpoint={account};"
     words = ["--inMemoryPersistence", "--silent", "--skipApiVersionCheck", "--blobPort", str(port)]
     process = subprocess.Popen([azurite, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _answering(port, process)
-        with _environment({"AZURE_STORAGE_CONNECTION_STRING": text, "NO_PROXY": "127.0.0.1"}):
+        with found_at("az", f"http://127.0.0.1:{port}"):
             fs = fsspec.filesystem("az", skip_instance_cache=True)
             fs.mkdir(container)
             _pipe(fs, folder, container)
@@ -272,7 +287,7 @@ def _environment(own: dict[str, str]) -> Iterator[None]:
 
 class FaultyProxy(Loopback):
     """Passes requests on to a server, but for those that `faults` (one each) or `always` spoil: a status, "reset",
-    "slow" (passed on after 0.4 s)."""
+    "hang" (for 3 s), "slow" (passed on after 0.4 s)."""
 
     def __init__(self, behind: str) -> None:
         super().__init__(("127.0.0.1", 0), _ProxyHandler)
@@ -300,6 +315,10 @@ class _ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.send_response(fault)
             self.send_header("Content-Length", "0")
             self.end_headers()
+            return
+        if fault == "hang":
+            time.sleep(3)
+            self.close_connection = True
             return
         if fault == "slow":
             time.sleep(0.4)

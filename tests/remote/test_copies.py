@@ -7,6 +7,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,20 +71,25 @@ def test_a_set_that_does_not_fit_keeps_what_fits_and_reads_the_rest_by_ranges(se
 def test_room_is_given_once_to_copies_that_are_made_at_the_same_time(tmp_path, monkeypatch):
     from clipdistill.remote import copies
 
-    truncate = os.truncate
-
     def slowly(path, size):
         time.sleep(0.05)  # others look for room meanwhile
-        truncate(path, size)
+        os.truncate(path, size)
 
-    monkeypatch.setattr(copies.os, "truncate", slowly)
+    def listed(path):
+        entries = list(os.scandir(path))
+        time.sleep(0.05)  # copies get their names meanwhile
+        return entries
+
+    monkeypatch.setattr(copies, "os", SimpleNamespace(**{**vars(os), "truncate": slowly, "scandir": listed}))
+    since = time.time()
     kept = Copies(tmp_path / "copies", 250)
+
+    def write(path):
+        with path.open("r+b") as file:
+            file.write(b"x" * 100)
+
     with ThreadPoolExecutor(6) as threads:
-        made = list(
-            threads.map(
-                lambda k: kept.fetch(f"{k}.copy", 100, time.time(), lambda path: path.write_bytes(b"x" * 100)), range(6)
-            )
-        )
+        made = list(threads.map(lambda k: kept.fetch(f"{k}.copy", 100, since, write), range(6)))
     assert sum(path is not None for path in made) == len(_copies(tmp_path / "copies")) == 2
 
 

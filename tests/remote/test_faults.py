@@ -14,6 +14,7 @@ from clipdistill.data.views import ImageSpec
 from clipdistill.errors import ClipdistillError, InputError
 from clipdistill.remote import RemoteError
 from tests.data.helpers import FakeModel, encoded, sample_members, write_tar
+from tests.remote.servers import FaultyProxy, found_at
 
 FAULTS = [500, 502, 503, 429, 403, 404, 408, "reset", "short", "hang", "drip"]
 
@@ -52,6 +53,31 @@ def test_an_object_that_always_fails_is_one_sentence(fault, served, three_attemp
     assert "\n" not in str(caught.value)
     assert "3 attempts" in str(caught.value)
     assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize(
+    ("fault", "most", "words"), [(503, 3, ""), ("reset", 3, ""), ("hang", 3, "no answer"), (403, 2, "is refused")]
+)
+@pytest.mark.parametrize(
+    ("scheme", "package"),
+    [("s3", "s3fs"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("gs", "gcsfs"), ("az", "adlfs")))],
+)
+def test_only_we_try_a_store_again(scheme, package, fault, most, words, three_attempts, monkeypatch):
+    """Its library would too: times ours, that took minutes until the sentence for a place that cannot be reached."""
+    pytest.importorskip(package)
+    monkeypatch.setenv("CLIPDISTILL_REMOTE_TIMEOUT", "1" if fault == "hang" else "10")
+    url = f"{scheme}://pairs/a.json"
+    with FaultyProxy("") as proxy, found_at(scheme, f"http://127.0.0.1:{proxy.server_address[1]}"):
+        proxy.always = 404
+        with pytest.raises(InputError, match=r"a\.json"):
+            open_pairs(url)  # the library, and its client, take seconds to load
+        proxy.always, proxy.spoilt, begun = fault, 0, time.monotonic()
+        with pytest.raises(ClipdistillError, match=rf"{url}: .*{words}") as caught:
+            open_pairs(url)
+        assert time.monotonic() - begun < 9
+    assert "\n" not in str(caught.value)
+    # of one call: gcsfs asks for an object, then for a folder, aiohttp asks again at once where a connection breaks
+    assert most <= proxy.spoilt <= most * (3 if scheme == "gs" else 1) * (2 if fault == "reset" else 1)
 
 
 @pytest.mark.parametrize("fault", [500, 429, "reset", "hang"])

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clipdistill.errors import InputError, storage_error
-from clipdistill.runtime.files import WRITING, make_folder, new_file, remove_leftovers
+from clipdistill.runtime.files import WRITING, make_folder, new_file, remove_leftovers, sync
 
 FOLDER, SIZE = "CLIPDISTILL_LOCAL_CACHE", "CLIPDISTILL_LOCAL_CACHE_SIZE"
 _ENDING = ".copy"
@@ -102,6 +102,7 @@ class Copies:
     def fetch(self, name: str, size: int, since: float, write: Callable[[Path], None]) -> Path | None:
         """The copy, made by `write` where it is missing; None where there is no room for `size` bytes.
 
+        write: fills the file, whose length is taken already and must not be given back on the way.
         since: the time from which on copies that were used are not pushed out. Other processes wait for the one that
         makes it. Raises StorageError on a full disk.
         """
@@ -126,6 +127,9 @@ class Copies:
                         if size > 0:
                             os.truncate(temporary, size)
                     write(temporary)
+                    sync(temporary)
+                    with _locked(self.folder / ".lock"):  # nobody who adds up misses both of its names
+                        made.close()
                 return path
         except OSError as error:
             full = storage_error(error, "make room, or give a smaller --local-cache-size")

@@ -111,8 +111,9 @@ class HttpStore:
         return answer.body
 
     def save(self, url: str, path: Path) -> None:
-        with path.open("wb") as file:
+        with path.open("r+b") as file:  # its room stays taken meanwhile
             self._get(url, {}, most=1 << 62, accepted=(200,), into=file)
+            file.truncate()
 
     def children(self, url: str) -> list[tuple[str, Info]]:
         path, query = url.partition("?")[::2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -22,6 +23,8 @@ _IDENTITIES = (
     *("LastModified", "last_modified", "updated", "mtime", "modified", "created"),
 )
 """What stores call that which changes with an object's content, the surest first."""
+_LISTING = 30
+"""Time limits for all pages of a listing, each of which has one of its own."""
 _CHECKED = 10.0
 """Seconds for which an object that was looked at is taken to be the same, where a read itself cannot tell."""
 
@@ -56,7 +59,7 @@ class Store(Protocol):
         ...
 
     def save(self, url: str, path: Path) -> None:
-        """All bytes of any object, into a local file."""
+        """All bytes of any object, into a local file that is there already."""
         ...
 
     def children(self, url: str) -> list[tuple[str, Info]]:
@@ -106,18 +109,20 @@ class FsspecStore:
             raise InputError(f"'{url}' cannot be opened: {first_line(error)}") from error
         except Exception as error:  # each library has errors of its own for missing credentials
             raise InputError(f"'{url}' cannot be opened: {first_line(error)}") from error
+        _try_once(self.fs, _PACKAGES.get(_EXTRAS.get(scheme, "")))
 
     def _call(self, name: str, *arguments: Any, **options: Any) -> Any:
-        """One of the file system's methods, which ends within the time limit, with errors that `attempted` knows."""
+        """One of the file system's methods, which ends within a time limit, with errors that `attempted` knows."""
+        most = (_LISTING if name == "find" else 2) * time_limit()
         try:
             if getattr(self.fs, "async_impl", False):
                 import fsspec.asyn
 
                 method = getattr(self.fs, f"_{name}")
-                return fsspec.asyn.sync(self.fs.loop, method, *arguments, timeout=2 * time_limit(), **options)
+                return fsspec.asyn.sync(self.fs.loop, method, *arguments, timeout=most, **options)
             if self.scheme == "memory":
                 return getattr(self.fs, name)(*arguments, **options)
-            return _within(2 * time_limit(), lambda: getattr(self.fs, name)(*arguments, **options))
+            return _within(most, lambda: getattr(self.fs, name)(*arguments, **options))
         except (FileNotFoundError, TimeoutError):
             raise
         except Exception as error:
@@ -179,7 +184,9 @@ class FsspecStore:
         return bytes(self._call("cat_file", self.fs._strip_protocol(url)))
 
     def save(self, url: str, path: Path) -> None:
-        path.write_bytes(self.whole(url))
+        data = self.whole(url)
+        with path.open("r+b") as file:
+            file.truncate(file.write(data))
 
     def children(self, url: str) -> list[tuple[str, Info]]:
         path = self.fs._strip_protocol(url).rstrip("/")
@@ -193,6 +200,24 @@ class FsspecStore:
         return [(name, info) for name, info in below if name and not info.folder]
 
 
+def _try_once(fs: Any, package: str | None) -> None:
+    """Make the three libraries try once and wait for `time_limit()`: `attempted` tries again, and theirs would multiply
+    with its own, to minutes for a place that cannot be reached."""
+    limit = time_limit()
+    if package == "s3fs":
+        fs.retries, fs.connect_timeout, fs.read_timeout = 1, limit, limit
+        fs.config_kwargs.setdefault("retries", {"total_max_attempts": 1})
+    elif package == "gcsfs":
+        import aiohttp
+
+        fs._request = functools.partial(type(fs)._request.__wrapped__, fs)
+        fs.requests_timeout = aiohttp.ClientTimeout(total=None, sock_connect=limit, sock_read=limit)
+    elif package == "adlfs":
+        fs.service_client._config.retry_policy.total_retries = 0
+        waiting = fs.service_client._pipeline._transport.connection_config
+        waiting.timeout = waiting.read_timeout = limit
+
+
 def _info(found: dict[str, Any]) -> Info:
     value = next((found[key] for key in _IDENTITIES if found.get(key)), "")
     identity = str(value.timestamp() if hasattr(value, "timestamp") else value).strip('"')
@@ -203,18 +228,21 @@ def _info(found: dict[str, Any]) -> Info:
 def _known(error: Exception) -> Exception:
     """An error of a library as one of ours."""
     kind, text = type(error).__name__, f"{error} {error.__cause__ or ''}"
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = getattr(getattr(error, "response", None), "status_code", getattr(error, "code", None))
+    if "Timeout" in kind:
+        return TimeoutError(first_line(error))
     if (
-        status in (401, 403)
+        str(status) in ("401", "403")
         or isinstance(error, PermissionError)
         or "Credentials" in kind
         or "Unauthorized" in kind
         or "Forbidden" in kind
+        or text.startswith("Forbidden: ")  # gcsfs
     ):
         return Refused(first_line(error))
     if "PreconditionFailed" in text or "pre-conditions" in text or kind == "FileExpired":
         return Changed("its ETag is another")
-    if status == 404 or "NotFound" in kind:  # the hub's and Azure's own
+    if str(status) == "404" or "NotFound" in kind:  # the hub's and Azure's own
         return FileNotFoundError(str(error))
     return Temporary(first_line(error))
 
