@@ -100,6 +100,16 @@ UNUSED = [
     ([*LABELLED, "--geometry", "g.json"], "--geometry is for one set of image-caption pairs"),
     ([*PAIRS, "--data", "scenes:val"], "named twice"),
     ([*PAIRS, "--strict-counts"], "no published counts are known"),
+    (["train", "--recipe", "clip", "--out", "o", "--split", "val"], "--split val: goes with --data"),
+    (["train", "--recipe", "clip", "--out", "o", "--validation-split", "x"], "--validation-split x: goes with --valid"),
+    (["train", "--recipe", "clip", "--out", "o", "--image-root", "p"], "--image-root p: goes with --data or"),
+    (["train", "--recipe", "clip", "--out", "o", "recipe=clip-kd"], "recipe=clip-kd: is not set so, --recipe says it"),
+    (["train", "--recipe", "tinyclip-auto-stages", "--out", "o", "recipe=clip"], "recipe=clip: is not set so"),
+    (["ablate", "--recipe", "clip", "--out", "o", "--split", "val"], "--split val: goes with --data"),
+    *(
+        (["ablate", "--recipe", "clip", "--size", "debug", "--out", "o", setting], "is not set so")
+        for setting in ("recipe=clip-kd", "out=p", "name=n", "method=m", "train.seed=3", "train={seed: 3}")
+    ),
     (["search", ".", "--model", RUN, "--query", "x", "--port", "80"], "--port goes with --page"),
     (["search", ".", "--model", RUN, "--query", "x", "--host", "::1"], "--host goes with --page"),
     (["search", ".", "--model", RUN, "--query", "x", "--no-update", "--rehash"], "--rehash goes with an update"),
@@ -138,6 +148,49 @@ def test_an_option_that_cannot_apply_is_refused_before_the_work(command, sentenc
     monkeypatch.chdir(tmp_path)
     assert sentence in refused(capsys, *command)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["eval", RUN, "--data", "scenes:val?size=4", "--quiet", "--quiet"], ""),  # a switch
+        (["compare", RUN, RUN, "--json", "a", "--json", "b"], "--json is given 2 times: the last is taken"),
+        (["compare", RUN, RUN, "--json", "a", "--json=b"], "--json is given 2 times: the last is taken"),
+        (["compare", RUN, RUN, "--metric", "t2i_R@1", "--metric", "i2t_R@1"], ""),  # takes several
+        (["train", "--recipe", "clip", "--size", "debug", "--out", "o", "--explain", "train.steps=1", "train.steps=2"],
+         "train.steps is given 2 times: the last is taken"),
+        (["ablate", "--recipe", "clip", "--size", "debug", "--out", "o", "--list", "train.steps=1", "train.steps=2"],
+         "train.steps is given 2 times: the last is taken"),
+        (["eval", RUN, "--data", "scenes:val?size=4", "--split", "val", "--split", "val"], "--split is given 2 times"),
+    ],
+)  # fmt: skip
+def test_of_an_option_given_again_the_last_is_taken_aloud(command, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(command)
+    told = [line for line in capsys.readouterr().err.splitlines() if "times: the last is taken" in line]
+    assert len(told) == bool(said)
+    assert all(said in line for line in told)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 3 GiB"),
+        ImportError("libtorch_cuda.so: failed to map segment from shared object"),
+    ],
+    ids=["bare", "array", "library"],
+)
+def test_no_memory_is_one_sentence(error, monkeypatch, capsys):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr("clipdistill.cli._dispatch", fail)
+    assert main(["list"]) == 1
+    assert capsys.readouterr().err == (
+        "clipdistill: there is no more memory for this process: see  free -m  and  ulimit -v\n"
+    )
 
 
 def run_as_user(*command, **options):

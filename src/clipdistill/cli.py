@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 from clipdistill.commands import COMMANDS, command_parser
@@ -70,8 +71,13 @@ def _refuse_empty(arguments: Sequence[str]) -> None:
             raise InputError(f"{name}: the value is empty: leave it out, or say what is meant")
 
 
-def _place_error(error: BaseException) -> InputError | None:
-    """The last resort for a place that cannot be read or written and that nobody looked at before: one sentence."""
+def _place_error(error: BaseException) -> ClipdistillError | None:
+    """The last resort for a place that cannot be read or written and that nobody looked at before: one sentence.
+
+    And for memory that the system does not give.
+    """
+    if isinstance(error, MemoryError) or "failed to map segment" in str(error):
+        return ClipdistillError("there is no more memory for this process: see  free -m  and  ulimit -v")
     if isinstance(error, UnicodeEncodeError):
         return InputError(f"{error.object!a:.200}: a name that this locale cannot write: set PYTHONUTF8=1")
     if not isinstance(error, OSError) or isinstance(error, ConnectionError):
@@ -109,8 +115,20 @@ def _dispatch(arguments: list[str]) -> int:
         importlib.import_module("clipdistill.remote").typed(rest, folder, size)
     module, command = command_parser(known.command)
     parsed = command.parse_intermixed_args(rest)
+    _tell_repeated(command, rest)
     parsed.plugins = plugins
     return int(module.run(parsed) or 0)
+
+
+def _tell_repeated(command: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Say that of an option that takes one value, or of a setting, the last is taken where it is given again."""
+    actions = [action for action in command._actions if type(action) is argparse._StoreAction]
+    single = {option for action in actions if action.nargs is None for option in action.option_strings}
+    settings = any(action.dest in ("settings", "plan") for action in actions)
+    names = (word.partition("=")[0] for word in words if word.startswith("--") or (settings and "=" in word))
+    for name, times in Counter(names).items():
+        if times > 1 and (name in single or not name.startswith("--")):
+            say(f"{name} is given {times} times: the last is taken", sys.stderr)
 
 
 def _without_shared(arguments: list[str]) -> tuple[list[str], list[list[str]]]:

@@ -36,7 +36,9 @@ SHAPES = [b"", b"\0", b"\0" * 400, b"\n", b"[]", b"[{}]", b"null", b"3", b"1e999
           b"[" * 100_000, DEEP, b"9" * 5000, b"{", b'{"format": 1, "format": 1}', b'{"format": ' + b"9" * 5000 + b"}",
           b'{"format": 1e999}', b'{"format": NaN}', b'{"format": true}', b'\xef\xbb\xbf{"a" 1}', b"!!python/object:x {}"
           ]  # fmt: skip
-VALUES: list[Any] = [None, True, -1, 0, 10**40, 1e308, float("nan"), float("inf"), "", "\0", "\ud800", [], {}, [None]]
+VALUES: list[Any] = [
+    None, True, -1, 0, 10**40, 1e308, float("nan"), float("inf"), "", "\0", "\ud800", "x" * 300, [], {}, [None],
+]  # fmt: skip
 
 
 def _identity(folder: Path) -> Any:

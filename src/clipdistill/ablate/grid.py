@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clipdistill.ablate.plan import AblationPlan, settings_of
-from clipdistill.config import as_dict, override
+from clipdistill.config import as_dict
 from clipdistill.errors import InputError
 from clipdistill.recipes import lay, load_recipe
 from clipdistill.runs.folder import RECIPE, RunFolder
 from clipdistill.runtime.machine import pick_device
-from clipdistill.train.config import RunConfig, check_names, resolve_values
+from clipdistill.train.config import RunConfig, assigned, check_names, resolve_values
 from clipdistill.train.opening import changes, stored_settings
 
 State = Literal["finished", "interrupted", "new"]
@@ -97,7 +97,8 @@ def _config(
     variant = plan.variants[name]
     where = f"variant '{name}'"
     values = settings_of(variant, bases[variant.recipe], where)
-    values = lay(values, override({}, assignments))
+    own_options = {"out": "--out", "name": "the variant", "method": "the variant", "train__seed": "--seeds"}
+    values = lay(values, assigned(assignments, **own_options))
     if "stages" in values:
         raise InputError(f"{where}: recipe {variant.recipe} describes a run in stages; compare one of its stages")
     own = {"out": str(out / f"{name}.seed-{seed}"), "name": f"{name} seed {seed}", "method": name}

@@ -232,17 +232,25 @@ def run_folders(folder: Path) -> list[Path]:
         return []
     if (folder / ABLATION).is_file() and not (folder / RUN).is_file():
         variants = _objects(folder / ABLATION, "variants", "runs", list)
-        runs = [folder / Path(str(name)).name for variant in variants for name in variant["runs"]]
+        runs = [_beside(folder / ABLATION, name) for variant in variants for name in variant["runs"]]
         if not runs:
             raise InputError(f"{folder}: none of the ablation's runs has finished")
         return runs
     if not (folder / STAGES).is_file():
         return [folder]
-    stages = [folder / Path(entry["folder"]).name for entry in _objects(folder / STAGES, "stages", "folder", str)]
+    stages = [_beside(folder / STAGES, entry["folder"]) for entry in _objects(folder / STAGES, "stages", "folder", str)]
     begun = [path for path in stages if (path / RUN).is_file()]
     if not begun:
         raise InputError(f"{folder}: none of its stages has begun")
     return begun
+
+
+def _beside(path: Path, name: Any) -> Path:
+    """The run's folder that a file names, which lies beside it. Raises InputError for what no folder can be called."""
+    own = Path(str(name)).name
+    if not own or "\0" in own or len(own.encode("utf-8", "surrogatepass")) > 255:
+        raise InputError(f"{path}: names the run {own!r:.80}, and no folder is called that")
+    return path.parent / own
 
 
 def distinct(runs: Sequence[Path]) -> list[Path]:

@@ -124,6 +124,13 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
         if name is not None:
             values = {"split": split, "image_root": arguments.image_root}
             settings[key] = {"path": name} | {k: v for k, v in values.items() if v is not None}
+        elif split is not None:
+            option = "--split" if key == "data" else "--validation-split"
+            raise InputError(
+                f"{option} {split}: goes with --{key}; a split of the recipe's own set is {key}.split={split}"
+            )
+    if arguments.image_root is not None and arguments.data is arguments.validation is None:
+        raise InputError(f"--image-root {arguments.image_root}: goes with --data or --validation")
     evaluation = {"zero_shot": arguments.zero_shot, "protocol": arguments.protocol}
     evaluation = {k: v for k, v in evaluation.items() if v is not None}
     if evaluation:

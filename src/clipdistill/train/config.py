@@ -300,12 +300,27 @@ def resolve(
     Raises InputError for unknown recipes and keys, and for settings that contradict each other.
     """
     given = {k: v for k, v in (settings or {}).items() if v is not None}
-    values = lay_own(checked_recipe(recipe, size), lay(given, override({}, assignments)))
+    values = lay_own(checked_recipe(recipe, size), lay(given, assigned(assignments)))
     if "stages" in values:
         raise InputError(
             f"recipe {recipe}: describes a run in stages, and here one run is needed: choose another recipe"
         )
     return resolve_values(values, recipe)
+
+
+def assigned(assignments: Sequence[str], **by_option: str) -> dict[str, Any]:
+    """`key=value` assignments as nested settings. Raises InputError for what only an option sets: it would be ignored.
+
+    by_option: the settings that options set beside `recipe`, dots as double underscores: train__seed="--seeds".
+    """
+    values = override({}, assignments)
+    for name, option in {"recipe": "--recipe", **by_option}.items():
+        value: Any = values
+        for key in name.split("__"):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None:
+            raise InputError(f"{name.replace('__', '.')}={value!s:.80}: is not set so, {option} says it: leave it out")
+    return values
 
 
 def lay_own(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,12 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipdistill.config import override
 from clipdistill.errors import ClipdistillError, InputError, Preempted
 from clipdistill.recipes import lay
 from clipdistill.runs.folder import STAGES, STUDENT, RunFolder, run_folders
 from clipdistill.runtime.files import new_folder, write_json
-from clipdistill.train.config import RunConfig, checked_recipe, lay_own, resolve_values
+from clipdistill.train.config import RunConfig, assigned, checked_recipe, lay_own, resolve_values
 
 if TYPE_CHECKING:
     from clipdistill.train.run import Run
@@ -48,7 +47,7 @@ def resolve_stages(
     `train.seed` themselves. Raises InputError as `resolve` does, and for a first stage that refers to a previous one.
     """
     given = {k: v for k, v in (settings or {}).items() if v is not None}
-    over = lay(given, override({}, assignments))
+    over = lay(given, assigned(assignments))
     values = lay_own(checked_recipe(recipe, size), over)
     stages = values.pop("stages", None)
     if stages is None:
