@@ -166,5 +166,12 @@ def test_row_17_a_signal_while_the_curve_is_measured_puts_it_off(
     child.send(signal.SIGTERM)
     assert "after step 3; saved" in child.finish(75)
     assert not (out / "eval.jsonl").exists()
+    child = launcher.start(*training(models, out), fault="slow_evaluation", seconds=200.0)
+    while "from step 3" not in child.said:
+        assert child.wait(0.01) is None
+    child.wait(1)
+    child.send(signal.SIGTERM)  # once more, while the point that was put off is measured
+    assert "after step 3; saved" in child.finish(75)
+    assert newest_step(out) == 3
     launcher.start(*training(models, out)).finish()
     require_same_run(undisturbed, out)

@@ -98,6 +98,8 @@ def _train(loop: Loop) -> None:
     loop.tell("on_start")
     if progress.evaluation_due:
         _evaluate(loop)
+        if any_rank(progress.evaluation_due, device):  # put off again: a step more, and it would be of other weights
+            raise _stopped(loop)
     waiting = time.monotonic()
     for batch in task.loader(progress.step) if not _learns_no_more(loop) else ():
         waited = time.monotonic() - waiting
@@ -146,11 +148,15 @@ def _train(loop: Loop) -> None:
             loop.say(f"no better {config.keep_best} in {config.patience} points: the run ends at step {progress.step}")
             return
         if stopping and not finished:
-            raise Preempted(
-                f"stopped by {stop.received or 'a signal on another rank'} after step {progress.step}; saved: "
-                "run the same command again to go on"
-            )
+            raise _stopped(loop)
         waiting = time.monotonic()
+
+
+def _stopped(loop: Loop) -> Preempted:
+    return Preempted(
+        f"stopped by {loop.stop.received or 'a signal on another rank'} after step {loop.progress.step}; saved: "
+        "run the same command again to go on"
+    )
 
 
 def _open_ledger(loop: Loop) -> BadSampleLedger:
