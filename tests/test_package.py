@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -39,3 +40,21 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     others = {name for name in held if not name.startswith("clipdistill/") and ".dist-info/" not in name}
     assert others == set()
     assert wheel.stat().st_size < 7_000_000  # 5 of them are the demo's teacher
+
+
+def test_libraries_report_nothing_to_their_makers():
+    """onnxruntime reads the variable when its first session is made; OpenVINO and NNCF go on where the import fails."""
+    program = """
+import os, clipdistill
+print(os.environ["ORT_DISABLE_TELEMETRY"])
+try:
+    import openvino_telemetry
+except ImportError:
+    print("absent")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    for own, told in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):
+        ran = subprocess.run(
+            [sys.executable, "-c", program], env={**environment, **own}, check=True, capture_output=True, text=True
+        )
+        assert ran.stdout.split() == [told, "absent"]

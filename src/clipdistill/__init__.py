@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from clipdistill.registry import lazy_package
@@ -11,6 +12,9 @@ from clipdistill.version import __version__
 
 # torch reads it when it is loaded: what Apple's GPU cannot compute, the CPU does
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+# onnxruntime, NNCF and OpenVINO report their use to their makers unless told not to
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # both go on without it
 
 if TYPE_CHECKING:
     from clipdistill.ablate.ask import ablate

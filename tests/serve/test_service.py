@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
+import re
 import socket
 import threading
 import time
@@ -253,6 +255,28 @@ def test_a_late_answer_is_503_and_its_pictures_leave_the_queue(held, pictures):
     assert client.service.gates["image"].count == 0
     go.set()
     assert client.post("/embed/images", {"images": encoded(pictures[:3])})[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/embed/texts", "/health"])
+def test_two_lengths_of_a_body_are_refused_and_the_connection_ends(client, path):
+    """A proxy that goes by the other one would take the rest for the next caller's request."""
+    method = "GET" if path == "/health" else "POST"
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with socket.create_connection((client.host, client.port), 10) as place:
+        place.sendall(head.encode() + b"0\r\n\r\nGET /model HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        found = b"".join(iter(lambda: place.recv(1 << 16), b""))
+    assert re.findall(rb"HTTP/1.1 (\d+)", found) == [b"400"]
+    assert b"one of them" in found
+
+
+def test_a_compressed_body_is_refused(client):
+    body = gzip.compress(json.dumps({"texts": ["a dog"]}).encode())
+    status, _, answer = client.ask(
+        "POST", "/embed/texts", body, Content_Type="application/json", Content_Encoding="gzip"
+    )
+    assert status == 415
+    assert "compressed" in answer["error"]
 
 
 def test_who_hangs_up_leaves_the_queue(held, pictures):

@@ -159,11 +159,16 @@ class Service:
             await send(message)
 
         try:
-            if self._knows(scope):
-                await self._app(scope, receive, counted)
-            else:
+            names = {name for name, _ in scope["headers"]}
+            if not self._knows(scope):
                 sentence = "this service answers only under the address it was started with (--allow-host adds names)"
                 await _sentence(403, sentence)(scope, receive, counted)
+            elif names >= {b"content-length", b"transfer-encoding"}:  # a proxy may go by the other one
+                response = _sentence(400, "Content-Length and Transfer-Encoding: one request, one of them")
+                response.headers["Connection"] = "close"
+                await response(scope, receive, counted)
+            else:
+                await self._app(scope, receive, counted)
         except asyncio.CancelledError:  # the time for a graceful stop is over
             if not status:
                 await _sentence(503, "the service is stopping", 5)(scope, receive, counted)
@@ -232,6 +237,8 @@ class Service:
                 kind = media_type(request.headers.get("content-type", ""))
                 if kind not in kinds:
                     raise RequestRefused(415, f"the Content-Type must be {' or '.join(sorted(kinds))}")
+                if request.headers.get("content-encoding", "identity").lower() != "identity":
+                    raise RequestRefused(415, "the body is compressed (Content-Encoding): send it as it is")
                 if "images" in form.model_fields:
                     self.gates["image"].check(1)
                 await self._read(request, body)
