@@ -49,7 +49,7 @@ test-all: lint types
 
 # on a machine with a GPU, within 8 minutes: tests, recipes, speeds and the objective's table
 test-gpu: install
-	$(BIN)/python benchmarks/gpu.py --json docs/performance/gpu.json
+	PYTHON=$(BIN)/python sh benchmarks/gpu.sh
 
 # the lowest versions that pyproject.toml allows, in an environment of their own; not of Python's newest versions
 test-oldest:

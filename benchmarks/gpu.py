@@ -1,6 +1,6 @@
 """Everything that needs a GPU, within 8 minutes on one: tests, recipes, training, cache, the objective's table.
 
-    python benchmarks/gpu.py --json docs/performance/gpu.json      # or: make test-gpu
+    sh benchmarks/gpu.sh                                           # or: make test-gpu
     python benchmarks/gpu.py --device cpu --small                  # the same calls with tiny sizes: do they run?
 
 Each part is a process of its own with a time limit; one that fails or runs over it is a row that says so, and the

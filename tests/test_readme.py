@@ -6,9 +6,11 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import torch
+import yaml
 
 from clipdistill.cli import COMMANDS, main
 from clipdistill.recipes import recipe_names
@@ -64,6 +66,30 @@ def test_make_targets_exist():
             subprocess.run(
                 ["make", "--dry-run", *shlex.split(line)[1:]], cwd=REPOSITORY, check=True, capture_output=True
             )
+
+
+def test_workflows_name_targets_that_exist():
+    targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    files = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
+    if not files:
+        pytest.skip("the source archive comes without them")
+    for path in files:
+        jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
+        lines = [line for job in jobs.values() for step in job["steps"] for line in step.get("run", "").splitlines()]
+        assert {word for line in lines if line.startswith("make ") for word in line.split()[1:]} <= set(targets)
+        known = {line.split("clipdistill ")[1].split()[0] for line in lines if "bin/clipdistill " in line}
+        assert known <= set(COMMANDS)
+        assert {needed for job in jobs.values() if (needed := job.get("needs"))} <= set(jobs)
+
+
+def test_what_the_container_file_copies_is_there():
+    lines = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert copied
+    assert [word for word in copied if not (REPOSITORY / word).exists()] == []
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = re.findall(r"/source\[([\w,]+)\]|EXTRAS=\"([\w,]+)\"", "\n".join(lines))
+    assert {name for pair in named for name in "".join(pair).split(",")} <= extras["optional-dependencies"].keys()
 
 
 def test_clipdistill_commands_run_in_order(workplace, monkeypatch, capsys):
