@@ -24,7 +24,7 @@ from clipdistill.report.text import to_csv
 from clipdistill.report.trade import read_trade
 from clipdistill.report.words import headline
 from clipdistill.runs.folder import STAGES, RunFolder, distinct, run_folders
-from clipdistill.runtime.console import Shown
+from clipdistill.runtime.console import Shown, file_size
 from clipdistill.runtime.files import write_text
 from clipdistill.statistics.claims import is_claim, is_measured, judge, read_claims
 from clipdistill.statistics.judge import Verdict
@@ -44,7 +44,7 @@ class ReportSummary(Shown):
     size: int
 
     def __repr__(self) -> str:
-        written = f"report: {self.html} ({self.size / 1e6:.1f} MB), also {self.markdown.name} and {self.csv.name}"
+        written = f"report: {self.html} ({file_size(self.size)}), also {self.markdown.name} and {self.csv.name}"
         return "\n".join([self.headline, *(f"note: {notice}" for notice in self.notices), "", written])
 
 
