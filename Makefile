@@ -41,14 +41,15 @@ test: lint
 tests: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-# the slow tests too, with what they ask (Ray, databases, other libraries and runtimes); the converters for phones are
+# the slow tests too, with what they ask (Ray, databases, notebooks, other libraries); the converters for phones are
 # installed by hand, and two tests want  npm install @huggingface/transformers azurite
 test-all: lint types
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,export,docs,slow]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,export,docs,slow,notebooks,benchmarks]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m "not gpu"
 
 # on a machine with a GPU, within 8 minutes: tests, recipes, speeds and the objective's table
 test-gpu: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,export,benchmarks]'
 	PYTHON=$(BIN)/python sh benchmarks/gpu.sh
 
 # the lowest versions that pyproject.toml allows, in an environment of their own; not of Python's newest versions

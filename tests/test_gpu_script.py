@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,15 @@ def script():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)  # a part has 600 s of a busy machine
 @pytest.mark.parametrize("part", ["recipes", "steps", "trainer", "cache", "objective"])
 def test_every_part_runs_on_a_cpu(script, part, monkeypatch):
     monkeypatch.setitem(script.LIMITS, part, 600)
     if part == "trainer":
         pytest.importorskip("open_clip_train")
         pytest.importorskip("webdataset")
+    if part == "objective":
+        pytest.importorskip("matplotlib")
     *rows, whole = script.measure(part, "cpu", small=True)
     assert whole["note"] == "passed"
     assert rows
@@ -50,3 +54,12 @@ def test_every_recipe_engine_and_precision_is_among_the_cases(script):
     settings = [text for _, texts in script.cases(small=True) for text in texts]
     for setting, value in (("objective.engine", "tiled"), ("train.precision", "fp16"), ("train.compile", "true")):
         assert f"{setting}={value}" in settings
+
+
+def test_what_it_needs_is_installed_before_it():
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    steps = makefile.split("\ntest-gpu:")[1].split("\n\n")[0].splitlines()
+    assert "benchmarks]'" in steps[1]
+    assert "benchmarks/gpu.sh" in steps[2]
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"matplotlib>=3.8", "webdataset==0.2.86"} <= set(extras["optional-dependencies"]["benchmarks"])
