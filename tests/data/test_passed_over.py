@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 from pathlib import Path
@@ -89,6 +90,35 @@ def test_parquet_with_fewer_images_than_it_says_is_damaged(tmp_path: Path, monke
     monkeypatch.setattr(parquet, "_places", lambda table, column: iter([(0, row, False) for row in range(5)]))
     with pytest.raises(InputError, match="damaged Parquet file"):
         open_pairs(str(path))
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+@pytest.mark.parametrize("change", ["cut", "cut, of a group that is kept", "written anew", "removed", "exchanged"])
+def test_parquet_that_changes_while_it_is_read_ends_no_process(tmp_path: Path, change: str, compression: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, noise = tmp_path / "p.parquet", np.random.default_rng(0)
+    cells = [encoded(k) + noise.bytes(20_000) for k in range(24)]
+    table = pa.table({"image": [{"bytes": cell, "path": None} for cell in cells], "caption": ["a thing"] * 24})
+    pq.write_table(table, path, row_group_size=4, compression=compression)
+    source = open_pairs(str(path))
+    assert source.image_bytes(0) == cells[0]
+    last = 3 if "kept" in change else 23
+    if change == "removed":
+        path.unlink()
+    elif change == "exchanged":
+        (tmp_path / "other").write_bytes(b"another")
+        (tmp_path / "other").replace(path)
+    elif change == "written anew":
+        path.write_bytes(b"another")
+    else:
+        os.truncate(path, 1000)
+    if change in ("removed", "exchanged"):  # what was opened is still there
+        assert source.image_bytes(last) == cells[last]
+    else:
+        with pytest.raises(BadSample, match="shorter than when it was opened"):
+            source.image_bytes(last)
 
 
 def test_endings_of_captions_and_images_in_any_case(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +188,11 @@ class ParquetPairs(IndexedPairs):
     def _forget_files(self) -> None:
         self._process = os.getpid()
         self._tables: dict[int, Any] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}
         self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_process", "_tables", "_groups")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_process", "_tables", "_sizes", "_groups")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -217,11 +219,13 @@ class ParquetPairs(IndexedPairs):
 
         if self._process != os.getpid():
             self._forget_files()
+        self._require_whole(file)
         cells = self._groups.get((file, group))
         if cells is None:
             try:
                 if file not in self._tables:
                     self._tables[file] = _open(self._paths[file])
+                    self._sizes[file] = _identity(self._paths[file])
                 cells = _read_cells(self._tables[file], group, self._column)
             except (pa.ArrowException, OSError, ValueError) as error:
                 raise BadSample(f"unreadable row group: {self._paths[file].name}: {_first_line(error)}") from error
@@ -230,3 +234,18 @@ class ParquetPairs(IndexedPairs):
                 self._groups.popitem(last=False)
         self._groups.move_to_end((file, group))
         return cells
+
+    def _require_whole(self, file: int) -> None:
+        """A mapped file that was cut since it was opened is told: reading behind its end would kill the process."""
+        number, size = self._sizes.get(file, (0, 0))
+        now, left = _identity(self._paths[file]) if size else (0, 0)
+        if size and now == number and left < size:
+            raise BadSample(f"unreadable shard: {self._paths[file]} is shorter than when it was opened")
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    """(number, bytes) of a file that is mapped; zeros for one that is not, or gone: what is mapped of it stays."""
+    with suppress(OSError):
+        status = file.stat() if isinstance(file, Path) else None
+        return (0, 0) if status is None else (status.st_ino, status.st_size)
+    return 0, 0
