@@ -54,11 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     return int(any(f.state == "problem" for f in findings))
 
 
-def examine(folder: Path, *, load: bool = False) -> list[Examined]:
+def examine(folder: Path | str, *, load: bool = False) -> list[Examined]:
     """Everything doctor looks at: versions, files and the system; with `load` also whether torch works."""
     python = Examined("ok", f"Python {platform.python_version()}")
     loaded = [_loaded()] if load else []
-    return [python, *_torch(), *loaded, *_core(), _device(), _disk(folder), _memory(), *_extras(), _network()]
+    return [python, *_torch(), *loaded, *_core(), _device(), _disk(Path(folder)), _memory(), *_extras(), _network()]
 
 
 def _version(package: str) -> str | None:
