@@ -90,9 +90,10 @@ def steps(device: str, small: bool) -> Iterator[dict[str, Any]]:
     from clipdistill.train.step import Towers, autocast, forward_backward
 
     where = torch.device(device)
-    batches, count = ((8,), 2) if small else ((1024, 4096), 20)
-    student = build_student("ViT-T-16", seed=0).module.to(where).train()
-    teacher = build_student("ViT-T-16" if small else "ViT-B-16", seed=0).module.to(where).eval()
+    batches, count = ((4,), 1) if small else ((1024, 4096), 20)
+    names = ["TinyCLIP-ViT-8M-16-Text-3M"] * 2 if small else ["ViT-T-16", "ViT-B-16"]
+    student, teacher = (build_student(name, seed=0).module.to(where) for name in names)
+    student.train(), teacher.eval()
     widths = (student.visual.output_dim, teacher.visual.output_dim)
     towers, plain = Towers(student), ClipLoss()
     objective = Objective.from_recipe("clip-rd", student_dim=widths[0], teacher_dim=widths[1]).to(where)
