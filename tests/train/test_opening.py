@@ -183,13 +183,14 @@ def undamaged(tmp_path_factory):
     return run.path, load_file(done.student / "model.safetensors")
 
 
-def test_a_run_without_a_whole_checkpoint_says_that_it_begins_again(tmp_path, undamaged, capsys):
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_run_without_a_whole_checkpoint_says_that_it_begins_again(tmp_path, undamaged, capsys, caplog, quiet):
     source, weights = undamaged
     shutil.copytree(source, tmp_path / "run")
     for state in (tmp_path / "run" / "checkpoints").glob("step-*/state.json"):
         state.write_bytes(b"")
-    done = distill(settings(tmp_path / "run", "train.evaluate_every=2", recipe="clip"))
-    said = capsys.readouterr().err
+    done = distill(settings(tmp_path / "run", "train.evaluate_every=2", recipe="clip"), quiet=quiet)
+    said = capsys.readouterr().err + caplog.text
     assert "passed over" in said
     assert "no whole checkpoint is left: the run begins again at step 0" in said
     found = load_file(done.student / "model.safetensors")
@@ -317,8 +318,10 @@ def test_own_data_is_not_measured_on_the_built_in_set(tmp_path, size):
 
 def test_explain_needs_no_folder(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", "--recipe", "clip", "--size", "debug", "--explain"]) == 0
-    assert "gradient norm" in capsys.readouterr().err
+    assert cli.main(["train", "--recipe", "clip", "--size", "debug", "--explain", "--teacher", "scenes-teacher"]) == 0
+    said = capsys.readouterr().err
+    assert "gradient norm" in said
+    assert "no term reads a teacher: scenes-teacher teaches nothing" in said
     assert list(tmp_path.iterdir()) == []
 
 

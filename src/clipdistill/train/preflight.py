@@ -55,6 +55,8 @@ def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, 
         say(f"train.optimizer={train.optimizer} has no use for {' and '.join(idle)}")
     if setup.features is not None:
         say(setup.features.sentence())
+    if config.teachers and setup.teacher is None:
+        say(f"no term reads a teacher: {', '.join(config.teachers)} teaches nothing and gives its vocabulary at most")
     for note in setup.teacher.notes if setup.teacher else []:
         say(note)
     if setup.source.problems.total:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import shutil
@@ -37,6 +38,8 @@ from clipdistill.train.plan import planned
 from clipdistill.train.sources import Sources
 from clipdistill.train.task import Outcome, Say, Task
 from clipdistill.version import __version__
+
+_log = logging.getLogger("clipdistill")
 
 
 @dataclass(frozen=True)
@@ -113,8 +116,8 @@ def distill(
                 run = RunFolder(config.out)
                 notes += agree(lambda: check_identity(run, parts, progress.step, allow_changes) if is_main() else [])
         with show(config.run_name, task.total_steps, progress.step, is_main() and not quiet) as display:
-            for note in notes:
-                display.say(note)
+            for note in notes:  # of damage and changes, under --quiet too
+                _log.warning("%s", note) if quiet and is_main() else display.say(note)
             if checkpoint is not None:
                 display.say(f"continuing {config.out} from step {progress.step}")
             elif config.preflight.enabled or explain:
