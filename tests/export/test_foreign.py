@@ -71,6 +71,7 @@ def test_open_clip_loads_it_without_this_package(images, tmp_path):
         torch.testing.assert_close(module.eval().encode_image(images), embeddings(model, images)[0])
 
 
+@pytest.mark.slow
 def test_transformers_loads_it_with_its_own_tokenizer(images, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = clip_model()

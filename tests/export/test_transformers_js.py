@@ -82,6 +82,7 @@ def waves(width: int, height: int) -> Image.Image:
     return Image.fromarray((127 + 120 * np.sin(x / 9 + np.array([0, 1, 2])) * np.cos(y / 7)).astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_both_towers_are_one_graph_too(tiny, tmp_path):
     import onnxruntime
 

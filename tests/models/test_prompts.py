@@ -96,6 +96,7 @@ def test_a_description_with_impossible_prompts_is_refused(values: Any) -> None:
         check_architecture({**student().architecture, "image_prompts": values})
 
 
+@pytest.mark.slow
 def test_an_export_has_the_prompts(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     import clipdistill as cd

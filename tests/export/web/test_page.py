@@ -226,9 +226,8 @@ def test_a_damaged_folder_is_said(site, tmp_path):
         assert text(browser, "loading").startswith("The model cannot be loaded: ")
 
 
-@pytest.mark.parametrize(
-    ("int8", "least"), [pytest.param(False, 0.999, marks=pytest.mark.slow), (True, 0.99)], ids=["float16", "int8"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("int8", "least"), [(False, 0.999), (True, 0.99)], ids=["float16", "int8"])
 def test_photographs(libraries, int8, least, tmp_path):
     """The shipped teacher on photographs: embeddings and captions of the browser beside the model's."""
     from clipdistill.models import load_model

@@ -38,6 +38,7 @@ def libraries(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_folder_is_whole_and_an_export(tiny, squares, libraries, tmp_path):
     result = export_web(tiny, tmp_path / "site", libraries / "dist", test=squares)
     folder = tmp_path / "site"
