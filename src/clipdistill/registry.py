@@ -235,7 +235,7 @@ def _is_here(module: str) -> bool:
     path: Sequence[str] | None = None
     for end in [*(k for k, sign in enumerate(module) if sign == "."), len(module)]:
         try:
-            specs = (finder.find_spec(module[:end], path) for finder in sys.meta_path)
+            specs = (finder.find_spec(module[:end], path) for finder in sys.meta_path if hasattr(finder, "find_spec"))
             spec = next((spec for spec in specs if spec is not None), None)
         except ImportError:
             return False

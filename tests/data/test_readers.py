@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipdistill.data.files import read_image_file
+from clipdistill.data.formats import Place, forms
 from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import BadSample
@@ -305,6 +306,31 @@ def test_an_image_that_disappears_is_a_bad_sample(tmp_path: Path) -> None:
 def test_names_that_lead_nowhere(name: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         open_pairs(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("object:Flags@0", "OBJECT"),
+        ("hf:owner/name", "HUB"),
+        ("saved", "SAVED"),
+        ("a.csv", "TABLE"),
+        ("pairs", "FOLDER"),
+    ],
+)
+def test_a_form_whose_reader_is_not_installed_is_nobodys(name, form, tmp_path, monkeypatch) -> None:
+    for folder in ("saved", "pairs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    (tmp_path / "pairs" / "a.jpg").write_bytes(encoded(0))
+    (tmp_path / "pairs" / "a.txt").write_text("a square\n")
+    (tmp_path / "a.csv").write_text("filepath\ttitle\na.jpg\ta square\n")
+    place = name if ":" in name else str(tmp_path / name)
+    assert getattr(forms, form).matches(Place(place))
+    monkeypatch.setattr(forms, "wing", lambda place: None)
+    assert not getattr(forms, form).matches(Place(place))
+    with pytest.raises(InputError):
+        open_pairs(place)
 
 
 def test_a_near_name_is_suggested(tmp_path: Path) -> None:

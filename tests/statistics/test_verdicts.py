@@ -8,7 +8,7 @@ import pytest
 from clipdistill import cli
 from clipdistill.ablate.summary import summarise
 from clipdistill.statistics.claims import judge
-from clipdistill.statistics.verdicts import evidence, verdicts_markdown
+from clipdistill.statistics.verdicts import Verdicts, evidence, verdicts_markdown
 from tests.ablate.synthetic import plan_of, write_grid
 
 
@@ -43,6 +43,10 @@ def test_an_undecided_claim_says_how_many_seeds_would_decide():
     more = verdict.seeds_needed - 3
     assert more >= 1
     assert f"about {more} more seed" in evidence(verdict)
+
+
+def test_no_verdicts_are_said_to_be_none():
+    assert repr(Verdicts()) == "no verdicts"
 
 
 def test_the_markdown_table_keeps_its_columns():

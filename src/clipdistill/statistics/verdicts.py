@@ -20,6 +20,9 @@ QUERIES_ALONE = "on the test queries alone: it holds for these models, not for t
 class Verdicts(Shown, list[Verdict]):
     """Verdicts on claims, in the order of the claims; shows itself as a table with the evidence."""
 
+    def __repr__(self) -> str:
+        return super().__repr__() if self else "no verdicts"
+
     def tables(self) -> list[TextTable]:
         return [verdict_table(self)]
 

@@ -116,8 +116,9 @@ def distill(
                 run = RunFolder(config.out)
                 notes += agree(lambda: check_identity(run, parts, progress.step, allow_changes) if is_main() else [])
         with show(config.run_name, task.total_steps, progress.step, is_main() and not quiet) as display:
-            for note in notes:  # of damage and changes, under --quiet too
-                _log.warning("%s", note) if quiet and is_main() else display.say(note)
+            tell = _log.warning if quiet and is_main() else display.say  # of damage and changes, under --quiet too
+            for note in notes:
+                tell(note)
             if checkpoint is not None:
                 display.say(f"continuing {config.out} from step {progress.step}")
             elif config.preflight.enabled or explain:

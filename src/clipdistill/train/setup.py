@@ -123,8 +123,10 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
             raise InputError(
                 f"data '{config.data.path or own.name}': {len(own)} usable pairs; training needs at least 2"
             )
-    if not (source.captioned and source.pictured) or source.uneven:  # only data/mixture opens such sets
-        wing("clipdistill.data.mixture.opening:require_terms")(config.objective.modalities, source)
+    if not (source.captioned and source.pictured) or source.uneven:
+        require_terms = wing("clipdistill.data.mixture.opening:require_terms")
+        if require_terms is not None:
+            require_terms(config.objective.modalities, source)
     validation = sources.validation(config)
     teacher: Teacher | None = None
     if config.objective.needs_teacher:

@@ -18,8 +18,14 @@ _NO_TABLE = (b"PAR1", b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"P
 
 
 def _form(reader: str, matches: Callable[[Place], bool], settings: frozenset[str] = frozenset()) -> Format:
-    """reader: "module:function", below clipdistill.data."""
-    return Format(matches, lambda *arguments: wing(f"clipdistill.data.{reader}")(*arguments), settings)
+    """reader: "module:function", below clipdistill.data; where it is not installed, nothing is of its form."""
+
+    def found() -> Any:
+        return wing(f"clipdistill.data.{reader}")
+
+    return Format(
+        lambda place: matches(place) and found() is not None, lambda *arguments: found()(*arguments), settings
+    )
 
 
 def is_karpathy(content: Any) -> bool:
