@@ -88,7 +88,9 @@ def _torch() -> list[Examined]:
 def _loaded() -> Examined:
     """Whether the operators of both packages are there; they are missing where two builds do not match."""
     code = "import torch, torchvision; torchvision.ops.nms; torch.cuda.is_available() and torch.zeros(1).cuda()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace", check=False
+    )
     if done.returncode == 0:
         return Examined("ok", "torch and torchvision load")
     last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -132,7 +134,7 @@ def _cuda_devices() -> list[str]:
         return names
     ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        done = subprocess.run(ask, capture_output=True, text=True, timeout=5, check=False)
+        done = subprocess.run(ask, capture_output=True, encoding="utf-8", errors="replace", timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return []
     return done.stdout.split("\n")[:-1] if done.returncode == 0 else []

@@ -1,6 +1,7 @@
 """Block files: whole or absent, and no byte can change unnoticed."""
 
 import contextlib
+import os
 import pickle
 import random
 
@@ -48,6 +49,16 @@ def test_any_flipped_byte_is_noticed(path):
             continue
         with pytest.raises(InputError, match="damaged block"):
             Block(path).verify()
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, -1])
+def test_a_file_that_is_cut_while_it_is_read_is_one_sentence(path, size):
+    block = Block(path)
+    assert block.arrays["valid"].all()
+    os.truncate(path, size % path.stat().st_size)
+    for use in (lambda: block.arrays, block.verify):
+        with pytest.raises(InputError, match="was cut while it was read"):
+            use()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9, 0.999])

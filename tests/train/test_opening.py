@@ -38,13 +38,6 @@ def models(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def pairs(tmp_path):
-    """A small set on disk, in a table with captions that can be changed."""
-    assert cli.main(["scenes", "--out", str(tmp_path / "set"), "--train", "24", "--val", "8", "--test", "8"]) == 0
-    return tmp_path / "set"
-
-
 def stopped(config, monkeypatch, step=2):
     """A run that was asked to stop after `step` steps."""
     original = Distillation.gradients
@@ -341,3 +334,13 @@ def test_text_of_the_user_is_no_markup(tmp_path, capsys):
     distill(config)
     said = capsys.readouterr().err
     assert "lr[/0.1]  step 4/4" in said
+
+
+def test_what_was_left_out_is_told_without_the_look_before_the_run(models, tmp_path, capsys):
+    for number in range(16):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{number}.jpg")
+    rows = [f"{number}.jpg,a red circle" for number in range(16)]
+    (tmp_path / "t.csv").write_text("\n".join(["filepath,title", *rows, "3.jpg,a dog, a cat"]) + "\n")
+    given = {"teacher": str(models / "teacher"), "data": {"path": str(tmp_path / "t.csv")}}
+    distill(settings(tmp_path / "run", "train.steps=1", "data.bad_sample_budget=0.5", **given))
+    assert "left out when opening the data: 1 " in capsys.readouterr().err

@@ -166,14 +166,25 @@ def _json_checksum(values: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
+def map_file(path: Path) -> mmap.mmap:
+    """A file's bytes, read when they are touched. Raises OSError, and ValueError for an empty file."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def require_uncut(content: mmap.mmap, path: Path) -> None:
+    """Raise InputError when a mapped file was cut since: to touch what lay behind its end would kill the process."""
+    if (size := content.size()) < len(content):
+        raise InputError(f"{path}: was cut while it was read (it has {size} of {len(content)} bytes): bring it back")
+
+
 class Block:
     """A block's tensors as numpy arrays over a memory map (bf16 as uint16). Opening reads the header only."""
 
     def __init__(self, path: Path, remedy: str = CACHE_REMEDY) -> None:
         self.path, self.remedy = path, remedy
         try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = map_file(path)
         except FileNotFoundError:
             raise InputError(f"{path}: the block is missing: {remedy}") from None
         except OSError as error:
@@ -216,9 +227,14 @@ class Block:
             raise self._damaged(f"it has {len(self._map)} bytes instead of {8 + size + end}")
         return header, 8 + size
 
-    @cached_property
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """Every tensor by name, read-only, nothing copied."""
+        """Every tensor by name, read-only, nothing copied: to be asked for anew at every use, as by `require_uncut`."""
+        require_uncut(self._map, self.path)
+        return self._arrays
+
+    @cached_property
+    def _arrays(self) -> dict[str, np.ndarray]:
         found = {}
         for name, entry in self._header.items():
             first, last = (self._start + offset for offset in entry["data_offsets"])
@@ -243,6 +259,7 @@ class Block:
 
     def verify(self) -> None:
         """Read every byte and compare with the checksum (`crc32` of the metadata); raises InputError."""
+        require_uncut(self._map, self.path)
         with memoryview(self._map) as view:
             places = (
                 [self._start + offset for offset in self._header[n]["data_offsets"]] for n in sorted(self._header)
@@ -267,12 +284,16 @@ def write_table(folder: Path, prefix: str, schema: Any, records: Iterable[Mappin
     return name
 
 
-def read_table(path: Path, schema: Any, what: str, remedy: str) -> Any:
-    """The Arrow table in a file of `write_table`, memory-mapped. Raises InputError when it has another schema."""
+def read_table(path: Path, schema: Any, what: str, remedy: str) -> tuple[Any, mmap.mmap]:
+    """The Arrow table in a file of `write_table` and the map that it lies in, for `require_uncut`.
+
+    Raises InputError when it has another schema.
+    """
     import pyarrow as pa
 
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        content = map_file(path)
+        table = pa.ipc.open_file(pa.BufferReader(content)).read_all()
         # offsets are trusted by everything that reads them: a damaged or hostile file could lead outside its memory
         table.validate(full=True)
     except FileNotFoundError:
@@ -281,7 +302,7 @@ def read_table(path: Path, schema: Any, what: str, remedy: str) -> Any:
         raise InputError(f"{path}: not readable as an Arrow file ({error}): {remedy}") from error
     if table.schema != schema:
         raise InputError(f"{path}: columns {table.schema.names} instead of {schema.names}: {remedy}")
-    return table
+    return table, content
 
 
 def require_whole_table(path: Path) -> None:

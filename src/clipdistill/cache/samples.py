@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clipdistill.cache.blocks import read_table, write_table
+from clipdistill.cache.blocks import read_table, require_uncut, write_table
 from clipdistill.data.pairs import PairSource
 from clipdistill.embed.prepare import DIGEST_BYTES, sample_digest
 from clipdistill.errors import InputError
@@ -34,7 +34,7 @@ class SampleTable:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._table = read_table(
+        self._read, self._map = read_table(
             path, _SCHEMA, "table of samples", "the cache cannot be used without it: fill it again"
         )
 
@@ -42,7 +42,12 @@ class SampleTable:
         return SampleTable, (self.path,)
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return int(self._read.num_rows)
+
+    @property
+    def _table(self) -> Any:
+        require_uncut(self._map, self.path)
+        return self._read
 
     def key(self, index: int) -> str:
         return str(self._table["key"][index].as_py())
@@ -54,7 +59,7 @@ class SampleTable:
     @cached_property
     def rows(self) -> np.ndarray:
         """(N,) int64: the row of each sample in the store. Raises InputError unless each row is there once."""
-        rows = self._table["row"].to_numpy()
+        rows = self._table["row"].to_numpy().copy()  # no longer of the mapped file
         seen = np.zeros(len(rows), dtype=np.bool_)
         inside = rows[(rows >= 0) & (rows < len(rows))]
         seen[inside] = True
@@ -68,7 +73,7 @@ class SampleTable:
     @cached_property
     def captions(self) -> np.ndarray:
         """(N,) int32: number of stored captions of each sample."""
-        return self._table["captions"].to_numpy()
+        return self._table["captions"].to_numpy().copy()
 
     @cached_property
     def digests(self) -> np.ndarray:

@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from clipdistill.cache.blocks import map_file, require_uncut
 from clipdistill.cache.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from clipdistill.cache.rows import scaled
 from clipdistill.cache.store import CacheStore
@@ -244,9 +245,9 @@ class ShardEmbeddings(DescribedEmbeddings):
         if index not in self._recent:
             shard, *places = self._places[index].tolist()
             if shard not in self._maps:
-                with Path(self._shards[shard]).open("rb") as file:
-                    self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._maps[shard] = map_file(Path(self._shards[shard]))
             content = self._maps[shard]
+            require_uncut(content, Path(self._shards[shard]))
             tensors, described = (content[places[i] : places[i] + places[i + 1]] for i in (0, 2))
             if len(self._recent) >= _RECENT:
                 self._recent.clear()

@@ -147,8 +147,6 @@ class RegionTeaching:
             f"({self.store.manifest.without_boxes} images without boxes); frozen CLIP {self.teacher.clip.name}; "
             f"{self.parameters / 1e6:.2f} M parameters train"
         ]
-        if self.source.problems.total:
-            found.append(f"left out when opening the data: {self.source.problems.summary()}")
         if not self.teacher.config.caption_free:
             found.append("the image embeddings contain the caption (the published form): see docs/dclip.md")
         return found

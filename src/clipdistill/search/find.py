@@ -33,7 +33,7 @@ class ExactFinder(Finder):
     kind = "exact"
 
     def __init__(self, stored: SearchIndex) -> None:
-        self._blocks = stored.vectors()
+        self._vectors = stored.vectors
         self._living = np.zeros(stored.rows, dtype=bool)
         self._living[[entry.row for entry in stored.entries.values()]] = True
         self._whole = bool(self._living.all())
@@ -41,7 +41,7 @@ class ExactFinder(Finder):
     def search(self, query: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
         best_rows, best_scores = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
         first = 0
-        for vectors in self._blocks:
+        for vectors in self._vectors():
             for start in range(0, len(vectors), _BLOCK):
                 block = vectors[start : start + _BLOCK]
                 scores = block @ query

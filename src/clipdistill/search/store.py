@@ -13,7 +13,7 @@ version 0.1 (format 1: part-00000001.npy and .json) are read; the first update w
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,13 @@ class _Part:
     """Rows `first` and on; `name` is None for a part of format 1, which is never named again."""
 
     name: str | None
-    vectors: np.ndarray
+    read: Callable[[], np.ndarray]
     files: list[Row]
     first: int
+
+    @property
+    def vectors(self) -> np.ndarray:
+        return self.read()
 
 
 @dataclass
@@ -103,7 +107,7 @@ class SearchIndex:
         return sum(len(part.vectors) for part in self._parts)
 
     def vectors(self) -> list[np.ndarray]:
-        """The vectors of all rows, part by part (memory-mapped; do not write to them)."""
+        """The vectors of all rows, part by part (memory-mapped: to be asked for anew at every use, not written to)."""
         return [part.vectors for part in self._parts]
 
     def vector(self, row: int) -> np.ndarray:
@@ -140,7 +144,7 @@ class SearchIndex:
         listed = torch.frombuffer(bytearray(json.dumps(files).encode()), dtype=torch.uint8)  # ASCII keeps any name
         tensors = {"vectors": torch.from_numpy(np.array(vectors, dtype=np.float32)), "files": listed}
         self.blocks.write(name, tensors, self._metadata())
-        self._attach(name, self.blocks.read(name).arrays["vectors"], list(files))
+        self._attach(name, self.blocks.read(name), list(files))
 
     def drop(self, path: str) -> None:
         """Forget a file; nothing happens when it is unknown."""
@@ -209,8 +213,9 @@ class SearchIndex:
     def _metadata(self) -> dict[str, str]:
         return {"model": str(self.model["fingerprint"])}
 
-    def _attach(self, name: str | None, vectors: np.ndarray, files: list[Row]) -> None:
-        part = _Part(name, vectors, files, self.rows)
+    def _attach(self, name: str | None, vectors: Block | np.ndarray, files: list[Row]) -> None:
+        read = (lambda: vectors) if isinstance(vectors, np.ndarray) else (lambda: vectors.arrays["vectors"])
+        part = _Part(name, read, files, self.rows)
         self._parts.append(part)
         for row, (path, size, modified, sha256) in enumerate(files, part.first):
             if row in self._dropped:
@@ -241,28 +246,28 @@ class SearchIndex:
             self._dropped |= {self.rows + row for row in rows if 0 <= row < len(files)}
             self._attach(name if document["format"] == FORMAT else None, vectors, files)
 
-    def _read(self, name: str) -> tuple[np.ndarray, list[Row]]:
+    def _read(self, name: str) -> tuple[Block, list[Row]]:
         block = self.blocks.read(name, self._metadata(), check=Block.verify)
         vectors, listed = block.arrays.get("vectors"), block.arrays.get("files")
         if vectors is None or listed is None:
             raise InputError(f"{block.path}: damaged block (it holds {', '.join(block.arrays)}): {_REMEDY}")
-        return self._checked(block.path, vectors, listed.tobytes())
+        return block, self._checked(block.path, vectors, listed.tobytes())
 
     def _read_old(self, name: str) -> tuple[np.ndarray, list[Row]]:
         path = self.folder / f"{name}.npy"
         columns = read_json(path.with_suffix(".json"), _REMEDY)
         try:
-            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+            vectors = np.load(path, allow_pickle=False)
             lists = [columns[column] for column in ("paths", "sizes", "modified", "hashes")]
             files = json.dumps(list(zip(*lists, strict=True))).encode()
         except FileNotFoundError as error:
             raise InputError(f"{path}: missing: {_REMEDY}") from error
         except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}: damaged ({' '.join(str(error).split())[:200]}): {_REMEDY}") from error
-        return self._checked(path, vectors, files)
+        return vectors, self._checked(path, vectors, files)
 
-    def _checked(self, path: Path, vectors: np.ndarray, listed: bytes) -> tuple[np.ndarray, list[Row]]:
-        """A part's vectors and files, which must fit together and lie below the folder."""
+    def _checked(self, path: Path, vectors: np.ndarray, listed: bytes) -> list[Row]:
+        """A part's files, which must fit its vectors and lie below the folder."""
         try:
             files = [(_below(p), int(size), int(time), str(sha256)) for p, size, time, sha256 in json.loads(listed)]
         except (ValueError, TypeError, RecursionError, OverflowError) as error:
@@ -272,7 +277,7 @@ class SearchIndex:
                 f"{path}: damaged (vectors of shape {vectors.shape} for {len(files)} files, {self.dimension} wide): "
                 f"{_REMEDY}"
             )
-        return vectors, files
+        return files
 
     def _note(self, error: InputError) -> None:
         """Remember damage; what cannot be read at the moment is no damage and stops the command."""

@@ -59,8 +59,6 @@ def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, 
         say(f"no term reads a teacher: {', '.join(config.teachers)} teaches nothing and gives its vocabulary at most")
     for note in setup.teacher.notes if setup.teacher else []:
         say(note)
-    if setup.source.problems.total:
-        say(f"left out when opening the data: {setup.source.problems.summary()}")
     sets, batch = getattr(setup.source, "sets", [setup.source]), config.train.batch_size
     weights = getattr(setup.source, "weights", [1.0])
     for own, weight in zip(sets, weights):

@@ -121,7 +121,9 @@ def distill(
                 tell(note)
             if checkpoint is not None:
                 display.say(f"continuing {config.out} from step {progress.step}")
-            elif config.preflight.enabled or explain:
+            elif task.source.problems.total:
+                display.say(f"left out when opening the data: {task.source.problems.summary()}")
+            if checkpoint is None and (config.preflight.enabled or explain):
                 with stop.at_once():
                     agree(lambda: _preflight(config, task, display.say, explain))
             if explain:

@@ -83,7 +83,15 @@ def _fetch(cache: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix="clipdistill-npm-") as temporary:
         command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--silent"]
         try:
-            done = subprocess.run(command, cwd=temporary, capture_output=True, text=True, timeout=_SECONDS, check=False)
+            done = subprocess.run(
+                command,
+                cwd=temporary,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=_SECONDS,
+                check=False,
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise InputError(f"{missing}, and npm could not fetch it ({first_line(error)}): {_ADVICE}") from error
         packed = next(Path(temporary).glob("*.tgz"), None)
