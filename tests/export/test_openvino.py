@@ -64,6 +64,21 @@ def test_large_batches_shared_by_threads_keep_their_order(exported, tiny, rows):
         torch.set_num_threads(before)
 
 
+def test_a_file_written_over_changes_no_model_that_runs(exported, tiny, tmp_path):
+    """Its weights would be mapped: a new export copied over it would change the answers of a service, or end it."""
+    folder = tmp_path / "served"
+    export_graphs(tiny, folder, runtime="openvino")
+    model, images = load_model(f"openvino:{folder}"), torch.randn(3, 3, 32, 32)
+    before = model.module.encode_image(images)
+    for weights in folder.glob("*.bin"):
+        with weights.open("r+b") as file:
+            file.write(bytes(weights.stat().st_size))
+    assert torch.equal(model.module.encode_image(images), before)
+    for weights in folder.glob("*.bin"):
+        os.truncate(weights, 10)
+    assert torch.equal(model.module.encode_image(images), before)
+
+
 @pytest.mark.slow
 def test_int8_by_nncf(exported, tiny, tmp_path):
     pytest.importorskip("nncf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 import sys
 import types
 from collections.abc import Sequence
@@ -131,6 +132,9 @@ def test_hugging_face_detector_from_a_folder(tmp_path: Path) -> None:
     assert set(found[0].labels) == {"dog"}
     assert (found[1].width, found[1].height) == (20, 40)
     assert len(detector.fingerprint()) == 64
+    os.truncate(tmp_path / "model.safetensors", 10)  # mapped weights would end the process here
+    again = detector([Image.new("RGB", (40, 20), "red"), Image.new("RGB", (20, 40), "blue")])
+    assert torch.equal(torch.as_tensor(again[0].confidence), torch.as_tensor(found[0].confidence))
     with pytest.raises(InputError, match="not an object detector"):
         open_detector(f"hf:{tmp_path.parent}")
 

@@ -237,10 +237,13 @@ def signal_stack_kept() -> Iterator[None]:
 
 @functools.cache
 def openvino_core() -> Any:
-    """The one Core of the process, which never ends."""
+    """The one Core of the process, which never ends. Weights are read: mapped ones would change, or end the process,
+    when a file is copied over theirs."""
     import openvino
 
-    return openvino.Core()
+    core = openvino.Core()
+    core.set_property({"ENABLE_MMAP": False})
+    return core
 
 
 def _load_openvino(path: Path, precision: str) -> Runner:

@@ -10,6 +10,7 @@ ultralytics:yolov8x.pt                       YOLO, where the user has installed 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -164,7 +165,10 @@ class HuggingFaceDetector(_Network):
             options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local_only}
             self._processor = transformers.AutoImageProcessor.from_pretrained(rest, **options)
             auto = transformers.AutoModelForObjectDetection
-            return auto.from_pretrained(rest, use_safetensors=True, **options)
+            found = auto.from_pretrained(rest, use_safetensors=True, **options)
+            for tensor in itertools.chain(found.parameters(), found.buffers()):
+                tensor.data = tensor.data.clone()  # they lie in the mapped file, which others may write over
+            return found
 
         try:
             try:
