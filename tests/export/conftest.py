@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from clipdistill.data.pairs import PairSource
 from clipdistill.data.problems import Problems
+from clipdistill.export import folder
 from clipdistill.models import ClipModel, build_student, build_words_tokenizer
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 60, 230), "grey": (128, 128, 128)}
@@ -70,3 +73,17 @@ def exported(tiny: ClipModel, squares: Squares, tmp_path_factory: pytest.TempPat
     from clipdistill.export.graphs import export_graphs
 
     return export_graphs(tiny, tmp_path_factory.mktemp("export") / "tiny", test=squares).folder
+
+
+@pytest.fixture(autouse=True)
+def every_part_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an export writes must be known as its own: the next one into the same folder keeps everything else."""
+    real = folder.new_folder
+
+    @contextmanager
+    def checked(out: Path, replaces: Any, what: str, made: Callable[[Path], bool]) -> Iterator[Path]:
+        with real(out, replaces, what, made) as new:
+            yield new
+            assert [part.name for part in new.iterdir() if not made(part) and part.name[0] != "."] == []
+
+    monkeypatch.setattr(folder, "new_folder", checked)

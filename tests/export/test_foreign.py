@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from clipdistill.cli import main
 from clipdistill.errors import InputError
@@ -132,6 +133,28 @@ def test_files_are_what_the_libraries_expect(tiny, tmp_path):
     assert graphs == {f"{t}model{k}.onnx" for t in ("text_", "vision_", "") for k in ("", "_fp16", "_quantized")} or (
         importlib.util.find_spec("onnx") is None and not graphs
     )
+
+
+@pytest.mark.parametrize("to", ["hf", "open_clip"])
+def test_a_model_from_elsewhere_is_not_replaced_and_an_own_one_keeps_what_is_the_users(to, tiny, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("clipdistill.export.foreign.find_spec", lambda name: None)
+    out = tmp_path / "out"
+    export_foreign(tiny, out, to)
+    (out / "README.md").write_text("mine")
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("mine")
+    export_foreign(tiny, out, "open_clip")
+    kept = {path.name for path in out.iterdir()}
+    assert kept >= {"README.md", ".git", "open_clip_config.json"}
+    assert "preprocessor_config.json" not in kept
+    assert (out / ".git" / "HEAD").read_text() == "mine"
+    (weights,) = out.glob("*.safetensors")
+    save_file(load_file(weights), weights, metadata={"format": "pt"})  # as other programs write them
+    before = weights.read_bytes()
+    with pytest.raises(InputError, match="is no export that may be replaced"):
+        export_foreign(tiny, out, to)
+    assert weights.read_bytes() == before
 
 
 def test_without_the_extra_there_is_no_onnx_folder_and_that_is_said(tiny, tmp_path, monkeypatch):

@@ -150,6 +150,15 @@ def test_upload(run, model, recorder):
     assert config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "me/student"
 
 
+def test_a_text_of_the_user_is_uploaded_and_a_card_is_made_anew(model, recorder):
+    push_to_hub(model, "me/student")
+    push_to_hub(model, "me/other")
+    assert "# other" in (model / "README.md").read_text()
+    (model / "README.md").write_text("# mine\n")
+    push_to_hub(model, "me/student")
+    assert (model / "README.md").read_text() == "# mine\n"
+
+
 def test_what_the_hub_refuses_is_one_sentence(model, recorder, monkeypatch):
     monkeypatch.setattr(Recorder, "error", RuntimeError("401 Unauthorized\nmore"))
     with pytest.raises(InputError, match=r"the hub did not take the upload \(401 Unauthorized\)"):

@@ -209,8 +209,8 @@ def test_only_an_export_is_replaced(tmp_path):
         pass
     (tmp_path / "store" / "image.onnx").write_text("")
     with export_folder(tmp_path / "store") as folder:
-        (folder / "new").write_text("")
-    assert [path.name for path in (tmp_path / "store").iterdir()] == ["new"]
+        (folder / "text.onnx").write_text("")
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["text.onnx"]
     with pytest.raises(RuntimeError), export_folder(tmp_path / "other"):
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["store"]

@@ -95,7 +95,9 @@ def test_half_precision_file_is_half_the_size_and_loads_as_fp32(make_tiny: Make,
 
 def test_writing_over_a_model_replaces_it_whole(make_tiny: Make, saved: Path) -> None:
     other = make_tiny(seed=9)
+    (saved / "README.md").write_text("mine")
     save_model(other, saved)
+    assert (saved / "README.md").read_text() == "mine"
     assert load_model(saved).fingerprint() == other.fingerprint()
     assert [path.name for path in saved.parent.iterdir()] == ["model"]
 

@@ -81,6 +81,32 @@ def test_a_folder_replaces_its_like_only(tmp_path: Path) -> None:
     assert names(tmp_path) == ["other", "out"]
 
 
+def test_what_the_user_has_put_into_a_folder_stays_when_it_is_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def write(name: str) -> None:
+        made = {"mark", "old", "new", "both"}
+        with files.new_folder(out, lambda folder: True, "export", lambda part: part.name in made) as temporary:
+            (temporary / name).write_text(name)
+            (temporary / "both").mkdir()
+            (temporary / "both" / name).write_text(name)
+
+    write("old")
+    (out / "notes").write_text("mine")
+    (out / "notes").chmod(0o640)
+    (out / ".git").mkdir()
+    (out / ".git" / "nowhere").symlink_to("/absent")
+    (out / "dead").symlink_to("/absent")
+    write("new")
+    assert names(out) == [".git", "both", "dead", "new", "notes"]
+    assert names(out / "both") == ["new"]
+    assert (out / "notes").read_text() == "mine"
+    assert (out / "notes").stat().st_mode & 0o777 == 0o640
+    assert (out / "dead").is_symlink()
+    assert (out / ".git" / "nowhere").is_symlink()
+    assert names(tmp_path) == ["out"]
+
+
 def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path) -> None:
     (tmp_path / ".out.writing-dead").mkdir()
     (tmp_path / ".other.writing-dead").mkdir()

@@ -2,25 +2,56 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.models.known import SUFFIX
 from clipdistill.runtime.files import new_folder
 
-_MARKS = (
-    *((MANIFEST, f"image{suffix}") for suffix in SUFFIX.values()),
-    ("open_clip_config.json", "open_clip_model.safetensors"),
-    ("config.json", "preprocessor_config.json", "model.safetensors"),
+PAGE = Path(__file__).with_name("web") / "page"
+MARK = {"format": "pt", "writer": "clipdistill"}
+"""What the weights of other libraries' forms say of themselves: models from elsewhere lie in folders like these."""
+CARD = "README.md"
+_WEIGHTS = ("open_clip_model.safetensors", "model.safetensors")
+_NAMES = re.compile(
+    r"(manifest|transform|tokenizer|tokenizer_config|modules|config|preprocessor_config|open_clip_config)\.json"
+    r"|example\.py|(open_clip_)?model\.safetensors|onnx|runtime"
+    r"|(image|text)\.(onnx|onnx\.data|xml|bin|tflite|pte|mlpackage)|"
+    + "|".join(re.escape(path.name) for path in PAGE.iterdir())
 )
 
 
 def export_folder(out: Path) -> AbstractContextManager[Path]:
     """`runtime.files.new_folder` for an export."""
-    return new_folder(out, is_export, "export")
+    return new_folder(out, is_export, "export", _is_ours)
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder is an export, by its files."""
-    return any(all((folder / name).exists() for name in names) for names in _MARKS)
+    """Whether a folder is an export, by its files, and by what its weights say where a model's would look alike."""
+    if any((folder / MANIFEST).exists() and (folder / f"image{suffix}").exists() for suffix in SUFFIX.values()):
+        return True
+    return any((folder / name).is_file() and _metadata(folder / name) == MARK for name in _WEIGHTS)
+
+
+def is_card(path: Path) -> bool:
+    """Whether a README.md is a model card of ours and no text of the user's."""
+    text = path.read_bytes() if path.is_file() else b""
+    front = text.partition(b"\n---\n")[0]
+    return front.startswith(b"---\n") and b"- clipdistill" in front.split(b"\n")
+
+
+def _is_ours(part: Path) -> bool:
+    return bool(_NAMES.fullmatch(part.name)) or (part.name == CARD and is_card(part))
+
+
+def _metadata(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata()
+    except (OSError, SafetensorError):
+        return None

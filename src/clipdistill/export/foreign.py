@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from clipdistill.errors import InputError, first_line
-from clipdistill.export.folder import export_folder
+from clipdistill.export.folder import MARK, export_folder
 from clipdistill.export.gate import Runner, Tolerance, compare, require
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.export.tokenizer_json import tokenizer_json
@@ -149,7 +149,7 @@ def write_open_clip(model: ClipModel, folder: Path) -> None:
             },
         },
     )
-    save_file(_tensors(model.module.state_dict()), folder / SAFE_WEIGHTS)
+    save_file(_tensors(model.module.state_dict()), folder / SAFE_WEIGHTS, metadata=MARK)
 
 
 def write_hugging_face(model: ClipModel, folder: Path) -> None:
@@ -161,7 +161,7 @@ def write_hugging_face(model: ClipModel, folder: Path) -> None:
     write_json(folder / "preprocessor_config.json", _preprocessor(model))
     tensors = {name.removeprefix("text."): t for name, t in model.module.state_dict().items() if name != "attn_mask"}
     tensors["logit_scale"] = tensors["logit_scale"].reshape(())
-    save_file(_tensors(rename_back(tensors)), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(_tensors(rename_back(tensors)), folder / "model.safetensors", metadata=MARK)
     _write_tokenizer(model, folder, clean=True)
     module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.CLIPModel"}
     write_json(folder / SENTENCE_TRANSFORMER, [module])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.errors import InputError, first_line, needing
+from clipdistill.export.folder import CARD, is_card
 from clipdistill.export.tokenizer_json import FILE as TOKENIZER
 from clipdistill.models.hub import offline, reachable
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
@@ -14,7 +15,6 @@ from clipdistill.models.known import OPEN_CLIP_CONFIG
 from clipdistill.runtime.files import read_json, write_json, write_text
 from clipdistill.statistics.scores import BENCHMARKS, Scores
 
-CARD = "README.md"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SHOWN = (
     "i2t_R@1",
@@ -45,6 +45,8 @@ def push_to_hub(
 ) -> str:
     """Upload an export or model folder to `owner/name`, with a card made from the run `source`; returns its address.
 
+    A README.md that the user has written there is uploaded in the card's place.
+
     licence: of the weights, as the hub names it ("apache-2.0"). Credentials are huggingface_hub's own (`hf auth login`
     or HF_TOKEN). Raises InputError as `check_push`, and for whatever the hub refuses.
     """
@@ -53,7 +55,8 @@ def push_to_hub(
     check_push(repository)
     with needing("huggingface_hub", "hf", "an upload to the hub"):
         from huggingface_hub import HfApi
-    write_text(folder / CARD, model_card(folder, repository, source, licence))
+    if not (folder / CARD).exists() or is_card(folder / CARD):
+        write_text(folder / CARD, model_card(folder, repository, source, licence))
     _name_tokenizer(folder, repository)
     api = HfApi()
     try:

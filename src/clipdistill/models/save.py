@@ -49,11 +49,16 @@ def model_writer(model: ClipModel, dtype: torch.dtype | None = None) -> Callable
     tensors, description = _stored_tensors(model, dtype), _description(model, dtype)
 
     def write(folder: Path) -> None:
-        with new_folder(folder, lambda old: (old / DESCRIPTION).exists(), "model folder") as new:
+        with new_folder(folder, lambda old: (old / DESCRIPTION).exists(), "model folder", made_here) as new:
             save_file(tensors, new / WEIGHTS)
             write_json(new / DESCRIPTION, {**description, "weights_sha256": sha256(new / WEIGHTS)}, checked=True)
 
     return write
+
+
+def made_here(part: Path) -> bool:
+    """Whether a part of a model folder is its own, and nothing that the user has put beside it."""
+    return part.name in (DESCRIPTION, WEIGHTS, "ternary.safetensors", "ternary.json")
 
 
 def _stored_tensors(model: ClipModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:

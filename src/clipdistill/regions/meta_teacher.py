@@ -88,7 +88,7 @@ class MetaTeacher:
 
     def save(self, folder: Path) -> None:
         """Write the folder, whole or not at all; one that is there is replaced if it is a meta-teacher's."""
-        with new_folder(folder, lambda there: (there / DESCRIPTION).exists(), "region teacher") as new:
+        with new_folder(folder, lambda there: (there / DESCRIPTION).exists(), "region teacher", _made) as new:
             save_model(self.clip, new / CLIP)
             tensors = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
             save_file(tensors, new / WEIGHTS)
@@ -101,6 +101,10 @@ class MetaTeacher:
                 "clip_weights_sha256": sha256(new / CLIP / "model.safetensors"),
             }
             write_json(new / DESCRIPTION, described, checked=True)
+
+
+def _made(part: Path) -> bool:
+    return part.name in (DESCRIPTION, WEIGHTS, CLIP)
 
 
 def region_teacher_folder(name: str) -> Path | None:

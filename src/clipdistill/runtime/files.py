@@ -103,11 +103,14 @@ def compare_checksum(values: dict[str, Any], where: str, hint: str = "", of: int
 
 
 @contextlib.contextmanager
-def new_folder(path: Path | str, replaces: Callable[[Path], bool], what: str) -> Iterator[Path]:
+def new_folder(
+    path: Path | str, replaces: Callable[[Path], bool], what: str, made: Callable[[Path], bool] = lambda _: True
+) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its name, synced, when the block ends without an error.
 
     replaces: whether the folder that stands there may be replaced (an empty one always may); anything else under the
-    name is an InputError before any work is done. what: what is being made ("export"), for that sentence.
+    name is an InputError before any work is done. what: what is being made ("export"), for that sentence. made:
+    whether a part of the folder that is replaced was made with it: what the user has put there stays.
     """
     path = require_new_folder(path, replaces, what)
     path = path.resolve() if path.is_symlink() else path  # a link to another disk stays one
@@ -119,6 +122,7 @@ def new_folder(path: Path | str, replaces: Callable[[Path], bool], what: str) ->
         for part in sorted(temporary.rglob("*"), reverse=True):
             part.chmod((0o777 if part.is_dir() else 0o666) & ~_umask())
             sync(part)
+        _keep(path, temporary, made)
         temporary.chmod(0o777 & ~_umask())
         sync(temporary)
         if path.exists():
@@ -134,6 +138,18 @@ def new_folder(path: Path | str, replaces: Callable[[Path], bool], what: str) ->
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _keep(old: Path, new: Path, made: Callable[[Path], bool]) -> None:
+    """Copy what the user has put into a folder into the one that replaces it."""
+    kept = [part for part in old.iterdir() if not made(part)] if old.exists() else []
+    for part in kept:
+        if part.is_dir() and not part.is_symlink():
+            shutil.copytree(part, new / part.name, symlinks=True, dirs_exist_ok=True)
+        elif not (new / part.name).exists():
+            shutil.copy2(part, new / part.name, follow_symlinks=False)
+    if kept and hasattr(os, "sync"):
+        os.sync()
 
 
 def _say_where(error: BaseException | None, path: Path, temporary: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.save import DESCRIPTION, WEIGHTS, blaming_file, save_model
+from clipdistill.models.save import DESCRIPTION, WEIGHTS, blaming_file, made_here, save_model
 from clipdistill.runtime.files import new_folder, read_json, sha256, write_json
 from clipdistill.ternary.weights import dense
 
@@ -90,7 +90,7 @@ def unpack(folder: Path | str, out: Path | str) -> None:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: does not hold the weights that it lists ({error}): the file is damaged") from error
     description = read_json(source / DESCRIPTION)
-    with new_folder(Path(out), lambda old: (old / DESCRIPTION).exists(), "model folder") as new:
+    with new_folder(Path(out), lambda old: (old / DESCRIPTION).exists(), "model folder", made_here) as new:
         save_file(stored, new / WEIGHTS)
         if sha256(new / WEIGHTS) != description.get("weights_sha256"):
             raise InputError(f"{path}: its weights are not those that {DESCRIPTION} recorded: the file is damaged")

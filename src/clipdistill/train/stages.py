@@ -129,8 +129,10 @@ def distill_stages(
             return runs
         _write_list(out, configs, "finished" if config is configs[-1] else "running")
     if runs and _writes():
+        from clipdistill.models.save import made_here
+
         # under a name of its own, so that the whole run is named like any other
-        with new_folder(out / STUDENT, lambda _: True, "student") as folder:
+        with new_folder(out / STUDENT, lambda _: True, "student", made_here) as folder:
             shutil.copytree(runs[-1].student, folder, dirs_exist_ok=True)
         report = importlib.import_module("clipdistill.report.report")  # above this room: found by name
         report.write_report(run_folders(out), out / "report.html", title=out.name)

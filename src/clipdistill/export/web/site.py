@@ -18,7 +18,7 @@ import numpy as np
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError
 from clipdistill.export.accuracy import accuracy, embed
-from clipdistill.export.folder import export_folder
+from clipdistill.export.folder import PAGE, export_folder
 from clipdistill.export.gate import Parity, Tolerance, require_cosine, summary
 from clipdistill.export.graphs import Exported, export_graphs
 from clipdistill.export.hub import public_text
@@ -33,7 +33,6 @@ from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
 from clipdistill.runtime.console import file_size
 from clipdistill.runtime.files import read_json, sha256, write_json
 
-PAGE = Path(__file__).with_name("page")
 CAPTION = "a photo of a dog"
 KNOWN = {
     "normalizer": {
