@@ -2,10 +2,12 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 
 from clipdistill.ablate.grid import build_grid, shard
+from clipdistill.ablate.plan import read_plan
 from clipdistill.errors import InputError
 from tests.ablate.synthetic import plan_of, write_run
 
@@ -29,6 +31,19 @@ def test_a_variant_may_have_more_seeds_than_the_others(tmp_path):
     variants = {"clip": {"recipe": "clip"}, "kd": {"recipe": "clip-kd", "seeds": 3}}
     grid = build_grid(plan_of(variants, seeds=[0, 1]), tmp_path)
     assert [run.name for run in grid] == ["clip.seed-0", "kd.seed-0", "clip.seed-1", "kd.seed-1", "kd.seed-2"]
+
+
+PLANS = sorted((Path(__file__).resolve().parents[2] / "benchmarks").glob("ablation_*.yaml"))
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_every_plan_of_the_benchmarks_makes_its_runs(path, tmp_path, monkeypatch):
+    assert len(PLANS) > 5
+    monkeypatch.setattr("clipdistill.ablate.grid.check_names", lambda config: None)  # whether files and caches are here
+    plan = read_plan(path)
+    named = {"student": "scenes-student", "data": {"path": "scenes"}, "teacher": "cache:somewhere"}
+    grid = build_grid(plan, tmp_path, named)
+    assert {run.variant for run in grid} == set(plan.variants)
 
 
 def test_shards_cover_the_grid_and_share_no_run(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """The built-in image-caption set `scenes`: drawn on demand, any size, no files, no network.
 
-`scenes`, `scenes:val`, `scenes:train?size=4000&seed=1&pixels=96` name it. What is drawn is in scenes_world.py, how it
-looks in scenes_draw.py, what is said about it in scenes_captions.py; `scenes:zeroshot/...` is in scenes_zeroshot.py.
+`scenes`, `scenes:val`, `scenes:train?size=4000&seed=1&pixels=96` name it. What is drawn is in world.py, how it looks
+in draw.py, what is said about it in captions.py; `scenes:zeroshot/...` is in zero_shot.py.
 """
 
 from __future__ import annotations

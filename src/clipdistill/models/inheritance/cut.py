@@ -4,7 +4,7 @@ Layers, channels, heads, MLP units and embedding dimensions of the student are a
 weights are the teacher's own. The released rules are the defaults: of L_T layers take 0, s, 2 s, ... with s =
 floor(L_T / L_S), which for 12 -> 9 is the first nine; of everything else take the leading part. `depth="even"` spaces
 the layers evenly from the first to the last, and `channels="importance"` takes the parts with the largest weights
-(inherit_importance.py) instead of the first ones.
+(importance.py) instead of the first ones.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Sizes = TransformerSizes | ResNetSizes
 
 
 def inherit(teacher: ClipModel, wanted: Inheritance | str, *, seed: int = 0) -> ClipModel:
-    """The student that `wanted` describes (see inherit_names.py), with weights from `teacher`; on the CPU, fp32.
+    """The student that `wanted` describes (see models/inherited.py), with weights from `teacher`; on the CPU, fp32.
 
     All layers and widths give a model equal to the teacher to the bit. Tokenizer, image size, patch size, activation
     and logit scale are the teacher's. `seed` is for `weights=random`, a student that inherits the sizes alone. Raises
