@@ -21,7 +21,7 @@ PACKAGE = "clipdistill"
 
 ORDER = (
     ("errors", "version"),
-    ("commands", "config", "registry"),
+    ("arguments", "commands", "config", "registry"),
     ("recipes", "runtime"),
     ("remote", "runs"),
     ("data",),

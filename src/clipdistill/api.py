@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from clipdistill.arguments import checked
 from clipdistill.config import build
 from clipdistill.errors import InputError
 from clipdistill.recipes import load_recipe
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # torch is loaded when something is computed
     from clipdistill.train.run import Run
 
 
+@checked
 def distill(
     config: RunConfig | Mapping[str, Any],
     *,
@@ -64,6 +66,7 @@ def distill(
     return done[-1] if done else run.Run(configs[-1].out, "explained", 0, None)
 
 
+@checked
 def cache(
     teacher: str | Sequence[str],
     data: str | Path | Mapping[str, Any],
@@ -114,6 +117,7 @@ def cache(
     return fill(build(CacheConfig, values, "cache"), say=lambda line: None if quiet else print(line, file=sys.stderr))
 
 
+@checked
 def embed(
     model: str | Path | nn.Module | ClipModel,
     data: Any,

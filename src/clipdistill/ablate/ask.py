@@ -11,6 +11,7 @@ import yaml
 
 from clipdistill.ablate.grid import GridRun, base_settings, build_grid, shard
 from clipdistill.ablate.plan import AblationPlan, plan_of_recipes, read_plan
+from clipdistill.arguments import checked
 from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
 from clipdistill.runs.folder import RUN
@@ -62,6 +63,7 @@ class Ablation:
         return html_page(self.tables, self.summary)
 
 
+@checked
 def ablate(
     plan: str | Path | Mapping[str, Any] | AblationPlan | Sequence[str],
     out: str | Path,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from clipdistill.arguments import checked
 from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.names import check_model_name
@@ -28,6 +29,7 @@ class Measurements(Shown, dict[str, Any]):
         return text.getvalue().rstrip()
 
 
+@checked
 def bench(
     models: str | Path | Sequence[str | Path],
     *,

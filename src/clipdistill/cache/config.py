@@ -76,6 +76,8 @@ class CacheConfig(Config):
         share, of = self.share
         if not 0 <= share < of:
             raise ValueError(f"part: '{self.part}' is not one of the shares 0/{of} to {of - 1}/{of}")
+        if not self.teachers or "" in self.teachers:
+            raise ValueError("teacher: name at least one model")
         return self
 
     @property

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from clipdistill.arguments import checked
 from clipdistill.data.class_names import KNOWN_SETS
 from clipdistill.data.files import data_path, is_remote, is_there, one_split
 from clipdistill.data.formats import Format, Place
@@ -26,6 +27,7 @@ _OF_SOME = ("image_root", "image_column", "caption_column", "separator", "size",
 """Settings of DataConfig that only some formats can apply."""
 
 
+@checked
 def register_format(
     name: str, matches: Callable[[str], bool], open: Callable[[Any], Any], *, labelled: bool = False
 ) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from clipdistill.arguments import checked
 from clipdistill.data.files import refuse_split
 from clipdistill.data.labelled import LabelledSource
 from clipdistill.data.open import is_labelled_name, open_labelled, open_pairs, parts_of
@@ -49,6 +50,7 @@ REPLICATES = 1000
 Data = str | Path | DataConfig | PairSource | LabelledSource | Sequence[Any]
 
 
+@checked
 def evaluate(
     model: str | Path | nn.Module | ClipModel,
     data: Data | Sequence[Data],

@@ -182,12 +182,17 @@ def _sum_over_ranks(counts: torch.Tensor) -> torch.Tensor:
 def _matrix(values: Any, name: str) -> torch.Tensor:
     """`values` as a floating (n, D) tensor, shared where possible."""
     if not isinstance(values, torch.Tensor):
-        array = np.ascontiguousarray(values)
+        try:
+            array = np.ascontiguousarray(values)
+        except ValueError:  # rows of different lengths
+            array = np.empty(0, object)
         if array.dtype == object or array.dtype.kind not in "fiu":
             raise InputError(f"the {name} embeddings must be numbers, got an array of {array.dtype}")
         values = torch.from_numpy(array if array.flags.writeable else array.copy())
     if values.ndim != 2 or 0 in values.shape:
         raise InputError(f"the {name} embeddings must have shape (number, dimensions), got {tuple(values.shape)}")
+    if values.dtype.is_complex or values.dtype == torch.bool:
+        raise InputError(f"the {name} embeddings must be numbers, got {values.dtype}")
     values = values.detach()
     if not values.dtype.is_floating_point:
         values = values.double()

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from clipdistill.arguments import checked
 from clipdistill.errors import InputError
 from clipdistill.evaluate.ranking import PositiveCounts, count_positives
 from clipdistill.runtime.console import Shown, TextTable
@@ -55,6 +56,7 @@ class RetrievalScores(Shown, dict[str, Any]):
         return f"{text} [{found.low * scale:.1f}, {found.high * scale:.1f}]"
 
 
+@checked
 def retrieval(
     image_embeddings: Any,
     text_embeddings: Any,

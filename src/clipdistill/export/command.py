@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from clipdistill.arguments import checked
 from clipdistill.errors import InputError
 from clipdistill.models.known import PHONES
 from clipdistill.models.names import check_model_name
@@ -66,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@checked
 def export(
     model: str | Path,
     to: Literal["onnx", "openvino", "web", "litert", "executorch", "coreml", "open_clip", "hf"],

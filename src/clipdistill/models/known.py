@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipdistill.arguments import checked
 from clipdistill.errors import InputError
 from clipdistill.registry import STUDENTS
 from clipdistill.runtime.files import digest_of, read_json
@@ -94,6 +95,7 @@ def list_students() -> tuple[Student, ...]:
     return tuple(students().values())
 
 
+@checked
 def register_student(name: str, build: Callable[..., Any]) -> Callable[..., Any]:
     """Make `name` a student: usable as `--student NAME`, in recipes and wherever a model is named.
 

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from clipdistill.arguments import checked
 from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, render
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel, require_usable
@@ -52,6 +53,7 @@ from clipdistill.registry import INHERITANCE, TEACHERS
 logger = logging.getLogger("clipdistill")
 
 
+@checked
 def load_model(
     name: str | Path | nn.Module | ClipModel,
     *,
@@ -231,6 +233,7 @@ class Preprocess:
         return render(picture.convert("RGB"), EVALUATION_VIEW, self.image)
 
 
+@checked
 def load_student(
     path: str | Path | nn.Module, *, device: str | torch.device = "cpu", module: nn.Module | None = None
 ) -> tuple[nn.Module, Preprocess, Tokenizer]:

@@ -56,11 +56,13 @@ class Features:
 
 def check(who: str, embeddings: Embeddings, width: int) -> int:
     """The number of rows, or an InputError that names what does not fit together."""
-    rows = embeddings.any.shape[0]
+    rows = len(embeddings.any)
     for part in ("image", "text", "synthetic_text"):
         matrix = getattr(embeddings, part)
         if matrix is None:
             continue
+        if not isinstance(matrix, Tensor):
+            raise InputError(f"the {who}'s {part} embeddings must be a torch.Tensor, got {type(matrix).__name__}")
         if matrix.ndim != 2 or tuple(matrix.shape) != (rows, width):
             raise InputError(
                 f"the {who}'s {part} embeddings have shape {tuple(matrix.shape)}, expected ({rows}, {width}): "

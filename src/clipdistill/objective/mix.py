@@ -15,6 +15,8 @@ from clipdistill.registry import TERMS
 def checked_weights(weights: Mapping[str, float]) -> dict[str, float]:
     """The terms with a non-zero weight, in the order given; InputError for unknown names and impossible weights."""
     found: dict[str, float] = {}
+    if not isinstance(weights, Mapping):
+        raise InputError(f"objective: weights must be a mapping of terms and numbers, got {weights!r}")
     for name, weight in weights.items():
         if name not in TERMS:
             raise InputError(f"objective: unknown term '{name}'{nearest(name, TERMS.names())}")

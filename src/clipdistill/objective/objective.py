@@ -91,8 +91,10 @@ class Objective(nn.Module):
         settings: dict[str, Any] = {"scales": scales, "projection": projection, "engine": engine, "products": products}
         settings["schedules"] = schedules or {}
         self.config = build(ObjectiveConfig, {"weights": self.weights, **settings, **options}, "objective")
-        if student_dim < 1 or teacher_dim < 1:
-            raise InputError(f"objective: embedding widths {student_dim} and {teacher_dim} must be positive")
+        if not all(isinstance(dim, int) and dim > 0 for dim in (student_dim, teacher_dim)):
+            raise InputError(
+                f"objective: embedding widths {student_dim} and {teacher_dim} must be positive whole numbers"
+            )
         self.student_dim, self.teacher_dim = student_dim, teacher_dim
         self.scales, self.projection, self.engine = scales, projection, engine
         self.options = EngineOptions(products=products)
@@ -268,11 +270,11 @@ class Objective(nn.Module):
         Similarities are computed in float32 (float64 if any embedding is), also under autocast.
         Raises InputError when shapes do not fit, or a term and an ensemble of teachers do not go together.
         """
-        with torch.autocast(student.any.device.type, enabled=False):
-            return self._forward(student, teacher)
-
-    def _forward(self, student: Embeddings, teacher: Embeddings | None) -> ObjectiveOutput:
         rows = check("student", student, self.student_dim)
+        with torch.autocast(student.any.device.type, enabled=False):
+            return self._forward(rows, student, teacher)
+
+    def _forward(self, rows: int, student: Embeddings, teacher: Embeddings | None) -> ObjectiveOutput:
         if teacher is not None and "teacher" in self.config.schedules:
             factor = self.config.factor("teacher", self.progress)
             teacher = replace(teacher, logit_scale=torch.as_tensor(teacher.logit_scale) * factor)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
+from clipdistill.arguments import checked
 from clipdistill.config import Config
 from clipdistill.errors import InputError, nearest
 from clipdistill.objective.plan import MATRICES, SCALARS, Pairing, Primitive, published_pairings
@@ -127,6 +128,7 @@ class Term:
         return self.primitives is not None or bool(self.gathers)
 
 
+@checked
 def register_term(term: Term) -> Term:
     """Add a term of your own; it can then be named in weights, recipes and on the command line. Returns it.
 

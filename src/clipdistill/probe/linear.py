@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipdistill.arguments import checked
 from clipdistill.data.labelled import LabelledSource
 from clipdistill.data.open import open_labelled
 from clipdistill.data.problems import BadSample
@@ -141,6 +142,7 @@ def _alike(a: LabelledSource, b: LabelledSource, count: int = 8) -> bool:
     return True
 
 
+@checked
 def probe(
     model: str | Path | ClipModel | Encoder,
     train: str | Path | LabelledSource,

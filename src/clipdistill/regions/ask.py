@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipdistill.arguments import checked
 from clipdistill.config import build
 from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource
@@ -39,6 +40,7 @@ class RegionVectors(Shown):
         return f"{self.path}: {self.images:,} images ({size}); use it as the teacher 'cache:{self.path}'"
 
 
+@checked
 def region_boxes(
     detector: str,
     data: Data,
@@ -69,6 +71,7 @@ def region_boxes(
     return detect(source, opened, Path(out), progress=told)
 
 
+@checked
 def region_embeddings(
     teacher: str | Path,
     data: Data,
@@ -92,6 +95,7 @@ def region_embeddings(
     return _opened(teacher, data, boxes, store, split, "train", device, quiet)[2]
 
 
+@checked
 def region_scores(
     teacher: str | Path,
     data: Data,
@@ -116,6 +120,7 @@ def region_scores(
     return measure(opened, source, regions, pairs=pairs, device=where)
 
 
+@checked
 def region_vectors(
     teacher: str | Path,
     data: Data,

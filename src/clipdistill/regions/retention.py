@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from clipdistill.arguments import checked
 from clipdistill.evaluate.evaluate import Data, evaluate
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.runtime.console import Shown, TextTable
@@ -67,6 +68,7 @@ class Changes(Shown, list[Change]):
         return {"format": 1, "changes": [vars(change) for change in self]}
 
 
+@checked
 def before_after(
     before: str | Path | ClipModel,
     after: str | Path | ClipModel,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipdistill.arguments import checked
 from clipdistill.errors import InputError
 from clipdistill.registry import REPORT_PARTS
 from clipdistill.report import IMAGES, report_place
@@ -48,6 +49,7 @@ class ReportSummary(Shown):
         return "\n".join([self.headline, *(f"note: {notice}" for notice in self.notices), "", written])
 
 
+@checked
 def report(
     runs: str | Path | Sequence[str | Path],
     out: str | Path = "report.html",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from clipdistill.arguments import checked
 from clipdistill.data.files import read_image_file
 from clipdistill.data.problems import BadSample
 from clipdistill.embed.names import EngineName
@@ -52,6 +53,7 @@ class SearchResult(Shown):
         return [self.table()]
 
 
+@checked
 def search(
     folder: str | Path,
     query: str | Path,

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from clipdistill.arguments import checked
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
 from clipdistill.serve.command import HOST, in_thread, served_name
@@ -35,6 +36,7 @@ class RunningService:
         return f'{self.model} at <a href="{self.url}">{self.url}</a>'
 
 
+@checked
 def serve(
     model: str | Path,
     *,

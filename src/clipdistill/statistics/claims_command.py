@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from clipdistill.arguments import checked
 from clipdistill.errors import InputError
 from clipdistill.runs.folder import distinct, run_folders
 from clipdistill.statistics.claims import PUBLISHED, is_measured, judge, read_claims
@@ -56,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@checked
 def claims(
     claims: str | Path | Sequence[str], runs: str | Path | Sequence[str | Path], *, level: float = 0.95
 ) -> Verdicts:
@@ -76,7 +78,7 @@ def claims(
 def _runs(folders: Sequence[str | Path]) -> list[Path]:
     runs = distinct([run for folder in folders for run in run_folders(Path(folder))])
     if not runs:
-        raise InputError(f"{folders[0]}: a file; give run folders")
+        raise InputError(f"{', '.join(map(str, folders)) or 'no run'}: give run folders")
     return runs
 
 

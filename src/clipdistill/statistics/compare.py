@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from clipdistill.arguments import checked
 from clipdistill.errors import InputError
 from clipdistill.runs.folder import RunFolder
 from clipdistill.runtime.console import Coloured, TextTable, html_page
@@ -132,6 +133,7 @@ class ModelComparison:
         }
 
 
+@checked
 def compare(
     a: str | Path | Sequence[str | Path],
     b: str | Path | Sequence[str | Path],

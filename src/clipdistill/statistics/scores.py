@@ -83,6 +83,8 @@ class Scores:
 
     def __init__(self, scores: Iterable[Score] = ()) -> None:
         self.scores: list[Score] = list(scores)
+        if other := next((score for score in self.scores if not isinstance(score, Score)), None):
+            raise InputError(f"Scores takes results of the kind Score, got {other!r}")
         self.queries: dict[tuple[str, Any], Queries] = {}
         self.notes: list[str] = []
         self._kept: dict[tuple[str, str, Any], Score] = {}

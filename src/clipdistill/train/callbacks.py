@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from clipdistill.arguments import checked
 from clipdistill.errors import ClipdistillError, InputError, nearest
 from clipdistill.registry import CALLBACKS, describe
 from clipdistill.runs.folder import CURVE, LOG, RunFolder, read_lines, read_rows
@@ -80,6 +81,7 @@ class Callback:
 EVENTS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
 
+@checked
 def register_callback(name: str, make: Callable[[], Any]) -> None:
     """Give a callback a name for `--callback NAME` and recipes' `callbacks: [NAME]`.
 

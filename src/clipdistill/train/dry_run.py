@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from clipdistill.arguments import checked
 from clipdistill.runs.folder import LOG, read_rows
 from clipdistill.runtime.console import Shown, duration
 from clipdistill.runtime.machine import pick_device
@@ -52,6 +53,7 @@ class DryRun(Shown):
         )
 
 
+@checked
 def dry_run(config: RunConfig | Mapping[str, Any], *, quiet: bool = False) -> DryRun:
     """Train ten steps as `config` says, without validation, and tell what the run would take. Nothing stays on disk.
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from clipdistill.arguments import checked
 from clipdistill.config import build
 from clipdistill.data.loader import Batch
 from clipdistill.errors import InputError
@@ -67,6 +68,7 @@ class Replay(Shown):
         return "\n".join([f"step {self.step}", *(f"  {finding}" for finding in self.findings), self.advice])
 
 
+@checked
 def replay(
     folder: str | Path, step: int | None = None, *, device: str | None = None, say: Say = lambda _: None
 ) -> Replay:

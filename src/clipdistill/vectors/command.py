@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clipdistill.arguments import checked
 from clipdistill.data.files import data_path, is_remote
 from clipdistill.embed.names import add_engine, on_cluster
 from clipdistill.errors import InputError
@@ -83,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@checked
 def embed_to_file(
     model: Any,
     data: Any = None,

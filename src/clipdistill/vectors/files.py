@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from clipdistill.arguments import checked
 from clipdistill.errors import InputError, nearest, needing
 from clipdistill.runtime.files import new_file, new_folder, require_new_folder, require_place
 
@@ -138,6 +139,7 @@ def _safetensors(path: Path, new: Path, count: int, width: int, parts: Iterable[
 _HEADER = 512
 
 
+@checked
 def read_embeddings(path: str | Path) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """What `clipdistill embed` wrote into the file `path`.
 

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipdistill.arguments import checked
 from clipdistill.data.benchmarks.places import Source, absent, data_root, folder_of, source_of, sources
 from clipdistill.errors import InputError
 from clipdistill.runtime.console import Shown, file_size, say
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@checked
 def fetch(name: str, *, root: str | Path | None = None, splits: list[str] | None = None) -> Fetched:
     """Bring one published set; what is there already is not brought again.
 

@@ -1,0 +1,116 @@
+"""Arguments of public functions, held against their annotations: one of another kind ends in a sentence at once.
+
+Held against are the kinds that everybody can give wrongly: text, paths, numbers, flags, lists, mappings and functions.
+What values they may have is for the function to say, and so is what an annotation means that names a class.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import numbers
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from clipdistill.errors import InputError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _number(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, Iterable) and hasattr(value, "__len__") and not isinstance(value, (str, bytes, Mapping))
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("a text", lambda value: isinstance(value, str)),
+    "Path": ("a path", lambda value: isinstance(value, os.PathLike)),
+    "int": ("a whole number", _number(numbers.Integral)),
+    "float": ("a number", _number(numbers.Real)),
+    "bool": ("True or False", lambda value: type(value).__name__ in ("bool", "bool_")),  # numpy's, too
+    "None": ("None", lambda value: value is None),
+    "Sequence": ("a list", _listed),
+    "list": ("a list", _listed),
+    "Mapping": ("a mapping", lambda value: isinstance(value, Mapping)),
+    "dict": ("a mapping", lambda value: isinstance(value, Mapping)),
+    "Callable": ("a function", callable),
+}
+_SEVERAL = {"str": "texts", "Path": "paths", "int": "whole numbers", "float": "numbers", "None": "None"}
+_PLAIN = ("builtins", "pathlib")
+_SILENT = ("Any", "Literal")
+
+
+def checked(function: Function) -> Function:
+    """`function`, which first raises InputError for an argument of no kind that its annotation names."""
+
+    @functools.cache
+    def parts() -> dict[str, tuple[Part, ...]]:
+        named = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        return {p.name: _alternatives(p.annotation) for p in named}
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **settings: Any) -> Any:
+        try:
+            given = signature.bind(*arguments, **settings).arguments
+        except TypeError:
+            return function(*arguments, **settings)  # Python's own words for an argument too many or too few
+        for name, value in given.items():
+            kinds = parts().get(name, ())
+            if kinds and not any(_fits(value, part, function) for part in kinds):
+                what = f"{function.__name__}: {name} must be {_words(kinds)}, got {value!r:.80}"
+                in_list = isinstance(value, str) and any(_list_of_texts(part) for part in kinds)
+                raise InputError(f"{what}; write [{value!r}]" if in_list else what)
+        return function(*arguments, **settings)
+
+    signature = inspect.signature(function)
+    return call  # type: ignore[return-value]
+
+
+Part = tuple[str, tuple[Any, ...]]
+"""A kind and those of its items, none where nothing is said of them."""
+
+
+def _alternatives(annotation: Any) -> tuple[Part, ...]:
+    """What the text of an annotation allows, one part for each side of a |."""
+    if not isinstance(annotation, str):
+        return (("Any", ()),)
+
+    def read(node: ast.expr) -> tuple[Part, ...]:
+        if isinstance(node, ast.BinOp):
+            return read(node.left) + read(node.right)
+        if isinstance(node, ast.Subscript):
+            name = ast.unparse(node.value)
+            return ((name, read(node.slice) if name == "Sequence" else ()),)
+        return ((ast.unparse(node), ()),)
+
+    return read(ast.parse(annotation, mode="eval").body)
+
+
+def _list_of_texts(part: Part) -> bool:
+    return part[0] == "Sequence" and part[1][:1] == (("str", ()),)
+
+
+def _fits(value: Any, part: Part, function: Callable[..., Any]) -> bool:
+    name, items = part
+    if name in _SILENT:
+        return True
+    if name in _KINDS:
+        return _KINDS[name][1](value) and (not items or all(any(_fits(v, i, function) for i in items) for v in value))
+    known = inspect.unwrap(function).__globals__.get(name)
+    # an alias says nothing here; a class (also one that only types know) is no plain value, and may be stood in for
+    return (known is not None and not isinstance(known, type)) or type(value).__module__ not in _PLAIN
+
+
+def _words(parts: tuple[Part, ...]) -> str:
+    """'a text, a path or a list of texts or paths'."""
+    found = []
+    for name, items in parts:
+        inner = [_SEVERAL[item] for item, _ in items if item in _SEVERAL]
+        what = _KINDS[name][0] if name in _KINDS else name.rpartition(".")[2]
+        found.append(f"{what} of {' or '.join(inner)}" if inner else what)
+    return " or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
