@@ -46,11 +46,11 @@ ORDER = (
 """Floors from the lowest up; rooms of one floor do not know each other."""
 
 WINGS = (
-    "models.inheritance", "scenes", "demo", "bank", "vectors", "ray_engine", "bench", "ablate", "export",
-    "regions", "ternary", "search", "serve", "probe", "reference", "listing", "doctor", "remote", "data.formats.hub",
-    "data.formats.labelled_libraries", "data.formats.arrays", "data.mixture", "data.benchmarks", "evaluate.matching", "evaluate.balanced",
-    "objective.one_modality", "objective.logit_matching", "objective.targeted", "train.features", "train.trackers",
-    "train.replay", "train.replay_command", "report.exports", "statistics.compare_command",
+    "models.inheritance", "scenes", "demo", "bank", "vectors", "ray_engine", "bench", "ablate", "export", "regions",
+    "ternary", "search", "serve", "probe", "reference", "listing", "doctor", "remote", "data.formats.hub",
+    "data.formats.labelled_libraries", "data.formats.arrays", "data.mixture", "data.benchmarks", "evaluate.matching",
+    "evaluate.balanced", "objective.one_modality", "objective.logit_matching", "objective.targeted", "train.features",
+    "train.trackers", "train.replay", "train.replay_command", "report.exports", "statistics.compare_command",
 )  # fmt: skip
 """Rooms, and parts of rooms, that a run can do without. The core finds them by name and never imports them."""
 
