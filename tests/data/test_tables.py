@@ -126,6 +126,28 @@ def test_tables_that_cannot_be_used(folder: Path, text: str, message: str) -> No
         open_pairs(table(folder, text))
 
 
+@pytest.mark.parametrize("header", ["image,caption", "file_name;text", "path\tcaptions", "img|title"])
+def test_usual_columns_are_found(folder: Path, header: str) -> None:
+    """Those of Kaggle's captions.txt of Flickr8k among them, as in Parquet files."""
+    (separator,) = {",", ";", "\t", "|"} & set(header)
+    text = f"{header}\na.jpg{separator}one\nb.jpg{separator}two\n"
+    assert everything(open_pairs(table(folder, text))) == {"a.jpg": ("one",), "b.jpg": ("two",)}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"image": "a.jpg", "caption": "one"}\n', "in no known format"),
+        ("a.csv", b"filepath,title\na.jpg,o\0ne\n", "is no text, since it holds NUL bytes"),
+        ("a.tsv", "filepath\ttitle\na.jpg\tone\n".encode("utf-16-le"), "is no text, since it holds NUL bytes"),
+    ],
+)
+def test_what_is_no_table_says_why(folder: Path, name: str, content: bytes, message: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        open_pairs(str(folder / name))
+
+
 def test_a_wrong_separator_is_refused(folder: Path) -> None:
     path = table(folder, "filepath\ttitle\na.jpg\tone\n")
     assert len(open_pairs(DataConfig(path=path, separator="\\t"))) == 1

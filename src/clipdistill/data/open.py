@@ -191,6 +191,8 @@ def _no_format(place: Place) -> str:
             f"data '{path}' is JSON, but neither Karpathy's (images with sentences) nor COCO's captions (images and "
             f"annotations): it holds {held if content else 'nothing'}"
         )
+    if b"\0" in place.head:
+        return f"data '{path}' is no text, since it holds NUL bytes (UTF-16 without its mark?): save it as UTF-8"
     return f"data '{path}' is in no known format (Karpathy or COCO JSON, CSV, TSV, Parquet, tar, or a folder of these)"
 
 

@@ -69,7 +69,7 @@ def is_table(place: Place) -> bool:
         return False
     if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return False
-    return place.path.suffix.lower() not in (".tar", ".json") and place.document is None
+    return place.path.suffix.lower() not in (".tar", ".json", ".jsonl", ".ndjson") and place.document is None
 
 
 def _has_captions(place: Place) -> bool:

@@ -1,4 +1,4 @@
-"""CSV and TSV tables: one row a caption, with the image's path (by default open_clip's columns `filepath`, `title`).
+"""CSV and TSV tables: a row a caption, with the image's path (open_clip's columns `filepath`, `title`, or usual names).
 
 A row that does not say clearly what its cells are is left out and listed with its line, never read as something else.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clipdistill.data.files import IMAGE_SUFFIXES
 from clipdistill.data.formats import Place
-from clipdistill.data.formats.rows import Rows, required_column
+from clipdistill.data.formats.rows import Rows, find_columns
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.errors import InputError
 
@@ -35,9 +35,8 @@ def open_table(place: Place, config: DataConfig, default_split: str | None) -> P
             first = file.readline(1 << 20)
         separator = _separator(first, path, config)
         header = [cell.strip() for cell in _cells(first, separator, path)]
-        image = header.index(required_column(config.image_column, header, "image_column", path))
-        title = config.caption_column
-        caption = None if title is None else header.index(required_column(title, header, "caption_column", path))
+        pictures, title = find_columns(config, header, path)
+        image, caption = header.index(pictures), None if title is None else header.index(title)
         split = header.index("split") if "split" in header else None
         rows = Rows(path, config)
         with path.open(encoding=encoding, errors="surrogateescape", newline="") as file, _long_cells():
