@@ -63,7 +63,7 @@ def score_cell(entry: Entry, column: ScoreColumn, table: ScoreTable) -> ScoreCel
     if cell is None:
         return None
     best = len(table.students) > 1 and column.best(table.entries) is entry
-    whose = "" if table.is_taught(entry) else " of the others' teacher"
+    whose = "" if table.is_taught(entry) else " of teacher"  # short: it is not to widen the table beyond a page
     share = f"{100 * kept.value:.0f} %{whose}" if kept else ""
     interval = interval_text(cell, column.is_share)
     return ScoreCell(value_text(cell, column.is_share), interval, share, cell.seeds, best)
