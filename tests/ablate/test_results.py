@@ -133,6 +133,17 @@ def test_an_unfinished_grid_compares_what_is_there(tmp_path):
     assert collect(plan, grid, tmp_path) is None
 
 
+def test_what_a_kill_left_beside_the_results_goes(tmp_path):
+    plan = plan_of(
+        {"base": {"recipe": "clip"}, "other": {"recipe": "clip"}}, seeds=2, claims=["other > base on flickr8k t2i_R@1"]
+    )
+    for name in ("ablation.json", "ablation.md", "ablation.svg", "claims.json", "notes"):
+        (tmp_path / f".{name}.writing-abc").write_text("half")
+    summarise(plan, write_grid(plan, tmp_path, {"base": 0.3, "other": 0.5}), tmp_path)
+    assert [path.name for path in tmp_path.glob(".*.writing-*")] == [".notes.writing-abc"]
+    assert (tmp_path / "claims.json").is_file()
+
+
 def test_one_seed_decides_on_the_queries_alone_and_says_so(tmp_path):
     plan = plan_of({"base": {"recipe": "clip"}, "other": {"recipe": "clip-kd"}}, seeds=1)
     results = summarise(plan, write_grid(plan, tmp_path, {"base": 0.3, "other": 0.5}), tmp_path)

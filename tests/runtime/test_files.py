@@ -185,6 +185,17 @@ def test_two_writers_of_one_folder_do_not_take_each_others_work_for_a_leftover(t
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
+def test_a_file_that_a_living_process_writes_is_no_leftover(tmp_path: Path) -> None:
+    (tmp_path / ".a.json.writing-dead").write_text("half")
+    (tmp_path / ".b.json.writing-dead").write_text("half")
+    with files.new_file(tmp_path / "a.json") as temporary:
+        temporary.write_text("mine")
+        files.remove_leftovers(tmp_path, "a.json")
+        assert temporary.exists()
+    assert (tmp_path / "a.json").read_text() == "mine"
+    assert names(tmp_path) == [".b.json.writing-dead", "a.json"]
+
+
 def test_a_name_with_a_nul_is_one_sentence(tmp_path: Path) -> None:
     for check in (files.make_folder, files.require_place):
         with pytest.raises(InputError, match="NUL"):

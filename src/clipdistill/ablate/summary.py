@@ -10,7 +10,7 @@ from clipdistill.ablate.pictures import draw
 from clipdistill.ablate.plan import AblationPlan
 from clipdistill.ablate.results import Results, collect, to_json
 from clipdistill.ablate.tables import markdown
-from clipdistill.runtime.files import write_json, write_text
+from clipdistill.runtime.files import remove_leftovers, write_json, write_text
 from clipdistill.statistics.verdicts import FILE as CLAIMS
 from clipdistill.statistics.verdicts import write_verdicts
 
@@ -22,6 +22,8 @@ def summarise(plan: AblationPlan, grid: Sequence[GridRun], out: Path, *, command
     results = collect(plan, grid, out)
     if results is None:
         return None
+    for name in (f"{NAME}.svg", f"{NAME}.json", f"{NAME}.md", CLAIMS):
+        remove_leftovers(out, name)
     picture = draw(results)
     if picture:
         write_text(out / f"{NAME}.svg", picture)

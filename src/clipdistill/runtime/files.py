@@ -49,7 +49,8 @@ def new_file(path: Path | str) -> Iterator[Path]:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        yield temporary
+        with _held(temporary):
+            yield temporary
         temporary.chmod(0o666 & ~_umask())
         sync(temporary)
         temporary.replace(path)
@@ -162,13 +163,13 @@ def _say_where(error: BaseException | None, path: Path, temporary: Path) -> None
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[bool]:
-    """False where a living process is writing `folder`; others see it held until the block ends."""
+def _held(temporary: Path) -> Iterator[bool]:
+    """False where a living process is writing this file or folder; others see it held until the block ends."""
     descriptor, free = None, True
     try:
         import fcntl
 
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(temporary, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         free = False
@@ -279,8 +280,8 @@ def cannot_write(path: Path | str, what: str, error: OSError) -> Exception:
 def remove_leftovers(folder: Path | str, name: str | None = None, *, older_than: float = 0.0) -> None:
     """Take away what a killed writer left of `name` (default: of anything) in `folder`.
 
-    A folder that a living process of this machine is writing (`new_folder`) is left alone; files are for places with
-    one writer at a time. older_than: seconds since the last change, for places where others may be writing.
+    What a living process of this machine is writing is left alone. older_than: seconds since the last change, for
+    places where processes of other machines may be writing.
     """
     folder = Path(folder)
     now = disk_time(folder)
@@ -290,12 +291,11 @@ def remove_leftovers(folder: Path | str, name: str | None = None, *, older_than:
         with contextlib.suppress(OSError):
             if now - path.lstat().st_mtime < older_than:
                 continue
-            if path.is_symlink() or not path.is_dir():
-                path.unlink()
-            else:
-                with _held(path) as free:
-                    if free:
-                        shutil.rmtree(path)
+            with contextlib.nullcontext(True) if path.is_symlink() else _held(path) as free:
+                if free and path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif free:
+                    path.unlink()
 
 
 def sync(path: Path | str) -> None:
