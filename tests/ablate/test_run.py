@@ -1,6 +1,8 @@
 """Training a grid on built-in data: what is shared, skipped, resumed, recorded; and that sharing changes nothing."""
 
 import json
+import shutil
+import socket
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from clipdistill.ablate import run as ablate_run
 from clipdistill.ablate.grid import build_grid
 from clipdistill.ablate.run import failures, run_grid
 from clipdistill.errors import ClipdistillError, Preempted
+from clipdistill.runtime.files import write_json
 from clipdistill.train import sources
 from clipdistill.train.config import resolve
 from clipdistill.train.distil import Distillation
@@ -81,6 +84,26 @@ def test_what_is_finished_is_not_trained_again(trained, monkeypatch):
     again = run_grid(build_grid(plan_of(VARIANTS, seeds=2), grid[0].folder.parent), grid[0].folder.parent, quiet=True)
     assert again.skipped == [run.name for run in grid]
     assert not again.finished
+
+
+def test_what_a_kill_after_a_runs_last_word_leaves_is_taken_away(trained, tmp_path):
+    out = tmp_path / "grid"
+    shutil.copytree(trained[0][0].folder.parent, out)
+    grid = build_grid(plan_of(VARIANTS, seeds=2), out)
+    whole = sorted(out.rglob("*"))
+    dead = json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1"})
+    for path in (grid[0].folder / ".lock", out / ".locks" / f"{grid[0].name}.lock"):
+        path.write_text(dead)
+    (grid[1].folder / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (out / ".failures").mkdir()
+    write_json(out / ".failures" / f"{grid[2].name}.json", {"error": "E", "message": "m"})
+    with ablate_run._claimed(grid[3], out):  # at work: its locks are left
+        (grid[3].folder / "checkpoints").mkdir()
+        assert run_grid(grid, out, quiet=True).skipped == [run.name for run in grid]
+        assert (grid[3].folder / "checkpoints").exists()
+    assert run_grid(grid, out, quiet=True).skipped == [run.name for run in grid]
+    assert sorted(path for path in out.rglob("*") if path.name != ".failures") == whole
+    assert failures(out) == {}
 
 
 def test_a_failure_is_recorded_and_the_others_go_on(tmp_path, monkeypatch, capsys):

@@ -7,8 +7,8 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from typing import Any
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.progress import GridDisplay
 from clipdistill.errors import ClipdistillError, InputError, Preempted, StorageError
+from clipdistill.runs.folder import CHECKPOINTS, LOCK
 from clipdistill.runtime.distributed import ProcessGroup, gather_lists, is_main, world_size
 from clipdistill.runtime.files import make_folder, read_json, write_json
-from clipdistill.runtime.locks import LEASE, Claims
+from clipdistill.runtime.locks import LEASE, Claims, FolderLock
 from clipdistill.runtime.machine import pick_device, return_freed_memory
-from clipdistill.train.run import Run, distill
+from clipdistill.train.run import distill
 from clipdistill.train.sources import SharedSources
 
 LOCKS, FAILURES = ".locks", ".failures"
@@ -42,9 +43,8 @@ def run_grid(
     *,
     quiet: bool = False,
     keep_checkpoints: bool = False,
-    after: Callable[[GridRun, Run], None] | None = None,
 ) -> GridOutcome:
-    """Train what is not finished; `after` is called with each run that finished here.
+    """Train what is not finished.
 
     A failed run is recorded in OUT/.failures and the others go on; it is tried again by the next call. A run that
     another process works on is left to it. Under torchrun all ranks train each run together, and a failure ends the
@@ -55,6 +55,9 @@ def run_grid(
     states = {run.name: run.state() for run in runs}
     waiting = [run for run in runs if states[run.name] != "finished"]
     outcome = GridOutcome(skipped=[run.name for run in runs if states[run.name] == "finished"])
+    for run in runs if is_main() else ():
+        if states[run.name] == "finished":
+            _tidy(run, out, keep_checkpoints)
     if not waiting:
         return outcome
     with ProcessGroup(pick_device(waiting[0].config.device)):
@@ -73,7 +76,7 @@ def run_grid(
                         outcome.skipped.append(run.name)
                         display.passed_over(run, "finished by another process")
                         continue
-                    _one(run, out, sources, display, outcome, quiet, keep_checkpoints, after)
+                    _one(run, out, sources, display, outcome, quiet, keep_checkpoints)
                 _give_back_memory()
     return outcome
 
@@ -86,7 +89,6 @@ def _one(
     outcome: GridOutcome,
     quiet: bool,
     keep_checkpoints: bool,
-    after: Callable[[GridRun, Run], None] | None,
 ) -> None:
     display.begin(run)
     began = time.monotonic()
@@ -94,10 +96,8 @@ def _one(
         result = distill(run.config, quiet=quiet, sources=sources, show=display.line)
         if is_main():
             if not keep_checkpoints:  # a finished run is not resumed; its student is beside them
-                shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+                shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
             _failure(out, run).unlink(missing_ok=True)
-            if after is not None:
-                after(run, result)
         outcome.finished.append(run.name)
         display.end(run, result, time.monotonic() - began)
     except (Preempted, StorageError):  # a full disk would stop the next run too
@@ -111,6 +111,21 @@ def _one(
             raise ClipdistillError(
                 f"{run.name} failed ({error}); under torchrun that ends the job: start it again for the other runs"
             ) from error
+
+
+def _tidy(run: GridRun, out: Path, keep_checkpoints: bool) -> None:
+    """Take away what a process that was killed after a run's last word left: its locks, checkpoints and a failure."""
+    checkpoints, failure = run.folder / CHECKPOINTS, _failure(out, run)
+    left = [checkpoints] if checkpoints.exists() and not keep_checkpoints else []
+    if not any(path.exists() for path in (*left, failure, run.folder / LOCK, out / LOCKS / f"{run.name}.lock")):
+        return
+    claims = Claims(out / LOCKS)
+    if claims.take(run.name):
+        with suppress(InputError, OSError), FolderLock(run.folder / LOCK, "at work"):
+            for folder in left:
+                shutil.rmtree(folder, ignore_errors=True)
+            failure.unlink(missing_ok=True)
+        claims.give_back_all()
 
 
 def _give_back_memory() -> None:
