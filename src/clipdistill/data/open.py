@@ -7,6 +7,7 @@ the other whether a name is theirs; those that were registered from outside are 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -171,6 +172,9 @@ def _no_format(place: Place) -> str:
     if not place.there:
         if is_remote(name):
             return f"data '{name}': nothing of that name is there, or no folder can be listed there"
+        folder = path.parent
+        if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+            return f"data '{name}' cannot be read: this user may not look into the folder '{folder}'"
         return f"data '{name}': no such file or folder{_near(path)}"
     if place.is_folder:
         return _no_folder(place)
