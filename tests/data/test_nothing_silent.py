@@ -284,3 +284,28 @@ def test_a_list_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").mkdir()
     with pytest.raises(InputError, match=r"b\.jsonl: the list of bad samples cannot be opened"):
         BadSampleLedger(tmp_path / "b.jsonl", 0.5)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be with a mark"])
+@pytest.mark.parametrize("form", ["txt", "tar txt", "tar lines", "tar json", "csv", "karpathy"])
+def test_captions_are_read_in_the_encodings_that_windows_writes(form: str, encoding: str, tmp_path: Path) -> None:
+    def written(text: str) -> bytes:
+        return b"\xfe\xff" + text.encode("utf-16-be") if "mark" in encoding else text.encode(encoding)
+
+    said, column = "красный круг 日本 é", None
+    (tmp_path / "0.jpg").write_bytes(encoded(0))
+    place = tmp_path / {"csv": "t.csv", "karpathy": "k.json"}.get(form, "x.tar" if "tar" in form else "")
+    if form == "txt":
+        (tmp_path / "0.txt").write_bytes(written(said + "\r\n"))
+    elif form == "csv":
+        place.write_bytes(written(f"filepath,title\r\n0.jpg,{said}\r\n"))
+    elif form == "karpathy":
+        record = {"images": [{"filename": "0.jpg", "sentences": [{"raw": said}]}]}
+        place.write_bytes(written(json.dumps(record, ensure_ascii=False)))
+    else:
+        ending, column = form.split()[1], "txt:lines" if "lines" in form else None
+        content = json.dumps({"caption": said}, ensure_ascii=False) if ending == "json" else said
+        write_tar(place, [("0.jpg", encoded(0)), (f"0.{ending.replace('lines', 'txt')}", written(content))])
+    source = open_pairs(DataConfig(path=str(place), **({} if column is None else {"caption_column": column})))
+    assert source.captions(0) == (said,)
+    assert source.problems.total == 0

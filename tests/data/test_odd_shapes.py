@@ -89,7 +89,9 @@ def test_lines_of_a_text() -> None:
 
 
 def test_a_text_that_is_none_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_bytes("größe".encode("utf-16"))
+    (tmp_path / "t.txt").write_bytes("größe\r\nb".encode("utf-16"))
+    assert text_lines(tmp_path / "t.txt") == ["größe", "b"]
+    (tmp_path / "t.txt").write_bytes("größe".encode("latin-1"))
     for name, words in (("t.txt", "is not text in UTF-8"), (".", "cannot be read"), ("no", "cannot be read")):
         with pytest.raises(InputError, match=rf"^class names '.*': {words}"):
             text_lines(tmp_path / name, f"class names '{tmp_path / name}'")

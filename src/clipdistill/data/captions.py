@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable
 
 from clipdistill.data.problems import Problems
+from clipdistill.runtime.files import decoded
 
 LONGEST = 2000
 """Characters kept of a caption, far more than any CLIP reads; byte-pair encoding of endless words takes minutes."""
@@ -36,7 +37,7 @@ _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
 def clean(text: str | bytes) -> tuple[str, tuple[str, ...]]:
     """The cleaned caption ('' when nothing is left) and what had to be done to it. Cleaning twice changes nothing."""
     if isinstance(text, bytes):
-        text = text.decode("utf-8", errors="surrogateescape")
+        text = decoded(text)
     if text.isascii() and text.isprintable() and len(text) <= LONGEST:
         return " ".join(text.split()), ()
     notes = []

@@ -20,7 +20,7 @@ import numpy as np
 from clipdistill.data.pairs import IndexedPairs, Strings
 from clipdistill.data.problems import BadSample, Problems
 from clipdistill.errors import InputError, nearest
-from clipdistill.runtime.files import is_inside, once
+from clipdistill.runtime.files import decoded, is_inside, once
 
 LARGEST_FILE = 1 << 29
 """Bytes; a larger image file is refused rather than read."""
@@ -273,7 +273,7 @@ def _present(root: Path, names: Sequence[str]) -> set[str]:
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises InputError that says where it stops being JSON."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig", errors="surrogateescape"), object_pairs_hook=once)
+        return json.loads(decoded(path.read_bytes()), object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not JSON (line {error.lineno}: {error.msg})") from error
     except RecursionError as error:

@@ -345,7 +345,7 @@ def parse_json(content: bytes, where: str, hint: str = "") -> Any:
 def read_text(path: Path, where: str | None = None, *, errors: str = "strict") -> str:
     """A UTF-8 file's text, lines ended by one sign. Raises InputError beginning with `where` (None: the path)."""
     try:
-        return path.read_bytes().decode("utf-8-sig", errors).replace("\r\n", "\n").replace("\r", "\n")
+        return decoded(path.read_bytes(), errors).replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise InputError(f"{where or path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
@@ -355,6 +355,14 @@ def read_text(path: Path, where: str | None = None, *, errors: str = "strict") -
 def text_lines(path: Path, where: str | None = None, *, errors: str = "strict") -> list[str]:
     """The lines of a UTF-8 file, as `read_text` reads it."""
     return lines_of(read_text(path, where, errors=errors))
+
+
+def decoded(content: bytes, errors: str = "surrogateescape") -> str:
+    """A user's text: UTF-16 where it begins with a byte order mark (Windows' "Unicode") and is that, else UTF-8."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        with contextlib.suppress(UnicodeDecodeError):
+            return content.decode("utf-16")
+    return content.decode("utf-8-sig", errors)
 
 
 def lines_of(text: str) -> list[str]:

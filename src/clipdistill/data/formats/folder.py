@@ -9,7 +9,7 @@ from clipdistill.data.files import collect, is_url, read_image_file, refuse_spli
 from clipdistill.data.formats import Place
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.problems import BadSample, Problems
-from clipdistill.runtime.files import lines_of
+from clipdistill.runtime.files import decoded, lines_of
 
 
 def open_folder(place: Place, config: DataConfig, default_split: str | None) -> PairSource:
@@ -29,7 +29,7 @@ def open_folder(place: Place, config: DataConfig, default_split: str | None) -> 
             if stem not in place.texts:
                 raise BadSample(MISSING)
             text = read_image_file(folder / place.texts[stem])
-            lines = lines_of(text.decode("utf-8-sig", errors="surrogateescape"))
+            lines = lines_of(decoded(text))
         except BadSample:
             problems.add(MISSING, name)
             lines = []

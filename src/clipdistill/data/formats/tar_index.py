@@ -24,9 +24,9 @@ from clipdistill.data.files import PICTURES, UNREAD, UNREAD_SUFFIXES
 from clipdistill.data.formats.tar_headers import DamagedTar, Member, members
 from clipdistill.data.pairs import Strings, ends_of
 from clipdistill.data.problems import Problems
-from clipdistill.runtime.files import new_file, once
+from clipdistill.runtime.files import decoded, lines_of, new_file, once
 
-FORMAT = 6
+FORMAT = 7
 TEXTS = ("txt", "json")
 LINES = "txt:lines"
 _LARGEST_TEXT = 1 << 24  # bytes of a .txt or .json member that are read
@@ -165,7 +165,7 @@ def _captions(
     record: dict[str, Any] = {}
     if "json" in components:
         try:
-            document = _read(file, components["json"]).decode("utf-8-sig", "surrogateescape")
+            document = decoded(_read(file, components["json"]))
             content = json.loads(document, object_pairs_hook=once)
             record = content if isinstance(content, dict) else {}
         except (ValueError, RecursionError):
@@ -174,8 +174,8 @@ def _captions(
     found = False
     for place in places:
         if place in ("txt", LINES):
-            text = _read(file, components["txt"]) if "txt" in components else b""
-            values: Any = text.splitlines() if place == LINES else [text] * ("txt" in components)
+            text = decoded(_read(file, components["txt"])) if "txt" in components else ""
+            values: Any = lines_of(text) if place == LINES else [text] * ("txt" in components)
         else:
             values = record.get(place) or []
             values = values if isinstance(values, list) else [values]
