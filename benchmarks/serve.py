@@ -7,7 +7,7 @@ one with keep-alive connections. Plain: this process decodes, prepares and encod
 one thread; tower: the same batches, prepared already (what `clipdistill bench` measures). They take turns of
 `--seconds`; ratios are medians over the rounds. Where there are two processors or more, service and plain calls share
 one and the callers have another. Processor time of the service for each picture beside that of plain calls is a second
-ratio, which other work on the machine moves less.
+ratio, which other work on the machine moves less. A line a round goes to stderr.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -37,6 +38,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 BATCH = 32
 CALLERS = {1: 48, 8: 8}
 """Pictures of a request -> connections: some two batches are on their way."""
+PICTURES = 64
+ATTACKERS = 64
+"""One in forty bad requests waits for the service's patience (10 s for headers) to end: they wait beside each other."""
+BEGAN = time.perf_counter()
+
+
+def tell(text: str) -> None:
+    """A line of progress."""
+    print(f"{time.perf_counter() - BEGAN:7.1f} s  {text}", file=sys.stderr, flush=True)
 
 
 def photographs(count: int, side: tuple[int, int] = (500, 375)) -> list[bytes]:
@@ -81,11 +91,11 @@ def service(export: str, core: int | None) -> Iterator[tuple[int, int]]:
         process.wait(60)
 
 
-def call(port: int, pictures: int, connections: int, seconds: float) -> dict[str, Any]:
-    """Ask for that long; latencies in seconds and pictures answered. Runs in a process of its own."""
+def call(port: int, pictures: int, connections: int, seconds: float, folder: Path) -> dict[str, Any]:
+    """Ask for that long with the JPEGs of a folder; latencies in seconds and pictures answered. In its own process."""
     bodies = []
-    photos = photographs(64)
-    for start in range(0, 64, pictures):
+    photos = [path.read_bytes() for path in sorted(folder.iterdir())]
+    for start in range(0, len(photos), pictures):
         images = [base64.b64encode(data).decode() for data in photos[start : start + pictures]]
         bodies.append(json.dumps({"images": images, "format": "base64"}).encode())
     kind = {"Content-Type": "application/json"}
@@ -129,10 +139,11 @@ def measure(export: str, rounds: int, seconds: float) -> dict[str, Any]:
     if here is not None:
         os.sched_setaffinity(0, {here})
     model = ServedModel(served_name(export), "cpu")
-    photos = photographs(64)
+    tell("model loaded")
+    photos = photographs(PICTURES)
 
     def prepare(start: int) -> np.ndarray:
-        return np.stack([model.pixels(photos[(start + i) % 64], 10**8) for i in range(BATCH)])
+        return np.stack([model.pixels(photos[(start + i) % PICTURES], 10**8) for i in range(BATCH)])
 
     ready = prepare(0)
     for _ in range(3):
@@ -149,16 +160,24 @@ def measure(export: str, rounds: int, seconds: float) -> dict[str, Any]:
         return done / (time.perf_counter() - begin), (time.process_time() - used) / done, statistics.median(times)
 
     found: dict[str, list[dict[str, float]]] = {str(pictures): [] for pictures in CALLERS}
-    with service(export, here) as (process, port):
+    with tempfile.TemporaryDirectory() as folder, service(export, here) as (process, port):
+        tell("service started")
+        for number, photo in enumerate(photos):
+            (Path(folder) / f"{number:03}.jpg").write_bytes(photo)
         for number in range(rounds + 1):
             for pictures, connections in CALLERS.items():
                 whole, alone = plain(False), plain(True)
                 used = processor_seconds(process)
-                command = [sys.executable, __file__, export, "--call", f"{port},{pictures},{connections},{seconds}"]
+                order = f"{port},{pictures},{connections},{seconds},{folder}"
+                command = [sys.executable, __file__, export, "--call", order]
                 command = ["taskset", "-c", str(there), *command] if there is not None else command
                 asked = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 used = processor_seconds(process) - used
                 rate = asked["pictures"] / asked["seconds"]
+                tell(
+                    f"round {number} of {rounds}, {pictures} a request: service {rate:.1f} pictures/s, plain "
+                    f"{whole[0]:.1f}, tower {alone[0]:.1f}"
+                )
                 if number == 0:
                     continue  # the first round warms up
                 late = sorted(asked["latencies"])
@@ -190,16 +209,18 @@ def attacked(export: str, count: int, seed: int) -> dict[str, Any]:
                 "threads": len(list((place / "task").iterdir())),
             }
 
-        attack("127.0.0.1", port, 100, seed + 1000, threads=16)
+        tell("service started")
+        attack("127.0.0.1", port, 100, seed + 1000, threads=ATTACKERS)
         states, faults, statuses, begin = [state()], [], {}, time.perf_counter()
         for part in range(10):
-            found = attack("127.0.0.1", port, count // 10, seed * 10 + part, threads=16)
+            found = attack("127.0.0.1", port, count // 10, seed * 10 + part, threads=ATTACKERS)
             faults += found.faults
             for kind, answers in found.answers.items():
                 for status, number in answers.items():
                     key = ("good" if kind == GOOD else "bad", status)
                     statuses[key] = statuses.get(key, 0) + number
             states.append(state())
+            tell(f"{(part + 1) * (count // 10)} bad requests, {len(faults)} faults, {states[-1]}")
         took = time.perf_counter() - begin
         alive = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
         alive.request("GET", "/health")
@@ -269,8 +290,8 @@ def main() -> None:
     parser.add_argument("--call", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.call:
-        port, pictures, connections, seconds = given.call.split(",")
-        print(json.dumps(call(int(port), int(pictures), int(connections), float(seconds))))
+        port, pictures, connections, seconds, folder = given.call.split(",", 4)
+        print(json.dumps(call(int(port), int(pictures), int(connections), float(seconds), Path(folder))))
         return
     import torch
 
