@@ -45,6 +45,12 @@ def test_a_public_function_has_a_real_signature_and_says_what_it_takes_returns_a
     assert signature.return_annotation == "None" or re.search(r"[Rr]eturns", text)
 
 
+def test_a_device_that_is_none_is_a_sentence() -> None:
+    for device in ("", "gpu", "cuda:99"):
+        with pytest.raises(InputError, match=f"device '{device}'"):
+            cd.load_model("scenes-teacher", device=device)
+
+
 SETTINGS = (
     "size", "data", "split", "image_root", "validation", "validation_split", "zero_shot", "protocol", "device"
 )  # fmt: skip

@@ -49,6 +49,7 @@ from clipdistill.models.save import DESCRIPTION, read_model
 from clipdistill.models.students import build_student, timm_student
 from clipdistill.models.tokenizers import Tokenizer
 from clipdistill.registry import INHERITANCE, TEACHERS
+from clipdistill.runtime.machine import pick_device
 
 logger = logging.getLogger("clipdistill")
 
@@ -80,7 +81,7 @@ def load_model(
         from clipdistill.models.resolution import with_image_size
 
         model = with_image_size(model, image_size)
-    model.module.to(device)
+    model.module.to(pick_device(device))
     if teacher:
         model.module.eval().requires_grad_(False)
     require_usable(model)
