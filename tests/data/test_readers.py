@@ -357,7 +357,7 @@ def test_content_decides_not_the_name(tmp_path: Path) -> None:
     (folder / "table.json.txt").write_text("filepath,title\na.jpg,told\n")
     assert everything(open_pairs(str(folder / "table.json.txt"))) == {"a.jpg": ("told",)}
     (folder / "noise.csv").write_bytes(bytes(range(256)) * 4)
-    with pytest.raises(InputError, match="is in no known format"):
+    with pytest.raises(InputError, match="is no text, since it holds NUL bytes"):
         open_pairs(str(folder / "noise.csv"))
 
 
