@@ -45,12 +45,15 @@ def test_scan_takes_images_and_leaves_the_rest(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "dead.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "circle.png").symlink_to(tmp_path / "again.png")  # once, all that is listed after it was lost
+    (tmp_path / "again.png").symlink_to(tmp_path / "circle.png")
     (tmp_path / "folder.png").mkdir()
     odd = os.fsdecode(b"caf\xe9.png")
     (tmp_path / odd).write_bytes(b"x")
     found, problems = scan(tmp_path)
     assert [p.path for p in found] == sorted(["UPPER.JPG", odd, "more/scene-02.png", "scene-00.png", "scene-01.png"])
-    assert problems == [("dead.png", "is a link that leads nowhere, or no file")]
+    nowhere = "is a link that leads nowhere, or no file"
+    assert problems == [("again.png", nowhere), ("circle.png", nowhere), ("dead.png", nowhere)]
     assert printable(odd) == "caf\N{REPLACEMENT CHARACTER}.png"
     assert printable("a\x1b[31m\u202eb") == "a\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}b"
     with pytest.raises(InputError, match="no such folder"):

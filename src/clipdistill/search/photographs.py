@@ -44,7 +44,7 @@ def scan(folder: Path) -> tuple[list[Photograph], list[tuple[str, str]]]:
                     if entry.is_dir(follow_symlinks=False):
                         if entry.name != "__MACOSX":
                             waiting.append(path)
-                    elif entry.is_symlink() and entry.is_dir():
+                    elif entry.is_symlink() and os.path.isdir(entry.path):  # noqa: PTH112 - a circle of links is none
                         if is_inside(folder, Path(entry.path, "x")):
                             continue  # what lies in it is listed where it is
                         problems.append((path, "is a link to a folder, which is not followed"))
@@ -65,8 +65,10 @@ def _add(entry: os.DirEntry[str], path: str, found: list[Photograph]) -> bool:
             return not os.path.lexists(entry.path)
         status = entry.stat()
         found.append(Photograph(path, status.st_size, status.st_mtime_ns))
-    except OSError:
+    except FileNotFoundError:
         pass  # gone between listing and looking
+    except OSError:  # a circle of links
+        return False
     return True
 
 
