@@ -75,7 +75,8 @@ class CacheConfig(Config):
             )
         share, of = self.share
         if not 0 <= share < of:
-            raise ValueError(f"part: '{self.part}' is not one of the shares 0/{of} to {of - 1}/{of}")
+            known = f"one of the shares 0/{of} to {of - 1}/{of}" if of else "a share, for example 0/4"
+            raise ValueError(f"part: '{self.part}' is not {known}")
         if not self.teachers or "" in self.teachers:
             raise ValueError("teacher: name at least one model")
         return self

@@ -82,7 +82,7 @@ class Scores:
     """A list of scores. `queries` holds per-query results by (model, protocol question) when they were kept."""
 
     def __init__(self, scores: Iterable[Score] = ()) -> None:
-        self.scores: list[Score] = list(scores)
+        self.scores: list[Score] = list(scores) if isinstance(scores, Iterable) else [scores]
         if other := next((score for score in self.scores if not isinstance(score, Score)), None):
             raise InputError(f"Scores takes results of the kind Score, got {other!r}")
         self.queries: dict[tuple[str, Any], Queries] = {}
