@@ -312,7 +312,7 @@ def test_equals_torchmetrics() -> None:
         ({"image_embeddings": np.ones(4)}, r"image embeddings must have shape .* got \(4,\)"),
         ({"image_embeddings": np.array([["a"]])}, "must be numbers"),
         ({"ks": (0,)}, "ks must be positive whole numbers"),
-        ({"ks": (1.5,)}, "ks must be positive whole numbers"),
+        ({"ks": (1.5,)}, "ks must be a list of whole numbers"),
     ],
 )
 def test_bad_input_is_named(change: dict, message: str) -> None:

@@ -55,6 +55,13 @@ class CacheConfig(Config):
     allow_versions: bool = False
     """Go on although libraries have changed since the store was begun."""
 
+    @pydantic.field_validator("teacher")
+    @classmethod
+    def _named(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value or "" in value:
+            raise ValueError("name at least one model")
+        return value
+
     @pydantic.field_validator("data", mode="before")
     @classmethod
     def _plain_name(cls, value: Any) -> Any:
@@ -77,8 +84,6 @@ class CacheConfig(Config):
         if not 0 <= share < of:
             known = f"one of the shares 0/{of} to {of - 1}/{of}" if of else "a share, for example 0/4"
             raise ValueError(f"part: '{self.part}' is not {known}")
-        if not self.teachers or "" in self.teachers:
-            raise ValueError("teacher: name at least one model")
         return self
 
     @property
