@@ -58,7 +58,7 @@ class CacheConfig(Config):
     @pydantic.field_validator("teacher")
     @classmethod
     def _named(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not value or "" in value:
+        if not value or (not isinstance(value, str) and "" in value):
             raise ValueError("name at least one model")
         return value
 
