@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.reliability.support import Launcher
@@ -49,6 +50,7 @@ def test_data_from_a_file_outside_the_package(tmp_path: Path) -> None:
     assert "data" in said.split("refused: ")[1]
 
 
+@pytest.mark.slow
 def test_a_format_of_ones_own_from_the_shell(tmp_path: Path, launcher: Launcher) -> None:
     shutil.copy(EXAMPLE, tmp_path)
     command = ("train", "--plugin", "own_data.py", "--recipe", "clip-rd", "--size", "debug", "--data", "flags:train")

@@ -45,6 +45,7 @@ def test_row_18_with_a_cache_of_stored_views(launcher: Launcher, models: Path, t
     require_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_row_18_in_the_second_of_several_stages(launcher: Launcher, models: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "chain.yaml"
     recipe.write_text(
