@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,20 @@ def test_bad_npz(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
 
 
 # ---- tars
+
+
+@pytest.mark.parametrize("name", ["images", "labels", "classnames", "filenames"])
+def test_a_member_of_an_npz_that_is_no_array(tmp_path: Path, name: str) -> None:
+    """numpy gives back the bytes of a member whose first letters are not its own."""
+    with np.load(make_npz(tmp_path / "whole.npz", filenames=np.array([*"abcdef"]))) as whole:
+        arrays = dict(whole)
+    with zipfile.ZipFile(tmp_path / "set.npz", "w") as file:
+        for member, array in arrays.items():
+            data = io.BytesIO()
+            np.save(data, array)
+            file.writestr(f"{member}.npy", data.getvalue() if member != name else b"x" + data.getvalue()[1:])
+    with pytest.raises(InputError, match=f"'{name}' is no array"):
+        open_labelled(tmp_path / "set.npz")
 
 
 def test_tars(tmp_path: Path) -> None:

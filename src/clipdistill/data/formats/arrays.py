@@ -65,6 +65,8 @@ class ArrayLabels(LabelledSource):
             result: NDArray[Any] = archive[name]
         except Exception as error:  # as above; ValueError: an array of Python objects
             raise InputError(f"'{self._path}': the array '{name}' cannot be read ({_words(error)})") from error
+        if not isinstance(result, np.ndarray):  # numpy gives the bytes of a member that is no array
+            raise InputError(f"'{self._path}': '{name}' is no array")
         return result
 
     def _texts(self, archive: Any, name: str) -> list[str]:
