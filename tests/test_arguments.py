@@ -46,6 +46,16 @@ def _right(annotation):
     return known.get(annotation.partition("[")[0], {} if "Config" in annotation else "x")
 
 
+def test_a_device_is_a_name_or_torch_s_own_everywhere():
+    takers = [f for f in (p.values[1] for p in _functions()) if "device" in inspect.signature(f).parameters]
+    assert len(takers) > 10
+    for function in takers:
+        assert "torch.device" in inspect.signature(function).parameters["device"].annotation, function.__name__
+    rows = cd.embed("scenes-teacher", "scenes:val?size=4", device=torch.device("cpu"), progress=False)
+    assert len(rows.image) == 4
+    cd.Objective({"task": 1}, np.int64(4), np.int32(4))  # a width out of numpy, too
+
+
 def test_kinds_and_words():
     @checked
     def f(

@@ -19,6 +19,7 @@ from clipdistill.recipes import load_recipe
 from clipdistill.train.config import RunConfig
 
 if TYPE_CHECKING:  # torch is loaded when something is computed
+    import torch
     from torch import nn
 
     from clipdistill.cache.fill import FillReport
@@ -83,7 +84,7 @@ def cache(
     block: int | None = None,
     workers: int | None = None,
     part: str | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     engine: str = "torch",
     quiet: bool = False,
     **settings: Any,
@@ -110,9 +111,9 @@ def cache(
     values = {
         "teacher": teacher if isinstance(teacher, str) else tuple(teacher), "out": str(out), "views": views,
         "data": {"split": split, **given}, "captions": captions, "dtype": dtype, "precision": precision,
-        "batch_size": batch_size, "device": device, "engine": engine, "view": {"kind": "crop", **drawn},
+        "batch_size": batch_size, "engine": engine, "view": {"kind": "crop", **drawn},
     }  # fmt: skip
-    some = {"synthetic": synthetic, "block": block, "workers": workers, "part": part}
+    some = {"synthetic": synthetic, "block": block, "workers": workers, "part": part, "device": device and str(device)}
     values |= {name: value for name, value in some.items() if value is not None} | settings
     return fill(build(CacheConfig, values, "cache"), say=lambda line: None if quiet else print(line, file=sys.stderr))
 
@@ -125,7 +126,7 @@ def embed(
     split: str | None = None,
     captions: str = "all",
     batch_size: int = 256,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     workers: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     engine: str = "torch",

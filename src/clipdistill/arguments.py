@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from clipdistill.errors import InputError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Part = tuple[str, tuple[Any, ...]]
+"""A kind and those of its items, none where nothing is said of them."""
 
 
 def _number(kind: type) -> Callable[[Any], bool]:
@@ -47,6 +49,7 @@ _SILENT = ("Any", "Literal")
 
 def checked(function: Function) -> Function:
     """`function`, which first raises InputError for an argument of no kind that its annotation names."""
+    signature = inspect.signature(function)
 
     @functools.cache
     def parts() -> dict[str, tuple[Part, ...]]:
@@ -67,12 +70,7 @@ def checked(function: Function) -> Function:
                 raise InputError(f"{what}; write [{value!r}]" if in_list else what)
         return function(*arguments, **settings)
 
-    signature = inspect.signature(function)
     return call  # type: ignore[return-value]
-
-
-Part = tuple[str, tuple[Any, ...]]
-"""A kind and those of its items, none where nothing is said of them."""
 
 
 def _alternatives(annotation: Any) -> tuple[Part, ...]:
@@ -101,7 +99,7 @@ def _fits(value: Any, part: Part, function: Callable[..., Any]) -> bool:
         return True
     if name in _KINDS:
         return _KINDS[name][1](value) and (not items or all(any(_fits(v, i, function) for i in items) for v in value))
-    known = inspect.unwrap(function).__globals__.get(name)
+    known = function.__globals__.get(name)
     # an alias says nothing here; a class (also one that only types know) is no plain value, and may be stood in for
     return (known is not None and not isinstance(known, type)) or type(value).__module__ not in _PLAIN
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from clipdistill.arguments import checked
 from clipdistill.data.open import open_pairs
@@ -14,6 +14,9 @@ from clipdistill.models.names import check_model_name
 from clipdistill.registry import BACKENDS
 from clipdistill.runtime.console import Shown, TextTable, compact, file_size, say
 from clipdistill.runtime.files import require_place, write_json
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Measurements(Shown, dict[str, Any]):
@@ -40,7 +43,7 @@ def bench(
     seconds: float = 2.0,
     rounds: int = 10,
     threads: int | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     data: str | None = None,
     split: str | None = None,
     out: str | Path | None = None,

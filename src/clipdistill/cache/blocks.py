@@ -172,7 +172,7 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def require_uncut(content: mmap.mmap, path: Path) -> None:
+def require_uncut(content: mmap.mmap, path: Path | str) -> None:
     """Raise InputError when a mapped file was cut since: to touch what lay behind its end would kill the process."""
     if (size := content.size()) < len(content):
         raise InputError(f"{path}: was cut while it was read (it has {size} of {len(content)} bytes): bring it back")

@@ -247,7 +247,7 @@ class ShardEmbeddings(DescribedEmbeddings):
             if shard not in self._maps:
                 self._maps[shard] = map_file(Path(self._shards[shard]))
             content = self._maps[shard]
-            require_uncut(content, Path(self._shards[shard]))
+            require_uncut(content, self._shards[shard])
             tensors, described = (content[places[i] : places[i] + places[i + 1]] for i in (0, 2))
             if len(self._recent) >= _RECENT:
                 self._recent.clear()

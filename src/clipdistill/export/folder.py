@@ -19,8 +19,7 @@ _WEIGHTS = ("open_clip_model.safetensors", "model.safetensors")
 _NAMES = re.compile(
     r"(manifest|transform|tokenizer|tokenizer_config|modules|config|preprocessor_config|open_clip_config)\.json"
     r"|example\.py|(open_clip_)?model\.safetensors|onnx|runtime"
-    r"|(image|text)\.(onnx|onnx\.data|xml|bin|tflite|pte|mlpackage)|"
-    + "|".join(re.escape(path.name) for path in PAGE.iterdir())
+    r"|(image|text)\.(onnx|onnx\.data|xml|bin|tflite|pte|mlpackage)"
 )
 
 
@@ -44,7 +43,8 @@ def is_card(path: Path) -> bool:
 
 
 def _is_ours(part: Path) -> bool:
-    return bool(_NAMES.fullmatch(part.name)) or (part.name == CARD and is_card(part))
+    of_page = (PAGE / part.name).exists()
+    return bool(_NAMES.fullmatch(part.name)) or of_page or (part.name == CARD and is_card(part))
 
 
 def _metadata(path: Path) -> Any:

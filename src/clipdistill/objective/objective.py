@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -91,11 +92,11 @@ class Objective(nn.Module):
         settings: dict[str, Any] = {"scales": scales, "projection": projection, "engine": engine, "products": products}
         settings["schedules"] = schedules or {}
         self.config = build(ObjectiveConfig, {"weights": self.weights, **settings, **options}, "objective")
-        if not all(isinstance(dim, int) and dim > 0 for dim in (student_dim, teacher_dim)):
+        if not all(isinstance(dim, numbers.Integral) and dim > 0 for dim in (student_dim, teacher_dim)):
             raise InputError(
                 f"objective: embedding widths {student_dim} and {teacher_dim} must be positive whole numbers"
             )
-        self.student_dim, self.teacher_dim = student_dim, teacher_dim
+        self.student_dim, self.teacher_dim = int(student_dim), int(teacher_dim)
         self.scales, self.projection, self.engine = scales, projection, engine
         self.options = EngineOptions(products=products)
         self.setting = Setting(options=self.config.options)

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from clipdistill.models.clip_model import ClipModel
 from clipdistill.runtime.console import Shown, TextTable
 from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.bootstrap import Interval, bootstrap, seed_interval
+
+if TYPE_CHECKING:
+    import torch
 
 STRENGTHS = tuple(10.0**power for power in range(-7, 0))
 USUAL = 1e-4
@@ -155,7 +158,7 @@ def probe(
     classes: str | Path | None = None,
     batch_size: int = 256,
     workers: int | None = 0,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> ProbeResults:
     """Train on `train`'s pictures, measure on `test`'s: a result for each number of pictures a class.

@@ -21,6 +21,8 @@ from clipdistill.runtime.machine import pick_device
 from clipdistill.train.region_config import RegionsConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from clipdistill.regions.box_file import BoxFile
     from clipdistill.regions.measure import Measured
     from clipdistill.regions.store import RegionStore
@@ -47,7 +49,7 @@ def region_boxes(
     out: str | Path,
     *,
     split: str | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> BoxFile:
     """What a detector finds in every picture of `data`, kept in the folder `out`; called again, it goes on.
@@ -79,7 +81,7 @@ def region_embeddings(
     *,
     store: str | Path | None = None,
     split: str | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> RegionStore:
     """Embeddings of the regions of `data` through a region teacher's CLIP, before a run needs them.
@@ -104,7 +106,7 @@ def region_scores(
     pairs: int = 200,
     store: str | Path | None = None,
     split: str | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> Measured:
     """How good a region teacher is on `data`, with its own caption, without, and beside the plain CLIP (docs/dclip.md).
@@ -129,7 +131,7 @@ def region_vectors(
     *,
     store: str | Path | None = None,
     split: str | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> RegionVectors:
     """A caption-free region teacher's vectors of `data` in a Parquet file: `teacher="cache:OUT"` trains without boxes.
@@ -167,7 +169,7 @@ def _opened(
     store: str | Path | None,
     split: str | None,
     default_split: str,
-    device: str | None,
+    device: str | torch.device | None,
     quiet: bool,
 ) -> tuple[Any, PairSource, RegionStore, Any]:
     """The named teacher, the data, its regions, the device."""

@@ -50,7 +50,7 @@ def look(
     queries: int = 12,
     top: int = 5,
     batch_size: int = 256,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> list[str]:
     """Write gallery.json and geometry.json into every run folder; returns what had to be left out, one sentence each.

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clipdistill.arguments import checked
 from clipdistill.errors import InputError
@@ -31,6 +32,9 @@ from clipdistill.statistics.claims import is_claim, is_measured, judge, read_cla
 from clipdistill.statistics.judge import Verdict
 from clipdistill.statistics.records import Record, read_records
 from clipdistill.statistics.verdicts import evidence
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +64,7 @@ def report(
     data: str | None = None,
     split: str | None = None,
     images: int = IMAGES,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     quiet: bool = False,
 ) -> ReportSummary:
     """One HTML page about run folders and exports, with Markdown and CSV beside it.

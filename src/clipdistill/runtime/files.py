@@ -143,14 +143,14 @@ def new_folder(
 
 def _keep(old: Path, new: Path, made: Callable[[Path], bool]) -> None:
     """Copy what the user has put into a folder into the one that replaces it."""
-    kept = [part for part in old.iterdir() if not made(part)] if old.exists() else []
-    for part in kept:
+    for part in [part for part in old.iterdir() if not made(part)] if old.exists() else ():
         if part.is_dir() and not part.is_symlink():
             shutil.copytree(part, new / part.name, symlinks=True, dirs_exist_ok=True)
         elif not (new / part.name).exists():
             shutil.copy2(part, new / part.name, follow_symlinks=False)
-    if kept and hasattr(os, "sync"):
-        os.sync()
+        for copied in (new / part.name, *(new / part.name).rglob("*")):
+            if not copied.is_symlink():
+                sync(copied)
 
 
 def _say_where(error: BaseException | None, path: Path, temporary: Path) -> None:

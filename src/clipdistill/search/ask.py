@@ -19,6 +19,8 @@ from clipdistill.runtime.signals import StopSignal
 from clipdistill.search import HIDDEN
 
 if TYPE_CHECKING:
+    import torch
+
     from clipdistill.search.collection import Answer, Collection
     from clipdistill.search.encoder import SearchModel
     from clipdistill.search.store import SearchIndex
@@ -67,7 +69,7 @@ def search(
     rehash: bool = False,
     batch_size: int = 64,
     workers: int = 4,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     engine: EngineName = "torch",
     quiet: bool = True,
 ) -> SearchResult:
@@ -122,7 +124,7 @@ def open_collection(
     rehash: bool,
     batch_size: int,
     workers: int,
-    device: str | None,
+    device: str | torch.device | None,
     engine: str,
     quiet: bool,
     out: TextIO,

@@ -20,7 +20,9 @@ class SearchModel:
     role: "student" or "teacher"; engine: what runs the towers; a lock lets several threads ask.
     """
 
-    def __init__(self, name: str, role: str = "student", device: str | None = None, engine: str = "torch") -> None:
+    def __init__(
+        self, name: str, role: str = "student", device: str | torch.device | None = None, engine: str = "torch"
+    ) -> None:
         self.name = name
         self.role = role
         self.device = pick_device(device)

@@ -13,7 +13,7 @@ version 0.1 (format 1: part-00000001.npy and .json) are read; the first update w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,13 @@ class _Part:
     """Rows `first` and on; `name` is None for a part of format 1, which is never named again."""
 
     name: str | None
-    read: Callable[[], np.ndarray]
+    stored: Block | np.ndarray
     files: list[Row]
     first: int
 
     @property
     def vectors(self) -> np.ndarray:
-        return self.read()
+        return self.stored if isinstance(self.stored, np.ndarray) else self.stored.arrays["vectors"]
 
 
 @dataclass
@@ -214,8 +214,7 @@ class SearchIndex:
         return {"model": str(self.model["fingerprint"])}
 
     def _attach(self, name: str | None, vectors: Block | np.ndarray, files: list[Row]) -> None:
-        read = (lambda: vectors) if isinstance(vectors, np.ndarray) else (lambda: vectors.arrays["vectors"])
-        part = _Part(name, read, files, self.rows)
+        part = _Part(name, vectors, files, self.rows)
         self._parts.append(part)
         for row, (path, size, modified, sha256) in enumerate(files, part.first):
             if row in self._dropped:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clipdistill.arguments import checked
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
 from clipdistill.serve.command import HOST, in_thread, served_name
 from clipdistill.serve.limits import ServiceLimits
+
+if TYPE_CHECKING:
+    import torch
 
 
 class RunningService:
@@ -52,7 +56,7 @@ def serve(
     megabytes: int = 32,
     pixels: int = 25_000_000,
     threads: int | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> RunningService:
     """Answer requests for embeddings and zero-shot classification over HTTP (docs/serve.md), from a thread.
 

@@ -20,6 +20,8 @@ from clipdistill.runtime.console import say
 from clipdistill.serve.limits import BODY_SECONDS, CONNECTIONS, LONGEST_HEADERS, ServiceLimits
 
 if TYPE_CHECKING:
+    import torch
+
     from clipdistill.serve.app import Service
     from clipdistill.serve.connection import StoppableServer
 
@@ -135,7 +137,7 @@ def make_service(
     *,
     names: Sequence[str] = (),
     threads: int | None = None,
-    device: str | None = None,
+    device: str | torch.device | None = None,
 ) -> tuple[Service, StoppableServer]:
     """The application for the model called `name`, warmed up, and the server that will answer at `place`."""
     import torch
@@ -179,7 +181,7 @@ def in_thread(
     port: int = 0,
     names: Sequence[str] = (),
     threads: int | None = None,
-    device: str | None = "cpu",
+    device: str | torch.device | None = "cpu",
 ) -> Iterator[tuple[Service, str, int]]:
     """A service while the block runs, on a free port of this machine: (service, host, port)."""
     require_packages()

@@ -19,7 +19,7 @@ _CAPTIONS_KEPT = 4096
 class ServedModel:
     """The model called `name` in evaluation mode on `device` (None: CUDA where there is one)."""
 
-    def __init__(self, name: str, device: str | None = None) -> None:
+    def __init__(self, name: str, device: str | torch.device | None = None) -> None:
         where = pick_device(device)
         self.model = load_model(name, device=where, teacher=True)
         self._encoder = Encoder(self.model, device=where, progress=False)

@@ -304,9 +304,8 @@ def _unpack_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tenso
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         counter = value.ndim == 0 and not value.is_floating_point()
-        state.setdefault(int(index), {})[name] = (
-            int(value) if counter else value.clone()
-        )  # no longer of the mapped file
+        # cloned: no longer of the mapped file
+        state.setdefault(int(index), {})[name] = int(value) if counter else value.clone()
     optimiser.load_state_dict({"state": state, "param_groups": current["param_groups"]})
     # the fused kernel walks parameter and moments side by side in memory: they must be laid out alike (channels last)
     for parameter, moments in optimiser.state.items():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clipdistill.arguments import checked
@@ -70,7 +71,7 @@ class Replay(Shown):
 
 @checked
 def replay(
-    folder: str | Path, step: int | None = None, *, device: str | None = None, say: Say = lambda _: None
+    folder: str | Path, step: int | None = None, *, device: str | torch.device | None = None, say: Say = lambda _: None
 ) -> Replay:
     """Run a captured step again and find where the first value that is not finite was made.
 
@@ -105,7 +106,7 @@ def replay(
     return found
 
 
-def _config(folder: Path, device: str | None) -> RunConfig:
+def _config(folder: Path, device: str | torch.device | None) -> RunConfig:
     run = RunFolder(folder)
     if not (run / RECIPE).is_file():
         raise InputError(f"{folder}: holds no run (there is no {RECIPE} in it)")
@@ -113,7 +114,9 @@ def _config(folder: Path, device: str | None) -> RunConfig:
     config = build(RunConfig, run.settings(), str(run / RECIPE))
     # the folder may have been moved; compiled graphs have no modules to look into
     train = config.train.model_copy(update={"compile": False, "workers": 0})
-    return config.model_copy(update={"out": folder, "device": device or config.device, "train": train})
+    return config.model_copy(
+        update={"out": folder, "device": config.device if device is None else str(device), "train": train}
+    )
 
 
 def _captured(folder: Path, step: int | None) -> int:

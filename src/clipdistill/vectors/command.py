@@ -16,6 +16,8 @@ from clipdistill.runtime.files import is_inside, text_lines
 from clipdistill.vectors.files import require_suffix
 
 if TYPE_CHECKING:
+    import torch
+
     from clipdistill.vectors.job import EmbedReport
 
 _USAGE = """
@@ -100,7 +102,7 @@ def embed_to_file(
     dtype: str = "float32",
     engine: str = "torch",
     part: int = 4096,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     progress: bool = True,
 ) -> EmbedReport:
     """Embeddings of pictures or texts into the file `out`, with their keys; called again, it goes on where it stopped.
