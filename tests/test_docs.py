@@ -55,12 +55,9 @@ def test_every_command_is_accepted_by_its_parser(command: Command) -> None:
     assert command.clipdistill is not None
     if command.clipdistill[0] == "train" and "help" not in arguments:
         settings = settings_of(arguments)
-        settings = {
-            "student": "ViT-T-16",
-            "data": {"path": "scenes"},
-            "out": "x",
-            "teacher": "scenes-teacher",
-        } | settings
+        kinds = ("cache", "hf", "onnx", "timm", "towers", "inherit", "local-dir", "module")
+        kind, colon, _ = (arguments.teacher or "").partition(":")
+        assert not colon or kind in kinds, f"{command}: no such kind of model"
         arguments.recipe = re.sub(r"^\$\w+$", "clip-rd", arguments.recipe)  # the variable of a loop over recipes
         if Path(arguments.recipe).suffix in (".yaml", ".yml") and not Path(arguments.recipe).is_file():
             return  # the reader's own recipe

@@ -132,6 +132,16 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     return result
 
 
+def agreed(options: Mapping[str, Any], settings: Mapping[str, Any], path: str = "") -> None:
+    """Raise InputError where an option and a `key=value` give one setting two values."""
+    for key in options.keys() & settings.keys():
+        ours, theirs = options[key], settings[key]
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            agreed(ours, theirs, f"{path}{key}.")
+        elif ours != theirs and not isinstance(theirs, Mapping):
+            raise InputError(f"{path}{key}={theirs!s:.80}: an option says {ours!s:.80}: leave one of the two out")
+
+
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` laid over `base`, mapping by mapping; neither is changed."""
     result = _copy(base)

@@ -357,6 +357,9 @@ TASKS: Registry[Any] = Registry(
 )
 """What the training loop can train (clipdistill.train.task.Task)."""
 
+TRIALS: Registry[Any] = Registry("trial of a run", {"dry run": "clipdistill.train.dry_run:dry_run"})
+"""Functions that find out something about a run without training it: configuration -> what they found."""
+
 BACKENDS: Registry[Any] = Registry(
     "back end",
     {

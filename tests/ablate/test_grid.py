@@ -27,6 +27,19 @@ def test_every_variant_gets_every_seed_and_the_same_budget(tmp_path):
     assert grid[0].config.teacher == grid[1].config.teacher == "scenes-teacher"
 
 
+@pytest.mark.parametrize(
+    ("variants", "settings"),
+    [
+        ({"a": {"recipe": "clip", "batch_size": 8}, "b": {"recipe": "clip", "batch_size": 16}}, "train.batch_size=4"),
+        ({"a": {"recipe": "clip-kd"}, "b": {"recipe": "clip-kd", "weights": {"fd": 2000}}}, "train.weight_decay=0"),
+        ({"a": {"recipe": "clip-kd"}, "b": {"recipe": "clip-kd", "drop": ["fd"]}}, "objective.weights.fd=0"),
+    ],
+)
+def test_variants_that_are_one_and_the_same_are_refused(variants, settings, tmp_path):
+    with pytest.raises(InputError, match="variants 'a' and 'b' have the same settings"):
+        build_grid(plan_of(variants), tmp_path, assignments=[settings])
+
+
 def test_a_variant_may_have_more_seeds_than_the_others(tmp_path):
     variants = {"clip": {"recipe": "clip"}, "kd": {"recipe": "clip-kd", "seeds": 3}}
     grid = build_grid(plan_of(variants, seeds=[0, 1]), tmp_path)

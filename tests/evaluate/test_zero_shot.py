@@ -122,6 +122,11 @@ def test_classes_of_unknown_words_alone_are_not_scored(model: ClipModel) -> None
         zero_shot(model, OtherNames(["mauve", "ochre", "teal", "puce", "taupe"]), "plain")
 
 
+def test_a_set_of_one_class_is_not_scored(model: ClipModel) -> None:
+    with pytest.raises(InputError, match="has one class, 'red'"):
+        zero_shot(model, OtherNames(["red"]), "plain")
+
+
 def test_captions_of_unknown_words_alone_are_noted(model: ClipModel) -> None:
     class Strange(ColourPairs):
         def captions(self, i: int) -> tuple[str, ...]:

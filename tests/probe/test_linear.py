@@ -14,7 +14,8 @@ import clipdistill as cd
 from clipdistill.cli import main
 from clipdistill.data.open import open_labelled
 from clipdistill.errors import InputError
-from clipdistill.probe.linear import STRENGTHS, chosen_strength, drawn, fit, probe
+from clipdistill.probe.linear import STRENGTHS, ProbeResult, ProbeResults, chosen_strength, drawn, fit, probe
+from clipdistill.statistics.bootstrap import Interval
 from tests.conftest import shared_folder
 
 
@@ -82,7 +83,12 @@ def test_the_command_separates_colours(folders, capsys):
     assert [len(result["draws"]) for result in written] == [3, 3, 1]
     assert [result["pictures"] for result in written] == [3, 12, 36]
     assert written[-1]["top1"]["value"] == 1.0
-    assert "3 draws" in capsys.readouterr().out
+    assert {round(result["top1"]["low"], 3) for result in written} == {0.815}, (
+        "draws that agree say nothing of the test"
+    )
+    assert "3 draws" not in capsys.readouterr().out
+    results = ProbeResults([ProbeResult(4, Interval(0.9, 0.8, 1.0, 3, 3, 0.95), (0.9, 0.8, 1.0), (1e-3,) * 3, 12, 18)])
+    assert results.table().rows[0][-1] == "3 draws"
 
 
 def test_pictures_that_cannot_be_read_are_counted_and_said(folders, capsys):

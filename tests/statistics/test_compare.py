@@ -108,6 +108,24 @@ def test_classifiers_get_mcnemar_and_metrics_are_adjusted_together(tmp_path):
     assert [t.verdict.p_holm for t in found] == holm([t.verdict.p for t in found])
 
 
+def test_models_of_one_file_are_compared_by_name(tmp_path):
+    """`eval A B --json FILE` writes one file."""
+    both = Scores()
+    for name, folder in (("runs/a", write(tmp_path / "a", 0.6)), ("runs/b", write(tmp_path / "b", 0.3))):
+        both.add(Scores.of_run(folder).renamed("student", name))
+    both.save(tmp_path / "both.json")
+    found = compare(f"{tmp_path}/both.json@runs/a", f"{tmp_path}/both.json@runs/b")
+    wanted = compare(tmp_path / "a", tmp_path / "b")
+    assert (found.a.name, found.b.name) == ("runs/a", "runs/b")
+    assert [one.value for one in found.differences] == [one.value for one in wanted.differences]
+    assert compare(tmp_path / "a", f"{tmp_path}/both.json@runs/a").differences[0].value == 0
+    for name in ("both.json", "both.json@runs/c"):
+        with pytest.raises(
+            InputError, match=r"it holds those of runs/a, teacher, runs/b; one of them is .*both\.json@runs/a"
+        ):
+            compare(tmp_path / name, tmp_path / "a")
+
+
 def test_the_command_prints_and_writes(tmp_path, capsys):
     a, b = write(tmp_path / "a", 0.40), write(tmp_path / "b", 0.35)
     assert cli.main(["compare", str(a), str(b), "--json", str(tmp_path / "c.json")]) == 0

@@ -15,6 +15,7 @@ from clipdistill.errors import InputError
 from clipdistill.runtime.console import say
 from clipdistill.train.command import add_shared_arguments
 from clipdistill.train.command import settings_of as settings_of_options
+from clipdistill.train.config import assigned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +94,7 @@ def read_arguments(arguments: argparse.Namespace) -> tuple[AblationPlan, dict[st
     settings = settings_of_options(options)
     if len(arguments.batch_size) == 1:
         settings["train"] = {"batch_size": arguments.batch_size[0]}
+    assigned(assignments, settings)
     plan = make_plan(
         Path(files[0]) if files else arguments.recipe,
         settings,

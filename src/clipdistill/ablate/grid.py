@@ -13,11 +13,13 @@ from clipdistill.config import as_dict
 from clipdistill.errors import InputError
 from clipdistill.recipes import lay, load_recipe
 from clipdistill.runs.folder import RECIPE, RunFolder
+from clipdistill.runtime.files import digest_of
 from clipdistill.runtime.machine import pick_device
 from clipdistill.train.config import RunConfig, assigned, check_names, resolve_values
 from clipdistill.train.opening import changes, stored_settings
 
 State = Literal["finished", "interrupted", "new"]
+_NAMES = {"out", "name", "method", "recipe"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +74,7 @@ def build_grid(
         for name in plan.variants
         if seed in plan.seeds_of(name)
     ]
+    _refuse_equal(runs)
     for run in {run.variant: run for run in runs}.values():  # seeds differ in nothing that can be missing
         check_names(run.config)
     from clipdistill.train.run import (
@@ -79,6 +82,19 @@ def build_grid(
     )
 
     return [replace(run, config=with_precision(run.config, pick_device(run.config.device))) for run in runs]
+
+
+def _refuse_equal(runs: Sequence[GridRun]) -> None:
+    """Raise InputError where two variants are one and the same: comparing them would say nothing."""
+    seen: dict[str, str] = {}
+    for run in runs:
+        settings = {key: value for key, value in as_dict(run.config).items() if key not in _NAMES}
+        other = seen.setdefault(digest_of(settings), run.variant)
+        if other != run.variant:
+            raise InputError(
+                f"variants '{other}' and '{run.variant}' have the same settings: a key=value is laid over what they "
+                "differ in, or a switch changes nothing; leave it out"
+            )
 
 
 def base_settings(recipe: str, plan: AblationPlan, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,7 +114,7 @@ def _config(
     where = f"variant '{name}'"
     values = settings_of(variant, bases[variant.recipe], where)
     own_options = {"out": "--out", "name": "the variant", "method": "the variant", "train__seed": "--seeds"}
-    values = lay(values, assigned(assignments, **own_options))
+    values = lay(values, assigned(assignments, {}, **own_options))
     if "stages" in values:
         raise InputError(f"{where}: recipe {variant.recipe} describes a run in stages; compare one of its stages")
     own = {"out": str(out / f"{name}.seed-{seed}"), "name": f"{name} seed {seed}", "method": name}

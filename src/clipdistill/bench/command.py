@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", default="float32", help="float32, bf16, fp16; several separated by commas (default: float32)")
     add("--batch", default="1,32", help="batch sizes, separated by commas (default: 1,32)")
-    add("--towers", default="image,text", help="image, text or both (default: image,text)")
+    add("--towers", default="image,text", help="image, text, or both (default: image,text)")
     add("--seconds", type=float, default=2.0, help="timed seconds for each model, tower and setting (default: 2)")
     add("--rounds", type=int, default=10, help="rounds in which the models alternate (default: 10)")
     add("--threads", type=int, help="threads of torch on the CPU (default: torch's)")

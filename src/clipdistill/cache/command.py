@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.cache.config import CacheConfig
-from clipdistill.config import build, override
+from clipdistill.config import agreed, build, override
 from clipdistill.embed.names import add_engine
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
@@ -84,6 +84,7 @@ def _fill(assignments: list[str], arguments: argparse.Namespace) -> int:
     values |= {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     data = {"path": arguments.data, "split": arguments.split, "image_root": arguments.image_root}
     values["data"] = {name: value for name, value in data.items() if value is not None}
+    agreed({key: value for key, value in values.items() if key != "view"}, override({}, assignments))
     config = build(CacheConfig, override(values, assignments), "cache")
     drawn = [text for text in assignments if text.startswith(("view.", "view_seed="))]
     drawn += ["--recipe"] if arguments.recipe is not None else []

@@ -113,6 +113,8 @@ def zero_shot(
     name, lines = choose_templates(labelled.templates if prompts is None else prompts)
     chosen = _chosen_classes(labelled, classes)
     names = tuple(labelled.class_names[c] for c in chosen)
+    if len(names) < 2:
+        raise InputError(f"{labelled.name} has one class, '{names[0]:.80}', so there is nothing to tell it from")
     indistinct = indistinct_classes(encoder.model.tokenizer, names, lines)
     if len(names) - len(indistinct) < 2:
         raise InputError(

@@ -36,12 +36,14 @@ class ObjectiveConfig(Config):
     """Factors over the run, of a term's weight or (`teacher`) of the teacher's multiplier: name -> points [share of the
     run, factor], linear between them: `{fd: [[0, 1], [0.5, 0.1]]}`."""
 
-    @pydantic.model_validator(mode="before")
+    _idle: tuple[str, ...] = pydantic.PrivateAttr(default=())
+
+    @pydantic.model_validator(mode="wrap")
     @classmethod
-    def _check_options(cls, values: Any) -> Any:
+    def _check_options(cls, values: Any, read: pydantic.ModelWrapValidatorHandler[ObjectiveConfig]) -> ObjectiveConfig:
         """Every option of the mix's terms with its value; options of other terms are checked and left out."""
         if not isinstance(values, Mapping):
-            return values
+            return read(values)
         given = {key: value for key, value in values.items() if key not in cls.model_fields}
         weights = values.get("weights")
         terms = [TERMS.get(name) for name in weights if name in TERMS] if isinstance(weights, Mapping) else []
@@ -49,7 +51,9 @@ class ObjectiveConfig(Config):
         everybody = terms if names.issuperset(given) else [TERMS.get(name) for name in TERMS.names()]
         options = options_model(*everybody).model_validate(given).model_dump()
         kept = {name: value for name, value in options.items() if name in names}
-        return {key: value for key, value in values.items() if key not in given} | kept
+        made = read({key: value for key, value in values.items() if key not in given} | kept)
+        made._idle = tuple(name for name in given if name not in names)
+        return made
 
     @pydantic.field_validator("weights", mode="wrap")
     @classmethod
@@ -93,6 +97,11 @@ class ObjectiveConfig(Config):
     def options(self) -> dict[str, Any]:
         """The options of the terms by name."""
         return dict(self.model_extra or {})
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Options that were given and that are those of terms without a weight."""
+        return self._idle
 
     @property
     def needs_teacher(self) -> bool:

@@ -55,9 +55,9 @@ class Classifier:
 class ProbeResult:
     """Top-1 on the test pictures after training on `shots` pictures a class (None: on all of them).
 
-    top1: with its 95 % interval, over the draws of training pictures, or over the test pictures for a single one (all
-    of them, or one draw); draws: top-1 of each; strengths: of the regularisation, one a draw; pictures: trained on;
-    over: pictures measured on; left_out: (key, reason) of those of both sets that cannot be read.
+    top1: with its 95 % interval, over the draws of training pictures, or over the test pictures where draws do not
+    differ (one draw, or equal results); draws: top-1 of each; strengths: of the regularisation, one a draw; pictures:
+    trained on; over: pictures measured on; left_out: (key, reason) of those of both sets that cannot be read.
     """
 
     shots: int | None
@@ -80,7 +80,7 @@ class ProbeResults(Shown, list[ProbeResult]):
         table.title = f"{self.test}, trained on {self.train}"
         for result in self:
             top1, draws = result.top1, len(result.draws)
-            over = f"{draws} draws" if draws > 1 else f"{result.over} pictures"
+            over = f"{draws} draws" if len(set(result.draws)) > 1 else f"{result.over} pictures"
             bounds = f"{100 * top1.low:.1f} to {100 * top1.high:.1f}"
             table.rows.append([self.model, str(result.shots or "all"), f"{100 * top1.value:.1f}", bounds, over])
         return table
@@ -236,6 +236,6 @@ def probe(
             draws.append(float(hits.mean()))
             strengths.append(strength)
             pictures = len(rows)
-        interval = seed_interval(draws, share=True) if len(draws) > 1 else bootstrap(hits)
+        interval = seed_interval(draws, share=True) if len(set(draws)) > 1 else bootstrap(hits)
         found.append(ProbeResult(number, interval, tuple(draws), tuple(strengths), pictures, len(right), left_out))
     return found

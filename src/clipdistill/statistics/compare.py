@@ -143,7 +143,8 @@ def compare(
 ) -> ModelComparison:
     """Compare two models on the same queries, or two ways of training with several seeds each.
 
-    a, b: run folders, or files of scores; a list holds the seeds of one method.
+    a, b: run folders, or files of scores; of a file that holds several models FILE.json@MODEL; a list holds the seeds
+    of one method.
     metrics: which (default: R@K, MRR, top-1, top-5). model: whose scores in the files, "student" or "teacher".
 
     Returns a ModelComparison: a difference a metric, in fractions, with 95 % interval, p and verdict. Raises InputError
@@ -175,7 +176,10 @@ def read_side(paths: Sequence[Path], model: str) -> ComparedSide:
     seeds: list[int | None] = []
     records: list[tuple[Record, ...]] = []
     names: list[str] = []
+    asked = model
     for path in paths:
+        file, several, own_name = str(path).partition(".json@")
+        path, model = (Path(f"{file}.json"), own_name) if several else (path, asked)
         scores = Scores.of_run(path) if path.is_dir() else Scores.load(path)
         if scores is None:
             raise InputError(
@@ -184,15 +188,16 @@ def read_side(paths: Sequence[Path], model: str) -> ComparedSide:
             )
         if model not in scores.models():
             raise InputError(
-                f"{path / FILE if path.is_dir() else path}: no scores of the {model}; it holds those of "
-                f"{', '.join(scores.models()) or 'none'}"
+                f"{path / FILE if path.is_dir() else path}: no scores of '{model}'; it holds those of "
+                + (", ".join(scores.models()) or "none")
+                + (f"; one of them is {path}@{scores.models()[0]}" if path.is_file() else "")
             )
         facts = RunFolder(path).facts() if RunFolder(path).is_run else {}
         seed = facts["seed"] if isinstance(facts.get("seed"), int) else None
         if seed is not None and seed in seeds:
             raise InputError(f"{path}: another run of this side has the seed {seed} too; two methods are two sides")
         seeds.append(seed)
-        names.append(str(facts.get("method") or path.stem) if len(paths) > 1 else path.name)
+        names.append(str(facts.get("method") or path.stem) if len(paths) > 1 else own_name or path.name)
         own = Scores(score for score in scores if score.model == model)
         own.queries = scores.queries
         records.append(tuple(records_of(own, names[-1], seed, facts)))

@@ -11,6 +11,7 @@ from typing import Any
 
 from clipdistill.errors import InputError
 from clipdistill.recipes import load_recipe
+from clipdistill.registry import TRIALS
 from clipdistill.train.config import check_names, resolve
 
 
@@ -58,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Resolve the configuration and train."""
     if arguments.gpus is not None and "WORLD_SIZE" not in os.environ:
         on_gpus(arguments.gpus)
+    if arguments.explain and arguments.dry_run:
+        raise InputError("--explain and --dry-run: the one takes no step, the other takes ten: leave one of them out")
     named = (arguments.recipe, settings_of(arguments))
     options = {key: getattr(arguments, key) for key in ("allow_changes", "explain", "quiet")}
     # everything that can be refused without torch is refused before it is imported
@@ -75,9 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         config = resolve(*named, size=arguments.size, assignments=arguments.settings)
         check_names(config)
         if arguments.dry_run:
-            from clipdistill.train.dry_run import dry_run
-
-            print(dry_run(config))
+            print(TRIALS.get("dry run")(config))
             return 0
         from clipdistill.train.run import distill
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from clipdistill.cache.names import is_cached
-from clipdistill.config import LARGEST_SCALE, Config, build, override
+from clipdistill.config import LARGEST_SCALE, Config, agreed, build, override
 from clipdistill.data.held_out import HeldOutConfig
 from clipdistill.data.open import check_data_name, check_training
 from clipdistill.data.pairs import DataConfig, PairSource
@@ -300,7 +300,7 @@ def resolve(
     Raises InputError for unknown recipes and keys, and for settings that contradict each other.
     """
     given = {k: v for k, v in (settings or {}).items() if v is not None}
-    values = lay_own(checked_recipe(recipe, size), lay(given, assigned(assignments)))
+    values = lay_own(checked_recipe(recipe, size), lay(given, assigned(assignments, given)))
     if "stages" in values:
         raise InputError(
             f"recipe {recipe}: describes a run in stages, and here one run is needed: choose another recipe"
@@ -308,12 +308,13 @@ def resolve(
     return resolve_values(values, recipe)
 
 
-def assigned(assignments: Sequence[str], **by_option: str) -> dict[str, Any]:
-    """`key=value` assignments as nested settings. Raises InputError for what only an option sets: it would be ignored.
+def assigned(assignments: Sequence[str], given: Mapping[str, Any], **by_option: str) -> dict[str, Any]:
+    """`key=value` assignments as nested settings. Raises InputError for what an option sets: one would be ignored.
 
-    by_option: the settings that options set beside `recipe`, dots as double underscores: train__seed="--seeds".
+    given: what options set; by_option: what options alone may set, dots as double underscores: train__seed="--seeds".
     """
     values = override({}, assignments)
+    agreed(given, values)
     for name, option in {"recipe": "--recipe", **by_option}.items():
         value: Any = values
         for key in name.split("__"):
@@ -448,6 +449,10 @@ def _check(config: RunConfig) -> None:
         raise InputError("train.patience: say by which measure, for example  train.keep_best=t2i_R@1")
     if train.schedule != "wsd" and train.decay_share != TrainConfig.model_fields["decay_share"].default:
         raise InputError(f"train.decay_share: only for train.schedule=wsd, and this is {train.schedule}")
+    if (train.logit_scale_init or 0) > train.max_logit_scale:
+        raise InputError(f"train.logit_scale_init={train.logit_scale_init:g}: is above train.max_logit_scale")
+    if train.final_learning_rate > train.learning_rate:
+        raise InputError("train.final_learning_rate: above train.learning_rate, and the rate only falls")
     cached = is_cached(config.teachers)
     if len(config.teachers) > 1 and not config.objective.accepts_ensemble:
         raise InputError(

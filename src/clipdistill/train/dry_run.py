@@ -65,7 +65,8 @@ def dry_run(config: RunConfig | Mapping[str, Any], *, quiet: bool = False) -> Dr
     if not isinstance(config, RunConfig):
         config = from_mapping({"out": tempfile.gettempdir(), **config})
     train = config.train.model_copy(
-        update={"steps": STEPS, "epochs": None, "log_every": 1, "keep_best": None, "patience": None}
+        update={"warmup_steps": min(config.train.warmup_steps, STEPS // 2)}
+        | {"steps": STEPS, "epochs": None, "log_every": 1, "keep_best": None, "patience": None}
         | dict.fromkeys(("evaluate_every", "checkpoint_every"))
     )
     evaluation = config.evaluation.model_copy(update={"zero_shot": ()})

@@ -37,6 +37,8 @@ def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, 
             f"{trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters train"
             + (f"; {still} of {len(layers)} batch normalisations keep their statistics" if still else "")
         )
+    if trained < 4:
+        say("warning: nothing but the logit scale trains: unlock something (train.lock_image, train.lock_text)")
     named = config.student_weights or config.student.startswith(("towers:", "inherit:"))
     if len(setup.modalities) == 1 and config.train.other_tower == "own" and not named:
         other = "text" if setup.modalities[0] == "image" else "image"

@@ -34,7 +34,7 @@ from clipdistill.train.failures import Whereabouts, explained
 from clipdistill.train.health import Health
 from clipdistill.train.loop import Loop, Progress, train
 from clipdistill.train.opening import check_identity, opened, settings_fingerprint
-from clipdistill.train.plan import planned
+from clipdistill.train.plan import idle, planned
 from clipdistill.train.sources import Sources
 from clipdistill.train.task import Outcome, Say, Task
 from clipdistill.version import __version__
@@ -123,6 +123,8 @@ def distill(
                 display.say(f"continuing {config.out} from step {progress.step}")
             elif task.source.problems.total:
                 display.say(f"left out when opening the data: {task.source.problems.summary()}")
+            for note in idle(config, task.total_steps) if checkpoint is None else ():
+                display.say(note)
             if checkpoint is None and (config.preflight.enabled or explain):
                 with stop.at_once():
                     agree(lambda: _preflight(config, task, display.say, explain))

@@ -47,7 +47,7 @@ def resolve_stages(
     `train.seed` themselves. Raises InputError as `resolve` does, and for a first stage that refers to a previous one.
     """
     given = {k: v for k, v in (settings or {}).items() if v is not None}
-    over = lay(given, assigned(assignments))
+    over = lay(given, assigned(assignments, given))
     values = lay_own(checked_recipe(recipe, size), over)
     stages = values.pop("stages", None)
     if stages is None:
