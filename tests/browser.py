@@ -19,7 +19,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,9 @@ OVERFLOW = """(() => {
 
 class Browser:
     """One headless Chromium with one page. `console` lists what pages logged as errors, refusals by their policy and
-    uncaught exceptions included."""
+    uncaught exceptions included. flags: of Chromium, in the place of `--disable-gpu`."""
 
-    def __init__(self, profile: Path, wait: float = 240.0) -> None:
+    def __init__(self, profile: Path, wait: float = 240.0, flags: Sequence[str] = ()) -> None:
         assert CHROMIUM is not None
         self.wait = wait
         self.console: list[str] = []
@@ -54,9 +54,9 @@ class Browser:
         self._rest = b""
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        flags = [*(flags or ["--disable-gpu"]), "--headless", "--no-sandbox", "--disable-dev-shm-usage"]
         flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
-        flags += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
+        flags += ["--no-first-run", "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
         high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 20) for end in (theirs_in, theirs_out)]  # clear of 3 and 4
         silent = os.open(os.devnull, os.O_RDWR)
         actions = [(os.POSIX_SPAWN_DUP2, end, number) for end, number in zip([silent, silent, *high], (1, 2, 3, 4))]

@@ -21,7 +21,8 @@ function ask(kind, given = {}, tell = null) {
   });
 }
 
-worker.addEventListener("message", ({ data: { id, answer, error, progress } }) => {
+worker.addEventListener("message", ({ data: { id, answer, error, progress, moved } }) => {
+  if (moved) { described(moved); problem(`${moved.notes.at(-1)} It goes on in WASM.`); return; }
   const one = waiting.get(id);
   if (progress) { if (one.tell) { one.tell(progress); } return; }
   waiting.delete(id);
@@ -386,11 +387,20 @@ async function isolated() {
   } catch { /* one thread, then */ }
 }
 
+const size = (n) => `${(n / 1e6).toFixed(1)} MB`;
+
+/** What runs the model, and where. */
+function described(about) {
+  const where = about.backend === "webgpu" ? "WebGPU" : `WASM, ${many(about.threads, "thread")}`, { name, parameters: { total }, towers, web } = about.manifest;
+  $("backend").textContent = where;
+  $("about").textContent = `${name}: ${format.format(total)} parameters, ${size(towers.image.bytes + towers.text.bytes)} of ${web.weights} weights, run by ONNX Runtime (${where}). Scores are cosines. ${about.notes.join(" ")}`;
+  if (window.clipdistill) { window.clipdistill.about = about; }
+}
+
 async function start() {
   paint();
   $("loading").textContent = "Loading the model …";
   await isolated();
-  const size = (n) => `${(n / 1e6).toFixed(1)} MB`;
   const about = await ask("load", { backend: parameters.get("backend") }, ({ loaded, total }) => {
     $("loaded").hidden = false;
     $("loaded").max = total;
@@ -400,11 +410,9 @@ async function start() {
   manifest = about.manifest;
   store = new Store(`clipdistill ${manifest.model_fingerprint} ${manifest.web.weights}`, manifest.embed_dim);
   await store.open();
-  const where = about.backend === "webgpu" ? "WebGPU" : `WASM, ${many(about.threads, "thread")}`;
   document.title = `${manifest.name} · pictures, searched in this browser`;
   $("name").textContent = manifest.name;
-  $("backend").textContent = where;
-  $("about").textContent = `${manifest.name}: ${format.format(manifest.parameters.total)} parameters, ${size(manifest.towers.image.bytes + manifest.towers.text.bytes)} of ${manifest.web.weights} weights, run by ONNX Runtime (${where}). Scores are cosines. ${about.notes.join(" ")}`;
+  described(about);
   $("start").hidden = true;
   document.body.classList.remove("loading");
   listen();

@@ -4,11 +4,12 @@ import { Tokenizer } from "./tokenizer.js";
 
 const LARGEST = 64e6; // pixels, as in clipdistill's own reader
 const THUMB = 320;
-let ort, manifest, transform, tokenizer, sessions, about;
+const PATIENCE = 10000; // milliseconds for a browser to say which adapters it has
+let ort, manifest, transform, tokenizer, sessions, about, lost;
 
 /** A file of this folder; `tell` hears how many of its bytes are here. */
 async function bytes(name, tell) {
-  const answer = await fetch(new URL(name, import.meta.url));
+  const answer = await fetch(new URL(name, import.meta.url)).catch((error) => { throw new Error(`${name}: ${error.message}`); });
   if (!answer.ok) { throw new Error(`${name}: the server answered ${answer.status}`); }
   if (!answer.body || !tell) { return new Uint8Array(await answer.arrayBuffer()); }
   const reader = answer.body.getReader(), parts = [];
@@ -25,6 +26,9 @@ async function bytes(name, tell) {
   return all;
 }
 
+/** What an error says, in one line. */
+const brief = (error) => String((error && error.message) || error).trim().split("\n")[0].slice(0, 300);
+
 const json = async (name) => JSON.parse(new TextDecoder().decode(await bytes(name)));
 
 /** Rows of length 1. */
@@ -33,6 +37,7 @@ function unit(values, rows) {
   for (let r = 0; r < rows; r++) {
     let sum = 0;
     for (let i = r * width; i < (r + 1) * width; i++) { sum += values[i] * values[i]; }
+    if (!(sum > 0 && sum < Infinity)) { throw new Error("the model gives no embedding"); }
     const scale = 1 / Math.max(Math.sqrt(sum), 1e-12);
     for (let i = r * width; i < (r + 1) * width; i++) { values[i] *= scale; }
   }
@@ -44,13 +49,26 @@ const cosine = (a, b) => { let sum = 0; for (let i = 0; i < a.length; i++) { sum
 async function run(tower, data, shape) {
   const session = sessions[tower], kind = tower === "image" ? "float32" : "int64";
   const given = new ort.Tensor(kind, data, shape);
-  const out = (await session.run({ [session.inputNames[0]]: given }))[session.outputNames[0]];
-  return unit(Float32Array.from(await out.getData()), shape[0]);
+  const found = session.run({ [session.inputNames[0]]: given }).then((all) => all[session.outputNames[0]].getData());
+  return unit(Float32Array.from(await Promise.race([found, lost])), shape[0]); // work on a lost device may never end
 }
 
-async function encodeTexts(texts) {
+/** `run`; where WebGPU fails in the middle of it, the model moves to WASM, which is told, and the work is done there. */
+async function steady(...asked) {
+  try { return await run(...asked); } catch (error) {
+    if (about.backend !== "webgpu") { throw error; }
+    const why = await Promise.race([lost.catch((told) => told), new Promise((resolve) => { setTimeout(resolve, 100, error); })]);
+    const graphs = { image: await bytes("image.onnx"), text: await bytes("text.onnx") };
+    const agreement = await start("wasm", about.threads, graphs);
+    about = { ...about, backend: "wasm", agreement, notes: [...about.notes, `WebGPU stopped in the middle of the work (${brief(why)}).`] };
+    self.postMessage({ moved: about });
+    return run(...asked);
+  }
+}
+
+async function encodeTexts(texts, how = steady) {
   const rows = tokenizer.batch(texts);
-  return run("text", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length]);
+  return how("text", BigInt64Array.from(rows.flat(), BigInt), [rows.length, rows[0].length]);
 }
 
 /** The picture that the manifest's own embedding belongs to: (3, size, size) numbers made by one rule everywhere. */
@@ -63,7 +81,7 @@ function probe(size) {
 /** Least cosine between what this browser computes and what the export computed. */
 async function check() {
   const { size } = transform, { image, text, caption } = manifest.web.check;
-  const found = [await run("image", probe(size), [1, 3, size, size]), await encodeTexts([caption])];
+  const found = [await run("image", probe(size), [1, 3, size, size]), await encodeTexts([caption], run)];
   return Math.min(cosine(found[0], unit(Float32Array.from(image), 1)), cosine(found[1], unit(Float32Array.from(text), 1)));
 }
 
@@ -75,17 +93,30 @@ async function start(backend, threads, graphs) {
   ort.env.wasm.numThreads = threads;
   ort.env.logLevel = "error";
   // weights of eight or sixteen bits become float32 once, when the graph is read
-  const options = { executionProviders: [backend], graphOptimizationLevel: "all", extra: { session: { disable_quant_qdq: "1" } } };
-  sessions = {};
-  for (const tower of ["image", "text"]) { sessions[tower] = await ort.InferenceSession.create(graphs[tower], options); }
+  const options = { executionProviders: [backend], graphOptimizationLevel: "all", logSeverityLevel: 3, extra: { session: { disable_quant_qdq: "1" } } };
+  const made = {};
+  for (const tower of ["image", "text"]) { made[tower] = await ort.InferenceSession.create(graphs[tower], options); }
+  sessions = made;
+  lost = new Promise(() => {});
+  const device = backend === "webgpu" ? await ort.env.webgpu.device : null;
+  if (device) {
+    lost = device.lost.then(({ message, reason }) => { throw new Error(`its device was lost: ${message || reason}`); });
+    lost.catch(() => {}); // told by whatever runs then
+  }
   const agreement = await check();
   if (!(agreement >= 0.99)) { throw new Error(`embeddings differ from the model's (cosine ${agreement.toFixed(4)})`); }
   return agreement;
 }
 
-async function gpu() {
-  const adapter = navigator.gpu ? await navigator.gpu.requestAdapter().catch(() => null) : null;
-  return adapter && !(adapter.info && adapter.info.isFallbackAdapter) && !adapter.isFallbackAdapter;
+/** Why WebGPU is not used here; nothing where it can be tried. */
+async function without() {
+  if (!navigator.gpu) { return "this browser has none"; }
+  const late = new Promise((resolve) => { setTimeout(resolve, PATIENCE, "late"); });
+  let adapter;
+  try { adapter = await Promise.race([navigator.gpu.requestAdapter(), late]); } catch (error) { return brief(error); }
+  if (adapter === "late") { return "it does not answer"; }
+  if (!adapter) { return "there is no adapter"; }
+  return (adapter.info && adapter.info.isFallbackAdapter) || adapter.isFallbackAdapter ? "it is emulated here" : "";
 }
 
 async function load({ backend: wanted }, tell) {
@@ -96,13 +127,14 @@ async function load({ backend: wanted }, tell) {
     graphs[tower] = await bytes(`${tower}.onnx`, (size) => { here[tower] = size; tell({ loaded: here.image + here.text, total }); });
   }));
   const threads = self.crossOriginIsolated ? Math.min(8, navigator.hardwareConcurrency || 1) : 1;
-  const notes = [];
-  let backend = wanted || ((await gpu()) ? "webgpu" : "wasm"), agreement;
+  const notes = [], why = wanted ? "" : await without();
+  if (why) { notes.push(`WebGPU is not used: ${why}.`); }
+  let backend = wanted || (why ? "wasm" : "webgpu"), agreement;
   try {
     agreement = await start(backend, threads, graphs);
   } catch (error) {
     if (backend !== "webgpu") { throw error; }
-    notes.push(`WebGPU was tried and left: ${error.message}`);
+    notes.push(`WebGPU was tried and left: ${brief(error)}.`);
     backend = "wasm";
     agreement = await start(backend, threads, graphs);
   }
@@ -134,7 +166,7 @@ async function decoded(blob) {
 async function image({ blob }) {
   const t0 = performance.now(), { pixels, width, height, thumb } = await decoded(blob), t1 = performance.now();
   const values = normalised(square(pixels, width, height, transform), transform), t2 = performance.now();
-  const vector = await run("image", values, [1, 3, transform.size, transform.size]), t3 = performance.now();
+  const vector = await steady("image", values, [1, 3, transform.size, transform.size]), t3 = performance.now();
   return { vector, thumb, width, height, times: { decode: t1 - t0, prepare: t2 - t1, model: t3 - t2 } };
 }
 
@@ -149,5 +181,5 @@ let last = Promise.resolve();
 self.addEventListener("message", ({ data: { id, kind, ...given } }) => {
   const tell = (progress) => self.postMessage({ id, progress });
   // one at a time, in order: a session takes one call, and times would mean nothing
-  last = last.then(() => work[kind](given, tell)).then((answer) => self.postMessage({ id, answer }), (error) => self.postMessage({ id, error: String(error && error.message || error) }));
+  last = last.then(() => work[kind](given, tell)).then((answer) => self.postMessage({ id, answer }), (error) => self.postMessage({ id, error: brief(error) }));
 });
