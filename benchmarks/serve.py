@@ -1,13 +1,16 @@
 """The service on the loopback: its throughput beside plain batched calls of the same export in turns, and bad requests.
 
-    python benchmarks/serve.py EXPORT [--rounds 7] [--seconds 4] [--bad-requests 10000] [--out docs/performance/serve]
+    python benchmarks/serve.py EXPORT [--rounds 3] [--seconds 8] [--cores 2] [--bad-requests 10000]
+                               [--out docs/performance/serve]
 
 The service is a process of its own (`clipdistill serve`, one thread for the towers, batches of 32), its callers another
 one with keep-alive connections. Plain: this process decodes, prepares and encodes the same pictures in batches of 32 in
 one thread; tower: the same batches, prepared already (what `clipdistill bench` measures). They take turns of
-`--seconds`; ratios are medians over the rounds. Where there are two processors or more, service and plain calls share
-one and the callers have another. Processor time of the service for each picture beside that of plain calls is a second
-ratio, which other work on the machine moves less. A line a round goes to stderr.
+`--seconds`; ratios are medians over the rounds. Plain calls and the tower alone have one processor. The service has the
+same one and its callers another (1), where decoding, HTTP and the tower share what the tower has alone; or service and
+callers share two (2), where they run beside the tower's one thread. Processor time of the service for each picture
+beside that of plain calls is a further ratio, which other work on the machine moves less. A line a round goes to
+stderr.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import base64
 import contextlib
 import http.client
 import io
+import itertools
 import json
 import os
 import re
@@ -74,7 +78,7 @@ def resident(process: int) -> int:
 
 
 @contextlib.contextmanager
-def service(export: str, core: int | None) -> Iterator[tuple[int, int]]:
+def service(export: str) -> Iterator[tuple[int, int]]:
     """`clipdistill serve EXPORT` in a process: (its id, its port)."""
     command = [sys.executable, "-m", "clipdistill", "serve", export, "--port", "0", "--threads", "1"]
     command += ["--batch-size", str(BATCH)]
@@ -82,13 +86,16 @@ def service(export: str, core: int | None) -> Iterator[tuple[int, int]]:
     assert process.stdout is not None
     try:
         port = next(int(found[1]) for line in process.stdout if (found := re.search(r"http://[^ ]*:(\d+)/", line)))
-        if core is not None:
-            for thread in Path(f"/proc/{process.pid}/task").iterdir():
-                os.sched_setaffinity(int(thread.name), {core})
         yield process.pid, port
     finally:
         process.terminate()
         process.wait(60)
+
+
+def put(process: int, cores: set[int]) -> None:
+    """All threads of a process onto these processors."""
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        os.sched_setaffinity(int(thread.name), cores)
 
 
 def call(port: int, pictures: int, connections: int, seconds: float, folder: Path) -> dict[str, Any]:
@@ -126,18 +133,17 @@ def call(port: int, pictures: int, connections: int, seconds: float, folder: Pat
     return {"latencies": latencies, "pictures": pictures * len(latencies), "seconds": took, "refused": len(refused)}
 
 
-def measure(export: str, rounds: int, seconds: float) -> dict[str, Any]:
-    """The alternating run."""
+def measure(export: str, rounds: int, seconds: float, places: list[int]) -> dict[str, Any]:
+    """The alternating run, for each number of processors that the service has."""
     import torch
 
     from clipdistill.serve.command import served_name
     from clipdistill.serve.model import ServedModel
 
-    cores = sorted(os.sched_getaffinity(0))
-    here, there = (cores[0], cores[1]) if len(cores) > 1 else (None, None)
+    here, *others = sorted(os.sched_getaffinity(0))
+    there = others[0] if others else here
     torch.set_num_threads(1)
-    if here is not None:
-        os.sched_setaffinity(0, {here})
+    os.sched_setaffinity(0, {here})
     model = ServedModel(served_name(export), "cpu")
     tell("model loaded")
     photos = photographs(PICTURES)
@@ -159,39 +165,44 @@ def measure(export: str, rounds: int, seconds: float) -> dict[str, Any]:
         done = BATCH * len(times)
         return done / (time.perf_counter() - begin), (time.process_time() - used) / done, statistics.median(times)
 
-    found: dict[str, list[dict[str, float]]] = {str(pictures): [] for pictures in CALLERS}
-    with tempfile.TemporaryDirectory() as folder, service(export, here) as (process, port):
+    found: dict[str, dict[str, list[dict[str, float]]]] = {
+        str(cores): {str(pictures): [] for pictures in CALLERS} for cores in places
+    }
+    with tempfile.TemporaryDirectory() as folder, service(export) as (process, port):
         tell("service started")
         for number, photo in enumerate(photos):
             (Path(folder) / f"{number:03}.jpg").write_bytes(photo)
-        for number in range(rounds + 1):
-            for pictures, connections in CALLERS.items():
-                whole, alone = plain(False), plain(True)
-                used = processor_seconds(process)
-                order = f"{port},{pictures},{connections},{seconds},{folder}"
-                command = [sys.executable, __file__, export, "--call", order]
-                command = ["taskset", "-c", str(there), *command] if there is not None else command
-                asked = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-                used = processor_seconds(process) - used
-                rate = asked["pictures"] / asked["seconds"]
-                tell(
-                    f"round {number} of {rounds}, {pictures} a request: service {rate:.1f} pictures/s, plain "
-                    f"{whole[0]:.1f}, tower {alone[0]:.1f}"
-                )
-                if number == 0:
-                    continue  # the first round warms up
-                late = sorted(asked["latencies"])
-                found[str(pictures)].append({
-                    "service": rate, "plain": whole[0], "tower": alone[0], "to plain": rate / whole[0],
-                    "to tower": rate / alone[0], "processor to plain": whole[1] * asked["pictures"] / used,
-                    "processor to tower": alone[1] * asked["pictures"] / used, "batch": whole[2],
-                    "p50 in batches": late[len(late) // 2] / whole[2],
-                    "p99 in batches": late[int(0.99 * len(late))] / whole[2],
-                    "refused": asked["refused"],
-                })  # fmt: skip
+        for number, cores, (pictures, connections) in itertools.product(range(rounds + 1), places, CALLERS.items()):
+            put(process, {here} if cores == 1 else {here, there})
+            whole, alone = plain(False), plain(True)
+            used = processor_seconds(process)
+            order = f"{port},{pictures},{connections},{seconds},{folder}"
+            command = ["taskset", "-c", f"{there}" if cores == 1 else f"{here},{there}"]
+            command += [sys.executable, __file__, export, "--call", order]
+            asked = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            used = processor_seconds(process) - used
+            rate = asked["pictures"] / asked["seconds"]
+            tell(
+                f"round {number} of {rounds}, {pictures} a request, cores {cores}: service {rate:.1f} pictures/s, "
+                f"plain {whole[0]:.1f}, tower {alone[0]:.1f}"
+            )
+            if number == 0:
+                continue  # the first round warms up
+            late = sorted(asked["latencies"])
+            found[str(cores)][str(pictures)].append({
+                "service": rate, "plain": whole[0], "tower": alone[0], "to plain": rate / whole[0],
+                "to tower": rate / alone[0], "processor to plain": whole[1] * asked["pictures"] / used,
+                "processor to tower": alone[1] * asked["pictures"] / used, "batch": whole[2],
+                "p50 in batches": late[len(late) // 2] / whole[2],
+                "p99 in batches": late[int(0.99 * len(late))] / whole[2],
+                "refused": asked["refused"],
+            })  # fmt: skip
     return {
-        pictures: {key: statistics.median(round_[key] for round_ in rows) for key in rows[0]}
-        for pictures, rows in found.items()
+        cores: {
+            pictures: {key: statistics.median(round_[key] for round_ in rows) for key in rows[0]}
+            for pictures, rows in cases.items()
+        }
+        for cores, cases in found.items()
     }
 
 
@@ -199,7 +210,7 @@ def attacked(export: str, count: int, seed: int) -> dict[str, Any]:
     """Bad requests in ten parts, with memory, open files and threads after each."""
     from tests.serve.bad_requests import GOOD, attack
 
-    with service(export, None) as (process, port):
+    with service(export) as (process, port):
 
         def state() -> dict[str, int]:
             place = Path(f"/proc/{process}")
@@ -241,23 +252,25 @@ def page(result: dict[str, Any]) -> str:
     lines = ["# The service", ""]
     if speed := result.get("speed"):
         low, high = result["load"]
-        heads = (
-            "pictures a request, connections | pictures/s, of plain calls' | of the tower's alone | processor time, "
-        )
-        heads += "plain / service | tower / service | median latency, in batches | p99 latency, in batches"
+        heads = "processors of the service | pictures a request, connections | pictures/s | of plain calls' | of the "
+        heads += "tower's alone | processor time, plain / service | tower / service | median latency, in batches | p99"
         lines += [
             f"`python benchmarks/serve.py {result['name']}`: {result['device']}, one thread, batches of {BATCH}, "
             f"JPEGs of 500 x 375; load of the machine {low:.1f} to {high:.1f}.",
-            "Medians of one alternating run; processor time is that of the whole service for each picture.",
+            "Medians of an alternating run; processor time is that of the whole service for each picture. Plain calls "
+            "and the tower alone have one processor. With 1 the service has the same one; with 2 it and its callers "
+            "share both.",
             "",
             f"| {heads} |",
-            "|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
-        for pictures, row in speed.items():
-            names = ("to plain", "to tower", "processor to plain", "processor to tower")
-            cells = [f"{pictures}, {CALLERS[int(pictures)]}", *(f"{row[name]:.2f}" for name in names)]
-            cells += [f"{row[name]:.1f}" for name in ("p50 in batches", "p99 in batches")]
-            lines.append(f"| {' | '.join(cells)} |")
+        for cores, cases in sorted(speed.items()):
+            for pictures, row in cases.items():
+                names = ("to plain", "to tower", "processor to plain", "processor to tower")
+                cells = [cores, f"{pictures}, {CALLERS[int(pictures)]}", f"{row['service']:.1f}"]
+                cells += [f"{row[name]:.2f}" for name in names]
+                cells += [f"{row[name]:.1f}" for name in ("p50 in batches", "p99 in batches")]
+                lines.append(f"| {' | '.join(cells)} |")
         lines += ["", "A batch: decoding, preparing and encoding 32 pictures by plain calls.", ""]
     if bad := result.get("attack"):
         states = bad["states"]
@@ -280,8 +293,9 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("export")
-    parser.add_argument("--rounds", type=int, default=7, help="0: no speed")
-    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=3, help="0: no speed")
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--cores", type=int, choices=(1, 2), action="append", help="of the service (default: both)")
     parser.add_argument("--bad-requests", type=int, default=10_000, help="0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -307,7 +321,8 @@ def main() -> None:
     result["device"] = describe_device(torch.device("cpu"))["label"]
     if given.rounds:
         result["name"] = Path(given.export).name
-        result["speed"] = measure(given.export, given.rounds, given.seconds)
+        speed = measure(given.export, given.rounds, given.seconds, given.cores or [1, 2])
+        result["speed"] = result.get("speed", {}) | speed
         loads.append(os.getloadavg()[0])
         result["load"] = [min(loads), max(loads)]
     if given.bad_requests:
