@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="quantise both towers, calibrated on --calibrate or --data; for browsers and phones without calibration",
     )
     add("--fp16", action="store_true", help="phones: sixteen bits (browsers have them by default)")
+    add("--ternary", action="store_true", help="onnx: the weights that train.ternary made ternary in two bits each")
     add("--calibrate", help="pairs to calibrate int8 on (default: --data, its training split where it has one)")
     add("--calibration-size", type=int, default=SIZE, help="pairs to calibrate on (default: 128)")
     add("--budget", type=float, default=BUDGET, help="points of R@1 that int8 may lose (default: 1)")
@@ -78,6 +79,7 @@ def export(
     limit: int | None = None,
     int8: bool = False,
     fp16: bool = False,
+    ternary: bool = False,
     calibrate: str | None = None,
     calibration_size: int = SIZE,
     budget: float = BUDGET,
@@ -95,8 +97,9 @@ def export(
     model: a run, a model folder or any name. to: the form (docs/deployment.md). data: pairs on which R@1 is measured
     before and after, of their split `split` (None: test, else val), at most `limit` images.
     int8: quantise, calibrated on `calibration_size` pairs of `calibrate` (None: of data), losing at most `budget`
-    points of R@1; fp16: sixteen bits, for "litert", "executorch" and "coreml", whose int8 needs no data. normalised:
-    embeddings of unit length; tolerance: largest difference of an entry of these; opset: ONNX operator set (None: 20).
+    points of R@1; fp16: sixteen bits, for "litert", "executorch" and "coreml", whose int8 needs no data;
+    ternary: weights -1, 0 and 1 times a scale in two bits, for "onnx". normalised: embeddings of unit length;
+    tolerance: largest difference of an entry of these; opset: ONNX operator set (None: 20).
     web_runtime: the folder of npm's onnxruntime-web for "web" (None: node_modules, else npm fetches it), where int8
     means the weights and needs no data. push: OWNER/NAME on the Hugging Face hub, to upload the folder with a model
     card to; licence: of the weights, as the hub names it; private: as a private repository. quiet: print nothing.
@@ -116,6 +119,7 @@ def export(
         ("tolerance", tolerance != TOLERANCE, checked),
         ("opset", opset, (*graphs, "web")),
         ("fp16", fp16, PHONES),
+        ("ternary", ternary, ("onnx",)),
         ("normalised", normalised, (*graphs, *PHONES)),
         ("calibrate", calibrate, graphs),
         ("calibration-size", calibration_size != SIZE, graphs),
@@ -134,8 +138,10 @@ def export(
     ):
         if given and not needed:
             raise InputError(f"--{option} means nothing without --{other}")
-    if fp16 and int8:
-        raise InputError("--fp16 and --int8 are two forms of the weights: leave one of them out")
+    if int8 and (fp16 or ternary):
+        raise InputError(
+            f"--{'fp16' if fp16 else 'ternary'} and --int8 are two forms of the weights: leave one of them out"
+        )
     if not 0 < tolerance < 1:
         raise InputError(f"--tolerance must be above 0 and below 1, got {tolerance:g}")
     if calibration_size < 1 or (limit is not None and limit < 1):
@@ -183,6 +189,7 @@ def export(
                 normalised=normalised,
                 calibration=calibration,
                 fp16=fp16,
+                ternary=ternary,
                 **shared,
             )
         for tower in ("image", "text"):

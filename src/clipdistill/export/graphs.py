@@ -38,6 +38,7 @@ from clipdistill.export.tokenizer_json import differing, tokenizer_json
 from clipdistill.export.towers import INPUTS, OPSET, OUTPUTS, write_onnx
 from clipdistill.export.transform import FILE as TRANSFORM
 from clipdistill.export.transform import write_transform
+from clipdistill.export.two_bits import in_two_bits
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import (
     TOWERS,
@@ -92,12 +93,14 @@ def export_graphs(
     tolerance: Tolerance | None = None,
     opset: int = OPSET,
     fp16: bool = False,
+    ternary: bool = False,
 ) -> Exported:
     """Export both towers for `runtime` ("onnx", "openvino", or one of PHONES) into the folder `out`.
 
     normalised: embeddings leave the graph at unit length. test: pairs on which R@1 is measured before and after.
     int8: quantise, calibrated on `calibration`, within a budget of points of R@1 on `test`; both are needed then, but
-    not for a phone, where nothing is calibrated. fp16: sixteen bits, for a phone alone.
+    not for a phone, where nothing is calibrated. fp16: sixteen bits, for a phone alone. ternary: weights -1, 0 and 1
+    times a scale a row in two bits, for "onnx" alone.
     Raises InputError when a tower cannot be exported or misses the tolerance; then nothing is written under `out`.
     """
     if "exported" in model.architecture:
@@ -114,6 +117,12 @@ def export_graphs(
         write_transform(folder, model.image, runtime)
         write_graphs(model, folder, runtime, normalised=normalised, opset=opset, precision=precision)
         files = {tower: folder / f"{tower}{SUFFIX[runtime]}" for tower in TOWERS}
+        packed = {tower: in_two_bits(path) for tower, path in files.items()} if ternary else dict.fromkeys(TOWERS, 0)
+        if ternary and not any(packed.values()):
+            raise InputError(
+                f"{model.name}: no matrix holds only -1, 0 and 1 times a scale a row: train with train.ternary, or "
+                "leave --ternary out"
+            )
         if phone:
             runners = phone_runners(model, files, runtime, normalised=normalised)
         else:
@@ -128,6 +137,9 @@ def export_graphs(
         write_json(folder / TOKENIZER, tokenizer)
         manifest = _manifest(model, folder, runtime, normalised, opset, tolerance or Tolerance(), parities)
         manifest["towers"]["text"]["input_shape"][1] = "length" if any_length else model.context_length
+        for tower, count in packed.items():
+            if count:
+                manifest["towers"][tower] |= {"precision": "ternary", "two_bit_weights": count}
         if phone:
             _describe_phone(manifest, runtime, precision)
         ran = runtime != "coreml" or coreml.runs_here()

@@ -24,7 +24,7 @@ from clipdistill.runtime.console import compact, file_size
 from clipdistill.runtime.files import read_json
 
 Row = tuple[str, str, str, str, Estimate]
-_SHORT = {"float32": "", "float16": " fp16", "int8": " int8"}
+_SHORT = {"float32": "", "float16": " fp16", "int8": " int8", "ternary": " ternary"}
 
 
 @dataclass
@@ -129,7 +129,7 @@ def _export_of(folder: Path, values: dict[str, Any], owner: ReportedRun | None, 
     kept = dict.fromkeys(str(facts.get("precision") or "float32") for facts in towers.values())
     scores, times = dict(values.get("scores") or {}), dict(values.get("latency") or {})
     kind = "web" if values.get("web") else str(values["kind"])
-    precisions = list(kept) if len(kept) == 1 else ["int8" if "int8" in kept else "float32"]  # a tower may stay behind
+    precision = next((name for name in kept if name != "float32"), "float32")  # a tower may stay behind
     after = scores.get("after_int8") or scores.get("after")
     measured = {tower: dict(times[tower]) for tower in ("image", "text") if tower in times}
 
@@ -140,7 +140,7 @@ def _export_of(folder: Path, values: dict[str, Any], owner: ReportedRun | None, 
     return OneExport(
         shown=folder.name,
         entry=match_entry(str(values.get("name")), {"fingerprint": values.get("model_fingerprint")}, owner, table),
-        target=f"{kind}{_SHORT.get(precisions[0], '')}",
+        target=f"{kind}{_SHORT.get(precision, '')}",
         protocol=str((after or {}).get("protocol", "")),
         device=str(dict(times.get("device") or {}).get("label", "")),
         before=_pair(scores.get("before")),
