@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_results(ablations: Sequence[Path], out: Path, *, keep: bool = False) -> None:
     """The page at `out`, the pictures in images/ beside it. Raises InputError for a folder without an ablation.
 
-    keep: sections of the page that is there stay where no ablation makes them anew, and so do its verdicts.
+    keep: sections of the page that is there stay where no ablation makes them anew, and so do its verdicts of published
+    claims, but for those that these ablations judge by as many seeds or more.
     """
     head, *sections = re.split(r"^(?=## )", out.read_text(encoding="utf-8"), flags=re.MULTILINE) if keep else [""]
     old = {section.partition("\n")[0]: section for section in sections}
@@ -81,16 +82,30 @@ def write_results(ablations: Sequence[Path], out: Path, *, keep: bool = False) -
     known = old.pop(PUBLISHED, "")
     blocks += [section.rstrip() + "\n" for section in old.values()]
     if verdicts or known:
-        lines = [line for line in known.splitlines() if line.startswith("| **")]
-        table = verdicts_markdown(verdicts) if verdicts else ""
-        measured = set(re.findall(r"\[(\S+)\]` \|", table))
-        kept = [line for line in lines if not measured & set(re.findall(r"\[(\S+)\]` \|", line))]
+        rows = verdicts_markdown(verdicts).rstrip().splitlines()[2:]
+        stand = {_claim(line): line for line in known.splitlines() if line.startswith("| **")}
+        rows = [line for line in rows if _seeds(line) >= _seeds(stand.get(_claim(line), ""))]
+        kept = [line for claim, line in stand.items() if claim not in map(_claim, rows)]
         blocks.append(
             f"{PUBLISHED}\n\n`clipdistill claims published` with these runs: the papers' own figures beside the "
             "verdicts are single runs, mostly on other data and with other students.\n"
         )
-        blocks.append("\n".join([table.rstrip(), *kept]) + "\n")
+        blocks.append(
+            "\n".join(["| verdict | claim | evidence | published |", "| --- | --- | --- | --- |", *rows, *kept]) + "\n"
+        )
     out.write_text("\n".join(blocks), encoding="utf-8")
+
+
+def _claim(line: str) -> str:
+    """The claim of a row of verdicts, its data set included; a row without one is itself."""
+    found = re.search(r"`([^`]+)` \|", line)
+    return found[1] if found else line
+
+
+def _seeds(line: str) -> int:
+    """How many seeds a row's verdict rests on."""
+    found = re.search(r"\b(\d+) seeds?\b", line)
+    return int(found[1]) if found else 0
 
 
 def without_paths(text: str) -> str:

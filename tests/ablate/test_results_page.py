@@ -65,3 +65,27 @@ def test_sections_of_other_ablations_are_kept_where_asked(script, tmp_path):
     assert out.read_text() == both
     script.write_results(made[1:], out)
     assert "## First" not in out.read_text() != first
+
+
+def test_a_published_claim_keeps_the_verdict_that_rests_on_more_seeds(script, tmp_path):
+    out, made = tmp_path / "results.md", {}
+    for seeds in (2, 3, 4):
+        folder = tmp_path / f"of-{seeds}"
+        plan = plan_of(
+            {"clip-kd": {"recipe": "clip-kd"}, "clip-rd": {"recipe": "clip-rd"}}, seeds=seeds, title=f"{seeds}"
+        )
+        summarise(
+            plan, write_grid(plan, folder, {"clip-kd": 0.3, "clip-rd": 0.4}), folder, command="clipdistill ablate"
+        )
+        made[seeds] = folder
+
+    def judged_by() -> str:
+        (line,) = [row for row in out.read_text().splitlines() if "`clip-rd > clip-kd on * t2i_R@1 [flickr8k]`" in row]
+        assert out.read_text().split("## The published claims")[1].splitlines()[4].startswith("| verdict |")
+        return line
+
+    script.write_results([made[3]], out)
+    script.write_results([made[2]], out, keep=True)
+    assert ", 3 seeds," in judged_by()
+    script.write_results([made[4]], out, keep=True)
+    assert ", 4 seeds," in judged_by()
