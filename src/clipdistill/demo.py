@@ -63,14 +63,16 @@ def run(arguments: argparse.Namespace) -> int:
     from clipdistill.report.look import look
     from clipdistill.report.report import write_report
     from clipdistill.train.run import distill
+    from clipdistill.train.sources import SharedSources
 
+    sources = SharedSources()  # pictures are drawn once, the teacher is measured once
     say("the teacher's embeddings, computed once for all students", colour="bold")
     cache = fill_cache(configs[0], out / "teacher-cache")
     runs: list[Run] = []
     for config in configs:
         say(f"{len(runs) + 1}/{len(configs)}  {config.recipe}", colour="bold")
         cached = {"teacher": f"cache:{cache}"} if config.objective.needs_teacher else {}
-        runs.append(distill(config.model_copy(update=cached)))
+        runs.append(distill(config.model_copy(update=cached), sources=sources))
     say("measuring speed", colour="bold")
     measure_speed(runs, arguments.seconds)
     say("drawing the report", colour="bold")
@@ -95,12 +97,18 @@ def fill_cache(config: RunConfig, folder: Path) -> Path:
 
 
 def measure_speed(runs: Sequence[Run], seconds: float) -> None:
-    """Teacher and every student in one alternating run, so that the ratios hold on a busy machine; bench.json each."""
+    """Teacher and students in one alternating run, so that the ratios hold on a busy machine; bench.json each.
+
+    Of students with one architecture one is measured: the others are as fast, and the report knows them by it.
+    """
     from clipdistill.bench.throughput import throughput
     from clipdistill.models import load_model
 
     models = {"teacher": load_model(TEACHER, teacher=True)}
-    models |= {run.folder.name: load_model(str(run.student), teacher=True) for run in runs}
+    for run in runs:
+        student = load_model(str(run.student), teacher=True)
+        if not any(student.architecture == known.architecture for known in models.values()):
+            models[run.folder.name] = student
     result = throughput(models, batch_sizes=(1, 64), seconds=seconds)
     for run in runs:
         write_json(run.folder / "bench.json", result, checked=True)
