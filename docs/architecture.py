@@ -32,7 +32,7 @@ ORDER = (
     ("statistics",),
     ("evaluate", "probe"),
     ("train",),
-    ("regions", "ternary"),
+    ("regions", "ternary", "curation"),
     ("bench",),
     ("export",),
     ("report",),
@@ -47,7 +47,7 @@ ORDER = (
 
 WINGS = (
     "models.inheritance", "scenes", "demo", "bank", "vectors", "ray_engine", "bench", "ablate", "export", "regions",
-    "ternary", "search", "serve", "probe", "reference", "listing", "doctor", "remote", "data.formats.hub",
+    "ternary", "curation", "search", "serve", "probe", "reference", "listing", "doctor", "remote", "data.formats.hub",
     "data.formats.labelled_libraries", "data.formats.arrays", "data.mixture", "data.benchmarks", "evaluate.matching",
     "evaluate.balanced", "objective.one_modality", "objective.logit_matching", "objective.targeted", "train.features",
     "train.trackers", "train.replay", "train.replay_command", "train.dry_run", "report.exports",

@@ -352,6 +352,7 @@ TASKS: Registry[Any] = Registry(
     {
         "distillation": "clipdistill.train.distil:Distillation",
         "region teacher": "clipdistill.regions.training:RegionTeaching",
+        "curated batches": "clipdistill.curation.training:CuratedDistillation",
         "ternary student": "clipdistill.ternary.training:TernaryDistillation",
     },
 )

@@ -97,11 +97,15 @@ class StepSampler:
         """The epoch that global step `step` belongs to."""
         return step // self.steps_per_epoch
 
+    def order(self, epoch: int) -> np.ndarray:
+        """The permutation (int64, n) of an epoch."""
+        return epoch_order(self.n, self.seed, epoch)
+
     def indices(self, step: int) -> np.ndarray:
         """The samples (int64) of this rank in global step `step`."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
-            order = epoch_order(self.n, self.seed, epoch)
+            order = self.order(epoch)
             self._order = (epoch, order.astype(np.uint32) if self.n < 2**32 else order)
         start = within * self.batch_size
         return self._order[1][start + self._begin : start + self._end].astype(np.int64)

@@ -150,6 +150,11 @@ class TrainConfig(Config):
     """Blocks, from the first, that have prompts of their own; the later ones go on with those of the last of them."""
     ternary: Literal["none", "image", "text", "both"] = "none"
     """Towers whose trained weight matrices are -1, 0 and 1 times a scale a row in every pass (docs/more-methods.md)."""
+    curation: float = pydantic.Field(default=0.0, ge=0, le=0.99)
+    """Share of a super-batch that is left out: the batch is drawn by what the student has still to learn and its
+    teacher knows (ACID; 0: batches as they come)."""
+    neighbours: int | None = pydantic.Field(default=None, ge=2)
+    """Size of the groups of a cached teacher's nearest neighbours that batches are made of (None: no groups)."""
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
     """Decay of a running average of the student's weights (0.999, say), which is then what is evaluated and saved;
     checkpoints hold both (None: no average)."""
@@ -438,6 +443,10 @@ def _check(config: RunConfig) -> None:
         )
     if train.ternary != "none" and (train.masks or train.keep_best or config.meta_teacher is not None):
         raise InputError("train.ternary: not together with train.masks or train.keep_best, nor for region teachers")
+    if (train.curation or train.neighbours) and (train.masks or config.meta_teacher or train.ternary != "none"):
+        raise InputError("train.curation, train.neighbours: not with train.masks, train.ternary or region teachers")
+    if (train.curation or train.neighbours) and not config.teachers:
+        raise InputError("train.curation, train.neighbours: a teacher weighs the pairs, and none is named: --teacher")
     if config.objective.needs_classes and (train.classes is None or train.teacher_targets != "raw"):
         raise InputError(
             f"recipe {config.recipe}: the term 'class_kd' needs class names, train.classes=SET, or a file of class "

@@ -142,6 +142,7 @@ def distill(
 def make_task(config: RunConfig, device: torch.device, sources: Sources | None = None, say: Say = print) -> Task:
     """What `config` trains, ready for its first step. Raises InputError for unusable input."""
     kind = "distillation" if config.train.ternary == "none" else "ternary student"
+    kind = "curated batches" if config.train.curation or config.train.neighbours else kind
     kind = kind if config.meta_teacher is None else "region teacher"
     return TASKS.get(kind)(config, device, sources, say)
 
