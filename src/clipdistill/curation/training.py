@@ -22,7 +22,7 @@ from clipdistill.runtime.distributed import rank, world_size
 from clipdistill.train.config import RunConfig
 from clipdistill.train.distil import Distillation
 from clipdistill.train.sources import Sources
-from clipdistill.train.step import autocast, captions_of, inputs_of
+from clipdistill.train.step import autocast, inputs_of
 from clipdistill.train.task import Say
 
 _STREAM = 7  # of random numbers, beside those of data/sampler.py
@@ -92,7 +92,7 @@ class CuratedDistillation(Distillation):
         known = self.setup.teacher(batch)
         theirs = [normalize(rows.float(), dim=-1) for rows in (known.image, known.text)]
         scale = train.fixed_logit_scale or module.logit_scale.detach().float().exp()
-        return scale * own[0] @ own[1].T, known.logit_scale.float() * theirs[0] @ theirs[1].T
+        return scale * own[0] @ own[1].T, torch.as_tensor(known.logit_scale) * theirs[0] @ theirs[1].T
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "super_batch": self.super_batch}
@@ -100,8 +100,8 @@ class CuratedDistillation(Distillation):
 
 def part_of(batch: Batch, rows: Tensor) -> Batch:
     """The batch of these rows alone; what is counted over the whole (bad samples, cut captions) stays counted."""
-    assert captions_of(batch) is not None
-    chosen, changed = rows.tolist(), {}
+    chosen = rows.tolist()
+    changed: dict[str, Any] = {}
     for name in (field.name for field in fields(batch)):
         value = getattr(batch, name)
         if isinstance(value, Tensor):
