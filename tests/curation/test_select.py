@@ -8,23 +8,27 @@ import numpy as np
 import pytest
 import torch
 
-from clipdistill.curation.select import select, worths
+from clipdistill.curation.select import Worths, select
 
 
 def test_worths_by_hand() -> None:
     """Pair 1 among pair 0 and itself: log(e^0 + e^2) - 2 by its row, log(e^1 + e^2) - 2 by its column, halved."""
     logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
-    found = worths(logits, torch.tensor([0]))
+    worths = Worths(logits)
+    assert worths().abs().max() < 1e-6
+    worths.add(torch.tensor([0]))
     rows, columns = math.log(1 + math.e**2) - 2, math.log(math.e + math.e**2) - 2
-    assert float(found[1]) == pytest.approx((rows + columns) / 2, abs=1e-6)
-    assert worths(logits, torch.zeros(0, dtype=torch.int64)).abs().max() < 1e-6
+    assert float(worths()[1]) == pytest.approx((rows + columns) / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_worths_against_a_plain_loop(seed: int) -> None:
     torch.manual_seed(seed)
     logits, chosen = 5 * torch.randn(9, 9), torch.randperm(9)[:4]
-    for i, value in enumerate(worths(logits, chosen).tolist()):
+    worths = Worths(logits)
+    for part in chosen.split(3):
+        worths.add(part)
+    for i, value in enumerate(worths().tolist()):
         if i in chosen.tolist():
             continue  # what is drawn is not asked again
         among = [*chosen.tolist(), i]

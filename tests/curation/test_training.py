@@ -110,7 +110,7 @@ def test_a_live_teacher_weighs_pairs_too(tmp_path: Path, settings: Any, teacher:
     ("assignments", "named", "sentence"),
     [
         (["train.curation=0.5"], False, "a teacher weighs the pairs, and none is named"),
-        (["train.neighbours=4", "train.ternary=both"], True, r"not with train\.masks, train\.ternary"),
+        (["train.neighbours=4", "train.ternary=both"], True, r"train\.neighbours=4: not together with train\.ternary"),
         (["train.curation=1"], True, r"train\.curation"),
         (["train.neighbours=1"], True, r"train\.neighbours"),
     ],

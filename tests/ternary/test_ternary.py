@@ -95,7 +95,7 @@ def test_a_run_ends_in_a_ternary_student_and_its_packed_file(tmp_path: Path) -> 
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"train\.ternary: not together"):
+    with pytest.raises(InputError, match=r"train\.keep_best=t2i_R@1: not together with train\.ternary"):
         run(tmp_path / "a", "train.keep_best=t2i_R@1", "train.evaluate_every=1")
     with pytest.raises(InputError, match="nothing to make ternary"):
         run(tmp_path / "b", "train.ternary=image", "train.lock_image=all")

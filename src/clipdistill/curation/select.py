@@ -21,23 +21,33 @@ CHUNKS = 16
 """As in both papers."""
 
 
-def worths(logits: Tensor, chosen: Tensor) -> Tensor:
-    """(N,) losses l_i of the pairs of (N, N) logits, each among the pairs `chosen` (n,) and itself."""
-    own = logits.diagonal()
-    rows = torch.cat([logits[:, chosen], own[:, None]], dim=1).logsumexp(1)
-    columns = torch.cat([logits[chosen], own[None]], dim=0).logsumexp(0)
-    return (rows + columns) / 2 - own
+class Worths:
+    """Losses l_i of all pairs of (N, N) logits, each among the pairs drawn so far and itself."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.own = logits, logits.diagonal()
+        self.rows = self.columns = torch.full_like(self.own, -torch.inf)  # logsumexp over what is drawn
+
+    def add(self, drawn: Tensor) -> None:
+        """Take note of pairs that were drawn now."""
+        self.rows = torch.logaddexp(self.rows, self.logits[:, drawn].logsumexp(1))
+        self.columns = torch.logaddexp(self.columns, self.logits[drawn].logsumexp(0))
+
+    def __call__(self) -> Tensor:
+        """(N,); what it says of a pair that is drawn already means nothing."""
+        return (torch.logaddexp(self.rows, self.own) + torch.logaddexp(self.columns, self.own)) / 2 - self.own
 
 
 def select(student: Tensor, teacher: Tensor, count: int, rng: np.random.Generator, chunks: int = CHUNKS) -> Tensor:
     """Sorted numbers (count,) of the pairs drawn, by the logits (N, N) of student and teacher; rng: of the noise."""
     left = torch.ones(len(student), dtype=torch.bool)
-    chosen = torch.zeros(0, dtype=torch.int64)
-    student, teacher = student.float().cpu(), teacher.float().cpu()
+    ours, theirs = (Worths(logits.float().cpu()) for logits in (student, teacher))
+    chosen: list[Tensor] = []
     for part in np.array_split(np.arange(count), min(chunks, count)):
-        worth = worths(student, chosen) - worths(teacher, chosen) if len(chosen) else torch.zeros(len(student))
         noise = torch.from_numpy(rng.gumbel(size=len(student))).float()
-        drawn = (worth + noise).masked_fill(~left, -torch.inf).topk(len(part)).indices
+        drawn = (ours() - theirs() + noise).masked_fill(~left, -torch.inf).topk(len(part)).indices
         left[drawn] = False
-        chosen = torch.cat([chosen, drawn])
-    return chosen.sort().values
+        for worths in (ours, theirs):
+            worths.add(drawn)
+        chosen.append(drawn)
+    return torch.cat(chosen).sort().values

@@ -437,23 +437,24 @@ def _check(config: RunConfig) -> None:
             f"train.keep_best={train.keep_best}: the best is chosen on the curve; give --validation and "
             "train.evaluate_every, the steps between its points"
         )
-    if train.keep_best is not None and (train.masks is not None or config.meta_teacher is not None):
-        raise InputError(
-            "train.keep_best: not for runs with train.masks, whose student changes its size, or region teachers"
-        )
-    if train.ternary != "none" and (train.masks or train.keep_best or config.meta_teacher is not None):
-        raise InputError("train.ternary: not together with train.masks or train.keep_best, nor for region teachers")
-    if (train.curation or train.neighbours) and (train.masks or config.meta_teacher or train.ternary != "none"):
-        raise InputError("train.curation, train.neighbours: not with train.masks, train.ternary or region teachers")
-    if (train.curation or train.neighbours) and not config.teachers:
-        raise InputError("train.curation, train.neighbours: a teacher weighs the pairs, and none is named: --teacher")
+    chosen = [name for name in ("curation", "neighbours") if getattr(train, name)]
+    if chosen and not config.teachers:
+        raise InputError(f"train.{chosen[0]}: a teacher weighs the pairs, and none is named: --teacher")
+    usual = {name: value.default for name, value in TrainConfig.model_fields.items()}
+    both = "grad_checkpointing keep_best ternary curation neighbours ema_decay"
+    for others, here, names in (
+        ("train.masks, which change the model in mid-run", train.masks, f"image_prompts {both}"),
+        ("region teachers", config.meta_teacher, f"optimizer precision {both}"),
+        ("train.ternary", train.ternary != "none", "keep_best curation neighbours"),
+    ):
+        for name in names.split() if here else ():
+            if getattr(train, name) not in (usual[name], "fp32"):
+                raise InputError(f"train.{name}={getattr(train, name)}: not together with {others}: leave one out")
     if config.objective.needs_classes and (train.classes is None or train.teacher_targets != "raw"):
         raise InputError(
             f"recipe {config.recipe}: the term 'class_kd' needs class names, train.classes=SET, or a file of class "
             "vectors, and the teacher's embeddings as they are, train.teacher_targets=raw"
         )
-    if train.image_prompts and train.masks is not None:
-        raise InputError("train.image_prompts: not together with train.masks: prune first, then add prompts")
     if train.patience is not None and train.keep_best is None:
         raise InputError("train.patience: say by which measure, for example  train.keep_best=t2i_R@1")
     if train.schedule != "wsd" and train.decay_share != TrainConfig.model_fields["decay_share"].default:
@@ -488,15 +489,6 @@ def _check(config: RunConfig) -> None:
             "train.mean_captions: features of captions are averaged, of a locked text tower (train.lock_text=all) and "
             "without a teacher, which embeds single captions"
         )
-    if train.grad_checkpointing and train.masks is not None:
-        raise InputError("train.grad_checkpointing: masks act in the forward pass alone; leave one of the two out")
-    for name in ("optimizer", "precision", "grad_checkpointing"):
-        value, usual = getattr(train, name), TrainConfig.model_fields[name].default
-        if config.meta_teacher is not None and value not in (usual, "fp32"):
-            raise InputError(f"train.{name}={value}: not for region teachers; leave it out")
-    if train.ema_decay is not None and (train.masks is not None or config.meta_teacher is not None):
-        what = "train.masks changes the model in mid-run" if train.masks is not None else "a region teacher has none"
-        raise InputError(f"train.ema_decay: {what}, so there is no one student to average: leave one of the two out")
     if (
         not cached
         and isinstance(train.teacher_logit_scale, tuple)
