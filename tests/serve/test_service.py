@@ -22,7 +22,7 @@ from clipdistill.embed.encode import Encoder
 pytest.importorskip("starlette", reason="needs the extra 'serve'")
 
 from clipdistill.serve import app
-from clipdistill.serve.command import in_thread
+from clipdistill.serve.command import check_hosts, in_thread
 from clipdistill.serve.limits import ServiceLimits
 from tests.serve.bad_requests import attack, bomb, http
 from tests.serve.conftest import Client, encoded
@@ -401,6 +401,9 @@ def test_bad_requests_of_every_kind_without_a_fault(client, monkeypatch):
         (["--batch-size", "0"], "--batch-size must be a number from 1"),
         (["--timeout", "nan"], "--timeout must be a number"),
         (["--queue", "3"], "--queue 3 is below --pictures 64"),
+        (["--wait-ms", "30000"], "--wait-ms 30000 is no less than --timeout 30 s"),
+        (["--allow-host", "http://photos.lan"], "--allow-host 'http://photos.lan': a name or an address alone"),
+        (["--allow-host", "photos.lan", "--allow-host", "other:8000"], "--allow-host 'other:8000': a name or an addr"),
         (["--threads", "0"], "--threads must be from 1"),
         (["--host", "no such host"], "cannot listen on"),
     ],
@@ -408,6 +411,19 @@ def test_bad_requests_of_every_kind_without_a_fault(client, monkeypatch):
 def test_options_that_cannot_be_used_are_one_sentence(options, sentence, capsys):
     assert main(["serve", "scenes-teacher", *options]) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["photos.lan", "my_host", "bücher.example", "::1", "10.0.0.7"]
+)
+def test_names_that_a_request_can_have(name):
+    check_hosts([name], "--allow-host")
+
+
+def test_a_tower_is_no_export(tmp_path, capsys):
+    (tmp_path / "image.onnx").write_bytes(b"graph")
+    assert main(["serve", str(tmp_path / "image.onnx")]) == 2
+    assert f"is one tower of an export: name its folder, {tmp_path}" in capsys.readouterr().err
 
 
 def test_a_port_in_use_is_one_sentence(client, capsys):

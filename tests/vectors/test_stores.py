@@ -73,6 +73,8 @@ def test_bad_places_are_one_sentence(tmp_path, photographs, capsys):
     search = ["search", str(photographs), "--model", "scenes-teacher", "--vectors"]
     assert main([*search, str(tmp_path / "x.csv")]) == 2
     assert "end the name so" in capsys.readouterr().err
+    assert main([*search, str(photographs / "x.npy")]) == 2  # it would make the folder a set of another kind
+    assert "x.npy: lies in the folder of photographs: choose another place" in capsys.readouterr().err
     (tmp_path / "x.parquet").write_text("mine")
     assert main([*search, str(tmp_path / "x.parquet")]) == 2
     assert "is there already" in capsys.readouterr().err

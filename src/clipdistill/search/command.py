@@ -14,6 +14,7 @@ from clipdistill.data.problems import Problems
 from clipdistill.embed.names import add_engine
 from clipdistill.errors import InputError
 from clipdistill.runtime.console import TextTable, say
+from clipdistill.runtime.files import is_inside
 from clipdistill.search import HIDDEN, KINDS
 from clipdistill.search.ask import ask, open_collection
 from clipdistill.search.photographs import printable
@@ -75,6 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
         from clipdistill.vectors.files import require_room, require_suffix
 
         require_suffix(arguments.vectors)
+        if is_inside(arguments.folder, arguments.vectors):
+            raise InputError(f"{arguments.vectors}: lies in the folder of photographs: choose another place")
         if arguments.vectors.exists() or arguments.vectors.is_symlink():
             raise InputError(f"{arguments.vectors}: is there already: choose another place, or remove it")
         require_room(arguments.vectors)

@@ -122,7 +122,7 @@ class SearchServer(ThreadingHTTPServer):
         except (OSError, OverflowError) as error:
             raise InputError(
                 f"the page cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error}): "
-                "choose another --port (0 takes a free one)"
+                "choose another --port (0 takes a free one) or --host"
             ) from error
         self.local = _is_loopback(self.server_address[0])
         self.prefix = "/" if self.local else f"/{secrets.token_urlsafe(16)}/"

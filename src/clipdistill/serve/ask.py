@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from clipdistill.arguments import checked
 from clipdistill.errors import InputError
 from clipdistill.models.names import check_model_name
-from clipdistill.serve.command import HOST, in_thread, served_name
+from clipdistill.serve.command import HOST, check_hosts, in_thread, served_name
 from clipdistill.serve.limits import ServiceLimits
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def serve(
     )  # fmt: skip
     if not 0 <= port <= 65535:
         raise InputError(f"serve: port must be between 0 and 65535, got {port}")
+    check_hosts(allow_hosts, "serve: allow_hosts")
     name = served_name(str(model))
     check_model_name(name)
     held = contextlib.ExitStack()

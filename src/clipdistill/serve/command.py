@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ipaddress
 import logging
+import re
 import socket
 import sys
 import threading
@@ -70,6 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputError(f"--port must be between 0 and 65535, got {arguments.port}")
     if arguments.threads is not None and not 1 <= arguments.threads <= 1024:
         raise InputError(f"--threads must be from 1 to 1024, got {arguments.threads}")
+    check_hosts(arguments.allow_host, "--allow-host")
     name = served_name(arguments.model)
     check_model_name(name)
     require_packages()
@@ -96,10 +98,19 @@ def served_name(name: str) -> str:
     from pathlib import Path
 
     folder = Path(name).expanduser()
+    if folder.suffix in (".onnx", ".xml") and folder.is_file():
+        raise InputError(f"{name}: is one tower of an export: name its folder, {folder.parent}")
     for runtime, graph in (("onnx", "image.onnx"), ("openvino", "image.xml")):
         if (folder / graph).is_file():
             return f"{runtime}:{name}"
     return name
+
+
+def check_hosts(names: Sequence[str], what: str) -> None:
+    """Raise InputError for what no Host header can name once its port is taken off."""
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+|[0-9A-Fa-f:.]+", name):
+            raise InputError(f"{what} '{name}': a name or an address alone, without http://, port or path (photos.lan)")
 
 
 def require_packages() -> None:

@@ -49,6 +49,11 @@ class ServiceLimits:
             if not least <= value <= 1_000_000_000:
                 option = setting.name.replace("_", "-")
                 raise InputError(f"--{option} must be a number from {least:g} up, got {value}")
+        if self.wait_ms >= 1000 * self.timeout:
+            raise InputError(
+                f"--wait-ms {self.wait_ms:g} is no less than --timeout {self.timeout:g} s: a picture that comes alone "
+                "would never be answered"
+            )
         if self.queue < self.pictures:
             raise InputError(
                 f"--queue {self.queue} is below --pictures {self.pictures}: a request of that size would never be taken"
