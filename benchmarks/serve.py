@@ -251,18 +251,18 @@ def page(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = ["# The service", ""]
     if speed := result.get("speed"):
-        low, high = result["load"]
         heads = "processors of the service | pictures a request, connections | pictures/s | of plain calls' | of the "
-        heads += "tower's alone | processor time, plain / service | tower / service | median latency, in batches | p99"
+        heads += "tower's alone | processor time, plain / service | tower / service | median latency, in batches | p99 "
+        heads += "| load of the machine"
         lines += [
             f"`python benchmarks/serve.py {result['name']}`: {result['device']}, one thread, batches of {BATCH}, "
-            f"JPEGs of 500 x 375; load of the machine {low:.1f} to {high:.1f}.",
+            "JPEGs of 500 x 375.",
             "Medians of an alternating run; processor time is that of the whole service for each picture. Plain calls "
             "and the tower alone have one processor. With 1 the service has the same one; with 2 it and its callers "
             "share both.",
             "",
             f"| {heads} |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for cores, cases in sorted(speed.items()):
             for pictures, row in cases.items():
@@ -270,6 +270,7 @@ def page(result: dict[str, Any]) -> str:
                 cells = [cores, f"{pictures}, {CALLERS[int(pictures)]}", f"{row['service']:.1f}"]
                 cells += [f"{row[name]:.2f}" for name in names]
                 cells += [f"{row[name]:.1f}" for name in ("p50 in batches", "p99 in batches")]
+                cells.append(" to ".join(f"{load:.1f}" for load in result["load"][cores]))
                 lines.append(f"| {' | '.join(cells)} |")
         lines += ["", "A batch: decoding, preparing and encoding 32 pictures by plain calls.", ""]
     if bad := result.get("attack"):
@@ -324,10 +325,9 @@ def main() -> None:
         speed = measure(given.export, given.rounds, given.seconds, given.cores or [1, 2])
         result["speed"] = result.get("speed", {}) | speed
         loads.append(os.getloadavg()[0])
-        result["load"] = [min(loads), max(loads)]
+        result["load"] = result.get("load", {}) | {cores: [min(loads), max(loads)] for cores in speed}
     if given.bad_requests:
         result["attack"] = attacked(given.export, given.bad_requests, given.seed)
-    result.setdefault("load", loads * 2)
     print(page(result))
     print("\n".join(result.get("attack", {}).get("faults", [])[:20]))
     if given.out:

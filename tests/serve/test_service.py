@@ -413,9 +413,7 @@ def test_options_that_cannot_be_used_are_one_sentence(options, sentence, capsys)
     assert sentence in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "name", ["photos.lan", "my_host", "bücher.example", "::1", "10.0.0.7"]
-)
+@pytest.mark.parametrize("name", ["photos.lan", "my_host", "bücher.example", "::1", "10.0.0.7"])
 def test_names_that_a_request_can_have(name):
     check_hosts([name], "--allow-host")
 
