@@ -84,6 +84,7 @@ def every_part_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     def checked(out: Path, replaces: Any, what: str, made: Callable[[Path], bool]) -> Iterator[Path]:
         with real(out, replaces, what, made) as new:
             yield new
-            assert [part.name for part in new.iterdir() if not made(part) and part.name[0] != "."] == []
+            parts = [part.relative_to(new) for part in new.rglob("*")]
+            assert [str(part) for part in parts if not made(part) and part.parts[0][0] != "."] == []
 
     monkeypatch.setattr(folder, "new_folder", checked)

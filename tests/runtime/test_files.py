@@ -85,8 +85,8 @@ def test_what_the_user_has_put_into_a_folder_stays_when_it_is_replaced(tmp_path:
     out = tmp_path / "out"
 
     def write(name: str) -> None:
-        made = {"mark", "old", "new", "both"}
-        with files.new_folder(out, lambda folder: True, "export", lambda part: part.name in made) as temporary:
+        made = {"mark", "old", "new", "both", "both/old", "both/new"}
+        with files.new_folder(out, lambda folder: True, "export", lambda part: part.as_posix() in made) as temporary:
             (temporary / name).write_text(name)
             (temporary / "both").mkdir()
             (temporary / "both" / name).write_text(name)
@@ -97,9 +97,13 @@ def test_what_the_user_has_put_into_a_folder_stays_when_it_is_replaced(tmp_path:
     (out / ".git").mkdir()
     (out / ".git" / "nowhere").symlink_to("/absent")
     (out / "dead").symlink_to("/absent")
+    (out / "both" / "mine" / "empty").mkdir(parents=True)
+    (out / "both" / "mine" / "old").write_text("mine")
+    (out / "both" / "list").symlink_to("nowhere")
     write("new")
     assert names(out) == [".git", "both", "dead", "new", "notes"]
-    assert names(out / "both") == ["new"]
+    assert names(out / "both") == ["list", "mine", "new"]
+    assert names(out / "both" / "mine") == ["empty", "old"]
     assert (out / "notes").read_text() == "mine"
     assert (out / "notes").stat().st_mode & 0o777 == 0o640
     assert (out / "dead").is_symlink()

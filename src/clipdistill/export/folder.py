@@ -21,11 +21,15 @@ _NAMES = re.compile(
     r"|example\.py|(open_clip_)?model\.safetensors|onnx|runtime"
     r"|(image|text)\.(onnx|onnx\.data|xml|bin|tflite|pte|mlpackage)"
 )
+_INNER = re.compile(
+    r"onnx/((vision|text)_)?model(_fp16|_quantized)?\.onnx(\.data)?|runtime/(ort[.-][a-z.-]+\.(js|wasm)|LICENSE)"
+    r"|(image|text)\.mlpackage/(Manifest\.json|Data(/com\.apple\.CoreML(/(model\.mlmodel|weights(/weight\.bin)?))?)?)"
+)
 
 
 def export_folder(out: Path) -> AbstractContextManager[Path]:
     """`runtime.files.new_folder` for an export."""
-    return new_folder(out, is_export, "export", _is_ours)
+    return new_folder(out, is_export, "export", lambda part: _is_ours(out, part))
 
 
 def is_export(folder: Path) -> bool:
@@ -42,9 +46,12 @@ def is_card(path: Path) -> bool:
     return front.startswith(b"---\n") and b"- clipdistill" in front.split(b"\n")
 
 
-def _is_ours(part: Path) -> bool:
+def _is_ours(folder: Path, part: Path) -> bool:
+    """Whether `part`, a path in an export, was written with it."""
+    if part.parent.name:
+        return bool(_INNER.fullmatch(part.as_posix()))
     of_page = (PAGE / part.name).exists()
-    return bool(_NAMES.fullmatch(part.name)) or of_page or (part.name == CARD and is_card(part))
+    return bool(_NAMES.fullmatch(part.name)) or of_page or (part.name == CARD and is_card(folder / part))
 
 
 def _metadata(path: Path) -> Any:

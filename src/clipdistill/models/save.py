@@ -57,8 +57,8 @@ def model_writer(model: ClipModel, dtype: torch.dtype | None = None) -> Callable
 
 
 def made_here(part: Path) -> bool:
-    """Whether a part of a model folder is its own, and nothing that the user has put beside it."""
-    return part.name in (DESCRIPTION, WEIGHTS, "ternary.safetensors", "ternary.json")
+    """Whether a part of a model folder, by its path in it, is its own, and nothing that the user has put beside it."""
+    return str(part) in (DESCRIPTION, WEIGHTS, "ternary.safetensors", "ternary.json")
 
 
 def _stored_tensors(model: ClipModel, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:

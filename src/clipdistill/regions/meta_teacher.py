@@ -19,7 +19,7 @@ from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
 from clipdistill.models.architecture import text_tower
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.save import read_model, read_safetensors, save_model
+from clipdistill.models.save import made_here, read_model, read_safetensors, save_model
 from clipdistill.regions.network import MetaTeacherNetwork
 from clipdistill.regions.store import RegionBatch
 from clipdistill.runtime.files import new_folder, read_json, sha256, write_json
@@ -104,7 +104,7 @@ class MetaTeacher:
 
 
 def _made(part: Path) -> bool:
-    return part.name in (DESCRIPTION, WEIGHTS, CLIP)
+    return str(part) in (DESCRIPTION, WEIGHTS, CLIP) or (part.parts[0] == CLIP and made_here(Path(part.name)))
 
 
 def region_teacher_folder(name: str) -> Path | None:

@@ -111,7 +111,8 @@ def new_folder(
 
     replaces: whether the folder that stands there may be replaced (an empty one always may); anything else under the
     name is an InputError before any work is done. what: what is being made ("export"), for that sentence. made:
-    whether a part of the folder that is replaced was made with it: what the user has put there stays.
+    whether a part of the folder that is replaced, by its path in it, was made with it: what the user has put there
+    stays, at any depth.
     """
     path = require_new_folder(path, replaces, what)
     path = path.resolve() if path.is_symlink() else path  # a link to another disk stays one
@@ -141,16 +142,22 @@ def new_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _keep(old: Path, new: Path, made: Callable[[Path], bool]) -> None:
+def _keep(old: Path, new: Path, made: Callable[[Path], bool], inside: Path = Path()) -> None:
     """Copy what the user has put into a folder into the one that replaces it."""
-    for part in [part for part in old.iterdir() if not made(part)] if old.exists() else ():
-        if part.is_dir() and not part.is_symlink():
-            shutil.copytree(part, new / part.name, symlinks=True, dirs_exist_ok=True)
-        elif not (new / part.name).exists():
-            shutil.copy2(part, new / part.name, follow_symlinks=False)
-        for copied in (new / part.name, *(new / part.name).rglob("*")):
-            if not copied.is_symlink():
-                sync(copied)
+    for part in sorted((old / inside).iterdir()) if old.exists() else ():
+        name = inside / part.name
+        folder = part.is_dir() and not part.is_symlink()
+        if folder and (made(name) or (new / name).is_dir()):
+            _keep(old, new, made if made(name) else lambda _: False, name)
+        elif not made(name) and not os.path.lexists(new / name):
+            (new / inside).mkdir(parents=True, exist_ok=True)
+            if folder:
+                shutil.copytree(part, new / name, symlinks=True)
+            else:
+                shutil.copy2(part, new / name, follow_symlinks=False)
+            for copied in (new / name, *(new / name).rglob("*")):
+                if not copied.is_symlink():
+                    sync(copied)
 
 
 def _say_where(error: BaseException | None, path: Path, temporary: Path) -> None:

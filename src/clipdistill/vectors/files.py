@@ -48,6 +48,10 @@ def _is_table(folder: Path) -> bool:
     return (folder / "_versions").is_dir()
 
 
+def _is_part(part: Path) -> bool:
+    return part.parts[0] in ("data", "_versions", "_transactions", "_deletions", "_indices", "_refs")
+
+
 def write_embeddings(
     path: Path, count: int, width: int, parts: Iterable[Part], about: Mapping[str, str] | None = None
 ) -> None:
@@ -57,7 +61,7 @@ def write_embeddings(
     """
     parts = (part for part in parts if len(part[0]))
     if path.suffix == ".lance":
-        with new_folder(path, _is_table, "table of LanceDB") as new:
+        with new_folder(path, _is_table, "table of LanceDB", _is_part) as new:
             _lance(new, _batches(width, parts, about or {}))
         return
     writers: dict[str, Callable[..., None]] = {".npy": _npy, ".parquet": _parquet, ".safetensors": _safetensors}

@@ -148,6 +148,14 @@ def test_command(tiny, libraries, tmp_path, capsys):
     assert "python -m http.server" in capsys.readouterr().out
     loaded = load_model(f"onnx:{tmp_path / 'site'}", teacher=True)
     assert loaded.embed_dim == tiny.embed_dim
+    own = sorted(path.relative_to(tmp_path / "site") for path in (tmp_path / "site").rglob("*"))
+    for name in ("mine.txt", "runtime/mine.js", "runtime/more/LICENSE"):
+        (tmp_path / "site" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "site" / name).write_text("mine")
+    assert main(["export", str(tmp_path / "model"), "--to", "open_clip", "--out", str(tmp_path / "site")]) == 0
+    kept = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*")}
+    assert kept >= {"mine.txt", "runtime/mine.js", "runtime/more/LICENSE", "open_clip_config.json"}
+    assert not kept & set(map(str, own)) - {"runtime", "manifest.json", "tokenizer.json", "README.md"}
     for option, message in (
         ("--normalised", "or --to coreml, not with --to web"),
         ("--calibrate=x", "--calibrate goes with --to onnx or --to openvino, not with --to web"),
