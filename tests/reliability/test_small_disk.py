@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,7 +58,10 @@ class SmallDisk:
         (self.place / "out").mkdir()
 
     def grow(self) -> None:
-        self._mount("-o", "remount,size=100m")
+        self.size(100 << 20)
+
+    def size(self, size: int) -> None:
+        self._mount("-o", f"remount,size={size}")
 
     def _mount(self, *options: str) -> None:
         done = subprocess.run(["mount", *options, str(self.place)], capture_output=True, check=False)
@@ -135,3 +139,40 @@ def test_row_16_every_command_on_a_disk_that_is_too_small(
         assert cli.main(command.split()) == 0, capsys.readouterr().err
         if name != "search":  # whose parts are numbered on
             assert disk.names() == wanted
+
+
+@pytest.mark.parametrize("kind", ["report", "eval", "embed"])
+def test_row_16_of_the_files_of_one_result_all_are_new_or_all_old(
+    kind: str, disk: SmallDisk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = disk.place / "out"
+    commands = {
+        "report": f"report {RUN} --out {out}/r.html --title",
+        "eval": f"eval {RUN} --json {out}/s.json --data",
+        "embed": f"embed {RUN} --out {out}/e.npy --data",
+    }
+    names = {"report": ("first", "other"), "eval": ("scenes:val?size=12", "scenes:val?size=16")}
+    first, second = names.get(kind, names["eval"])
+    disk.new(100 << 20)
+    assert cli.main([*commands[kind].split(), first]) == 0, capsys.readouterr().err
+    before, used = {name: (disk.place / name).read_bytes() for name in disk.names()}, disk.used()
+    assert len(before) > 1
+    if kind == "embed":  # which replaces nothing
+        before, used = {}, 0
+        shutil.rmtree(out)
+        out.mkdir()
+    failed = 0
+    for more in range(4096, disk.used() + 65536, 4096):
+        disk.size(used + more)
+        code = cli.main([*commands[kind].split(), second])
+        after = {name: (disk.place / name).read_bytes() for name in disk.names() if ".parts/" not in name}
+        if code == 0:
+            assert after != before
+            break
+        assert code == 74
+        if kind == "embed":  # the description follows when both are there, and the same command goes on
+            assert ("out/e.npy" in after) == ("out/e.jsonl" in after)
+        else:
+            assert after == before
+        failed += 1
+    assert failed > 1

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.pictures import draw
 from clipdistill.ablate.plan import AblationPlan
 from clipdistill.ablate.results import Results, collect, to_json
 from clipdistill.ablate.tables import markdown
-from clipdistill.runtime.files import remove_leftovers, write_json, write_text
+from clipdistill.runtime.files import remove_leftovers, write_together
 from clipdistill.statistics.verdicts import FILE as CLAIMS
-from clipdistill.statistics.verdicts import write_verdicts
+from clipdistill.statistics.verdicts import verdict_document
 
 NAME = "ablation"
 
@@ -25,11 +26,10 @@ def summarise(plan: AblationPlan, grid: Sequence[GridRun], out: Path, *, command
     for name in (f"{NAME}.svg", f"{NAME}.json", f"{NAME}.md", CLAIMS):
         remove_leftovers(out, name)
     picture = draw(results)
-    if picture:
-        write_text(out / f"{NAME}.svg", picture)
-    write_json(out / f"{NAME}.json", to_json(results) | {"command": command}, checked=True)
     page = markdown(results, picture=f"{NAME}.svg" if picture else None, command=command)
-    write_text(out / f"{NAME}.md", page.rstrip("\n") + "\n")
+    written: dict[Path, Any] = {out / f"{NAME}.svg": picture} if picture else {}
+    written[out / f"{NAME}.json"] = to_json(results) | {"command": command}
     if results.verdicts:
-        write_verdicts(results.verdicts, out / CLAIMS, plan.title or "ablation")
+        written[out / CLAIMS] = verdict_document(results.verdicts, plan.title or "ablation")
+    write_together({**written, out / f"{NAME}.md": page.rstrip("\n") + "\n"})
     return results

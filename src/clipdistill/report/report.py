@@ -27,7 +27,7 @@ from clipdistill.report.trade import read_trade
 from clipdistill.report.words import headline
 from clipdistill.runs.folder import STAGES, RunFolder, distinct, run_folders
 from clipdistill.runtime.console import Shown, file_size
-from clipdistill.runtime.files import write_text
+from clipdistill.runtime.files import write_together
 from clipdistill.statistics.claims import is_claim, is_measured, judge, read_claims
 from clipdistill.statistics.judge import Verdict
 from clipdistill.statistics.records import Record, read_records
@@ -130,9 +130,7 @@ def write_report(
     report = collect([Path(run) for run in runs], title, claims)
     report.notices = [*notices, *report.notices]
     markdown, csv, html = out.with_suffix(".md"), out.with_suffix(".csv"), render(report)
-    write_text(markdown, to_markdown(report))
-    write_text(csv, to_csv(report))
-    write_text(out, html)
+    write_together({markdown: to_markdown(report), csv: to_csv(report), out: html})
     sentences = "\n".join(sentence.text for sentence in report.headline)
     return ReportSummary(out, markdown, csv, sentences, tuple(report.notices), out.stat().st_size)
 

@@ -64,8 +64,24 @@ def new_file(path: Path | str) -> Iterator[Path]:
 
 def write_bytes(path: Path | str, content: bytes) -> None:
     """Replace a file in one step, synced before its name appears."""
-    with new_file(path) as temporary:
-        temporary.write_bytes(content)
+    write_together({Path(path): content})
+
+
+def write_together(contents: Mapping[Path, bytes | str | Mapping[str, Any]]) -> None:
+    """Replace the files of one result (bytes, text in UTF-8, values as JSON with a checksum).
+
+    None takes its name before all are written and synced, so that a disk that is full leaves what was there before.
+    """
+    with contextlib.ExitStack() as waiting:
+        for path, content in contents.items():
+            content = json_text(with_checksum(content)) if isinstance(content, Mapping) else content
+            temporary = waiting.enter_context(new_file(path))
+            try:
+                temporary.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
+                sync(temporary)
+            except OSError as error:
+                error.filename = str(path)
+                raise
 
 
 def write_text(path: Path | str, text: str) -> None:

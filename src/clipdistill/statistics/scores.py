@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import zipfile
@@ -19,13 +20,13 @@ from clipdistill.runtime.files import (
     compare_checksum,
     json_text,
     make_folder,
-    new_file,
     parse_json,
     read_json,
     require_place,
     sha256,
     with_checksum,
     write_text,
+    write_together,
 )
 from clipdistill.statistics.bootstrap import bootstrap_ratio
 from clipdistill.statistics.protocol import Protocol, comparable, difference
@@ -294,8 +295,8 @@ class Scores:
     def save(self, path: Path) -> None:
         """Write `path` (JSON) and, when per-query results were kept, `path` with the ending .npz beside it.
 
-        The arrays come first and the JSON names their checksum, so that the two of different measurements, which a
-        crash between the writes would leave, are never taken for one.
+        The JSON names the checksum of the arrays, so that the two of different measurements, which a crash between the
+        renames would leave, are never taken for one.
         """
         if path.name == FILE:  # of a run: whatever is there is that run's, damaged or not
             make_folder(path.parent, "scores")
@@ -310,13 +311,14 @@ class Scores:
                 if queries is not None and metric in queries.clusters:
                     arrays[f"{i}/{model}/{metric}/clusters"] = queries.clusters[metric]
         beside = path.with_suffix(".npz")
-        if arrays:
-            with new_file(beside) as temporary:
-                # no allow_pickle=False here: NumPy before 2.1 would store it as one more array; these are numbers only
-                np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-        else:
+        if not arrays:
             beside.unlink(missing_ok=True)
-        write_text(path, self.to_json(queries_sha256=sha256(beside) if arrays else None))
+            return write_text(path, self.to_json())
+        content = io.BytesIO()
+        # no allow_pickle=False here: NumPy before 2.1 would store it as one more array; these are numbers only
+        np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
+        digest = hashlib.sha256(content.getvalue()).hexdigest()
+        write_together({beside: content.getvalue(), path: self.to_json(queries_sha256=digest)})
 
     @classmethod
     def load(cls, path: Path) -> Scores:

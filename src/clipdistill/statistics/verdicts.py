@@ -33,10 +33,15 @@ def require_verdicts_place(path: Path) -> None:
 
 
 def write_verdicts(verdicts: Sequence[Verdict], path: Path, source: str) -> None:
+    """`verdict_document` as a file."""
+    require_verdicts_place(path)
+    write_json(path, verdict_document(verdicts, source), checked=True)
+
+
+def verdict_document(verdicts: Sequence[Verdict], source: str) -> dict[str, Any]:
     """claims.json: each verdict with its evidence in words; `source` says where the claims come from."""
     rows = [verdict.to_dict() | {"verdict": verdict.outcome, "evidence": evidence(verdict)} for verdict in verdicts]
-    require_verdicts_place(path)
-    write_json(path, {"format": FORMAT, "source": source, "claims": rows}, checked=True)
+    return {"format": FORMAT, "source": source, "claims": rows}
 
 
 def evidence(verdict: Verdict) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from clipdistill.arguments import checked
 from clipdistill.errors import InputError, nearest, needing
-from clipdistill.runtime.files import new_file, new_folder, require_new_folder, require_place
+from clipdistill.runtime.files import new_file, new_folder, require_new_folder, require_place, sync
 
 SUFFIXES = (".npy", ".parquet", ".safetensors", ".lance")
 Part = tuple[np.ndarray, Sequence[dict[str, Any]]]
@@ -77,12 +77,15 @@ def keys_beside(path: Path) -> Path:
 
 
 def _npy(path: Path, new: Path, count: int, width: int, parts: Iterable[Part]) -> None:
-    with new.open("wb") as file, new_file(keys_beside(path)) as beside, beside.open("w", encoding="utf-8") as lines:
+    with new.open("wb") as file, new_file(keys_beside(path)) as beside:
         header = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
         np.lib.format.write_array_header_1_0(file, header)
-        for rows, described in parts:
-            file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
-            lines.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in described)
+        with beside.open("w", encoding="utf-8") as lines:
+            for rows, described in parts:
+                file.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
+                lines.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in described)
+        file.flush()
+        sync(new)  # the keys take their name when the rows are on the disk
 
 
 def _batches(width: int, parts: Iterable[Part], about: Mapping[str, str]) -> Iterator[Any]:
