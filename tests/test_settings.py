@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import pkgutil
+import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,3 +229,37 @@ def test_yaml_that_means_two_things_is_refused_everywhere(text: str, said: str, 
             read(path)
         assert said in str(caught.value)
         assert "own.yaml" in str(caught.value)
+
+
+UNIONS = [
+    (kind, name)
+    for kind in configs()
+    for name, field in kind.model_fields.items()
+    if typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), UNIONS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_setting_of_several_kinds_is_refused_with_all_of_them(kind: type[Config], name: str) -> None:
+    kinds = typing.get_args(kind.model_fields[name].annotation)
+    names = [choice for part in kinds for choice in typing.get_args(part) if typing.get_origin(part) is typing.Literal]
+    refused = 0
+    for value in (-1, "\0no", [[{}]], 1e300):
+        try:
+            build(kind, {name: value})
+        except InputError as error:
+            said = str(error)
+            if f": {name}: Input should" not in said:
+                continue  # a sentence of the setting's own, or one about a key that is missing
+            refused += 1
+            assert all(repr(choice) in said for choice in names)
+            assert (" or null, got " in said) == (type(None) in kinds)
+            assert ("list" in said.partition(", got")[0]) == any(typing.get_origin(part) is tuple for part in kinds)
+            assert "[" not in said.partition(", got")[0]
+    required = any(field.is_required() for other, field in kind.model_fields.items() if other != name)
+    assert refused or required or name == "validation"
+
+
+def test_there_are_settings_of_several_kinds_everywhere() -> None:
+    assert len(UNIONS) > 70
+    assert {"image_prompts", "lock_text", "teacher_logit_scale", "teacher", "compile"} <= {name for _, name in UNIONS}

@@ -6,6 +6,7 @@ It reads plain YAML (`yaml.safe_load`): a recipe can name values, never code.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -95,23 +96,42 @@ def _first_problem(cls: type[Config], error: pydantic.ValidationError) -> str:
     # unknown keys first: they are usually the cause of the others (a misspelt key is also a missing one)
     problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     place = [str(part) for part in problem["loc"]]
-    path = ".".join(place)
+    holder = _class_at(cls, place[:-1])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{path}'{nearest(place[-1], _keys_at(cls, place[:-1]))}"
+        keys = [] if holder is None else holder.known_keys()
+        return f"unknown key '{'.'.join(place)}'{nearest(place[-1], keys)}"
     if problem["type"] == "missing":
-        return f"the key '{path}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{path}: {message}, got {problem['input']!r:.200}" if path else message
+        return f"the key '{'.'.join(place)}' is missing"
+    branch = next((i for i, part in enumerate(place) if i and _BRANCH.match(part)), len(place))
+    own = [_words(other, branch) for other in error.errors() if other["loc"][:branch] == problem["loc"][:branch]]
+    message = " or ".join([own[0], *(words.removeprefix("Input should be ") for words in dict.fromkeys(own[1:]))])
+    field = getattr(_class_at(cls, place[: branch - 1]), "model_fields", {}).get(place[branch - 1] if place else "")
+    if field and message.startswith("Input should") and _allows(field.annotation, type(None)):
+        message += " or null"
+    return f"{'.'.join(place[:branch])}: {message}, got {problem['input']!r:.200}" if place else message
 
 
-def _keys_at(cls: type[Config], path: Sequence[str]) -> list[str]:
-    """The known keys of the configuration reached from `cls` by `path`."""
+def _words(problem: Any, branch: int) -> str:
+    """What pydantic says of one kind that a setting may have; `branch`: where in its place the kinds begin."""
+    message = re.sub("Unable to parse input string as an integer.*", "Input should be below 2^63", problem["msg"])
+    message = re.sub("Input is not a valid path.*", "Input should be a path", message).replace("valid tuple", "list")
+    message = re.sub("^Value error, |, unable to .*", "", message)
+    item = f"a list whose item {problem['loc'][-1]} is " if len(problem["loc"]) > branch + 1 else ""
+    return message.replace("Input should be ", f"Input should be {item}")
+
+
+_BRANCH = re.compile(r"(constrained-|literal\[|tuple\[|list\[|dict\[|function-)|(str|int|float|bool)$")
+"""What pydantic puts behind a setting's name for each kind that it may have."""
+
+
+def _class_at(cls: type[Config], path: Sequence[str]) -> type[Config] | None:
+    """The configuration reached from `cls` by `path`."""
     current: Any = cls
     for name in path:
         field = getattr(current, "model_fields", {}).get(name)
         options = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
         current = next((o for o in options if isinstance(o, type) and issubclass(o, Config)), None)
-    return [] if current is None else list(current.known_keys())
+    return current  # type: ignore[no-any-return]
 
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
