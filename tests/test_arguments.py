@@ -65,6 +65,7 @@ def test_kinds_and_words():
         d: "str | Sequence[str]" = "",  # noqa: F821
         e: "torch.device | Mapping[str, Any] | None" = None,  # noqa: F821
         f: "float" = 0.0,
+        g: "list[str | Path] | None" = None,
     ) -> tuple:
         """Words."""
         return a, b, c, d, e, f
@@ -75,7 +76,8 @@ def test_kinds_and_words():
         ({"a": 3}, "f: a must be a text or a path, got 3"),
         ({"a": "x", "b": True}, "f: b must be a whole number or None, got True"),
         ({"a": "x", "c": 5}, "f: c must be a list of whole numbers, got 5"),
-        ({"a": "x", "c": (1, "2")}, r"f: c must be a list of whole numbers, got \(1, '2'\)"),
+        ({"a": "x", "c": (1, "2")}, r"f: c must be a list of whole numbers, got '2' at \[1\]"),
+        ({"a": "x", "g": [[], "y", 3.5]}, r"f: g must be a list of texts or paths or None, got \[\] at \[0\]"),
         ({"a": "x", "c": (i for i in range(3))}, "f: c must be a list of whole numbers, got <generator"),
         ({"a": "x", "d": 1}, "f: d must be a text or a list of texts, got 1"),
         ({"a": "x", "e": "cpu"}, "f: e must be device, a mapping or None, got 'cpu'"),

@@ -293,3 +293,31 @@ def test_a_time_limit_that_is_none_is_called_so(monkeypatch, capsys):
     monkeypatch.setenv("CLIPDISTILL_REMOTE_TIMEOUT", "soon")
     said = refused(capsys, "eval", RUN, "--data", "http://127.0.0.1:1/a.tar")
     assert said.startswith("clipdistill: CLIPDISTILL_REMOTE_TIMEOUT=soon: must be a number")
+
+
+@pytest.mark.parametrize("text", ["a,,b", ",a", "a,", ",", "a, ,b"])
+def test_a_comma_with_nothing_beside_it_is_refused_in_every_list(text, capsys, tmp_path):
+    run, out = str(REPOSITORY / "tests" / "kept" / "run"), f"--out={tmp_path / 'out'}"
+    for command in (
+        ["train", "--recipe", "clip-rd", "--size", "debug", f"--teacher={text}", out],
+        ["train", "--recipe", "clip-rd", "--size", "debug", f"--student=inherit:{text}", out],
+        [
+            "train",
+            "--recipe",
+            "clip-rd",
+            "--size",
+            "debug",
+            f"--student=towers:image=timm:resnet18,{text},text=hf:x",
+            out,
+        ],
+        ["cache", f"--teacher={text}", "--data=scenes:val", out],
+        *(["ablate", "--recipe=clip-rd", f"--{option}={text}", out] for option in ("drop", "add", "weight", "seeds")),
+        ["demo", f"--recipes={text}", out],
+        ["fetch", "wds/mnist", f"--split={text}"],
+        ["probe", run, "--train=scenes-classes:train", "--test=scenes-classes:test", f"--shots={text}"],
+        ["eval", run, "--data=scenes:val", f"--k={text}"],
+        *(["bench", run, f"--{option}={text}"] for option in ("dtype", "towers", "backend", "batch")),
+    ):
+        assert main(command) == 2, command
+        assert "," in capsys.readouterr().err, command
+        assert list(tmp_path.iterdir()) == [], command

@@ -65,7 +65,7 @@ def checked(function: Function) -> Function:
         for name, value in given.items():
             kinds = parts().get(name, ())
             if kinds and not any(_fits(value, part, function) for part in kinds):
-                what = f"{function.__name__}: {name} must be {_words(kinds)}, got {value!r:.80}"
+                what = f"{function.__name__}: {name} must be {_words(kinds)}, got {_wrong(value, kinds, function)}"
                 in_list = isinstance(value, str) and any(_list_of_texts(part) for part in kinds)
                 raise InputError(f"{what}; write [{value!r}]" if in_list else what)
         return function(*arguments, **settings)
@@ -83,14 +83,14 @@ def _alternatives(annotation: Any) -> tuple[Part, ...]:
             return read(node.left) + read(node.right)
         if isinstance(node, ast.Subscript):
             name = ast.unparse(node.value)
-            return ((name, read(node.slice) if name == "Sequence" else ()),)
+            return ((name, read(node.slice) if name in ("Sequence", "list") else ()),)
         return ((ast.unparse(node), ()),)
 
     return read(ast.parse(annotation, mode="eval").body)
 
 
 def _list_of_texts(part: Part) -> bool:
-    return part[0] == "Sequence" and part[1][:1] == (("str", ()),)
+    return part[0] in ("Sequence", "list") and part[1][:1] == (("str", ()),)
 
 
 def _fits(value: Any, part: Part, function: Callable[..., Any]) -> bool:
@@ -102,6 +102,15 @@ def _fits(value: Any, part: Part, function: Callable[..., Any]) -> bool:
     known = function.__globals__.get(name)
     # an alias says nothing here; a class (also one that only types know) is no plain value, and may be stood in for
     return (known is not None and not isinstance(known, type)) or type(value).__module__ not in _PLAIN
+
+
+def _wrong(value: Any, kinds: tuple[Part, ...], function: Callable[..., Any]) -> str:
+    """The value, or the first item of a list that does not fit, by its place."""
+    items = [item for name, inner in kinds if _listed(value) and inner and _KINDS[name][1](value) for item in inner]
+    for place, part in enumerate(value if items else ()):
+        if not any(_fits(part, item, function) for item in items):
+            return f"{part!r:.80} at [{place}]"
+    return f"{value!r:.80}"
 
 
 def _words(parts: tuple[Part, ...]) -> str:

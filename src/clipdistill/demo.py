@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, listed
 from clipdistill.report import report_place
 from clipdistill.runtime.console import TextTable, say
 from clipdistill.runtime.files import make_folder, write_json
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     began = time.monotonic()
     out: Path = arguments.out
-    recipes = arguments.recipes.split(",")
+    recipes = listed(arguments.recipes, "--recipes")
     if len(set(recipes)) < len(recipes):
         raise InputError(f"--recipes {arguments.recipes}: a recipe is named twice")
     if not 0 < arguments.seconds < 3600:

@@ -54,6 +54,14 @@ class MissingExtraError(InputError):
         )
 
 
+def listed(text: str, where: str) -> list[str]:
+    """The parts of a list that is written with commas. Raises InputError, beginning with `where`, for an empty one."""
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts:
+        raise InputError(f"{where}: a comma with nothing before or behind it: '{text:.200}'")
+    return parts
+
+
 @contextlib.contextmanager
 def needing(package: str, extra: str, purpose: str) -> Iterator[None]:
     """Imports within: a missing one becomes a MissingExtraError."""

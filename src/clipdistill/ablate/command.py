@@ -11,7 +11,7 @@ from typing import Any
 from clipdistill.ablate.ask import Ablation, make_plan, train_and_compare
 from clipdistill.ablate.grid import build_grid, shard
 from clipdistill.ablate.plan import AblationPlan
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, listed
 from clipdistill.runtime.console import say
 from clipdistill.train.command import add_shared_arguments
 from clipdistill.train.command import settings_of as settings_of_options
@@ -114,7 +114,7 @@ def _axes(arguments: argparse.Namespace) -> dict[str, list[Any]]:
 
 
 def _split(values: list[str]) -> list[str]:
-    return [part.strip() for value in values for part in value.split(",") if part.strip()]
+    return [part for value in values for part in listed(value, "ablate")]
 
 
 def _seeds(text: str) -> int | list[int]:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import pydantic
 
 from clipdistill.config import Config, build, override, read_yaml
-from clipdistill.errors import InputError, nearest
+from clipdistill.errors import InputError, listed, nearest
 from clipdistill.recipes import lay
 from clipdistill.registry import TERMS
 from clipdistill.statistics.claims import Claim
@@ -72,7 +72,7 @@ class Variant(Config):
     @pydantic.field_validator("drop", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+        return listed(value, "drop") if isinstance(value, str) else value
 
 
 class AblationPlan(Config):

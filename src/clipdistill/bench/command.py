@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from clipdistill.bench.measure import bench, show
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, listed
 from clipdistill.registry import BACKENDS
 
 
@@ -45,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
     given = vars(arguments)
     settings = {name: given[name] for name in ("seconds", "rounds", "threads", "device", "data", "split")}
-    settings |= {name: given[name].split(",") for name in ("dtype", "towers")}
-    backends = arguments.backend.split(",")
+    settings |= {name: listed(given[name], f"--{name}") for name in ("dtype", "towers")}
+    backends = listed(arguments.backend, "--backend")
     try:
         batch_sizes = [int(part) for part in arguments.batch.split(",")]
     except ValueError as error:

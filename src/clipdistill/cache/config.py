@@ -88,8 +88,7 @@ class CacheConfig(Config):
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        names = split_models(self.teacher) if isinstance(self.teacher, str) else self.teacher
-        return tuple(name.strip() for name in names)
+        return split_models(self.teacher) if isinstance(self.teacher, str) else self.teacher
 
     @property
     def share(self) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from clipdistill.errors import InputError, nearest
+from clipdistill.errors import InputError, listed, nearest
 from clipdistill.models.known import architecture_values, known_architectures, near
 
 PREFIX = "inherit:"
@@ -71,7 +71,7 @@ def parse(student: str) -> Inheritance:
     """The parts of a name `inherit:...`. Raises InputError for unknown names and keys, and values that are no sizes."""
     body = student.removeprefix(PREFIX)
     body, source = _split_source(body, student)
-    items = [item.strip() for item in body.split(",") if item.strip()]
+    items = listed(body, f"'{student}'") if body.strip() else []
     given: dict[str, str] = {}
     name = "all"
     for position, item in enumerate(items):

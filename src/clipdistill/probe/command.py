@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, listed
 from clipdistill.models.names import check_model_name
 from clipdistill.runtime.console import say
 from clipdistill.runtime.files import require_place, write_json
@@ -76,8 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _shots(text: str) -> list[int | None]:
     found: list[int | None] = []
-    for word in text.split(","):
-        word = word.strip()
+    for word in listed(text, "--shots"):
         if word != "all" and not (word.isdecimal() and int(word) > 0):
             raise InputError(f"--shots {text}: '{word}' is neither a number from 1 on nor 'all'")
         found.append(None if word == "all" else int(word))

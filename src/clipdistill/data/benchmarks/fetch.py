@@ -11,7 +11,7 @@ from pathlib import Path
 
 from clipdistill.arguments import checked
 from clipdistill.data.benchmarks.places import Source, absent, data_root, folder_of, source_of, sources
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, listed
 from clipdistill.runtime.console import Shown, file_size, say
 from clipdistill.runtime.files import make_folder
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Bring each set and say how it is called."""
     root = data_root() if arguments.to is None else arguments.to.expanduser()
-    splits = None if arguments.split is None else [word.strip() for word in arguments.split.split(",")]
+    splits = None if arguments.split is None else listed(arguments.split, "--split")
     for name in arguments.names:  # unknown names before the first download
         _checked(name, splits)
     for name in arguments.names:

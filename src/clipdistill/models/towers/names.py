@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipdistill.errors import InputError, nearest
+from clipdistill.errors import InputError, listed, nearest
 from clipdistill.models.known import SUFFIX, near, timm_networks
 from clipdistill.runtime.files import read_json
 
@@ -117,6 +117,8 @@ def _items(text: str) -> Iterator[str]:
             n, whole = 1, parts[0]
         if whole.strip():
             yield whole.strip()
+        elif text.strip():
+            listed(text, f"'{PREFIX}...'")
         parts = parts[n:]
 
 
@@ -189,7 +191,8 @@ def text_config(folder: Path) -> dict[str, object]:
 def split_models(names: str) -> tuple[str, ...]:
     """Names of models that stand in one text, separated by commas; the commas inside a name `towers:` are its own, and
     so are those of a path that is there."""
-    return tuple(_joined(names.split(",")))
+    found = tuple(name.strip() for name in _joined(names.split(",")))
+    return found if all(found) else tuple(listed(names, "names of models"))
 
 
 def _joined(parts: Sequence[str]) -> Iterator[str]:
