@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import yaml
 
 from clipdistill.cli import COMMANDS
+from clipdistill.commands import command_parser
+from tests.conftest import REPOSITORY
 from tests.report.synthetic import write_run
 
 HEAVY = ("torch", "torchvision", "open_clip", "timm", "transformers", "matplotlib", "scipy", "pyarrow", "onnxruntime")
@@ -123,3 +126,51 @@ def test_a_plan_of_variants_is_checked_before_anything_heavy_is_loaded(tmp_path:
     done = watched(["ablate", "plan.yaml", "--out", "x"], tmp_path)
     assert done.returncode == 2
     assert "LOADED []" in done.stderr
+
+
+RUN = str(REPOSITORY / "tests" / "kept" / "run")
+COMPLETE = {
+    "train": [*TRAIN, "train.steps=1"],
+    "replay": ["replay", RUN],
+    "ablate": ["ablate", "--recipe", "clip", "--size", "debug", "--out", "{tmp}/out"],
+    "cache": ["cache", "--teacher", "scenes-teacher", "--data", "scenes:val?size=4", "--out", "{tmp}/out"],
+    "embed": ["embed", RUN, "--data", "scenes:val?size=4", "--out", "{tmp}/e.npy"],
+    "eval": ["eval", RUN, "--data", "scenes:val?size=4"],
+    "probe": ["probe", RUN, "--train", "scenes-classes:train", "--test", "scenes-classes:test"],
+    "bench": ["bench", RUN],
+    "export": ["export", RUN, "--to", "onnx", "--out", "{tmp}/out", "--data", "scenes:val?size=4"],
+    "search": ["search", "{tmp}", "--model", RUN, "--index", "{tmp}/i", "--query", "red"],
+    "serve": ["serve", RUN],
+    "scenes": ["scenes", "--out", "{tmp}/out", "--size", "4"],
+    "demo": ["demo", "--out", "{tmp}/out"],
+}
+SEVERAL = """
+import contextlib, io, json, sys
+from clipdistill.cli import main
+for words in json.loads(sys.argv[1]):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            code = main(words)
+        except SystemExit as error:
+            code = error.code
+    print(json.dumps([words, code, "torch" in sys.modules, said.getvalue().strip().splitlines()[-1]]))
+"""
+
+
+@pytest.mark.parametrize("command", COMPLETE)
+def test_a_number_that_an_option_cannot_have_is_told_before_anything_heavy_is_loaded(command, tmp_path):
+    options = [a for a in command_parser(command)[1]._actions if a.option_strings and a.type in (int, float)]
+    words = [word.replace("{tmp}", str(tmp_path)) for word in COMPLETE[command]]
+    if command == "export":  # whose packages need not be there
+        options = [option for option in options if option.option_strings[-1] != "--opset"]
+    tried = [[*words, f"{option.option_strings[-1]}={value}"] for option in options for value in (-1, "nan", "inf")]
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, json.dumps(tried)], capture_output=True, text=True, check=True
+    )
+    assert len(done.stdout.splitlines()) == len(tried) > 0
+    for line in done.stdout.splitlines():
+        given, code, loaded, said = json.loads(line)
+        assert (code, loaded) == (2, False), (given, said)
+        assert given[-1].partition("=")[0].strip("-").split("-")[0] in said.replace("_", "-"), (given, said)
+    assert [path for path in tmp_path.iterdir() if path.name != "i"] == []

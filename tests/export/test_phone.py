@@ -16,7 +16,9 @@ import torch
 
 from clipdistill import export
 from clipdistill.bench.throughput import throughput
+from clipdistill.cli import main
 from clipdistill.errors import InputError, MissingExtraError
+from clipdistill.export.command import _NEEDS
 from clipdistill.export.folder import is_export
 from clipdistill.export.graphs import export_graphs
 from clipdistill.export.phone import coreml
@@ -172,6 +174,24 @@ def test_a_damaged_graph_is_one_sentence(runtime, tmp_path, monkeypatch):
     (tmp_path / "image").write_bytes(b"damage")
     with pytest.raises(InputError, match=r"image: \w+ cannot load it \(this is no graph\)"):
         load_graph(tmp_path / "image", runtime)
+
+
+@pytest.mark.parametrize("to", ["onnx", "web", "openvino", *PHONES])
+def test_missing_packages_and_operator_sets_are_told_before_anything_is_loaded(to, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "clipdistill.export.graphs", None)  # whose import would load torch
+    arguments = ["export", "ViT-T-16", "--to", to, "--out", str(tmp_path / "out")]
+    for opset in (3, 16, 26, -1, 10**12) if to not in PHONES else ():
+        assert main([*arguments, f"--opset={opset}"]) == 2
+        assert f"--opset must be from 17 to 25, got {opset}" in capsys.readouterr().err
+    for module in _NEEDS[to][2].split():
+        with monkeypatch.context() as patched:
+            for other in _NEEDS[to][2].split():
+                patched.setitem(sys.modules, other, None if other == module else sys)
+            assert main(arguments) == 2
+        said = capsys.readouterr()
+        assert f"the package '{module.replace('_', '-')}': install it with  pip install 'clipdistill[" in said.err
+        assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_options_that_a_phone_does_not_have(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from clipdistill.arguments import checked
+from clipdistill.bench.checks import check_settings
 from clipdistill.data.open import open_pairs
 from clipdistill.errors import InputError, nearest
 from clipdistill.models.names import check_model_name
@@ -72,13 +73,13 @@ def bench(
         raise InputError("--data is measured through the image tower, which --towers leaves out: leave out one of them")
     if split is not None and data is None:
         raise InputError("--split names a part of --data: give --data as well")
+    check_settings(names, batch_sizes, towers, seconds, rounds, None, threads)
     source = open_pairs(data, split=split) if data is not None else None
     from clipdistill.bench.backends import find_dtype
-    from clipdistill.bench.throughput import check_settings, throughput
+    from clipdistill.bench.throughput import throughput
     from clipdistill.models.load import load_model
     from clipdistill.runtime.machine import pick_device
 
-    check_settings(names, batch_sizes, towers, seconds, rounds, None, threads)
     pick_device(device)
     for name in [dtype] if isinstance(dtype, str) else dtype:
         find_dtype(name)

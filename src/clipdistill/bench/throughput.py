@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ import torch
 
 from clipdistill.bench import endtoend
 from clipdistill.bench.backends import DTYPES, Backend, Loaded, find_dtype
+from clipdistill.bench.checks import TOWERS, check_settings
 from clipdistill.bench.cost import describe_model, median_caption, peak_activation_bytes, sample_inputs
 from clipdistill.bench.device import busy_warning, describe_device, describe_libraries
 from clipdistill.bench.timing import UNTRUSTED, Session, TimedTask, measure, median_interval, pair_rates, ratio_interval
 from clipdistill.data.pairs import PairSource
-from clipdistill.errors import InputError, first_line, nearest
+from clipdistill.errors import InputError, first_line
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import TOWERS
 from clipdistill.registry import BACKENDS
 from clipdistill.runtime.machine import pick_device, wait_for
 
@@ -291,38 +291,6 @@ class _Bench:
 
     def _fail(self, model: str, backend: str, dtype: str, reason: str) -> None:
         self.result["failures"].append({"model": model, "backend": backend, "dtype": dtype, "reason": reason})
-
-
-def check_settings(
-    models: Collection[str],
-    batch_sizes: Sequence[int] = (1,),
-    towers: Sequence[str] = TOWERS,
-    seconds: float = 2.0,
-    rounds: int = 10,
-    reference: str | None = None,
-    threads: int | None = None,
-) -> None:
-    """Raise InputError for settings of `throughput` that cannot be measured with these names of models."""
-    if not models:
-        raise InputError("a benchmark needs at least one model")
-    for tower in towers:
-        if tower not in TOWERS:
-            raise InputError(f"unknown tower '{tower}'{nearest(tower, TOWERS)}")
-    if not towers:
-        raise InputError("a benchmark needs at least one tower: image, text or both")
-    if not batch_sizes or min(batch_sizes) < 1:
-        raise InputError(f"batch sizes must be whole numbers above 0, got {list(batch_sizes)}")
-    if not 0 < seconds < 3600:
-        raise InputError(f"seconds must be above 0 and below 3600, got {seconds}")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be at least 1, got {threads}")
-    if rounds < 3:
-        raise InputError(f"at least 3 rounds are needed to see a drift, got {rounds}")
-    if reference is not None and reference not in models:
-        raise InputError(f"unknown reference model '{reference}'{nearest(reference, models)}")
-    for name in models:
-        if "|" in name:
-            raise InputError(f"a model's name in a benchmark may not contain '|': {name}")
 
 
 def _sentence(error: Exception) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipdistill.arguments import checked
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, MissingExtraError
 from clipdistill.models.known import PHONES
 from clipdistill.models.names import check_model_name
 from clipdistill.runtime.console import say
@@ -20,6 +22,17 @@ if TYPE_CHECKING:
     from clipdistill.export.graphs import Exported
 
 SIZE, BUDGET, TOLERANCE = 128, 1.0, 1e-4
+OPSETS = (17, 25)
+"""The first and the last operator set of ONNX that graphs are made of."""
+_NEEDS = {
+    "onnx": ("export", "the export to ONNX", "onnx onnxscript onnxruntime"),
+    "web": ("export", "the export for browsers", "onnx onnxscript onnxruntime"),
+    "openvino": ("openvino", "the export to OpenVINO", "openvino"),
+    "litert": ("litert", "the export to LiteRT", "litert_torch ai_edge_litert"),
+    "executorch": ("executorch", "the export to ExecuTorch", "executorch"),
+    "coreml": ("coreml", "the export to Core ML", "coremltools"),
+}
+"""Form -> the extra, what it is for, the modules."""
 TARGETS = ("onnx", "openvino", "web", *PHONES, "open_clip", "hf")
 
 
@@ -148,6 +161,12 @@ def export(
         raise InputError("--calibration-size and --limit must be at least 1")
     if not 0 <= budget <= 100:
         raise InputError(f"--budget is a number of points of R@1 that may be lost, from 0 to 100, got {budget:g}")
+    if opset is not None and not OPSETS[0] <= opset <= OPSETS[1]:
+        raise InputError(f"--opset must be from {OPSETS[0]} to {OPSETS[1]}, got {opset}")
+    extra, purpose, modules = _NEEDS.get(to, ("", "", ""))
+    for module in modules.split():  # looked for, not imported: those of the phones take minutes
+        if sys.modules.get(module, module) is None or not (module in sys.modules or find_spec(module)):
+            raise MissingExtraError(module.replace("_", "-"), extra, purpose)
     from clipdistill.export import hub
     from clipdistill.export.folder import is_export
 

@@ -23,7 +23,7 @@ _NAMES = re.compile(
 )
 _INNER = re.compile(
     r"onnx/((vision|text)_)?model(_fp16|_quantized)?\.onnx(\.data)?|runtime/(ort[.-][a-z.-]+\.(js|wasm)|LICENSE)"
-    r"|(image|text)\.mlpackage/(Manifest\.json|Data(/com\.apple\.CoreML(/(model\.mlmodel|weights(/weight\.bin)?))?)?)"
+    r"|(image|text)\.mlpackage/(Manifest\.json|Data(/com\.apple\.CoreML|/weights|/model\.mlmodel|/weight\.bin)*)"
 )
 
 

@@ -48,7 +48,7 @@ class ServiceLimits:
             least = 0 if setting.name == "wait_ms" else 1e-3 if setting.name == "timeout" else 1
             if not least <= value <= 1_000_000_000:
                 option = setting.name.replace("_", "-")
-                raise InputError(f"--{option} must be a number from {least:g} up, got {value}")
+                raise InputError(f"--{option} must be a number from {least:g} to a billion, got {value}")
         if self.wait_ms >= 1000 * self.timeout:
             raise InputError(
                 f"--wait-ms {self.wait_ms:g} is no less than --timeout {self.timeout:g} s: a picture that comes alone "

@@ -92,9 +92,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def on_gpus(count: int) -> None:
     """Become torchrun with `count` processes of this same command. Raises InputError when there are fewer GPUs."""
+    if count < 1:
+        raise InputError(f"--gpus must be at least 1, got {count}")
     from torch.cuda import device_count
 
-    if not 1 <= count <= device_count():
+    if count > device_count():
         raise InputError(f"--gpus {count}: this machine has {device_count()} that torch can use")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     os.execv(sys.executable, [*words, "-m", "clipdistill.cli", *sys.argv[1:]])

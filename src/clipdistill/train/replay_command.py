@@ -20,6 +20,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print what was found; exit code 0, whatever it is."""
     if not (arguments.run / RECIPE).is_file():
         raise InputError(f"{arguments.run}: holds no run (there is no {RECIPE} in it)")
+    if arguments.step is not None and arguments.step < 0:
+        raise InputError(f"--step must be at least 0, got {arguments.step}")
     from clipdistill.train.replay import replay
 
     replay(arguments.run, arguments.step, device=arguments.device, say=print)
