@@ -106,11 +106,13 @@ def _fits(value: Any, part: Part, function: Callable[..., Any]) -> bool:
 
 def _wrong(value: Any, kinds: tuple[Part, ...], function: Callable[..., Any]) -> str:
     """The value, or the first item of a list that does not fit, by its place."""
-    items = [item for name, inner in kinds if _listed(value) and inner and _KINDS[name][1](value) for item in inner]
-    for place, part in enumerate(value if items else ()):
-        if not any(_fits(part, item, function) for item in items):
-            return f"{part!r:.80} at [{place}]"
-    return f"{value!r:.80}"
+    items = [item for name, inner in kinds if inner and _KINDS[name][1](value) for item in inner]
+    bad = (
+        f"{v!r:.80} at [{n}]"
+        for n, v in enumerate(value if items else ())
+        if not any(_fits(v, i, function) for i in items)
+    )
+    return next(bad, f"{value!r:.80}")
 
 
 def _words(parts: tuple[Part, ...]) -> str:

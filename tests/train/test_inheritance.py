@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_model
 from clipdistill.models.inheritance.parts import transformer_sizes
-from clipdistill.models.sized import is_sized
+from clipdistill.models.sized import SizedAttention
 from clipdistill.runs.folder import read_rows as read_lines
 from clipdistill.runs.folder import run_folders
 from clipdistill.train.config import RunConfig, resolve
@@ -21,6 +21,11 @@ from clipdistill.train.run import distill
 from clipdistill.train.setup import build
 from clipdistill.train.stages import distill_stages, resolve_stages
 from tests.train.support import require_same_run, stop_after
+
+
+def is_sized(module):
+    """Whether any block of the model has a size of its own."""
+    return any(isinstance(part, SizedAttention) for part in module.modules())
 
 
 def settings(out: Path, recipe: str, *assignments: str) -> RunConfig:

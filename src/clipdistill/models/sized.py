@@ -176,8 +176,3 @@ def blocks_of(module: nn.Module, tower: str) -> Iterator[Any]:
     """The transformer blocks of one tower of an open_clip model, in order."""
     owner: Any = module.visual if tower == "image" else getattr(module, "text", module)
     yield from owner.transformer.resblocks
-
-
-def is_sized(module: nn.Module) -> bool:
-    """Whether any block of the model has a size of its own."""
-    return any(isinstance(part, SizedAttention) for part in module.modules())

@@ -17,13 +17,18 @@ from clipdistill.models.inheritance.masks import Constraint, Masks, prunable, re
 from clipdistill.models.inheritance.parts import TransformerSizes, transformer_sizes
 from clipdistill.models.inheritance.prune import prune
 from clipdistill.models.mask_config import MaskConfig
-from clipdistill.models.sized import is_sized
+from clipdistill.models.sized import SizedAttention
 
 BOTH = ("image", "text")
 VARIANTS: dict[str, dict[str, Any]] = {
     "vit": {},
     "variants": {"no_ln_pre": True, "ls_init_value": 0.3, "pool_type": "avg", "final_ln_after_pool": True},
 }
+
+
+def is_sized(module):
+    """Whether any block of the model has a size of its own."""
+    return any(isinstance(part, SizedAttention) for part in module.modules())
 
 
 def tiny(custom_text: bool = False, **vision: Any) -> ClipModel:
