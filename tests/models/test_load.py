@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from clipdistill.errors import InputError
-from clipdistill.models import ClipModel, hub, load_model, load_student, save_model
+from clipdistill.models import ClipModel, hub, load, load_model, load_student, save_model
 from clipdistill.models.architecture import build_module, check_architecture
 from tests.models.conftest import tiny_architecture
 
@@ -309,6 +309,31 @@ def test_runs_checkpoints_and_files_in_model_folders(
     save_model(final, run / "student")
     for name in (run, run / "student", run / "student" / "model.safetensors", str(run)):
         assert load_model(name).fingerprint() == final.fingerprint()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_checkpoint_that_gives_way_while_it_is_read_is_followed(
+    make_tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    old, new = make_tiny(seed=1), make_tiny(seed=2)
+    steps = tmp_path / "checkpoints"
+    save_model(old, steps / "step-00000100" / "student")
+    save_model(new, steps / ".writing-x" / ("" if finished else "student"))
+    read = load.read_model
+
+    def meanwhile(folder: Path) -> ClipModel:
+        if (steps / ".writing-x").exists():  # the run goes on between the look at the folder and the reading
+            (steps / ".writing-x").rename(tmp_path / "student" if finished else steps / "step-00000200")
+            (steps / "step-00000100").rename(steps / ".writing-removed")
+        return read(folder)
+
+    monkeypatch.setattr(load, "read_model", meanwhile)
+    assert load_model(tmp_path).fingerprint() == new.fingerprint()
+    (steps / "step-00000300" / "student").mkdir(parents=True)
+    (steps / "step-00000300" / "student" / "model.json").write_text("{")
+    if not finished:
+        with pytest.raises(InputError, match="step-00000300"):
+            load_model(tmp_path)
 
 
 def test_folders_without_a_model(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def send(server: SearchServer, raw: bytes) -> int:
     """Status of the answer to these bytes, after which nothing more is sent."""
     host = f"127.0.0.1:{server.server_address[1]}".encode()
     with connect(server) as connection:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):  # refused and closed before it was sent
             connection.sendall(raw.replace(b"HOST", host))
             connection.shutdown(socket.SHUT_WR)
         return status_of(connection)
@@ -96,6 +96,15 @@ ODD = {
     "bad address": (request(b"GET http://[::1/ HTTP/1.1"), 400),
     "other scheme": (request(b"GET file:///etc/passwd HTTP/1.1"), 404),
     "path upwards": (request(b"GET /../../etc/passwd HTTP/1.1"), 404),
+    "path upwards in percents": (request(b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1"), 404),
+    "path upwards behind a file": (request(b"GET /style.css%2f..%2f..%2fserver.py HTTP/1.1"), 404),
+    "path upwards in percents twice": (request(b"GET /%252e%252e%252fetc/passwd HTTP/1.1"), 404),
+    "NUL behind a file": (request(b"GET /style.css%00.png HTTP/1.1"), 404),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9), 400),
+    "half a line": (b"GET /style.c", 403),
+    "headers of a megabyte": (request(b"GET / HTTP/1.1", *[b"X-%d: " % i + b"a" * 60_000 for i in range(17)]), 431),
+    "one header of a megabyte": (request(b"GET / HTTP/1.1", b"X: " + b"a" * 1_000_000), 431),
+    "two in one": (request(b"GET /style.css HTTP/1.1") * 2, 200),
     "backslashes": (request(rb"GET /thumb\..\x HTTP/1.1"), 404),
     "long address": (request(b"GET /?q=" + b"x" * 70_000 + b" HTTP/1.1"), 414),
     "picture that is not there": (request(b"GET /thumb/99999999999 HTTP/1.1"), 404),
@@ -133,6 +142,18 @@ def test_odd_requests_are_refused_and_the_page_goes_on(
     assert send(server, raw) == status
     assert time.monotonic() - began < 5
     assert capfd.readouterr().err == ""
+    assert send(server, request(b"GET /style.css HTTP/1.1")) == 200
+
+
+def test_two_hundred_idle_connections_keep_nobody_out_for_long(server: SearchServer, monkeypatch) -> None:
+    with hurried(monkeypatch):
+        idle = [connect(server) for _ in range(200)]
+        began, status = time.monotonic(), 503
+        while status in (0, 503) and time.monotonic() - began < 20:
+            status = send(server, request(b"GET /style.css HTTP/1.1"))
+        assert status == 200
+        for connection in idle:
+            connection.close()
     assert send(server, request(b"GET /style.css HTTP/1.1")) == 200
 
 

@@ -211,7 +211,12 @@ def _newest_checkpoint(run: Path) -> ClipModel:
     for checkpoint in sorted((run / "checkpoints").glob("step-*"), reverse=True):
         if (checkpoint / "student" / DESCRIPTION).exists():
             logger.warning("%s has not finished: reading its newest checkpoint, %s", run, checkpoint.name)
-            return read_model(checkpoint / "student")
+            try:
+                return read_model(checkpoint / "student")
+            except InputError:
+                if checkpoint.exists():
+                    raise
+                return read_folder(run, str(run))  # the run went on meanwhile
     raise InputError(f"{run}: this run has neither a finished student nor a checkpoint")
 
 

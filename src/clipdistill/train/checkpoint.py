@@ -175,7 +175,7 @@ def _replace(
     # later steps than this one can only be damaged: they were passed over when the run was resumed
     past = [folder for folder in sorted(root.glob(f"{_PREFIX}*")) if folder.name <= final.name]
     for old in {*root.glob(f"{_PREFIX}*")} - {*past[-keep:]}:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(root / f".writing-removed-{old.name}"))  # at once for those who read it
     return final
 
 
