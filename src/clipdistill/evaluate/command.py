@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         ks = tuple(int(k) for k in arguments.k.split(","))
     except ValueError as error:
         raise InputError(f"--k {arguments.k}: give whole numbers separated by commas, as in 1,5,10") from error
-    if arguments.batch_size < 1 or arguments.workers < 0:
+    if arguments.batch_size < 1 or (arguments.workers or 0) < 0:
         raise InputError("--batch-size must be at least 1 and --workers at least 0")
     from clipdistill.evaluate.evaluate import evaluate
     from clipdistill.runtime.distributed import ProcessGroup, is_main, world_size
