@@ -66,7 +66,7 @@ def checked(function: Function) -> Function:
             kinds = parts().get(name, ())
             if kinds and not any(_fits(value, part, function) for part in kinds):
                 what = f"{function.__name__}: {name} must be {_words(kinds)}, got {_wrong(value, kinds, function)}"
-                in_list = isinstance(value, str) and any(_list_of_texts(part) for part in kinds)
+                in_list = isinstance(value, str) and any(items[:1] == (("str", ()),) for _, items in kinds)
                 raise InputError(f"{what}; write [{value!r}]" if in_list else what)
         return function(*arguments, **settings)
 
@@ -87,10 +87,6 @@ def _alternatives(annotation: Any) -> tuple[Part, ...]:
         return ((ast.unparse(node), ()),)
 
     return read(ast.parse(annotation, mode="eval").body)
-
-
-def _list_of_texts(part: Part) -> bool:
-    return part[0] in ("Sequence", "list") and part[1][:1] == (("str", ()),)
 
 
 def _fits(value: Any, part: Part, function: Callable[..., Any]) -> bool:

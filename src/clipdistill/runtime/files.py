@@ -62,11 +62,6 @@ def new_file(path: Path | str) -> Iterator[Path]:
         raise
 
 
-def write_bytes(path: Path | str, content: bytes) -> None:
-    """Replace a file in one step, synced before its name appears."""
-    write_together({Path(path): content})
-
-
 def write_together(contents: Mapping[Path, bytes | str | Mapping[str, Any]]) -> None:
     """Replace the files of one result (bytes, text in UTF-8, values as JSON with a checksum).
 
@@ -78,15 +73,16 @@ def write_together(contents: Mapping[Path, bytes | str | Mapping[str, Any]]) -> 
             temporary = waiting.enter_context(new_file(path))
             try:
                 temporary.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
-                sync(temporary)
+                if len(contents) > 1:
+                    sync(temporary)
             except OSError as error:
                 error.filename = str(path)
                 raise
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """`write_bytes` in UTF-8."""
-    write_bytes(path, text.encode("utf-8", "surrogatepass"))
+    """Replace a file in one step, synced before its name appears; in UTF-8."""
+    write_together({Path(path): text})
 
 
 def write_json(path: Path | str, values: Any, *, checked: bool = False) -> None:

@@ -23,8 +23,8 @@ from clipdistill.runtime.files import (
     new_file,
     read_json,
     remove_leftovers,
-    write_bytes,
     write_json,
+    write_together,
 )
 from clipdistill.runtime.machine import cpu_count
 from clipdistill.runtime.progress import Meter
@@ -79,7 +79,7 @@ def write_scenes(
     if format == "webdataset":
         return out
     document = {"dataset": source.name, "images": [entry for shard in entries for entry in shard]}
-    write_bytes(out / "dataset.json", json.dumps(document).encode())
+    write_together({out / "dataset.json": json.dumps(document)})
     return out / "dataset.json"
 
 
@@ -142,7 +142,7 @@ def _write_tar(out: Path, source: ScenePairs, number: int, samples: range) -> li
                 member = tarfile.TarInfo(f"{key}.{kind}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-    write_bytes(stats, json.dumps({"count": len(samples), "successes": len(samples)}).encode())
+    write_together({stats: json.dumps({"count": len(samples), "successes": len(samples)})})
     return []
 
 
@@ -155,7 +155,7 @@ def _write_images(out: Path, source: ScenePairs, number: int, samples: range) ->
         name = f"{source.key(i)}.png"
         path = out / "images" / folder / name
         if not path.is_file():
-            write_bytes(path, source.image_bytes(i))
+            write_together({path: source.image_bytes(i)})
         captions = source.captions(i)
         identifiers = [i * len(captions) + k for k in range(len(captions))]
         sentences = [
