@@ -285,11 +285,12 @@ def test_torchscript_archives_are_refused(tmp_path: Path) -> None:
         load_model(f"ViT-T-16@{tmp_path / 'script.pt'}")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04broken", b"\x80\x02}q\x00."])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"a: 1\n", b"PK\x03\x04broken", b"\x80\x02}q\x00."])
 def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file.pt").write_bytes(content)
-    with pytest.raises(InputError, match=r"file\.pt: (not readable|holds no tensors)"):
+    with pytest.raises(InputError, match=r"file\.pt: (not readable|holds no tensors)") as raised:
         load_model(tmp_path / "file.pt")
+    assert "weights_only" not in str(raised.value)  # torch's advice would have the file's code run
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

@@ -155,6 +155,8 @@ def export(
         raise InputError(
             f"--{'fp16' if fp16 else 'ternary'} and --int8 are two forms of the weights: leave one of them out"
         )
+    if int8 and to in graphs and data is None:
+        raise InputError("int8 needs pairs to calibrate on and to measure what is lost: name them with --data")
     if not 0 < tolerance < 1:
         raise InputError(f"--tolerance must be above 0 and below 1, got {tolerance:g}")
     if calibration_size < 1 or (limit is not None and limit < 1):

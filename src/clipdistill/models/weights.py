@@ -85,13 +85,14 @@ def _load_pytorch(path: Path) -> Any:
                 f"{path}: refused, because it holds Python objects besides tensors and unpickling them could run code: "
                 "save the state dictionary alone, best as safetensors, where you trust the file"
             ) from error
-        raise InputError(f"{path}: not readable as a checkpoint ({_first_line(error)})") from error
+        raise InputError(f"{path}: not readable as a checkpoint (no file of torch.save)") from error
     except Exception as error:  # torch.load raises many kinds for damaged files
         if zipfile.is_zipfile(path) and "TorchScript" in str(error):
             raise InputError(
                 f"{path}: refused, because it is a TorchScript archive, which holds code: save its state dictionary"
             ) from error
-        raise InputError(f"{path}: not readable as a checkpoint ({_first_line(error)})") from error
+        reason = _first_line(error) if zipfile.is_zipfile(path) else "no file of torch.save, or cut short"
+        raise InputError(f"{path}: not readable as a checkpoint ({reason})") from error
 
 
 def _first_line(error: Exception) -> str:
