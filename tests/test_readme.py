@@ -18,6 +18,7 @@ from clipdistill.scenes.pairs import open_scenes
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TINY = "inherit:layers=1,heads=1,width=64,text_layers=1,text_width=64,text_heads=1,embed=32,from=scenes-teacher"
 SMALL = "train.steps=2 train.batch_size=16 train.precision=fp32 train.warmup_steps=1"
 
 
@@ -45,7 +46,7 @@ def workplace(tmp_path_factory):
 
 
 def smaller(text: str) -> str:
-    text = text.replace("ViT-B-16/laion400m_e32", "scenes-teacher").replace("ViT-T-16", "scenes-student")
+    text = text.replace("ViT-B-16/laion400m_e32", "scenes-teacher").replace("ViT-T-16", TINY)
     text = text.replace("--seeds 5", "--seeds 1")
     return text.replace("bench runs/rd", "bench runs/rd --seconds 0.05 --rounds 3 --batch 1")
 

@@ -135,7 +135,9 @@ def test_an_unfinished_grid_compares_what_is_there(tmp_path):
 
 def test_what_a_kill_left_beside_the_results_goes(tmp_path):
     plan = plan_of(
-        {"base": {"recipe": "clip"}, "other": {"recipe": "clip-kd"}}, seeds=2, claims=["other > base on flickr8k t2i_R@1"]
+        {"base": {"recipe": "clip"}, "other": {"recipe": "clip-kd"}},
+        seeds=2,
+        claims=["other > base on flickr8k t2i_R@1"],
     )
     for name in ("ablation.json", "ablation.md", "ablation.svg", "claims.json", "notes"):
         (tmp_path / f".{name}.writing-abc").write_text("half")

@@ -18,7 +18,7 @@ import clipdistill as cd
 from clipdistill.cli import main
 from clipdistill.data.benchmarks import places
 from clipdistill.data.class_names import KNOWN_SETS
-from clipdistill.data.open import is_labelled_name, open_labelled, open_pairs, parts_of
+from clipdistill.data.open import check_evaluated_name, is_labelled_name, open_labelled, open_pairs, parts_of
 from clipdistill.errors import InputError
 from tests.conftest import shared_folder
 from tests.data.helpers import encoded, write_tar
@@ -107,6 +107,22 @@ def test_a_folder_of_arrays_has_its_splits_in_their_names(root: Path) -> None:
     make_npz(root / "mine" / "mine_test.npz")
     assert open_labelled("mine").name == "mine_test"
     assert open_labelled("mine", split="train").name == "mine_train"
+
+
+def test_names_are_looked_at_before_anything_is_loaded(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "le").mkdir()
+    check_evaluated_name(f"cifar10@{tmp_path / 'le'}")
+    for name, words in (
+        ("cifar10@nowhere", "data 'nowhere': no such file or folder"),
+        ("cifar11", r"did you mean 'cifar10'"),
+        ("winoground", "examples.jsonl"),
+        ("sugar-crepe/data", "add_att.json"),
+        ("sugar_crepe", "add_att.json"),
+        ("xm3600:de+en", "captions.jsonl"),
+        ("XTD10", "test_image_names.txt"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_evaluated_name(name)
 
 
 def test_the_real_sample_of_cifar10(monkeypatch) -> None:

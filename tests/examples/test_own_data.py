@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,23 +25,18 @@ for flags in (own_data.Flags(0, 64), own_data.Flags(5, 64)):
 """
 
 
-def run(folder: Path, program: str) -> str:
-    """A program in a process of its own; what it printed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, program], cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+def test_data_from_a_file_outside_the_package(tmp_path: Path, launcher: Launcher) -> None:
+    def run(program: str) -> str:
+        return launcher.start(program, folder=tmp_path, environment={"HF_HUB_OFFLINE": "1"}).finish()
 
-
-def test_data_from_a_file_outside_the_package(tmp_path: Path) -> None:
     shutil.copy(EXAMPLE, tmp_path)
     assert len(EXAMPLE.read_text().splitlines()) < 60
-    assert "R@1" in run(tmp_path, "own_data.py")
+    assert "R@1" in run("own_data.py")
     data = yaml.safe_load((tmp_path / "runs/flags/recipe.yaml").read_text())["data"]
     assert data["path"].startswith("object:Flags@")
     # the same object again is the same run; another one is refused
     (tmp_path / "another.py").write_text("import clipdistill.errors\n" + ANOTHER)
-    said = run(tmp_path, "another.py")
+    said = run("another.py")
     assert "the same flags are taken" in said
     assert "refused: " in said
     assert "data" in said.split("refused: ")[1]

@@ -16,8 +16,9 @@ EVERYTHING = "every term"
 
 
 def mix_names() -> list[str]:
-    """The recipes, and one mix of all terms that go with a single teacher."""
-    return [*recipe_names(), EVERYTHING]
+    """The recipes, one of those with the same objective, and a mix of all terms that go with a single teacher."""
+    distinct = {repr(sorted(settings_of(name).items())): name for name in reversed(recipe_names())}
+    return [*reversed(distinct.values()), EVERYTHING]
 
 
 def batch_terms() -> list[str]:

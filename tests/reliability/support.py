@@ -64,7 +64,7 @@ class Launcher:
         fault: str | None = None,
         **settings: Any,
     ) -> Child:
-        """Run `clipdistill ARGUMENTS` in `folder`, with a fault (a function of faults.py) put in first."""
+        """Run `clipdistill ARGUMENTS`, or a program FILE.py, in `folder`; a fault (of faults.py) is put in first."""
         self.count += 1
         log = self.logs / f"{self.count:04d}.txt"
         request = {"start": [str(word) for word in arguments], "log": str(log), "environment": environment or {}}

@@ -1,7 +1,7 @@
 """A process that has imported everything and forks a child for each command: a run starts in milliseconds.
 
 Reads one JSON object a line: {"start": [arguments], "environment", "folder", "log", "fault", "settings"} answers
-{"pid"};
+{"pid"}; arguments that begin with a file .py run that program in the place of `clipdistill`;
 {"wait": pid, "seconds"} answers {"code"} (null when it still runs, negative for the signal that ended it);
 {"warm": [arguments]} runs a command in this process.
 No gradient is computed before a fork: the threads of autograd and OpenMP do not survive one.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 import time
 import traceback
@@ -41,6 +42,11 @@ def _child(request: dict[str, Any]) -> int:
     os.environ.update({"COLUMNS": "1000", **request.get("environment", {})})  # nothing said is folded
     if request.get("fault"):
         getattr(faults, request["fault"])(**request.get("settings", {}))
+    if request["start"][0].endswith(".py"):
+        sys.argv = request["start"]
+        sys.path.insert(0, request["folder"])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return 0
     return cli.main(request["start"])
 
 

@@ -42,16 +42,21 @@ def settings(out, *assignments):
     return resolve("clip-kd", given, size="debug", assignments=["train.ema_decay=0.9", *assignments])
 
 
-def test_the_averaged_student_is_evaluated_saved_and_resumed_to_the_bit(tmp_path, monkeypatch):
-    whole = distill(settings(tmp_path / "whole"), quiet=True)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing stopped."""
+    return distill(settings(tmp_path_factory.mktemp("average") / "whole"), quiet=True)
+
+
+def test_the_averaged_student_is_evaluated_saved_and_resumed_to_the_bit(whole, tmp_path, monkeypatch):
     saved = load_file(whole.student / "model.safetensors")
-    newest = tmp_path / "whole" / "checkpoints" / "step-00000006"
+    newest = whole.folder / "checkpoints" / "step-00000006"
     average, last = load_file(newest / "average.safetensors"), load_file(newest / "student" / "model.safetensors")
     assert int(average.pop("updates")) == 6
     assert any(not torch.equal(saved[name], last[name]) for name in saved)
     for name, value in average.items():
         assert torch.equal(saved[name.replace("/", ".")], value), name
-    assert RunFolder(tmp_path / "whole").facts()["averaged"] == {"decay": 0.9, "updates": 6}
+    assert RunFolder(whole.folder).facts()["averaged"] == {"decay": 0.9, "updates": 6}
     real, done = loop.Loop.tell, []
 
     def tell(self, event, **changes):
@@ -66,16 +71,15 @@ def test_the_averaged_student_is_evaluated_saved_and_resumed_to_the_bit(tmp_path
     parts = distill(settings(tmp_path / "parts"), quiet=True)
     again = load_file(parts.student / "model.safetensors")
     assert all(torch.equal(saved[name], again[name]) for name in saved)
-    one, other = (lines(tmp_path / run / "eval.jsonl") for run in ("whole", "parts"))
+    one, other = (lines(run.folder / "eval.jsonl") for run in (whole, parts))
     assert len(one) == 2
     assert one == other
 
 
-def test_an_average_changes_no_loss(tmp_path):
-    distill(settings(tmp_path / "with"), quiet=True)
+def test_an_average_changes_no_loss(whole, tmp_path):
     plain = resolve("clip-kd", {"out": str(tmp_path / "without"), "train": {"steps": 6}}, size="debug")
-    distill(plain, quiet=True)
-    one, other = ([row["total"] for row in read_rows(tmp_path / run / "log.jsonl")] for run in ("with", "without"))
+    runs = whole, distill(plain, quiet=True)
+    one, other = ([row["total"] for row in read_rows(run.folder / "log.jsonl")] for run in runs)
     assert one == other
 
 

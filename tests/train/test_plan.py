@@ -95,6 +95,21 @@ def test_an_option_and_a_setting_that_agree_are_taken():
     assert build(RunConfig, config.model_dump(), "again").student == "scenes-student"
 
 
+@pytest.mark.parametrize("name", ["nowhere", "{}/empty", "cifar10@{}/empty", "winoground"])
+def test_a_set_to_classify_that_cannot_be_read_is_told_before_the_first_step(name, tmp_path):
+    (tmp_path / "empty").mkdir()
+    given = {"out": str(tmp_path / "run"), "evaluation": {"zero_shot": [name.format(tmp_path)]}}
+    with pytest.raises(InputError):
+        distill(resolve("clip", given, size="debug"), quiet=True)
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_the_model_measured_beside_the_student_needs_no_term_that_reads_a_teacher(tmp_path):
+    given = {"out": str(tmp_path / "run"), "evaluation": {"teacher": "scenes-teacher"}, "train": {"steps": 1}}
+    run = distill(resolve("clip", given, size="debug", assignments=["validation.size=8"]), quiet=True)
+    assert run.scores.models() == ["student", "teacher"]
+
+
 def test_options_of_terms_without_a_weight_are_known_and_left_out():
     config = ObjectiveConfig(weights={"task": 1}, gd_temperature="fixed")
     assert (config.idle, config.options) == (("gd_temperature",), {})

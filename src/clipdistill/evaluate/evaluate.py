@@ -100,7 +100,7 @@ def evaluate(
     scoring = None if score is None else retrieval_scoring(score)
     if captions is not None and (captions in ("first", "first 1")) != (protocol == "first-caption"):
         raise InputError(f"captions='{captions}' contradicts the protocol '{protocol}': one caption is 'first-caption'")
-    sources = [source for item in _listed(data) for source in _opened_all(item, split, classes)]
+    sources = [source for item in _listed(data) for source in opened_all(item, split, classes)]
     if strict_counts and not any(_has_known_counts(source) for source in sources):
         named = ", ".join(source.name for source in sources)
         raise InputError(f"strict counts: no published counts are known of {named}, so nothing would be checked")
@@ -324,7 +324,7 @@ def _listed(data: Data | Sequence[Data]) -> list[Data]:
     return items
 
 
-def _opened_all(item: Data, split: str | None, classes: str | Path | None) -> list[Any]:
+def opened_all(item: Data, split: str | None, classes: str | Path | None) -> list[Any]:
     """The sets that an item of `data` names: one, the languages of captions in several, the files of SugarCrepe."""
     if not isinstance(item, str | Path):
         return [opened_data(item, split, classes)]

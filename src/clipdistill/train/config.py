@@ -11,7 +11,7 @@ import pydantic
 from clipdistill.cache.names import is_cached
 from clipdistill.config import LARGEST_SCALE, Config, agreed, build, override
 from clipdistill.data.held_out import HeldOutConfig
-from clipdistill.data.open import check_data_name, check_training
+from clipdistill.data.open import check_data_name, check_evaluated_name, check_training
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.data.views import ViewPolicy
 from clipdistill.errors import InputError
@@ -415,6 +415,8 @@ def check_names(config: RunConfig) -> None:
     check_training(config.data)
     if isinstance(config.validation, DataConfig):
         check_data_name(config.validation.path)
+    for name in config.evaluation.zero_shot:
+        check_evaluated_name(name)
 
 
 def _check(config: RunConfig) -> None:
@@ -489,12 +491,9 @@ def _check(config: RunConfig) -> None:
             "train.mean_captions: features of captions are averaged, of a locked text tower (train.lock_text=all) and "
             "without a teacher, which embeds single captions"
         )
-    if (
-        not cached
-        and isinstance(train.teacher_logit_scale, tuple)
-        and len(train.teacher_logit_scale) != len(config.teachers)
-    ):
+    scales = train.teacher_logit_scale
+    if not cached and isinstance(scales, tuple) and len(scales) != len(config.teachers):
         raise InputError(
-            f"train.teacher_logit_scale: {len(train.teacher_logit_scale)} values for {len(config.teachers)} teachers; "
+            f"train.teacher_logit_scale: {len(scales)} values for {len(config.teachers)} teachers; "
             "give one number, or one for each teacher"
         )

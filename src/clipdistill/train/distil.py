@@ -187,12 +187,11 @@ class Distillation:
             return Outcome(None, fingerprint)
         from clipdistill.evaluate.evaluate import evaluate
 
-        teacher: Any = None
-        if setup.teacher is not None and len(setup.teacher.blocks) == 1:
+        teacher: Any = self.config.evaluation.teacher
+        if teacher is None and setup.teacher is not None and len(setup.teacher.blocks) == 1:
             live = setup.teacher.model
             # a teacher from outside may have no text tower, and then no retrieval to measure
-            whole = live is not None and hasattr(live.module, "encode_text")
-            teacher = self.config.evaluation.teacher or (live if whole else None)
+            teacher = live if live is not None and hasattr(live.module, "encode_text") else None
         known = None if teacher is None else setup.sources.teacher_scores(self.config)
         say("evaluating the student" + (" and the teacher" if teacher is not None and known is None else ""))
         scores = evaluate(
