@@ -8,7 +8,7 @@ from clipdistill.errors import InputError
 from clipdistill.objective.config import ObjectiveConfig
 from clipdistill.recipes import recipe_names
 from clipdistill.train.config import RunConfig, resolve
-from clipdistill.train.plan import idle
+from clipdistill.train.idle import idle
 from clipdistill.train.run import distill
 
 NAMES = {"teacher": "cache:store", "student": "scenes-student", "data": "scenes", "out": "run"}

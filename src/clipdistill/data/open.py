@@ -26,14 +26,6 @@ from clipdistill.registry import FORMATS, LABELLED_FORMATS, Registry, wing
 _WITH_SPLIT = re.compile(r"(?P<path>.+):(?P<split>\w[\w+]*)$")
 _OF_SOME = ("image_root", "image_column", "caption_column", "separator", "size", "seed")
 """Settings of DataConfig that only some formats can apply."""
-_BROUGHT_BY_HAND = {
-    "winoground": "examples.jsonl with images/ or images.zip",
-    "sugarcrepe": "add_att.json ... swap_obj.json, with COCO's val2017 beside them or as ?images=FOLDER",
-    "xm3600": "captions.jsonl and images/",
-    "crossmodal": "captions.jsonl and images/",
-    "xtd": "test_image_names.txt with its captions and pictures",
-}
-"""Published benchmarks whose files have no address to fetch them from: how their names begin, and what they are."""
 
 
 @checked
@@ -184,7 +176,8 @@ def _no_format(place: Place) -> str:
         folder = path.parent
         if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
             return f"data '{name}' cannot be read: this user may not look into the folder '{folder}'"
-        return f"data '{name}': no such file or folder{_published(path) or _near(path)}"
+        published = wing("clipdistill.data.benchmarks.places:published")
+        return f"data '{name}': no such file or folder{(published and published(path)) or _near(path)}"
     if place.is_folder:
         return _no_folder(place)
     if not path.is_file():
@@ -226,16 +219,6 @@ def _near(path: Path) -> str:
         hint = nearest(path.name, [entry.name for entry in path.parent.iterdir()])
     except OSError:
         return f" (the folder '{path.parent}' does not exist)"
-    return hint if "did you mean" in hint else ""
-
-
-def _published(path: Path) -> str:
-    """What to bring of a published set that has no command to fetch it, or the known set of a like name."""
-    plain = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in path.parts]
-    for start, files in _BROUGHT_BY_HAND.items():
-        if any(part.startswith(start) for part in plain):
-            return f" (it is given out by its authors: name the folder that holds {files})"
-    hint = nearest(str(path), KNOWN_SETS)
     return hint if "did you mean" in hint else ""
 
 

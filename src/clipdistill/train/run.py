@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from clipdistill.errors import InputError, Preempted
-from clipdistill.registry import TASKS
+from clipdistill.registry import TASKS, wing
 from clipdistill.runs.folder import CHECKPOINTS, SCORES, STUDENT, RunFolder
 from clipdistill.runtime.console import html_page
 from clipdistill.runtime.distributed import ProcessGroup, agree, barrier, gather_lists, is_main, on_main, world_size
@@ -34,7 +34,7 @@ from clipdistill.train.failures import Whereabouts, explained
 from clipdistill.train.health import Health
 from clipdistill.train.loop import Loop, Progress, train
 from clipdistill.train.opening import check_identity, opened, settings_fingerprint
-from clipdistill.train.plan import idle, planned
+from clipdistill.train.plan import planned
 from clipdistill.train.sources import Sources
 from clipdistill.train.task import Outcome, Say, Task
 from clipdistill.version import __version__
@@ -123,7 +123,8 @@ def distill(
                 display.say(f"continuing {config.out} from step {progress.step}")
             elif task.source.problems.total:
                 display.say(f"left out when opening the data: {task.source.problems.summary()}")
-            for note in idle(config, task.total_steps) if checkpoint is None else ():
+            idle = wing("clipdistill.train.idle:idle") if checkpoint is None else None
+            for note in [] if idle is None else idle(config, task.total_steps):
                 display.say(note)
             if checkpoint is None and (config.preflight.enabled or explain):
                 with stop.at_once():

@@ -15,6 +15,15 @@ from clipdistill.errors import InputError, nearest
 
 _NAME = re.compile(r"(?P<name>(?:wds/)?[\w-]+(?:/[\w-]+)?)(?::(?P<split>\w[\w+]*))?")
 
+_BROUGHT_BY_HAND = {
+    "winoground": "examples.jsonl with images/ or images.zip",
+    "sugarcrepe": "add_att.json ... swap_obj.json, with COCO's val2017 beside them or as ?images=FOLDER",
+    "xm3600": "captions.jsonl and images/",
+    "crossmodal": "captions.jsonl and images/",
+    "xtd": "test_image_names.txt with its captions and pictures",
+}
+"""Published benchmarks whose files have no address to fetch them from: how their names begin, and what they are."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -82,3 +91,13 @@ def absent(name: str) -> InputError:
     return InputError(
         f"{name} is not in '{folder}': bring it once with  clipdistill fetch {name}  or say where it lies: {elsewhere}"
     )
+
+
+def published(path: Path) -> str:
+    """What to bring of a published set that has no command to fetch it, or the known set of a like name."""
+    plain = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in path.parts]
+    for start, files in _BROUGHT_BY_HAND.items():
+        if any(part.startswith(start) for part in plain):
+            return f" (it is given out by its authors: name the folder that holds {files})"
+    hint = nearest(str(path), sources())
+    return hint if "did you mean" in hint else ""
