@@ -92,6 +92,20 @@ def test_parquet_with_fewer_images_than_it_says_is_damaged(tmp_path: Path, monke
         open_pairs(str(path))
 
 
+def test_parquet_whose_column_says_another_type_is_damaged(tmp_path: Path) -> None:
+    """One bit in the footer; pyarrow ends the process where such a column's statistics are asked for."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"image": [encoded(0)] * 3, "caption": ["a red square"] * 3}), path)
+    whole = path.read_bytes()
+    place = whole.index(b"\x15\x0c\x19", len(whole) - 8 - struct.unpack("<I", whole[-8:-4])[0])  # type: 6, then a list
+    path.write_bytes(whole[: place + 1] + b"\x1c" + whole[place + 2 :])
+    with pytest.raises(InputError, match=r"damaged Parquet file \(column image of row group 0 says it is UNKNOWN"):
+        open_pairs(str(path))
+
+
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 @pytest.mark.parametrize("change", ["cut", "cut, of a group that is kept", "written anew", "removed", "exchanged"])
 def test_parquet_that_changes_while_it_is_read_ends_no_process(tmp_path: Path, change: str, compression: str) -> None:

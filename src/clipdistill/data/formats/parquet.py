@@ -136,14 +136,17 @@ def _places(table: Any, column: str) -> Iterator[tuple[int, int, bool]]:
 
     The cells themselves are read only where the file's statistics do not say that none is null.
     """
+    paths = [table.schema.column(number).path for number in range(table.metadata.num_columns)]
+    wanted = [number for number, path in enumerate(paths) if path in (column, f"{column}.bytes")]
     for group in range(table.num_row_groups):
         about = table.metadata.row_group(group)
-        chunks = [about.column(number) for number in range(about.num_columns)]
-        counts = [
-            chunk.statistics.null_count if chunk.statistics is not None and chunk.statistics.has_null_count else None
-            for chunk in chunks
-            if chunk.path_in_schema in (column, f"{column}.bytes")
-        ]
+        counts = []
+        for number in wanted:
+            chunk = about.column(number)
+            if chunk.physical_type != table.schema.column(number).physical_type:  # its statistics end the process
+                raise ValueError(f"column {chunk.path_in_schema} of row group {group} says it is {chunk.physical_type}")
+            known = chunk.statistics
+            counts.append(known.null_count if known is not None and known.has_null_count else None)
         if counts and not any(count is None or count for count in counts):
             nulls = np.zeros(about.num_rows, dtype=bool)
         else:
