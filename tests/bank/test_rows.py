@@ -156,7 +156,7 @@ def test_cleaned_targets_against_numpy(store, rows, targets):
         Cleaning.fit(rows, "pca", 99)
 
 
-def _config(out, teacher, student, *assignments, recipe="clip-rd", **weights):
+def _config(out, teacher, student, *assignments, recipe="clip-rd", steps=6, **weights):
     given = {
         "student": "tiny",
         "student_weights": student,
@@ -165,7 +165,7 @@ def _config(out, teacher, student, *assignments, recipe="clip-rd", **weights):
         "out": str(out),
         "preflight": {"allow_weak_teacher": True},
         "objective": {"weights": {"bank_cross": 1, "bank_within": 1, "bank_xrd": 0.5, **weights}},
-        "train": {"steps": 6, "batch_size": 8, "warmup_steps": 1, "precision": "fp32", "log_every": 1},
+        "train": {"steps": steps, "batch_size": 8, "warmup_steps": 1, "precision": "fp32", "log_every": 1},
     }
     return resolve(recipe, given, assignments=list(assignments))
 
@@ -219,4 +219,4 @@ def test_one_teacher_of_several_has_a_bank(tmp_path, teacher, second_teacher, st
     cached = open_cached_teacher(f"cache:{both.folder}", scenes(SIZE), torch.device("cpu"), CacheUse())
     with pytest.raises(InputError, match=r"are those of one teacher, .* take one, teacher=cache:DIR\?teacher=0"):
         BankTeacher(cached, scenes(SIZE), captions="random", targets="raw", width=16, bank=True, samples=None, seed=0)
-    distill(_config(tmp_path / "run", f"cache:{both.folder}?teacher=1", student, "train.steps=1"), quiet=True)
+    distill(_config(tmp_path / "run", f"cache:{both.folder}?teacher=1", student, steps=1), quiet=True)

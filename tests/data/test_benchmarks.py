@@ -228,7 +228,7 @@ def test_the_hub_gives_the_sets_of_clip_benchmark(root, monkeypatch, capsys) -> 
     [
         (["cifar10", "--split", "train"], "the split 'train' is for sets of the hub, and cifar10 comes whole"),
         (["wds/cars", "cifar10", "--split", "test"], "cifar10 comes whole"),
-        (["wds/cars", "--split", ","], "'' is no name of a split"),
+        (["wds/cars", "--split", ","], "--split: a comma with nothing before or behind it"),
         (["wds/cars", "--split", "../test"], "'../test' is no name of a split"),
     ],
 )

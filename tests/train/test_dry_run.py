@@ -33,9 +33,12 @@ def test_a_recipe_in_stages_has_no_dry_run(capsys):
     assert "several stages" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("count", [0, -1, 64])
-def test_gpus_that_are_not_there_are_refused(count):
-    with pytest.raises(InputError, match=f"--gpus {count}: this machine has"):
+@pytest.mark.parametrize(
+    ("count", "sentence"),
+    [(0, "--gpus must be at least 1, got 0"), (-1, "must be at least 1, got -1"), (64, "--gpus 64: this machine has")],
+)
+def test_gpus_that_are_not_there_are_refused(count, sentence):
+    with pytest.raises(InputError, match=sentence):
         command.on_gpus(count)
 
 

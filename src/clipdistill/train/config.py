@@ -302,7 +302,7 @@ def resolve(
     """The run a recipe, the caller's settings and `key=value` assignments describe, in rising order of precedence.
 
     A bare training setting in an assignment must be written with its section: `train.batch_size=256`.
-    Raises InputError for unknown recipes and keys, and for settings that contradict each other.
+    Raises InputError for unknown recipes and keys, and for settings that contradict each other or are given twice.
     """
     given = {k: v for k, v in (settings or {}).items() if v is not None}
     values = lay_own(checked_recipe(recipe, size), lay(given, assigned(assignments, given)))

@@ -128,12 +128,12 @@ def test_commas_and_spaces_in_paths_belong_to_them(files, tmp_path):
     place = tmp_path / "a, b=c,d + e"
     network = make_network(tmp_path / "x,dim=3 y.safetensors")
     make_encoder(place)
-    text = f" image = timm:{NETWORK}@{network} , text=hf:{place}, dim=8,hidden=16,"
+    text = f" image = timm:{NETWORK}@{network} , text=hf:{place}, dim=8,hidden=16"
     wanted = parse(f"towers:{text}")
     assert (wanted.images[0].file, wanted.text, wanted.dim) == (network, str(place), 8)
     check_model_name(f"towers:{text}")
     assert load_model(f"towers:{text}").embed_dim == 8
-    one, run = f"towers:{text.strip(' ,')}", tmp_path / "run, one"
+    one, run = f"towers:{text.strip()}", tmp_path / "run, one"
     run.mkdir()
     assert split_models(f"ViT-B-16/openai,{one},{run},{one},runs/x") == (
         "ViT-B-16/openai",
