@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from clipdistill.errors import needing
+from clipdistill.ternary import packed
+from clipdistill.ternary.weights import dense, parts
 
 
 def ternary_rows(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """(codes -1, 0, 1 (N, K) int8; scales (N,) float32) of a matrix (N, K) whose rows are ternary, else None."""
-    if not np.isfinite(weight).all():
-        return None
-    scales = np.abs(weight).max(axis=1)
-    codes = np.sign(weight).astype(np.int8)
-    return (codes, scales) if np.array_equal(codes * scales[:, None], weight) else None
+    values = torch.from_numpy(weight.copy())
+    codes, scales = parts(values)
+    return (codes.numpy(), scales.numpy()) if torch.equal(dense(codes, scales), values) else None
 
 
 def block_of(width: int) -> int:
@@ -35,8 +36,8 @@ def pack(codes: np.ndarray) -> np.ndarray:
     zero); the last block is filled up with zeros."""
     block = block_of(codes.shape[1])
     padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % block)))
-    quarters = (padded + 2).astype(np.uint8).reshape(len(codes), -1, block // 4, 4)
-    return quarters[..., 0] | quarters[..., 1] << 2 | quarters[..., 2] << 4 | quarters[..., 3] << 6
+    # our own files count from the sign plus 1
+    return packed.pack(torch.from_numpy(padded + 1)).numpy().reshape(len(codes), -1, block // 4)
 
 
 def in_two_bits(path: Path) -> int:
@@ -54,11 +55,11 @@ def in_two_bits(path: Path) -> int:
             nodes.append(node)
             continue
         name, (codes, scales) = node.input[1], found
-        packed = pack(codes)
+        quarters = pack(codes)
         graph.initializer.extend(
             [
-                numpy_helper.from_array(packed, f"{node.output[0]}.codes"),
-                numpy_helper.from_array(np.repeat(scales[:, None], packed.shape[1], 1), f"{node.output[0]}.scales"),
+                numpy_helper.from_array(quarters, f"{node.output[0]}.codes"),
+                numpy_helper.from_array(np.repeat(scales[:, None], quarters.shape[1], 1), f"{node.output[0]}.scales"),
             ]
         )
         bias = [node.input[2]] if len(node.input) > 2 and node.input[2] else []

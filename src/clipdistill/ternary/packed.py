@@ -24,7 +24,7 @@ from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.save import DESCRIPTION, WEIGHTS, blaming_file, made_here, save_model
 from clipdistill.runtime.files import new_folder, read_json, sha256, write_json
-from clipdistill.ternary.weights import dense
+from clipdistill.ternary.weights import dense, parts
 
 PACKED = "ternary.safetensors"
 
@@ -53,8 +53,7 @@ def write_packed(model: ClipModel, names: Iterable[str], folder: Path) -> dict[s
         if name not in chosen:
             tensors[name] = value.detach().cpu().contiguous().clone()
             continue
-        codes = value.detach().sign().to(torch.int8).cpu()
-        scales = value.detach().flatten(1).abs().amax(1).cpu()
+        codes, scales = parts(value.detach().cpu())
         zeros, count = zeros + int((codes == 0).sum()), count + codes.numel()
         tensors[f"{name}.codes"], tensors[f"{name}.scales"] = pack(codes), scales
         shapes[name] = list(value.shape)

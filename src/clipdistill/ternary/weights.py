@@ -24,6 +24,11 @@ def ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8).view(weight.shape), scales
 
 
+def parts(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a weight that is ternary already: `dense` makes it again."""
+    return weight.sign().to(torch.int8), weight.flatten(1).abs().amax(1)
+
+
 def dense(codes: Tensor, scales: Tensor) -> Tensor:
     """The weight that codes and scales stand for, in the scales' number format."""
     return codes.to(scales.dtype) * scales.view(-1, *[1] * (codes.ndim - 1))
