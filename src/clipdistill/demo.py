@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     runs: list[Run] = []
     for config in configs:
         say(f"{len(runs) + 1}/{len(configs)}  {config.recipe}", colour="bold")
-        cached = {"teacher": f"cache:{cache}"} if config.objective.needs_teacher else {}
+        cached = {"teacher": f"cache:{cache}"} if config.needs_teacher else {}
         runs.append(distill(config.model_copy(update=cached), sources=sources))
     say("measuring speed", colour="bold")
     measure_speed(runs, arguments.seconds)

@@ -1,8 +1,6 @@
 """The teacher's rows of the whole set: what a step is compared with, samples of it, cleaned targets, exact resume."""
 
 import itertools
-import os
-import signal
 
 import numpy as np
 import pytest
@@ -17,10 +15,10 @@ from clipdistill.data.sampler import step_sample
 from clipdistill.errors import InputError, Preempted
 from clipdistill.models import load_model
 from clipdistill.runs.folder import read_rows
-from clipdistill.train import loop
 from clipdistill.train.config import resolve
 from clipdistill.train.run import distill
 from tests.cache.support import filled, saved_teacher, scenes
+from tests.train.support import signal_at
 
 SIZE = 24
 
@@ -181,15 +179,7 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path, store, student, settings, mo
     expected = _losses(tmp_path / "whole")
     assert len(expected) == 6
     assert {"bank_cross", "bank_within", "bank_xrd"} <= set(expected[0])
-    real, done = loop.Loop.tell, []
-
-    def tell(self, event, **changes):
-        real(self, event, **changes)
-        if event == "on_step" and self.progress.step == 3 and not done:
-            done.append(1)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(loop.Loop, "tell", tell)
+    signal_at(monkeypatch, 3)
     with pytest.raises(Preempted):
         distill(_config(tmp_path / "parts", name, student, *settings), quiet=True)
     distill(_config(tmp_path / "parts", name, student, *settings), quiet=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,10 @@ from safetensors.torch import load_file
 from clipdistill.curation import training
 from clipdistill.errors import InputError, Preempted
 from clipdistill.runs.folder import RunFolder
-from clipdistill.train import loop
 from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.run import distill, make_task
 from tests.cache.support import filled, saved_teacher
+from tests.train.support import signal_at
 
 SIZE = 24
 SETTINGS = [
@@ -85,15 +83,7 @@ def test_a_run_resumes_to_the_bit(tmp_path: Path, settings: Any, chosen: str, mo
     described = RunFolder(tmp_path / "whole").facts()
     assert described["super_batch"] == (12 if "curation" in chosen else 6)
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["samples_seen"] == 36  # trained on, not looked at
-    real, done = loop.Loop.tell, []
-
-    def tell(self: Any, event: str, **changes: Any) -> None:
-        real(self, event, **changes)
-        if event == "on_step" and self.progress.step == 3 and not done:
-            done.append(1)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(loop.Loop, "tell", tell)
+    signal_at(monkeypatch, 3)
     with pytest.raises(Preempted):
         distill(settings(tmp_path / "parts", chosen, recipe="clip-kd"), quiet=True)
     parts = distill(settings(tmp_path / "parts", chosen, recipe="clip-kd"), quiet=True)
@@ -111,6 +101,11 @@ def test_a_live_teacher_weighs_pairs_too(tmp_path: Path, settings: Any, teacher:
     [
         (["train.curation=0.5"], False, "a teacher weighs the pairs, and none is named"),
         (["train.neighbours=4", "train.ternary=both"], True, r"train\.neighbours=4: not together with train\.ternary"),
+        (
+            ["train.curation=0.5", "train.mean_captions=0.5", "train.lock_text=all"],
+            True,
+            "embeds single captions",
+        ),
         (["train.curation=1"], True, r"train\.curation"),
         (["train.neighbours=1"], True, r"train\.neighbours"),
     ],

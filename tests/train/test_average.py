@@ -1,19 +1,15 @@
 """The running average of weights: by hand, and as what a run evaluates, saves and resumes."""
 
-import os
-import signal
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from clipdistill.errors import InputError, Preempted
 from clipdistill.runs.folder import RunFolder, read_rows
-from clipdistill.train import loop
 from clipdistill.train.average import WeightAverage
 from clipdistill.train.config import resolve
 from clipdistill.train.run import distill
-from tests.train.support import lines
+from tests.train.support import lines, signal_at
 
 
 def test_by_hand():
@@ -57,15 +53,7 @@ def test_the_averaged_student_is_evaluated_saved_and_resumed_to_the_bit(whole, t
     for name, value in average.items():
         assert torch.equal(saved[name.replace("/", ".")], value), name
     assert RunFolder(whole.folder).facts()["averaged"] == {"decay": 0.9, "updates": 6}
-    real, done = loop.Loop.tell, []
-
-    def tell(self, event, **changes):
-        real(self, event, **changes)
-        if event == "on_step" and self.progress.step == 4 and not done:
-            done.append(1)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(loop.Loop, "tell", tell)
+    signal_at(monkeypatch, 4)
     with pytest.raises(Preempted):
         distill(settings(tmp_path / "parts"), quiet=True)
     parts = distill(settings(tmp_path / "parts"), quiet=True)

@@ -151,8 +151,7 @@ class TrainConfig(Config):
     ternary: Literal["none", "image", "text", "both"] = "none"
     """Towers whose trained weight matrices are -1, 0 and 1 times a scale a row in every pass (docs/more-methods.md)."""
     curation: float = pydantic.Field(default=0.0, ge=0, le=0.99)
-    """Share of a super-batch that is left out: the batch is drawn by what the student has still to learn and its
-    teacher knows (ACID; 0: batches as they come)."""
+    """Share of each super-batch left out by what the student has still to learn and its teacher knows (ACID)."""
     neighbours: int | None = pydantic.Field(default=None, ge=2)
     """Size of the groups of a cached teacher's nearest neighbours that batches are made of (None: no groups)."""
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
@@ -287,9 +286,13 @@ class RunConfig(Config):
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        if self.teacher is None:
-            return ()
-        return split_models(self.teacher) if isinstance(self.teacher, str) else self.teacher
+        names = () if self.teacher is None else self.teacher
+        return split_models(names) if isinstance(names, str) else names
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Something reads a teacher: a term, or what chooses the batches."""
+        return self.objective.needs_teacher or bool(self.train.curation or self.train.neighbours)
 
 
 def resolve(
@@ -439,9 +442,8 @@ def _check(config: RunConfig) -> None:
             f"train.keep_best={train.keep_best}: the best is chosen on the curve; give --validation and "
             "train.evaluate_every, the steps between its points"
         )
-    chosen = [name for name in ("curation", "neighbours") if getattr(train, name)]
-    if chosen and not config.teachers:
-        raise InputError(f"train.{chosen[0]}: a teacher weighs the pairs, and none is named: --teacher")
+    if config.needs_teacher and not config.teachers:
+        raise InputError("train.curation, train.neighbours: a teacher weighs the pairs, and none is named: --teacher")
     usual = {name: value.default for name, value in TrainConfig.model_fields.items()}
     both = "grad_checkpointing keep_best ternary curation neighbours ema_decay"
     for others, here, names in (
@@ -481,18 +483,17 @@ def _check(config: RunConfig) -> None:
             )
     if train.masks is not None and train.compile is True:
         raise InputError("train.compile: masks change the model at every step; compile a run without train.masks")
-    if train.views == "stored" and not cached and (config.objective.needs_teacher or train.lock_image != "all"):
+    if train.views == "stored" and not cached and (config.needs_teacher or train.lock_image != "all"):
         raise InputError(
             "train.views=stored: a cache stores views (--teacher cache:DIR); or, without a teacher, features of "
             "a locked image tower (train.lock_image=all)"
         )
-    if train.mean_captions and (config.objective.needs_teacher or train.lock_text != "all"):
+    if train.mean_captions and (config.needs_teacher or train.lock_text != "all"):
         raise InputError(
             "train.mean_captions: features of captions are averaged, of a locked text tower (train.lock_text=all) and "
             "without a teacher, which embeds single captions"
         )
-    scales = train.teacher_logit_scale
-    if not cached and isinstance(scales, tuple) and len(scales) != len(config.teachers):
+    if not cached and isinstance(scales := train.teacher_logit_scale, tuple) and len(scales) != len(config.teachers):
         raise InputError(
             f"train.teacher_logit_scale: {len(scales)} values for {len(config.teachers)} teachers; "
             "give one number, or one for each teacher"

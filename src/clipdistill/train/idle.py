@@ -22,7 +22,7 @@ def idle(config: RunConfig, total_steps: int) -> list[str]:
         "train.stored_views": ("train.views=stored without a cache", train.views == "stored" and not alone),
         "train.teacher_logit_scale": (
             "a term that reads a teacher, and not with train.fixed_logit_scale",
-            (terms.needs_teacher or train.curation) and train.fixed_logit_scale is None,
+            config.needs_teacher and train.fixed_logit_scale is None,
         ),
         "train.logit_bias_init": ("the term sigmoid", "sigmoid" in terms.active_terms),
         "train.evaluate_every": ("--validation", measured),

@@ -142,10 +142,11 @@ def distill(
 
 def make_task(config: RunConfig, device: torch.device, sources: Sources | None = None, say: Say = print) -> Task:
     """What `config` trains, ready for its first step. Raises InputError for unusable input."""
-    for name in config.evaluation.zero_shot:  # one that cannot be read would be told after the last step
+    if config.evaluation.zero_shot:
         from clipdistill.evaluate.evaluate import opened_all
 
-        opened_all(name, None, None)
+        for item in (sources or Sources()).labelled(config):  # one that cannot be read is told before the first step
+            opened_all(item, None, None)
     kind = "distillation" if config.train.ternary == "none" else "ternary student"
     kind = "curated batches" if config.train.curation or config.train.neighbours else kind
     kind = kind if config.meta_teacher is None else "region teacher"

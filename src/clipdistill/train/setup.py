@@ -129,7 +129,7 @@ def build(config: RunConfig, device: torch.device, sources: Sources | None = Non
             require_terms(config.objective.modalities, source)
     validation = sources.validation(config)
     teacher: Teacher | None = None
-    if config.objective.needs_teacher or train.curation or train.neighbours:
+    if config.needs_teacher:
         teacher = sources.teacher(config, source, device)
     student = _student(config, source, teacher, sources, device)
     teacher = prepare_teacher(teacher, config, source, student.embed_dim)
