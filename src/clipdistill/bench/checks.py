@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from clipdistill.errors import InputError, nearest
-
-TOWERS = ("image", "text")
+from clipdistill.models.known import TOWERS
 
 
 def check_settings(

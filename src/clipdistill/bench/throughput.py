@@ -18,13 +18,14 @@ import torch
 
 from clipdistill.bench import endtoend
 from clipdistill.bench.backends import DTYPES, Backend, Loaded, find_dtype
-from clipdistill.bench.checks import TOWERS, check_settings
+from clipdistill.bench.checks import check_settings
 from clipdistill.bench.cost import describe_model, median_caption, peak_activation_bytes, sample_inputs
 from clipdistill.bench.device import busy_warning, describe_device, describe_libraries
 from clipdistill.bench.timing import UNTRUSTED, Session, TimedTask, measure, median_interval, pair_rates, ratio_interval
 from clipdistill.data.pairs import PairSource
 from clipdistill.errors import InputError, first_line
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.known import TOWERS
 from clipdistill.registry import BACKENDS
 from clipdistill.runtime.machine import pick_device, wait_for
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from clipdistill.bench.backends import Loaded
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import TOWERS, load_graph
-from clipdistill.models.known import PHONES, SUFFIX
+from clipdistill.models.exported import load_graph
+from clipdistill.models.known import PHONES, SUFFIX, TOWERS
 
 _SAMPLES = 16
 

@@ -41,7 +41,6 @@ from clipdistill.export.transform import write_transform
 from clipdistill.export.two_bits import in_two_bits
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.exported import (
-    TOWERS,
     graph_parts,
     load_graph,
     part_name,
@@ -50,7 +49,7 @@ from clipdistill.models.exported import (
     takes_any_length,
 )
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
-from clipdistill.models.known import PHONES, SUFFIX
+from clipdistill.models.known import PHONES, SUFFIX, TOWERS
 from clipdistill.runtime.console import Shown
 from clipdistill.runtime.files import read_json, sha256, write_json
 from clipdistill.version import __version__

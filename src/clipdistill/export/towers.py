@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from clipdistill.errors import InputError, first_line, needing
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import TOWERS
+from clipdistill.models.known import TOWERS
 
 INPUTS = {"image": "image", "text": "tokens"}
 OUTPUTS = {"image": "image_embedding", "text": "text_embedding"}

@@ -27,13 +27,12 @@ from clipdistill.data.views import ImageSpec
 from clipdistill.errors import InputError, needing
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
-from clipdistill.models.known import PHONES, SUFFIX
+from clipdistill.models.known import PHONES, SUFFIX, TOWERS
 from clipdistill.models.tokenizers import HuggingFaceTokenizer, Tokenizer, tokenizer_from_dict
 from clipdistill.registry import RUNTIMES
 from clipdistill.runtime.files import read_json, sha256
 
 DESCRIPTION = "model.json"
-TOWERS = ("image", "text")
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
 """Number formats in which OpenVINO may compute a float32 graph."""
 

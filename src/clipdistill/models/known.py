@@ -33,6 +33,8 @@ OPEN_CLIP_CONFIG, HUGGING_FACE_CONFIG, EXPORT_MANIFEST = "open_clip_config.json"
 """The file by which a folder of each form is recognised."""
 BLOCK_SIZES, IMAGE_PROMPTS = "block_sizes", "image_prompts"
 """Keys of an architecture: layers of different sizes (models/sized.py), prompts (models/prompts.py)."""
+TOWERS = ("image", "text")
+"""What a CLIP is made of, as settings, files and graphs name it."""
 PHONES = ("litert", "executorch", "coreml")
 """Forms of an export for a phone."""
 SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite", "executorch": ".pte", "coreml": ".mlpackage"}

@@ -11,9 +11,8 @@ from typing import Any
 from torch import nn
 
 from clipdistill.errors import InputError, nearest
-from clipdistill.models.known import near
+from clipdistill.models.known import TOWERS, near
 
-_TOWERS = ("image", "text")
 _JOINED_HEADS = ("visual.head.", "text.head.")
 _SCALES = ("logit_scale", "logit_bias")
 
@@ -34,7 +33,7 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> int:
     """
     parameters = dict(module.named_parameters())
     for pattern in patterns:
-        if pattern in _TOWERS and not hasattr(module, "visual"):
+        if pattern in TOWERS and not hasattr(module, "visual"):
             raise InputError(
                 f"freeze: '{pattern}' is a tower of open_clip's models; name this module's own parts, such as "
                 f"'{next(iter(parameters)).split('.')[0]}'"
@@ -42,7 +41,7 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> int:
         matched = [name for name in parameters if _matches(pattern, name)]
         if not matched:
             parts = {name.rsplit(".", depth)[0] for name in parameters for depth in (1, 2, 3)}
-            hint = nearest(pattern, _TOWERS) if len(pattern) < 8 else near(pattern, parts)
+            hint = nearest(pattern, TOWERS) if len(pattern) < 8 else near(pattern, parts)
             raise InputError(f"freeze: no parameter is called '{pattern}'{hint}")
         for name in matched:
             parameters[name].requires_grad_(False)
@@ -52,7 +51,7 @@ def freeze(module: nn.Module, patterns: Sequence[str]) -> int:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    if pattern in _TOWERS:
+    if pattern in TOWERS:
         return tower_of(name) == pattern
     return name == pattern or name.startswith(f"{pattern}.") or fnmatch.fnmatchcase(name, pattern)
 
@@ -210,8 +209,7 @@ def _layers_below_output(module: nn.Module) -> Callable[[str], int]:
     """A function from parameter name to its number of layers below its tower's output."""
     depth = _depths(module)
     deepest = {
-        tower: max((d for n, d in depth.items() if tower_of(n) == tower and d < _OUTPUT), default=0)
-        for tower in _TOWERS
+        tower: max((d for n, d in depth.items() if tower_of(n) == tower and d < _OUTPUT), default=0) for tower in TOWERS
     }
 
     def below(name: str) -> int:

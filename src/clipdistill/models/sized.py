@@ -24,9 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from clipdistill.errors import InputError, nearest
-from clipdistill.models.known import BLOCK_SIZES
+from clipdistill.models.known import BLOCK_SIZES, TOWERS
 
-TOWERS = ("image", "text")
 _FIELDS = ("head_width", "heads", "mlp")
 _OTHER_BLOCKS = (
     "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc",

@@ -14,8 +14,8 @@ from clipdistill.export.phone import coreml, executorch, litert
 from clipdistill.export.phone.parts import muted, named
 from clipdistill.export.towers import example_inputs, plain_copy, quiet, reason_of
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import TOWERS, Runner, load_graph
-from clipdistill.models.known import SUFFIX
+from clipdistill.models.exported import Runner, load_graph
+from clipdistill.models.known import SUFFIX, TOWERS
 
 CONVERTERS: dict[str, Callable[[nn.Module, Tensor, Path, str, Callable[[], bool]], None]] = {
     "litert": litert.convert,

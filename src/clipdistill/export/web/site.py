@@ -28,8 +28,9 @@ from clipdistill.export.transform import EXAMPLE
 from clipdistill.export.web.runtime import PACKAGE, VERSION, copy_runtime
 from clipdistill.export.web.weights import light_tower
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.exported import TOWERS, load_graph, read_exported
+from clipdistill.models.exported import load_graph, read_exported
 from clipdistill.models.known import EXPORT_MANIFEST as MANIFEST
+from clipdistill.models.known import TOWERS
 from clipdistill.runtime.console import file_size
 from clipdistill.runtime.files import read_json, sha256, write_json
 
