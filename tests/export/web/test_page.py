@@ -100,7 +100,7 @@ def ask(browser: Browser, words: str) -> None:
     browser.evaluate("document.getElementById('answer').textContent = ''")
     browser.evaluate(f"document.getElementById('q').value = {json.dumps(words)}")
     browser.evaluate("document.getElementById('search').requestSubmit()")
-    browser.until("document.getElementById('answer').textContent || document.getElementById('problem').textContent")
+    browser.until("!document.body.classList.contains('busy')")  # a sentence in `problem` may come before the answer
 
 
 def text(browser: Browser, name: str) -> str:
