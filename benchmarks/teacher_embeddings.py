@@ -26,14 +26,16 @@ from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.models import ClipModel, load_model
 from clipdistill.train.config import RunConfig, resolve
 from clipdistill.train.features import locked_features
-from clipdistill.train.run import distill
+from clipdistill.train.run import distill, with_precision
+
+CPU = torch.device("cpu")
 
 
 @torch.no_grad()
 def embed(model: ClipModel, source: PairSource, config: RunConfig) -> tuple[Tensor, Tensor, Tensor]:
     """(image (N, D), text (captions, D), which image each caption is of), from the features that are kept."""
     model.module.requires_grad_(False).eval()
-    features = locked_features(model, source, config, torch.device("cpu"))
+    features = locked_features(model, source, config, CPU)
     assert features.text is not None
     counts = torch.tensor([len(source.captions(i)) for i in range(len(source))])
     image, text = model.module.encode_image(features.image[0]), model.module.encode_text(features.text)
@@ -59,7 +61,7 @@ def main() -> None:
     def train(name: str, source: PairSource) -> tuple[ClipModel, RunConfig]:
         fixed = [f"train.features_folder={given.features}", "train.views=fixed"]
         values = {"student": given.student, "data": source, "out": f"{given.work}/{name}"}
-        config = resolve("lit", values, size="heads", assignments=[*fixed, *given.settings])
+        config = with_precision(resolve("lit", values, size="heads", assignments=[*fixed, *given.settings]), CPU)
         return load_model(distill(config, quiet=True).student), config
 
     whole, validation = open_pairs(given.data, split="train"), open_pairs(given.data, split=given.validation)

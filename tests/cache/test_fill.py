@@ -116,7 +116,7 @@ def _kill_while_writing(stage, block):
         if len(written) == block + 1:
             if stage == "half written":
                 path.parent.mkdir(exist_ok=True)
-                path.with_name(f".{path.name}.{os.getpid()}.writing").write_bytes(b"cut")
+                path.with_name(f".{path.name}.writing-cut").write_bytes(b"cut")
             if stage == "written, claim not given back":
                 original(path, tensors, metadata)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -61,6 +61,7 @@ def test_products_stay_what_they_were(tmp_path: Path, kind: str, width: int) -> 
     np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("towers", ["both", "image", "text"])
 def test_an_export_of_ternary_towers(tmp_path: Path, tiny, towers: str) -> None:
     weights = matrices(tiny.module.requires_grad_(True), towers)

@@ -5,6 +5,7 @@ CLIPDISTILL_KILLS sets how many kills each gets.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,7 +29,10 @@ from clipdistill.regions.box_file import BoxFile, detect
 from clipdistill.regions.detectors import open_detector
 from clipdistill.regions.store import RegionStore, fill_store
 from clipdistill.runs.folder import run_folders
+from clipdistill.scenes import write
+from clipdistill.scenes.write import write_scenes
 from clipdistill.train.region_config import BoxLimits, MetaTeacherConfig
+from clipdistill.vectors.job import embed_to_file
 from tests.cache.support import cache_config, saved_teacher
 from tests.reliability.support import Launcher, wait_for
 
@@ -76,7 +80,8 @@ def killed(work: Callable[[], object], folder: Path, look: Callable[[], object])
 def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones, so that a kill comes between them; what is left of a block is old at once."""
     monkeypatch.setattr(stores, "BLOCK", 4)
-    monkeypatch.setattr(stores, "ABANDONED", 0.0)
+    for module in (stores, write):
+        monkeypatch.setattr(module, "ABANDONED", 0.0)
     monkeypatch.setattr(box_file, "_IMAGES", 4)
 
 
@@ -137,6 +142,61 @@ def test_boxes_that_are_detected_and_their_regions(tmp_path: Path) -> None:
                 assert len(RegionStore(path.parent).read(range(12)).mask) == 12
 
     killed(work, folder, look)
+
+
+def ended_before_each_name(work: Callable[[Path], object], folder: Path) -> int:
+    """`work` in a process that ends just before its n-th file takes its name, then again, undisturbed, for every n.
+
+    The second must make what is made in peace. Returns how many places there were.
+    """
+    torch.set_num_threads(1)
+    fork = multiprocessing.get_context("fork")
+
+    def child(out: Path, last: int) -> None:
+        names = 0
+        for method in ("replace", "rename"):
+            named = getattr(Path, method)
+
+            def ends(self: Path, target: Path, named: Callable[[Path, Path], Path] = named) -> Path:
+                nonlocal names
+                names += 1
+                return named(self, target) if names != last else os._exit(9)
+
+            setattr(Path, method, ends)
+        work(out)
+
+    work(folder / "peace")
+    wanted = contents(folder / "peace")
+    for last in itertools.count(1):
+        out = folder / f"ended-{last}"
+        for at, code in ((last, 9), (0, 0)):
+            process = fork.Process(target=child, args=(out, at))
+            process.start()
+            process.join()
+            if process.exitcode == 0 and at:
+                return last - 1
+            assert process.exitcode == code
+        assert contents(out) == wanted
+    raise AssertionError
+
+
+def test_the_place_where_a_file_takes_its_name(tmp_path: Path) -> None:
+    """What a kill leaves before there is anything to go by is no reason to refuse the folder."""
+    source, model = open_pairs("scenes:val?size=6"), load_model("scenes-teacher", teacher=True)
+    detector, teacher = open_detector("grid", torch.device("cpu")), saved_teacher(tmp_path / "teacher")
+
+    def embed(out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        embed_to_file(model, source, out / "rows.npy", progress=False)
+
+    works: dict[str, Callable[[Path], object]] = {
+        "boxes": lambda out: detect(source, detector, out),
+        "scenes": lambda out: write_scenes(out, "webdataset", "val", 4, shard_size=2, workers=1),
+        "cache": lambda out: fill(cache_config(out, teacher, 8, block=4)),
+        "embeddings": embed,
+    }
+    for name, work in works.items():
+        assert ended_before_each_name(work, tmp_path / name) > 1
 
 
 @pytest.mark.slow

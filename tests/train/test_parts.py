@@ -46,12 +46,15 @@ def test_step_seeds_differ_in_every_argument():
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_a_first_signal_is_remembered_and_handlers_are_put_back(name):
     number = getattr(signal, name)
-    before = signal.getsignal(number)
-    with StopSignal() as stop:
-        assert stop.received is None
-        os.kill(os.getpid(), number)
-        assert stop.received == name
-    assert signal.getsignal(number) == before
+    outside = signal.signal(number, signal.default_int_handler)  # SIGHUP is ignored where these tests run under nohup
+    try:
+        with StopSignal() as stop:
+            assert stop.received is None
+            os.kill(os.getpid(), number)
+            assert stop.received == name
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, outside)
 
 
 def test_a_hang_up_that_nohup_ignores_stays_ignored():

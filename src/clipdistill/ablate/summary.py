@@ -11,7 +11,7 @@ from clipdistill.ablate.pictures import draw
 from clipdistill.ablate.plan import AblationPlan
 from clipdistill.ablate.results import Results, collect, to_json
 from clipdistill.ablate.tables import markdown
-from clipdistill.runtime.files import remove_leftovers, write_together
+from clipdistill.runtime.files import write_together
 from clipdistill.statistics.verdicts import FILE as CLAIMS
 from clipdistill.statistics.verdicts import verdict_document
 
@@ -23,8 +23,6 @@ def summarise(plan: AblationPlan, grid: Sequence[GridRun], out: Path, *, command
     results = collect(plan, grid, out)
     if results is None:
         return None
-    for name in (f"{NAME}.svg", f"{NAME}.json", f"{NAME}.md", CLAIMS):
-        remove_leftovers(out, name)
     picture = draw(results)
     page = markdown(results, picture=f"{NAME}.svg" if picture else None, command=command)
     written: dict[Path, Any] = {out / f"{NAME}.svg": picture} if picture else {}

@@ -111,15 +111,9 @@ class BlockFolder:
     def remove(self, name: str) -> None:
         """Take away a block, and what a killed writer left of it."""
         self._open.pop(name, None)
-        self.path(name).unlink(missing_ok=True)
-        self.remove_leftovers(name)
-
-    def remove_leftovers(self, name: str) -> None:
-        """Take away what a killed writer left of a block; only for who holds the lock on it."""
         path = self.path(name)
+        path.unlink(missing_ok=True)
         remove_leftovers(path.parent, path.name)
-        for leftover in path.parent.glob(f".{path.name}.*.writing"):  # of earlier versions
-            leftover.unlink(missing_ok=True)
 
 
 def write_block(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

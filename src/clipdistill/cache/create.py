@@ -29,7 +29,7 @@ from clipdistill.embed.encode import Encoder
 from clipdistill.embed.prepare import sample_digest
 from clipdistill.errors import InputError
 from clipdistill.models import ClipModel
-from clipdistill.runtime.files import make_folder, refuse_links, write_text
+from clipdistill.runtime.files import first_other, make_folder, refuse_links, write_text
 from clipdistill.runtime.locks import Claims
 
 _BLOCK_BYTES = 64_000_000
@@ -40,11 +40,10 @@ _PICTURES = 64
 
 def require_cache_place(folder: Path) -> None:
     """Raise InputError where no cache can be kept: among other files, through links, where nothing can be written."""
-    if folder.is_dir() and not (folder / MANIFEST).exists() and any(p.name != "locks" for p in folder.iterdir()):
-        leftovers = [p for p in folder.iterdir() if not p.name.startswith((".", "samples-", "teacher-", "locks"))]
-        if leftovers:
-            raise InputError(f"{folder}: holds other files ('{leftovers[0].name}') and no cache; give a new folder")
     if folder.is_dir():
+        other = first_other(folder, ".", "samples-", "samples.arrow", "teacher-", "locks")
+        if other and not (folder / MANIFEST).exists():
+            raise InputError(f"{folder}: holds other files ('{other}') and no cache; give a new folder")
         refuse_links(folder, "cache")
     make_folder(folder, "cache")
 

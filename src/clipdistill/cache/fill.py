@@ -348,8 +348,6 @@ class Filling:
         if not parts:
             self.claims.give_back(f"{number:06d}")
             return None
-        for part in parts:
-            self.store.remove_leftovers(*part, number)
         return BlockWork(number, parts, self.indices(number))
 
     def items(self, work: BlockWork, indices: Sequence[int]) -> list[Item]:

@@ -88,10 +88,6 @@ class CacheStore(DescribedEmbeddings):
         """The file of one block; `teacher` does not matter for views."""
         return self._files.path(self._name(part, teacher, block))
 
-    def remove_leftovers(self, part: Part, teacher: int, block: int) -> None:
-        """Take away what killed writers left of a block; only while holding the lock on it."""
-        self._files.remove_leftovers(self._name(part, teacher, block))
-
     def parts(self) -> list[tuple[Part, int]]:
         """What each block consists of, in the order of writing."""
         found: list[tuple[Part, int]] = [("views", 0)] if self.manifest.views else []

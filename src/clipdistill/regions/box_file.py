@@ -24,7 +24,14 @@ from clipdistill.data.problems import BadSample
 from clipdistill.errors import InputError
 from clipdistill.regions.boxes import Boxes, Detector
 from clipdistill.runtime.console import Shown
-from clipdistill.runtime.files import make_folder, new_file, parse_json, read_json, remove_leftovers, write_json
+from clipdistill.runtime.files import (
+    first_other,
+    make_folder,
+    new_file,
+    parse_json,
+    read_json,
+    write_json,
+)
 
 _PARQUET = (".parquet", ".pq")
 _LINES = (".jsonl", ".ndjson")
@@ -258,7 +265,6 @@ def detect(
         path = folder / f"part-{number:05d}.parquet"
         if path.exists():
             continue
-        remove_leftovers(folder, path.name)
         metadata = {"clipdistill": "proposals", "detector": str(wanted["detector"])}
         write_rows(path, _detected(source, part, detector, batch_size), metadata)
         progress(part.stop, len(source))
@@ -303,6 +309,6 @@ def open_folder(folder: Path, source: PairSource, wanted: dict[str, Any]) -> Non
                 )
         return
     make_folder(folder, "boxes")
-    if any(folder.iterdir()):
+    if first_other(folder):
         raise InputError(f"{folder}: the folder is not empty and holds no proposals; give a new one")
     write_json(path, described, checked=True)

@@ -39,12 +39,13 @@ def temporary_prefix(path: Path) -> str:
 def new_file(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path`, to be written in the block; synced and renamed to `path` at its end.
 
-    After an error `path` is as it was and nothing is left. The file gets the permissions of any new file, also where
-    the library that wrote it made it private. Raises InputError for a device, a pipe or a folder of that name, which
-    the rename would replace.
+    After an error `path` is as it was and nothing is left; what a killed writer left goes first. The file gets the
+    permissions of any new file, also where the library that wrote it made it private. Raises InputError for a device,
+    a pipe or a folder of that name, which the rename would replace.
     """
     path = Path(path)
     _refuse_no_file(path)
+    remove_leftovers(path.parent, path.name)
     descriptor, name = tempfile.mkstemp(prefix=temporary_prefix(path), suffix=path.suffix[-20:], dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
@@ -303,18 +304,24 @@ def remove_leftovers(folder: Path | str, name: str | None = None, *, older_than:
     places where processes of other machines may be writing.
     """
     folder = Path(folder)
-    now = disk_time(folder)
+    now = disk_time(folder) if older_than else 0.0
     for path in folder.glob(f".*{WRITING}*"):
         if name is not None and not path.name.startswith(temporary_prefix(folder / name)):
             continue
         with contextlib.suppress(OSError):
-            if now - path.lstat().st_mtime < older_than:
+            if older_than and now - path.lstat().st_mtime < older_than:
                 continue
             with contextlib.nullcontext(True) if path.is_symlink() else _held(path) as free:
                 if free and path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 elif free:
                     path.unlink()
+
+
+def first_other(folder: Path, *ours: str) -> str | None:
+    """The name of a thing in `folder` that no killed writer left and that does not begin like one of `ours`."""
+    names = sorted(path.name for path in folder.iterdir())
+    return next((n for n in names if not ((n.startswith(".") and WRITING in n) or n.startswith(ours))), None)
 
 
 def sync(path: Path | str) -> None:
@@ -485,7 +492,7 @@ def _umask() -> int:
 def disk_time(folder: Path) -> float:
     """The time by the clock of the disk that `folder` is on, which need not be this machine's."""
     try:
-        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+        with tempfile.TemporaryFile(dir=folder) as probe:  # without a name, where the disk can: a kill leaves nothing
             return os.fstat(probe.fileno()).st_mtime
     except OSError:
         return float("inf")

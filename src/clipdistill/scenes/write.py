@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from clipdistill.errors import InputError, nearest
 from clipdistill.runtime.files import (
     ABANDONED,
+    first_other,
     make_folder,
     new_file,
     read_json,
@@ -115,8 +116,8 @@ def _claim(out: Path, source: ScenePairs, format: str, shard_size: int) -> None:
                     remove_leftovers(folder, older_than=ABANDONED)
                 return
         raise InputError(f"'{out}' already holds other scenes ({mark.name} says which): name another folder")
-    if any(out.iterdir()):
-        raise InputError(f"'{out}' is not empty: name another folder")
+    if other := first_other(out):
+        raise InputError(f"'{out}' is not empty ({other}): name another folder")
     write_json(mark, about)
 
 

@@ -7,13 +7,20 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from clipdistill.config import as_dict, build
 from clipdistill.errors import InputError
 from clipdistill.runs.folder import CHECKPOINTS, IDENTITY, LOCK, RECIPE, RUN, RunFolder
-from clipdistill.runtime.files import digest_of, make_folder, read_json, refuse_links, remove_leftovers, write_json
+from clipdistill.runtime.files import (
+    digest_of,
+    first_other,
+    make_folder,
+    read_json,
+    refuse_links,
+    remove_leftovers,
+    write_json,
+)
 from clipdistill.runtime.locks import FolderLock
 from clipdistill.train.config import RunConfig
 
@@ -47,19 +54,14 @@ def opened(config: RunConfig, allow_changes: bool) -> Iterator[list[str]]:
     if os.path.isdir(run.path):  # noqa: PTH112 - False for a name that is too long, too
         refuse_links(run.path, "run")
         begun = (run / RECIPE).exists() or (run / CHECKPOINTS).exists()
-        if not begun and any(path.name != LOCK and not _leftover(path) for path in run.path.iterdir()):
-            raise InputError(f"{run.path}: the folder is not empty and holds no run; give a new one as --out")
+        if not begun and (other := first_other(run.path, LOCK)):
+            raise InputError(f"{run.path}: the folder is not empty ({other}) and holds no run; give a new one as --out")
     make_folder(run.path, "run")
     with FolderLock(run / LOCK, f"{run.path}: another process is training here"):
         remove_leftovers(run.path)
         for path in (*run.path.glob(".student.writing-*"), *run.path.glob(".student.replaced-*")):
             shutil.rmtree(path, ignore_errors=True)
         yield _open(config, run, allow_changes)
-
-
-def _leftover(path: Path) -> bool:
-    """What a killed writer left before there was a recipe."""
-    return path.name.startswith((".recipe.yaml.", f".{LOCK.strip('.')}", f"{LOCK}."))
 
 
 def _open(config: RunConfig, run: RunFolder, allow_changes: bool) -> list[str]:

@@ -133,7 +133,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     """Autocast for the encoders in "bf16" or "fp16", or nothing in "fp32"."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.float16 if precision == "fp16" else torch.bfloat16)
+    return torch.autocast(device.type, dtype={"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
 
 
 def attention_by(way: str) -> AbstractContextManager[object]:

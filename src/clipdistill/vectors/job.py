@@ -28,7 +28,16 @@ from clipdistill.embed.names import on_cluster
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.runtime.console import Shown
-from clipdistill.runtime.files import digest_of, make_folder, new_file, read_json, require_place, sha256, write_json
+from clipdistill.runtime.files import (
+    digest_of,
+    first_other,
+    make_folder,
+    new_file,
+    read_json,
+    require_place,
+    sha256,
+    write_json,
+)
 from clipdistill.runtime.locks import FolderLock
 from clipdistill.runtime.progress import Meter
 from clipdistill.vectors.files import Part, keys_beside, require_room, require_suffix, write_embeddings
@@ -36,7 +45,6 @@ from clipdistill.vectors.files import Part, keys_beside, require_room, require_s
 FORMAT = 2
 _SAMPLED = 64
 """Pictures whose bytes tell whether a set is still the same."""
-_OURS = ("part-", ".part-", "identity.json", ".identity.json", "lock", ".lock")
 _ASSEMBLING = "part-s are being put together"
 
 
@@ -143,7 +151,7 @@ def embed_to_file(
     if out.suffix == ".npy":
         require_place(keys_beside(out), "keys", (b'{"key": ',))
     make_folder(folder, "embeddings")
-    if other := next((path.name for path in folder.iterdir() if not path.name.startswith(_OURS)), None):
+    if other := first_other(folder, "part-", "identity.json", "lock"):
         raise InputError(f"{folder}: holds other things ({other}), and is where embeddings are kept until all are done")
     with FolderLock(folder / "lock", f"{folder} is being filled"):
         part = _begun(folder, identity, part)
