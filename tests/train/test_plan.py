@@ -53,6 +53,17 @@ def test_no_shipped_recipe_sets_what_it_does_not_read(name):
     assert idle(resolve(name, {**NAMES, **classes, "validation": "scenes"}), 10**7) == []
 
 
+@pytest.mark.parametrize(
+    ("capability", "precision", "told"), [("AVX2", "bf16", 1), ("AVX512", "bf16", 0), ("AVX2", "fp32", 0)]
+)
+def test_bfloat16_that_a_processor_has_not_is_said(monkeypatch, capability, precision, told):
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    config = resolve("clip", {**NAMES, "device": "cpu"}, assignments=[f"train.precision={precision}"])
+    said = idle(config, 10**6)
+    assert [sentence.startswith("warning: train.precision=bf16: this processor") for sentence in said] == [True] * told
+
+
 @pytest.mark.parametrize(("steps", "told"), [(19, True), (20, False)])
 def test_a_warm_up_over_most_of_the_run_is_said(steps, told):
     said = idle(resolve("clip", NAMES, assignments=["train.warmup_steps=10"]), steps)

@@ -1,13 +1,19 @@
-"""Settings of a run that nothing in it reads, and a warm-up that is longer than half of it."""
+"""Settings of a run that nothing in it reads, a warm-up that is longer than half of it, bfloat16 without hardware."""
 
 from __future__ import annotations
 
+import platform
+
+import torch
+
 from clipdistill.cache.names import is_cached
+from clipdistill.runtime.machine import pick_device
 from clipdistill.train.config import RunConfig
 
 
 def idle(config: RunConfig, total_steps: int) -> list[str]:
-    """A sentence for each setting that is not at its default and that nothing in this run reads; for a long warm-up.
+    """A sentence for each setting that is not at its default and that nothing in this run reads; for a long warm-up;
+    for bfloat16 on a processor that has none.
 
     They are said, not refused: recipes and plans share settings.
     """
@@ -41,4 +47,16 @@ def idle(config: RunConfig, total_steps: int) -> list[str]:
             f"warning: the rate rises over train.warmup_steps={train.warmup_steps:,} steps, and the run has "
             f"{total_steps:,}: a tenth is usual, train.warmup_steps={max(total_steps // 10, 1)}"
         )
+    if train.precision == "bf16" and pick_device(config.device).type == "cpu" and emulates_bfloat16():
+        found.append(
+            "warning: train.precision=bf16: this processor has no bfloat16, so torch computes it number by number, "
+            "convolutions many times slower than in float32: train.precision=auto takes what is fast here"
+        )
     return found + [f"objective.{name} is not read in this run: no term of it has a weight" for name in terms.idle]
+
+
+def emulates_bfloat16() -> bool:
+    """Whether this processor has neither bfloat16 nor the wide vectors that stand in for it."""
+    return platform.machine() in ("x86_64", "AMD64") and not torch.backends.cpu.get_cpu_capability().startswith(
+        "AVX512"
+    )
