@@ -6,7 +6,7 @@ scores.print()
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def evaluate(
     strict_counts: bool = False,
     distributed: bool = False,
     embeddings: dict[tuple[str, str], EncodedPairs] | None = None,
+    encoded_pairs: Mapping[tuple[str, str], EncodedPairs] | None = None,
     engine: str = "torch",
     score: str | None = None,
 ) -> Scores:
@@ -91,6 +92,7 @@ def evaluate(
     published counts is an error, not a note.
     distributed: share the work between the ranks of torch.distributed; every rank must call and gets everything.
     embeddings: filled with what was encoded, by (model, name of the pair set), for evaluate.geometry.
+    encoded_pairs: of these models, by the same names, what is encoded already under this protocol's caption rule.
     score: "bsap" or "bsap:FILE" ranks retrieval by scores balanced by auxiliary prompts, under a protocol of its own.
 
     Returns Scores: models "student" and "teacher" (or only the model's own scores, as "student", without a teacher),
@@ -125,7 +127,7 @@ def evaluate(
         for source in sources:
             if isinstance(source, PairSource):
                 rule = captions or captions_rule(protocol, source.name)
-                encoded = encoder.pairs(source, rule)
+                encoded = (encoded_pairs or {}).get((name, source.name)) or encoder.pairs(source, rule)
                 if embeddings is not None:
                     embeddings[name, source.name] = encoded
                 own.add(

@@ -152,11 +152,12 @@ class Distillation:
         if setup.masking is not None:
             masks = setup.masking.masks.acting(sampled=False)
         with masks, self._evaluated():
-            encoded = encode_pairs(
+            captions = "first" if config.evaluation.protocol == "first-caption" else "all"
+            encoded = self._by_heads(source, captions) or encode_pairs(
                 setup.student,
                 source,
                 batch_size=config.evaluation.batch_size,
-                captions="first" if config.evaluation.protocol == "first-caption" else "all",
+                captions=captions,
                 device=self.device,
                 workers=config.train.workers,
                 progress=False,
@@ -165,6 +166,11 @@ class Distillation:
         first = torch.cat([(rows @ encoded.image.T).argmax(1) for rows in encoded.text.split(4096)])  # (texts,)
         share = int(first.bincount().max()) / len(first)
         return Point({name: float(value) for name, value in found.items()}, len(source), round(share, 4))
+
+    def _by_heads(self, source: PairSource, captions: str) -> Any:
+        """Its EncodedPairs from the features of locked towers, None where they are not kept."""
+        kept = self.setup.features
+        return kept and kept.encoded(source, self.setup.student, self.config, self.device, captions)
 
     def end(self) -> None:
         """Masks that are still there (the run was only as long as they) are pruned: a new, smaller student."""
@@ -186,6 +192,7 @@ class Distillation:
         if not data:
             return Outcome(None, fingerprint)
         from clipdistill.evaluate.evaluate import evaluate
+        from clipdistill.statistics.protocol import captions_rule
 
         teacher: Any = self.config.evaluation.teacher
         if teacher is None and setup.teacher is not None and len(setup.teacher.blocks) == 1:
@@ -194,10 +201,14 @@ class Distillation:
             teacher = live if live is not None and hasattr(live.module, "encode_text") else None
         known = None if teacher is None else setup.sources.teacher_scores(self.config)
         say("evaluating the student" + (" and the teacher" if teacher is not None and known is None else ""))
+        protocol, rows = self.config.evaluation.protocol, {}
+        if (pairs := setup.validation) is not None:
+            rows["student", pairs.name] = self._by_heads(pairs, captions_rule(protocol, pairs.name))
         scores = evaluate(
             setup.student,
             data,
-            protocol=self.config.evaluation.protocol,
+            protocol=protocol,
+            encoded_pairs={name: encoded for name, encoded in rows.items() if encoded is not None},
             teacher=teacher if known is None else None,
             batch_size=self.config.evaluation.batch_size,
             device=self.device,

@@ -12,12 +12,13 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from clipdistill.cache.blocks import Block, write_block
 from clipdistill.cache.stored import StoredRows
@@ -27,6 +28,7 @@ from clipdistill.data.pairs import PairSource, Subset, one_or_several
 from clipdistill.data.problems import BadSample
 from clipdistill.data.sampler import sample_generator
 from clipdistill.data.views import EVALUATION_VIEW, normalise
+from clipdistill.embed.encode import EncodedPairs, most_captions
 from clipdistill.embed.prepare import Item, Preparation
 from clipdistill.models import ClipModel
 from clipdistill.models.clip_model import hash_tensors
@@ -53,6 +55,8 @@ class LockedFeatures:
     first: list[int]
     problems: dict[int, str]
     seconds: float
+    measured: dict[int, LockedFeatures] = field(default_factory=dict, repr=False)
+    """Of the sets that the run is measured on, by the source's id."""
 
     def sentence(self) -> str:
         """What was computed, for the terminal."""
@@ -72,6 +76,46 @@ class LockedFeatures:
     ) -> FeatureLoader:
         """The batches of steps `start_step` to `steps` - 1."""
         return FeatureLoader(self, source, student, config, teacher, start_step, steps)
+
+    def encoded(
+        self, source: PairSource, student: ClipModel, config: RunConfig, device: torch.device, captions: str
+    ) -> EncodedPairs | None:
+        """A set to measure on, as embed.encode.encode_pairs gives it, of which only the heads are computed each time.
+
+        None where the towers have to run: the text tower trains, a picture cannot be read, the features are too many.
+        """
+        start, module = time.perf_counter(), student.module
+        whole, rows = (
+            (source.source, source.indices.tolist()) if isinstance(source, Subset) else (source, [*range(len(source))])
+        )
+        if self.text is None or _size(student, whole) > LARGEST:
+            return None
+        if id(whole) not in self.measured:
+            plain = config.train.model_copy(update={"precision": "fp32", "views": "fixed"})
+            own = config.model_copy(update={"train": plain})
+            self.measured[id(whole)] = locked_features(student, whole, own, device)
+        found, most = self.measured[id(whole)], most_captions(captions)
+        if found.problems or found.text is None:
+            return None
+        listed = [one_or_several(whole.captions(i))[:most] for i in rows]
+        places = [(row, found.first[i] + n, n) for row, i in enumerate(rows) for n in range(len(listed[row]))]
+        owner, at, place = torch.tensor(places, dtype=torch.int64).T
+        with evaluation_mode(module), torch.no_grad():
+            image, text = (
+                torch.cat([normalize(head(part.to(device)), dim=-1).cpu() for part in table.split(_PART * _PART)])
+                for head, table in ((module.encode_image, found.image[0][rows]), (module.encode_text, found.text[at]))
+            )
+        texts = [caption for own in listed for caption in own]
+        return EncodedPairs(
+            image=image,
+            text=text,
+            text_to_image=owner,
+            keys=[whole.key(i) for i in rows],
+            captions=texts,
+            caption_indices=place,
+            truncated=truncated(student.tokenizer, texts),
+            seconds=time.perf_counter() - start,
+        )
 
 
 def features_of_locked_towers(
@@ -103,10 +147,16 @@ def can_keep(student: ClipModel, config: RunConfig, source: PairSource, teacher:
         return False
     if source.part(0) is not source or read_modalities(config, source)[0] != "image":
         return False
+    return _size(student, source, views) <= LARGEST
+
+
+def _size(student: ClipModel, source: PairSource, views: int = 0) -> int:
+    """Bytes of the features of a set."""
+    module = student.module
     rows = max(views, 1) * len(source) * sum(module.visual.head.widths)
     if module.text.locked and source.captioned:
         rows += sum(len(one_or_several(source.captions(i))) for i in range(len(source))) * sum(module.text.head.widths)
-    return 4 * rows <= LARGEST
+    return 4 * rows
 
 
 def locked_features(

@@ -278,6 +278,31 @@ def test_features_of_locked_towers_are_computed_once_and_change_nothing(text, na
         torch.testing.assert_close(tensor, each[key], atol=1e-4, rtol=1e-3, msg=key)
 
 
+def test_what_a_run_is_measured_on_goes_through_locked_towers_once(name, tmp_path, monkeypatch):
+    """The curve and the final scores come from heads, and are those of the towers; stored for the next run."""
+
+    def trained(out, **given):
+        train = {"steps": 4, "batch_size": 16, "lock_text": "all", "views": "fixed", "evaluate_every": 2}
+        settings = as_dict(config(name(), tmp_path / out, **train, **given))
+        settings |= {"validation": {"path": "scenes:val", "size": 20}}
+        settings["evaluation"] = {"curve_images": 10}
+        run = distill(build(RunConfig, settings, "test"), quiet=True)
+        curve = [json.loads(line) for line in (tmp_path / out / "eval.jsonl").read_text().splitlines()]
+        return [(s.metric, s.value, s.low, s.high) for s in run.scores], [point["scores"] for point in curve]
+
+    calls = []
+    whole = timm.models.EfficientNet.forward
+    monkeypatch.setattr(timm.models.EfficientNet, "forward", lambda self, x: calls.append(len(x)) or whole(self, x))
+    kept = str(tmp_path / "kept")
+    once = trained("once", features_folder=kept)
+    assert sum(n for n in calls if n > 1) == 48 + 20
+    calls.clear()
+    assert trained("again", features_folder=kept) == once
+    assert sum(n for n in calls if n > 1) == 0
+    monkeypatch.setattr(features, "can_keep", lambda *_: False)
+    assert trained("each") == once
+
+
 @pytest.mark.parametrize("views", ["fixed", "stored"])
 def test_a_locked_student_of_a_cached_teacher_is_encoded_once(views, name, tmp_path, monkeypatch):
     values = {"teacher": name(), "data": {"path": "scenes:train", "size": 48}, "out": tmp_path / "cache", "views": 2}
