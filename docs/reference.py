@@ -36,8 +36,9 @@ computes in [Methods](methods.md)."""
 COMMANDS_PAGE = """# Commands
 
 `clipdistill COMMAND --help` shows the same. Where `key=value` is taken, [Settings](settings.md) lists the keys. Exit
-codes are in [Runs that survive](reliability.md). Completion of commands, options and recipes:
-`source <(clipdistill completion bash)` in `~/.bashrc`, or with `zsh` in `~/.zshrc`.
+codes are in [Runs that survive](reliability.md). Tab completes commands, options, settings and their choices after
+`clipdistill completion bash > ~/.clipdistill.bash` (once, and after each update) and a line
+`source ~/.clipdistill.bash` in `~/.bashrc`; for zsh the same with `zsh`.
 
 Every command takes `--plugin FILE.py`, a file that is run first ([Extending](extending.md)), and `--local-cache DIR`
 with `--local-cache-size SIZE`, where copies of remote shards are kept ([Remote data](remote.md))."""

@@ -96,9 +96,9 @@ def cache(
     views: augmented views stored beside the evaluation view; recipe: whose training views they are drawn as.
     captions: of each image; synthetic: a file of added captions by key; dtype: of the stored rows; precision: of the
     teacher's forward pass; batch_size: pictures a forward pass; block: samples a file (None: by the size of the data);
-    workers: processes that decode (None: measured); part: only a share, "0/4"; device: None is CUDA where there is one;
-    engine: what runs the teacher (`embed/names.py`: ENGINES; ray: on a Ray cluster); quiet: no lines on the error
-    stream; settings: the others of docs/settings.md, for example view_seed=1.
+    workers: processes that decode (None: measured); part: only a share, "0/4"; device: None is a GPU where there is
+    one; engine: what runs the teacher ("torch", "auto", "compile", "onnx", "openvino", "ray"); quiet: no lines on the
+    error stream; settings: the others of docs/settings.md, for example view_seed=1.
 
     Returns a FillReport: store, samples, seconds, bad, truncated. Raises InputError for unusable input or a store of
     other settings, BudgetError above the budget of bad samples.
@@ -138,9 +138,10 @@ def embed(
 
     model: any name of a model, or a loaded one. data: a name, an opened source, or a list of (image, caption).
     split: of data that has splits (None: test, else val). captions: "all", "first", or "first 5" of each image.
-    batch_size: images or captions a forward pass; device: None is where a loaded model is, for names CUDA where there
-    is one; workers: processes that decode (None: measured); dtype: of the forward pass; engine: what runs the towers
-    (auto: the fastest installed, timed where the set pays for it); progress: a bar and lines on the error stream.
+    batch_size: images or captions a forward pass; device: None is where a loaded model is, for names a GPU where
+    there is one; workers: processes that decode (None: measured); dtype: of the forward pass; engine: what runs the
+    towers (auto: the fastest installed, timed where the set pays for it); progress: a bar and lines on the error
+    stream.
 
     Returns EncodedPairs: image (N, D) and text (M, D), unit length, float32, on the CPU; text_to_image (M,) the row of
     each caption's image. Raises InputError for unusable input.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -88,6 +90,18 @@ def test_list_settings_finds_by_name_and_meaning(capsys: pytest.CaptureFixture[s
         ("clipdistill train --recipe clip-r", {"clip-rd"}),
         ("clipdistill train --vali", {"--validation", "--validation-split"}),
         ("clipdistill list s", {"students", "settings"}),
+        ("clipdistill train --student TinyCLIP-R", {"TinyCLIP-ResNet-19M-Text-19M", "TinyCLIP-ResNet-30M-Text-29M"}),
+        ("clipdistill train --data ''", set()),  # then bash offers files
+        ("clipdistill train --quiet --tensor", {"--tensorboard"}),
+        ("clipdistill train train.lock", {"train.lock_image=", "train.lock_text="}),
+        ("clipdistill ablate objective.weights.vrd", {"objective.weights.vrd_kl=", "objective.weights.vrd_ce="}),
+        ("clipdistill train train.schedule =", {"cosine", "constant", "wsd"}),
+        ("clipdistill train train.schedule = co", {"cosine", "constant"}),
+        ("clipdistill train train.schedule=co", {"train.schedule=cosine", "train.schedule=constant"}),  # zsh's word
+        ("clipdistill train train.compile = ''", {"auto", "true", "false"}),
+        ("clipdistill train train.batch_size = ''", set()),
+        ("clipdistill cache dty", {"dtype="}),
+        ("clipdistill export --to = web", {"web"}),
     ],
 )
 def test_bash_completes(line: str, wanted: set[str]) -> None:
@@ -98,6 +112,13 @@ COMP_WORDS=({" ".join(words)}); COMP_CWORD={len(words) - 1}; _clipdistill; echo 
     assert set(shown.stdout.split()) == wanted
 
 
-def test_zsh_gets_the_same_completions(capsys: pytest.CaptureFixture[str]) -> None:
+def test_zsh_gets_the_same_completions(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["completion", "zsh"]) == 0
-    assert "bashcompinit" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith("compdef _clipdistill_zsh clipdistill")
+    assert "compopt" not in shown  # which zsh does not have
+    same = shown.partition("_clipdistill() {")[2].partition("}\n_clipdistill_zsh")[0]
+    assert same in completion_script("bash")
+    if zsh := shutil.which("zsh"):
+        (tmp_path / "script").write_text(shown, encoding="utf-8")
+        subprocess.run([zsh, "-n", tmp_path / "script"], check=True)

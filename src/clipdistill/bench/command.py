@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="eager",
         help=f"one or several, separated by commas: {', '.join(BACKENDS.names())} (default: eager)",
     )
-    add("--dtype", default="float32", help="float32, bf16, fp16; several separated by commas (default: float32)")
+    add("--dtype", default="float32", help="float32, bf16, fp16, of exports int8 too (default: float32)")
     add("--batch", default="1,32", help="batch sizes, separated by commas (default: 1,32)")
     add("--towers", default="image,text", help="image, text, or both (default: image,text)")
     add("--seconds", type=float, default=2.0, help="timed seconds for each model, tower and setting (default: 2)")

@@ -51,10 +51,11 @@ def bench(
 ) -> Measurements:
     """Speed, latency and size of models, alternating in one session; ratios refer to the last one named.
 
-    models: names; backends: "eager", "compile", "onnx", "openvino"; dtype: "float32", "bf16", "fp16"; batch_sizes:
-    images (texts) a call; towers: "image", "text"; seconds: timed for each model, tower and setting, in `rounds`
-    rounds; threads: of torch on the CPU (None: torch's); device: None is CUDA where there is one; data, split: pairs to
-    measure end to end too (read, decode, transform, image tower); out: a JSON file for the result.
+    models: names; backends: "eager", "compile", "onnx", "openvino", "litert", "executorch"; dtype: "float32", "bf16",
+    "fp16", of exports "int8" too; batch_sizes: images (texts) a call; towers: "image", "text"; seconds: timed for each
+    model, tower and setting, in `rounds` rounds; threads: of torch on the CPU (None: torch's); device: None is a GPU
+    where there is one; data, split: pairs to measure end to end too (read, decode, transform, image tower); out: a JSON
+    file for the result.
 
     Returns Measurements: images or texts a second with 95 % intervals over rounds, milliseconds, bytes. Raises
     InputError for unknown names, and for a place that cannot be written, before anything is measured.

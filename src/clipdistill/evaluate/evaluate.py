@@ -88,7 +88,7 @@ def evaluate(
     that decode (None: measured); engine: what runs the towers ("auto", "torch", "compile", "onnx", "openvino"; noted
     in the scores where it is not torch), or "ray", "ray:onnx", ... on a Ray cluster; progress: a bar on the error
     stream. captions: overrides the protocol's rule ("all", "first", "first 5"). device: None is where a loaded model
-    is, and for names CUDA where there is one, else the CPU. strict_counts: a published set with other than its
+    is, and for names a GPU where there is one, else the CPU. strict_counts: a published set with other than its
     published counts is an error, not a note.
     distributed: share the work between the ranks of torch.distributed; every rank must call and gets everything.
     embeddings: filled with what was encoded, by (model, name of the pair set), for evaluate.geometry.

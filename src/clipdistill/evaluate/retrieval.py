@@ -34,7 +34,7 @@ DIRECTIONS: tuple[Direction, Direction] = ("i2t", "t2i")
 class RetrievalScores(Shown, dict[str, Any]):
     """Scores by name; shows itself as a table in percent, with 95 % intervals where "per_query" is among them.
 
-    text_to_image: (M,) the image of each text; the intervals of t2i are clustered by it.
+    `text_to_image` (M,) is the image of each text, by which the intervals of t2i are clustered.
     """
 
     text_to_image: np.ndarray

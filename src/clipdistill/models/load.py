@@ -247,8 +247,9 @@ def load_student(
 
     device: where its weights go.
     module: filled with the weights of a folder whose model is a module of your own that no registered name builds.
-    module.encode_image(preprocess(picture)[None]) and module.encode_text(tokenizer(["a caption"])) give (1, embed_dim),
-    not normalised. Returns the three; raises InputError as `load_model`.
+
+    With the first as `model`, model.encode_image(preprocess(picture)[None]) and model.encode_text(tokenizer(["a cat"]))
+    give (1, embed_dim), not normalised. Returns the three; raises InputError as `load_model`.
     """
     with offering(module):
         model = load_model(path, device=device, teacher=True)

@@ -166,7 +166,7 @@ def probe(
     model: any name of a model, a loaded one, or an Encoder with settings of its own; train, test: labelled sets by name
     or opened; train_split, test_split: of those named; classes: a file with the class names of both. shots: pictures a
     class (None: all); seeds: draws for each number of shots. batch_size: pictures a forward pass; workers: processes
-    that decode (None: measured); device: None is CUDA where there is one, and where a loaded model is. progress: a bar
+    that decode (None: measured); device: None is a GPU where there is one, and where a loaded model is. progress: a bar
     on the error stream.
 
     Returns ProbeResults, a list of ProbeResult: shots, top1 with its interval, draws, strengths, pictures. Raises

@@ -55,7 +55,7 @@ def region_boxes(
     """What a detector finds in every picture of `data`, kept in the folder `out`; called again, it goes on.
 
     detector: "grid:1+2", "torchvision:NAME", "hf:owner/name" and the like (docs/dclip.md). data: a name, or a mapping
-    of the settings of `data` with its path; split: of data that has splits (None: train). device: None is CUDA where
+    of the settings of `data` with its path; split: of data that has splits (None: train). device: None is a GPU where
     there is one; quiet: no lines on the error stream.
 
     Returns a BoxFile: boxes by image key, which the other functions take as `boxes`. Raises InputError for an unknown
@@ -88,7 +88,7 @@ def region_embeddings(
 
     teacher: the run that trained a region teacher, or its folder. data: a name, or a mapping of the settings of `data`
     with its path; split: of data that has splits (None: train). boxes: a file or folder of boxes, or a detector.
-    store: the folder above those of the embeddings (None: `regions` beside the teacher). device: None is CUDA where
+    store: the folder above those of the embeddings (None: `regions` beside the teacher). device: None is a GPU where
     there is one; quiet: no lines on the error stream.
 
     Returns a RegionStore: len() images, counts() of their regions, read(indices). Raises InputError for a teacher that

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pairs", type=int, default=200, help="images whose every pair is scored (default 200)")
     add("--out", type=Path, help="folder (boxes), file (export)")
     add("--json", type=Path, help="write the numbers here too")
-    add("--device", help="cpu, cuda (default: CUDA when there is one)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU when there is one)")
 
 
 def run(arguments: argparse.Namespace) -> int:

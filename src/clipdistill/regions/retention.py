@@ -81,7 +81,7 @@ def before_after(
     """What fine-tuning changed: retrieval gained and zero-shot accuracy kept, with intervals over the same queries.
 
     before, after: two models, by name or loaded. data: one set or several of pairs (R@K, mAP@10 and MRR, which DCLIP's
-    paper prints as MAP) and labelled sets (accuracy), as in `evaluate`. device: None is CUDA where there is one;
+    paper prints as MAP) and labelled sets (accuracy), as in `evaluate`. device: None is a GPU where there is one;
     batch_size: images a forward pass; protocol: of retrieval (docs/protocols.md).
 
     Returns Changes, a list: data, metric, before, after, difference, p, kept, in fractions. Raises InputError for

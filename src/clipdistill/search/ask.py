@@ -78,7 +78,7 @@ def search(
     query: words, or the Path of a picture. model, teacher: names of models; both are asked where both are given.
     top: hits a model. index: folder of the index (None: inside `folder`); index_kind: how the nearest are found;
     update: look at the folder for new and changed files first; rehash: compare the content of every file.
-    batch_size: photographs a forward pass; workers: threads that decode; device: None is CUDA where there is one;
+    batch_size: photographs a forward pass; workers: threads that decode; device: None is a GPU where there is one;
     engine: what runs the models; quiet: no progress on the terminal.
 
     Returns a SearchResult: an answer a model with hits (path, cosine) and milliseconds. Raises InputError for a folder

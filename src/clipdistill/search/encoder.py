@@ -15,7 +15,7 @@ from clipdistill.runtime.machine import pick_device
 
 
 class SearchModel:
-    """The model called `name` (any model name), in evaluation mode on `device` (None: CUDA when there is one).
+    """The model called `name` (any model name), in evaluation mode on `device` (None: a GPU when there is one).
 
     role: "student" or "teacher"; engine: what runs the towers; a lock lets several threads ask.
     """

@@ -64,7 +64,7 @@ def serve(
     allow_hosts: further names that requests may call it by. batch_size: pictures, or texts, that go through a tower
     together at most; wait_ms: milliseconds that the first of a batch waits for more; queue: pictures that may be on
     their way; timeout: seconds from a request's last byte to its answer; pictures, texts, megabytes: of one request at
-    most; pixels: of one picture. threads: of the towers (None: torch's). device: None is CUDA where there is one.
+    most; pixels: of one picture. threads: of the towers (None: torch's). device: None is a GPU where there is one.
 
     Returns a RunningService: url, and stop(); as a context manager it stops at the end. Raises InputError for a model
     that is none, numbers that do not fit together, and an address that is taken.

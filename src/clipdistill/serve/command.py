@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         option = f"--{setting.name.replace('_', '-')}"
         add(option, type=kind, default=setting.default, help=f"{_HELP[setting.name]} (default: {setting.default})")
     add("--threads", type=int, help="of the towers (default: as many as the machine has cores)")
-    add("--device", help="cpu, cuda, cuda:1 (default: CUDA when there is one)")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: a GPU when there is one)")
 
 
 def run(arguments: argparse.Namespace) -> int:

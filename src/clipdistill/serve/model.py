@@ -17,7 +17,7 @@ _CAPTIONS_KEPT = 4096
 
 
 class ServedModel:
-    """The model called `name` in evaluation mode on `device` (None: CUDA where there is one)."""
+    """The model called `name` in evaluation mode on `device` (None: a GPU where there is one)."""
 
     def __init__(self, name: str, device: str | torch.device | None = None) -> None:
         where = pick_device(device)

@@ -1,0 +1,1 @@
+"""Training: settings, the loop, checkpoints and exact resume, warnings of runs that are ill, stages."""

@@ -63,6 +63,7 @@ class Replay(Shown):
 
     @property
     def first(self) -> Finding | None:
+        """The first finding with a number that is not finite (None: all are)."""
         return next((finding for finding in self.findings if finding.bad), None)
 
     def __repr__(self) -> str:
@@ -71,17 +72,17 @@ class Replay(Shown):
 
 @checked
 def replay(
-    folder: str | Path, step: int | None = None, *, device: str | torch.device | None = None, say: Say = lambda _: None
+    folder: str | Path, step: int | None = None, *, device: str | torch.device | None = None, say: Say | None = None
 ) -> Replay:
     """Run a captured step again and find where the first value that is not finite was made.
 
-    folder: of a run that skipped a step. step: which (None: the newest). device: None is the run's. say: gets each line
-    as it is found.
+    folder: of a run that skipped a step. step: which (None: the newest). device: None is the run's. say: a function
+    that gets each line as it is found, `print` for one.
 
     Returns a Replay: findings in the order of their making, first, advice. Raises InputError when there is no such run
     or step, or the data no longer gives the samples of that step.
     """
-    folder = Path(folder)
+    folder, say = Path(folder), say or (lambda _: None)
     config = _config(folder, device)
     step = _captured(folder, step)
     records = _records(folder, step)

@@ -113,8 +113,8 @@ def embed_to_file(
     `templates` (a set's name or a file; None: what fits the set); these are made at once. captions: "first" or "all",
     the captions of `data` instead of its pictures. split: of data that has splits. out: FILE.npy (keys in FILE.jsonl),
     FILE.parquet, FILE.safetensors or TABLE.lance (a table of LanceDB). batch_size: pictures or texts a forward pass;
-    workers: processes that decode; dtype: of the forward pass; engine: what runs the towers (`embed/names.py`:
-    ENGINES); part: rows kept at a time; device: None is CUDA where there is one; progress: a bar on the error stream.
+    workers: processes that decode; dtype: of the forward pass; engine: what runs the towers, as in `evaluate`;
+    part: rows kept at a time; device: None is a GPU where there is one; progress: a bar on the error stream.
 
     Returns an EmbedReport: path, rows, width, left_out, truncated, found. Raises InputError for unusable input, a file
     of something else at `out`, and work begun with other settings. `read_embeddings` reads such a file.
