@@ -51,7 +51,7 @@ WINGS = (
     "data.formats.labelled_libraries", "data.formats.arrays", "data.mixture", "data.benchmarks", "evaluate.matching",
     "evaluate.balanced", "objective.one_modality", "objective.logit_matching", "objective.targeted", "train.features",
     "train.trackers", "train.replay", "train.replay_command", "train.dry_run", "train.idle", "report.exports",
-    "statistics.compare_command",
+    "statistics.claims_command", "statistics.compare_command",
 )  # fmt: skip
 """Rooms, and parts of rooms, that a run can do without. The core finds them by name and never imports them."""
 

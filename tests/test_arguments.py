@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import clipdistill as cd
 from clipdistill.arguments import checked
@@ -90,6 +91,68 @@ def test_kinds_and_words():
         f("x", bb=3)
     with pytest.raises(InputError, match=r"ablate: drop must be a list of texts, got 'xrd'; write \['xrd'\]"):
         cd.ablate(["clip-rd"], "out", drop="xrd")
+
+
+def test_places_are_taken_as_they_come(tmp_path, monkeypatch):
+    """`~` is the home folder in arguments and settings; a Run, or whatever else is a path, stands for its folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    settings = {"recipe": "clip", "size": "debug", "device": "cpu", "data": {"path": Path("scenes:train")}}
+    steps = {"steps": 1, "workers": 0, "batch_size": 8}
+    run = cd.distill({**settings, "out": "~/run", "validation": "scenes:val?size=8", "train": steps}, quiet=True)
+    assert run.folder == tmp_path / "home" / "run"
+    more = cd.distill({**settings, "student_weights": run, "out": Path("~/more"), "train": steps}, quiet=True)
+    assert "student_weights: ~" not in (more.folder / "recipe.yaml").read_text(encoding="utf-8")
+    given = {"device": "cpu", "progress": False}
+    assert cd.evaluate(run, "scenes:val?size=8", **given).value("t2i_R@1") == run.scores.value("t2i_R@1")
+    assert cd.load_model("~/run").fingerprint() == cd.load_model(run).fingerprint()
+    assert len(cd.compare([run], [Path("~/run")]).differences) > 5
+    assert cd.embed_to_file(run, texts=["~/a cat"], out="~/texts.npy", **given).path == tmp_path / "home" / "texts.npy"
+    assert cd.read_embeddings(Path("~/texts.npy"))[1][0]["text"] == "~/a cat"
+    run.scores.save("~/scores.json")
+    assert len(cd.Scores.load("~/scores.json")) == len(run.scores)
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    with pytest.raises(InputError, match=r"^bench: models must be .*, got \{'a': 1\}$"):
+        cd.bench({"a": 1})
+
+
+def test_pictures_and_texts_are_taken_as_they_come(tmp_path):
+    picture = Image.new("RGB", (80, 60), "red")
+    picture.paste("blue", (0, 0, 40, 60))
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[274] = 6  # turned by 90 degrees to be upright
+    turned.save(tmp_path / "turned.png", exif=exif)
+    picture.save(tmp_path / "upright.png")
+    _, preprocess, tokenizer = cd.load_student("scenes-teacher")
+    pixels = np.asarray(picture)
+    same = [picture, pixels, torch.from_numpy(pixels.copy()).permute(2, 0, 1), Image.open(tmp_path / "turned.png")]
+    same += [tmp_path / "turned.png", str(tmp_path / "upright.png"), (tmp_path / "upright.png").read_bytes()]
+    for given in same:
+        assert preprocess(given).equal(preprocess(picture)), given
+    for wrong in (None, [picture], pixels / 255, tmp_path):
+        with pytest.raises(InputError, match=r"^preprocess: "):
+            preprocess(wrong)
+    rows = tokenizer(["a cat", "a red square"])
+    assert tokenizer(np.array(["a cat", "a red square"])).equal(rows)
+    assert tokenizer(text for text in ("a cat", "a red square")).equal(rows)
+    for wrong in (None, [None], b"a cat", ["a cat", 3]):
+        with pytest.raises(InputError, match=r"^caption [01] is .*, expected a text$"):
+            tokenizer(wrong)
+    report = cd.embed_to_file("scenes-teacher", same, tmp_path / "rows.npy", device="cpu", progress=False)
+    assert same[3].getexif()[274] == 6, "looked at twice, and still turned"
+    found, keys = cd.read_embeddings(report.path)
+    assert np.abs(found - found[0]).max() < 1e-6
+    assert [key["key"] for key in keys[:5]] == ["0", "1", "2", "3", str(tmp_path / "turned.png")]
+    for given, sentence in (
+        ({"data": same, "captions": "all"}, "a list of pictures has no captions"),
+        ({"data": tmp_path / "upright.png"}, "is one picture: name the folder that holds it"),
+        ({"texts": "a cat"}, r"a cat: no such file of texts, .* \['a cat'\]"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            cd.embed_to_file("scenes-teacher", out=tmp_path / "x.npy", progress=False, **given)
+    with pytest.raises(InputError, match=r"upright.png' is a file: .* Path\("):
+        cd.search(tmp_path, str(tmp_path / "upright.png"), model="scenes-teacher")
 
 
 def test_what_the_classes_and_lists_take():

@@ -69,7 +69,7 @@ def distill(
 
 @checked
 def cache(
-    teacher: str | Sequence[str],
+    teacher: str | Path | Sequence[str | Path],
     data: str | Path | Mapping[str, Any],
     out: str | Path,
     *,
@@ -109,8 +109,8 @@ def cache(
     given = dict(data) if isinstance(data, Mapping) else {"path": str(data)}
     drawn = {} if recipe is None else load_recipe(recipe).get("train", {}).get("view", {})
     values = {
-        "teacher": teacher if isinstance(teacher, str) else tuple(teacher), "out": str(out), "views": views,
-        "data": {"split": split, **given}, "captions": captions, "dtype": dtype, "precision": precision,
+        "teacher": str(teacher) if isinstance(teacher, str | Path) else tuple(map(str, teacher)), "out": str(out),
+        "views": views, "data": {"split": split, **given}, "captions": captions, "dtype": dtype, "precision": precision,
         "batch_size": batch_size, "engine": engine, "view": {"kind": "crop", **drawn},
     }  # fmt: skip
     some = {"synthetic": synthetic, "block": block, "workers": workers, "part": part, "device": device and str(device)}

@@ -12,6 +12,7 @@ import inspect
 import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from clipdistill.errors import InputError
@@ -59,18 +60,29 @@ def checked(function: Function) -> Function:
     @functools.wraps(function)
     def call(*arguments: Any, **settings: Any) -> Any:
         try:
-            given = signature.bind(*arguments, **settings).arguments
+            bound = signature.bind(*arguments, **settings)
         except TypeError:
             return function(*arguments, **settings)  # Python's own words for an argument too many or too few
-        for name, value in given.items():
+        for name, value in bound.arguments.items():
             kinds = parts().get(name, ())
             if kinds and not any(_fits(value, part, function) for part in kinds):
                 what = f"{function.__name__}: {name} must be {_words(kinds)}, got {_wrong(value, kinds, function)}"
                 in_list = isinstance(value, str) and any(items[:1] == (("str", ()),) for _, items in kinds)
                 raise InputError(f"{what}; write [{value!r}]" if in_list else what)
-        return function(*arguments, **settings)
+            places = type(value) in (list, tuple) and any(("Path", ()) in items for _, items in kinds)
+            bound.arguments[name] = [_placed(item) for item in value] if places else _placed(value)
+        return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]
+
+
+def _placed(value: Any) -> Any:
+    """What names a place as a name: `~` is the home folder, what stands for a path (a Run) is it; in settings, too."""
+    if type(value) is dict:
+        return {key: str(_placed(v)) if isinstance(v, os.PathLike) else _placed(v) for key, v in value.items()}
+    if isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith("~/") else value  # noqa: PTH111 - no home is no error
+    return Path(os.path.expanduser(os.fsdecode(value))) if isinstance(value, os.PathLike) else value  # noqa: PTH111
 
 
 def _alternatives(annotation: Any) -> tuple[Part, ...]:
@@ -108,7 +120,7 @@ def _wrong(value: Any, kinds: tuple[Part, ...], function: Callable[..., Any]) ->
         for n, v in enumerate(value if items else ())
         if not any(_fits(v, i, function) for i in items)
     )
-    return next(bad, f"{value!r:.80}")
+    return " ".join(next(bad, f"{value!r:.80}").split())
 
 
 def _words(parts: tuple[Part, ...]) -> str:

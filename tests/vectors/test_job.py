@@ -267,7 +267,7 @@ def test_what_cannot_be_is_one_sentence(model, pictures, tmp_path):
     refused("embeddings are written as .npy, .parquet, .safetensors", "scenes:val?size=4", "x.csv")
     refused("name either pictures .* or texts")
     refused("name either pictures", "scenes:val", texts=["a"])
-    refused("cannot be read", texts=tmp_path / "nowhere.txt")
+    refused("no such file of texts", texts=tmp_path / "nowhere.txt")
     refused("no such file or folder", "nowhere")
     refused("at least 1", "scenes:val?size=4", part=0)
     refused("nothing to embed", texts=[])

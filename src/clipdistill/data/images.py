@@ -84,7 +84,7 @@ def as_rgb(picture: Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture of a user's program as `decode` would give it; the picture itself is left alone. Raises BadSample."""
     with _damage_told():
         _check_size(*picture.size, max_pixels)
-        rgb = _upright(picture.copy(), _orientation(picture))
+        rgb = _upright(picture.copy(), _orientation(picture, keep=True))
     rgb.info.clear()
     return rgb
 
@@ -238,14 +238,18 @@ def _refuse_zero_filled(format_name: str | None, data: bytes) -> None:
         raise BadSample("truncated image: the file ends in zeros")
 
 
-def _orientation(picture: Image.Image) -> int:
-    """The EXIF orientation 1 to 8; 1 when there is none or the EXIF data is damaged (the pixels are still good)."""
+def _orientation(picture: Image.Image, keep: bool = False) -> int:
+    """The EXIF orientation 1 to 8; 1 when there is none or the EXIF data is damaged (the pixels are still good).
+
+    keep: leave it on the picture, which is then asked again.
+    """
     try:
         if "exif" not in picture.info and picture.format in ("JPEG", "MPO"):
             return 1  # spares the search through other metadata for nearly every photograph
         found = picture.getexif()
         orientation = int(found.get(0x0112, 1))
-        found.clear()  # the picture keeps it beside `info`
+        if not keep:
+            found.clear()  # the picture keeps it beside `info`
         return orientation
     except Exception:
         return 1

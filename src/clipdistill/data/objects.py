@@ -105,7 +105,7 @@ def as_pairs(data: Any, name: str | None = None) -> PairSource:
             problems.add(f"error of the data object: {_words(error)}", f"item {i}", dropped=True)
             continue
         found = clean_all(texts, key, problems)
-        wrong = None if read is _from_methods else _unusable(image)
+        wrong = None if read is _from_methods else no_image(image)
         if wrong or not found:
             problems.add(wrong or "image without caption", key, dropped=True)
             fault = fault or f"item {i}: {wrong or 'no caption'}"
@@ -163,14 +163,7 @@ class ObjectPairs(IndexedPairs):
     def image(self, i: int, at_least: int | None = None) -> Image.Image:
         found = self._image(i)
         try:
-            if isinstance(found, str | os.PathLike):
-                found = read_image_file(os.fspath(found))
-            if isinstance(found, bytes | bytearray | memoryview):
-                return decode(bytes(found), max_pixels=self.max_pixels, at_least=at_least)
-            wrong = _unusable(found)
-            if wrong:
-                raise BadSample(wrong)
-            return as_rgb(found if isinstance(found, Image.Image) else _picture(found), self.max_pixels)
+            return as_picture(found, self.max_pixels, at_least)
         except BadSample as error:
             raise BadSample(error.reason, self.key(i)) from error
 
@@ -180,6 +173,17 @@ class ObjectPairs(IndexedPairs):
         if isinstance(found, str | os.PathLike):
             return read_image_file(os.fspath(found))
         return bytes(found) if isinstance(found, bytes | bytearray | memoryview) else self.image(i).tobytes()
+
+
+def as_picture(given: Any, max_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Image.Image:
+    """An image of a program (see the module's text), upright, in RGB. Raises BadSample."""
+    if isinstance(given, str | os.PathLike):
+        given = read_image_file(os.fspath(given))
+    if isinstance(given, bytes | bytearray | memoryview):
+        return decode(bytes(given), max_pixels=max_pixels, at_least=at_least)
+    if wrong := no_image(given):
+        raise BadSample(wrong)
+    return as_rgb(given if isinstance(given, Image.Image) else _picture(given), max_pixels)
 
 
 def _from_methods(data: Any, i: int) -> tuple[str, Any, Any]:
@@ -212,7 +216,7 @@ def _texts(captions: Any) -> Any:
     raise _NoItem(f"a caption of the type {type(captions).__name__}, not text")
 
 
-def _unusable(image: Any) -> str | None:
+def no_image(image: Any) -> str | None:
     """Why this can be no image; None when it can."""
     if isinstance(image, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
         return None

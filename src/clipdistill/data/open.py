@@ -15,7 +15,7 @@ from typing import Any
 
 from clipdistill.arguments import checked
 from clipdistill.data.class_names import KNOWN_SETS
-from clipdistill.data.files import data_path, is_remote, is_there, one_split
+from clipdistill.data.files import IMAGE_SUFFIXES, data_path, is_remote, is_there, one_split
 from clipdistill.data.formats import Format, Place
 from clipdistill.data.images import MAX_PIXELS
 from clipdistill.data.labelled import LabelledConfig, LabelledSource, Naming, read_class_file
@@ -197,6 +197,8 @@ def _no_format(place: Place) -> str:
             f"data '{path}' is JSON, but neither Karpathy's (images with sentences) nor COCO's captions (images and "
             f"annotations): it holds {held if content else 'nothing'}"
         )
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return f"data '{path}' is one picture: name the folder that holds it, or a list of pictures"
     if b"\0" in place.head:
         return f"data '{path}' is no text, since it holds NUL bytes (UTF-16 without its mark?): save it as UTF-8"
     return f"data '{path}' is in no known format (Karpathy or COCO JSON, CSV, TSV, Parquet, tar, or a folder of these)"

@@ -22,12 +22,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 
 from clipdistill.arguments import checked
+from clipdistill.data.objects import as_picture
+from clipdistill.data.problems import BadSample
 from clipdistill.data.views import EVALUATION_VIEW, ImageSpec, render
 from clipdistill.errors import InputError
 from clipdistill.models.clip_model import ClipModel, require_usable
@@ -231,12 +233,18 @@ def read_file(path: Path) -> ClipModel:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The evaluation view of a picture as a model expects it: PIL image to float (3, size, size)."""
+    """The evaluation view of a picture as a model expects it, float (3, size, size), and as `evaluate` prepares it.
+
+    The picture: PIL's, an array (H, W, 3) or tensor (3, H, W) of uint8, a file's bytes, a path. Raises InputError.
+    """
 
     image: ImageSpec
 
-    def __call__(self, picture: Image.Image) -> torch.Tensor:
-        return render(picture.convert("RGB"), EVALUATION_VIEW, self.image)
+    def __call__(self, picture: Any) -> torch.Tensor:
+        try:
+            return render(as_picture(picture), EVALUATION_VIEW, self.image)
+        except BadSample as error:
+            raise InputError(f"preprocess: {error.reason}") from error
 
 
 @checked

@@ -366,9 +366,13 @@ def unknown_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
     return [text for text in dict.fromkeys(texts) if not tokenizer.knows(text)]
 
 
-def as_captions(captions: str | Sequence[str]) -> Sequence[str]:
+def as_captions(captions: str | Iterable[str]) -> list[str]:
     """A list of captions; a single string is one caption, and not one for each of its letters."""
-    return [captions] if isinstance(captions, str) else captions
+    found = list(captions) if isinstance(captions, Iterable) and not isinstance(captions, str) else [captions]
+    for i, caption in enumerate(found):
+        if not isinstance(caption, str):
+            raise InputError(f"caption {i} is {caption!r:.80}, expected a text")
+    return found
 
 
 def tokenizer_from_dict(values: Mapping[str, Any]) -> Tokenizer:

@@ -104,6 +104,8 @@ def ask(query: str | Path | None, top: int, **settings: Any) -> tuple[Collection
     for name in filter(None, (settings["model"], settings["teacher"])):
         check_model_name(name)
     if not isinstance(query, Path):
+        if query is not None and Path(query).suffix and Path(query).is_file():
+            raise InputError(f"search: '{query}' is a file: to ask by a picture write --image, in Python Path(...)")
         collection = open_collection(**settings)
         return collection, [] if query is None else collection.ask_text(query, top)
     try:

@@ -292,12 +292,13 @@ class Scores:
         result.notes = [str(note) for note in notes]
         return result
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write `path` (JSON) and, when per-query results were kept, `path` with the ending .npz beside it.
 
         The JSON names the checksum of the arrays, so that the two of different measurements, which a crash between the
         renames would leave, are never taken for one.
         """
+        path = Path(path).expanduser()
         if path.name == FILE:  # of a run: whatever is there is that run's, damaged or not
             make_folder(path.parent, "scores")
         else:
@@ -321,11 +322,12 @@ class Scores:
         write_together({beside: content.getvalue(), path: self.to_json(queries_sha256=digest)})
 
     @classmethod
-    def load(cls, path: Path) -> Scores:
+    def load(cls, path: str | Path) -> Scores:
         """Read what `save` wrote, per-query results included where the .npz file is there.
 
         Raises InputError that says in one sentence what is wrong with either file.
         """
+        path = Path(path).expanduser()
         stored = read_json(path, _AGAIN, FORMAT)
         expected = stored.get("queries_sha256")
         result = cls._of_values(stored, str(path))

@@ -44,7 +44,7 @@ _log = logging.getLogger("clipdistill")
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk."""
+    """A run on disk. It stands for its folder where a model or a run is named: `cd.export(run, ...)`."""
 
     folder: Path
     status: str
@@ -55,6 +55,9 @@ class Run:
     def student(self) -> Path:
         """The folder of the trained student, for `load_student`."""
         return self.folder / STUDENT
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
     def __repr__(self) -> str:
         return f"{self.folder}: {self.status}, {self.steps:,} steps" + (f"\n{self.scores!r}" if self.scores else "")

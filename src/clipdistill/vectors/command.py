@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,11 +109,12 @@ def embed_to_file(
     """Embeddings of pictures or texts into the file `out`, with their keys; called again, it goes on where it stopped.
 
     model: any name of a model, or a loaded one. data: the pictures: a name, with or without captions, an opened source,
-    or any object that `distill` takes. texts: instead of them a list of texts, or a file of one a line. classes:
-    instead of them a classification set, of whose classes each gets one vector under its name, the mean over
-    `templates` (a set's name or a file; None: what fits the set); these are made at once. captions: "first" or "all",
-    the captions of `data` instead of its pictures. split: of data that has splits. out: FILE.npy (keys in FILE.jsonl),
-    FILE.parquet, FILE.safetensors or TABLE.lance (a table of LanceDB). batch_size: pictures or texts a forward pass;
+    any object that `distill` takes, or a list of pictures (paths, bytes, PIL's, arrays). texts: instead of them a list
+    of texts, or a file of one a line. classes: instead of them a classification set, of whose classes each gets one
+    vector under its name, the mean over `templates` (a set's name or a file; None: what fits the set); these are made
+    at once. captions: "first" or "all", the captions of `data` instead of its pictures. split: of data that has splits.
+    out: FILE.npy (keys in FILE.jsonl), FILE.parquet, FILE.safetensors or TABLE.lance (a table of LanceDB). batch_size:
+    pictures or texts a forward pass;
     workers: processes that decode; dtype: of the forward pass; engine: what runs the towers, as in `evaluate`;
     part: rows kept at a time; device: None is a GPU where there is one; progress: a bar on the error stream.
 
@@ -140,7 +142,7 @@ def embed_to_file(
         from clipdistill.data.mixture.pictures import open_pictures
 
         source = open_pictures(str(data), split=split, default_split="train")
-    from clipdistill.data.objects import as_pairs
+    from clipdistill.data.objects import as_pairs, no_image
     from clipdistill.data.pairs import PairSource
     from clipdistill.models import ClipModel, load_model
     from clipdistill.models.own import clip_model_of
@@ -153,7 +155,11 @@ def embed_to_file(
     elif given is not None:
         source = job.TextList(list(given))
     else:
-        source = source if isinstance(source, PairSource) else as_pairs(source)
+        source = source.tolist() if getattr(source, "ndim", 0) == 1 else source  # a column of a table
+        plain = isinstance(source, list | tuple) and bool(source) and all(no_image(item) is None for item in source)
+        if plain and captions is not None:
+            raise InputError("embed: a list of pictures has no captions to embed")
+        source = source if isinstance(source, PairSource) else as_pairs(_Pictures(source) if plain else source)
         found = source.problems.sentence(source.name)
         if captions is not None:
             if not source.captioned:
@@ -176,8 +182,26 @@ def embed_to_file(
     return replace(report, found=found)
 
 
+class _Pictures:
+    """A list of pictures as pairs, under their paths or numbers; nobody reads the captions."""
+
+    name = "pictures"
+
+    def __init__(self, pictures: Sequence[Any]) -> None:
+        self._pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        picture = self._pictures[i]
+        return {"image": picture, "caption": "-", "key": picture if isinstance(picture, str | Path) else i}
+
+
 def _lines(path: Path) -> list[str]:
     """The texts of a file, one a line; blank lines are an error, since rows would no longer be lines."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file of texts, one a line; a text itself is written ['{path}'] in Python")
     lines = text_lines(path)
     if not lines:
         raise InputError(f"{path}: holds no text")
