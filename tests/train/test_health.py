@@ -35,6 +35,12 @@ def test_a_loss_that_stays_at_chance_is_told_once(tmp_path, capsys):
     assert "train.learning_rate" in warnings[0]
 
 
+def test_chance_is_that_of_the_pairs_there_are(tmp_path, capsys):
+    few = ("train.batch_size=32", "data.size=12")
+    warnings, _ = run(tmp_path, capsys, "train.steps=30", "train.learning_rate=1e-9", "train.logit_scale_init=1", *few)
+    assert any("has sat at ln(batch) = 2.48" in warning for warning in warnings)
+
+
 def test_captions_that_all_find_one_picture(tmp_path, capsys):
     warnings, folder = run(tmp_path, capsys, "train.steps=20", "train.evaluate_every=5", "train.learning_rate=3")
     assert any("find the same picture first" in warning for warning in warnings)
@@ -47,7 +53,7 @@ def test_a_student_that_learns_its_pairs_by_heart(tmp_path, capsys):
     say = []
     health = Health(say.append)
     config = resolve("clip", {"out": str(tmp_path / "run")}, size="debug")
-    view = SimpleNamespace(config=config, folder=tmp_path, images=1000, top_share=0.0)
+    view = SimpleNamespace(config=config, folder=tmp_path, samples=160, images=1000, top_share=0.0)
     for step, recall, loss in [
         (10, 0.1, 2.0),
         (20, 0.3, 1.5),
@@ -71,7 +77,7 @@ def test_a_curve_that_only_trembles_is_left_alone(tmp_path):
     say = []
     health = Health(say.append)
     config = resolve("clip", {"out": str(tmp_path / "run")}, size="debug")
-    view = SimpleNamespace(config=config, folder=tmp_path, images=100, top_share=0.0)
+    view = SimpleNamespace(config=config, folder=tmp_path, samples=160, images=100, top_share=0.0)
     for step, recall, loss in [(10, 0.3, 2.0), (20, 0.25, 1.5), (30, 0.24, 1.0), (40, 0.26, 0.5), (50, 0.24, 0.2)]:
         view.step, view.line, view.scores = step, {"step": step, "total": loss}, {"t2i_R@10": recall}
         health.on_step(view)
@@ -105,7 +111,9 @@ def test_odd_lines_of_an_old_log_are_no_illness(tmp_path, line):
     say = []
     health = Health(say.append)
     config = resolve("clip", {"out": str(tmp_path / "run")}, size="debug")
-    view = SimpleNamespace(config=config, folder=tmp_path, step=10, line=line, scores={}, images=0, top_share=0.0)
+    view = SimpleNamespace(
+        config=config, folder=tmp_path, samples=160, step=10, line=line, scores={}, images=0, top_share=0.0
+    )
     for _ in range(6):
         health.on_step(view)
         health.on_evaluation(view)

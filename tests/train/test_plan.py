@@ -1,5 +1,7 @@
 """What is said of settings that come to nothing, or that say two things."""
 
+import re
+
 import pytest
 
 from clipdistill.cli import main
@@ -135,3 +137,20 @@ def test_a_run_in_which_nothing_trains_says_so_and_explain_is_no_dry_run(tmp_pat
     assert "train.prompt_depth is not read" in said
     assert main(["train", "--recipe", "clip", "--size", "debug", "--explain", "--dry-run"]) == 2
     assert "leave one of them out" in capsys.readouterr().err
+
+
+def test_a_set_smaller_than_the_batch_is_reckoned_with(tmp_path, capsys):
+    few = {"path": "scenes:train", "size": 12}
+    given = {"out": str(tmp_path / "run"), "data": few, "validation": few}
+    distill(resolve("clip", given, size="debug", assignments=["train.batch_size=32", "train.steps=2"]), explain=True)
+    said = "".join(capsys.readouterr())
+    assert "2 steps of 12\n" in said
+    assert "engine for N=12:" in said
+    assert re.search(r"\nbatch +12 pairs\n", said)
+    assert re.search(r"\nsteps +2: 2 epochs of 1, 24 pairs\n", said)
+    assert "warning: validation has the very pairs that are trained on" in said
+    assert "teacher 0.0%" not in said
+    distill(resolve("clip", {**given, "validation": None}, size="debug", assignments=["train.steps=2"]), explain=True)
+    said = "".join(capsys.readouterr())
+    assert re.search(r"\ncurve +(none: no validation set|at the end only)\n", said)
+    assert "very pairs" not in said

@@ -7,6 +7,8 @@ not seen in that epoch (another permutation leaves out others). A data set small
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from clipdistill.errors import InputError
@@ -52,6 +54,11 @@ def step_sample(n: int, count: int, seed: int, step: int) -> np.ndarray:
 def steps_per_epoch(n: int, batch_size: int) -> int:
     """Steps in an epoch of n samples at global batch `batch_size`: floor(n / batch), at least 1."""
     return max(1, n // batch_size)
+
+
+def pairs_a_step(source: Any, batch_size: int) -> int:
+    """Pairs of the largest batch over all ranks: of a set that is smaller than `batch_size`, all of it."""
+    return min(batch_size, max(map(len, getattr(source, "sets", [source]))))
 
 
 class StepSampler:

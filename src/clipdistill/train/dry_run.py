@@ -84,7 +84,7 @@ def dry_run(config: RunConfig | Mapping[str, Any], *, quiet: bool = False) -> Dr
     return DryRun(
         steps=len(lines),
         step_seconds=a_step,
-        pairs_per_second=config.train.batch_size / a_step,
+        pairs_per_second=lines[-1]["samples"] / lines[-1]["step"] / a_step,
         waiting=statistics.mean(line["data_wait"] for line in lines[2:] or lines),
         first_step_seconds=each[0],
         peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else _largest(),

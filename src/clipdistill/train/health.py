@@ -52,7 +52,7 @@ class Health(Callback):
             self._say(f"  warning: {sentence}")
 
     def _at_chance(self, run: RunView) -> str | None:
-        chance = math.log(max(run.config.train.batch_size, 2))
+        chance = math.log(max(run.samples / max(run.step, 1), 2))
         after = [line for line in self._lines if _number(line, "step") > run.config.train.warmup_steps]
         losses = [_number(line, "terms", "task") for line in after[-LINES:]]
         if len(losses) < LINES or not all(abs(loss - chance) < 0.01 * chance for loss in losses):

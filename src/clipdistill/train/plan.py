@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from clipdistill.data.sampler import pairs_a_step
 from clipdistill.runtime.console import TextTable
 from clipdistill.runtime.distributed import world_size
 from clipdistill.train.config import RunConfig
@@ -10,7 +11,7 @@ from clipdistill.train.task import Task
 
 def planned(config: RunConfig, task: Task) -> TextTable:
     """Rows of setting and value: data, batch, steps, rates, precision, workers, curve, checkpoints."""
-    train, total = config.train, task.total_steps
+    train, total, rows = config.train, task.total_steps, pairs_a_step(task.source, config.train.batch_size)
     epochs = total / task.steps_per_epoch
     ranks = f" over {world_size()} ranks" if world_size() > 1 else ""
     parts = f", encoded {train.micro_batch} at a time" if train.micro_batch else ""
@@ -24,8 +25,8 @@ def planned(config: RunConfig, task: Task) -> TextTable:
         ["data", f"{task.source.name}: {len(task.source):,} pictures, views {train.views}, caption {train.caption}"],
         ["student", config.student + (f", from {config.student_weights}" if config.student_weights else "")],
         ["teacher", ", ".join(config.teachers) or "none"],
-        ["batch", f"{train.batch_size:,} pairs{ranks}{parts}"],
-        ["steps", f"{total:,}: {epochs:.3g} epochs of {task.steps_per_epoch:,}, {total * train.batch_size:,} pairs"],
+        ["batch", f"{rows:,} pairs{ranks}{parts}"],
+        ["steps", f"{total:,}: {epochs:.3g} epochs of {task.steps_per_epoch:,}, {total * rows:,} pairs"],
         ["learning rate", f"{train.learning_rate:g}{rise}{fall}"],
         [
             "optimiser",
@@ -36,7 +37,11 @@ def planned(config: RunConfig, task: Task) -> TextTable:
         ["workers", f"{train.workers} a rank" if train.workers else "none: decoded in the training process"],
         [
             "curve",
-            f"{points} points on {task.validation_name}" if task.validation_name and points else "at the end only",
+            f"{points} points on {task.validation_name}"
+            if task.validation_name and points
+            else "at the end only"
+            if task.validation_name
+            else "none: no validation set",
         ],
         ["checkpoints", f"{saved}, the newest {train.keep_checkpoints} kept"],
         ["seed", f"{train.seed}" + (", deterministic" if train.deterministic else "")],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from clipdistill.data.loader import Batch
+from clipdistill.data.sampler import pairs_a_step
 from clipdistill.errors import InputError
 from clipdistill.objective import Embeddings, Objective
 from clipdistill.objective.term import MODALITIES
@@ -22,11 +23,12 @@ from clipdistill.train.task import Say
 def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, str], str]) -> None:
     """Teacher against chance, truncation rates, memory, the objective; raises InputError when training cannot work."""
     config = setup.config
+    rows = pairs_a_step(setup.source, config.train.batch_size)
     say(
         f"{config.run_name}: {setup.source.name}, {len(setup.source)} images; student {setup.student.name} "
         f"{setup.student.parameter_counts()['total'] / 1e6:.1f} M parameters"
         + (f"; teacher {setup.teacher.name}" if setup.teacher else "")
-        + f"; {setup.total_steps} steps of {config.train.batch_size}"
+        + f"; {setup.total_steps} steps of {rows}"
     )
     parameters = list(setup.student.module.parameters())
     total, trained = (sum(p.numel() for p in parameters if p.requires_grad or every) for every in (True, False))
@@ -76,14 +78,18 @@ def inspect(setup: Setup, say: Say, explain: bool, check: Callable[[Embeddings, 
         say("no pairs are read, so the teacher is not measured on them")
     if any(batch.captions for batch in batches):
         student_cut, teacher_cut = truncation(batches)
-        say(f"captions cut at the context length: student {student_cut:.1%}, teacher {teacher_cut:.1%} of a sample")
-    _check_memory(setup, batches[0], say)
+        theirs = f", teacher {teacher_cut:.1%}" if setup.teacher else ""
+        say(f"captions cut at the context length: student {student_cut:.1%}{theirs} of a sample")
+    own = setup.validation
+    if own is not None and len(own) == len(setup.source) and own.fingerprint() == setup.source.fingerprint():
+        say("warning: validation has the very pairs that are trained on: its scores say nothing of new pictures")
+    _check_memory(setup, batches[0], rows, say)
     if not explain:
         weights = setup.objective.weights.items()
         terms = " + ".join(term if weight == 1 else f"{weight:g} {term}" for term, weight in weights)
         say(f"objective: {terms}   (--explain shows it in symbols)")
         return
-    say(setup.objective.explain(config.train.batch_size, setup.device, world_size()))
+    say(setup.objective.explain(rows, setup.device, world_size()))
     if is_main():
         _magnitudes(setup, batches, say)
 
@@ -138,7 +144,7 @@ def _teacher_embeddings(setup: Setup, batches: list[Batch], limit: int) -> Embed
     return Embeddings(images, texts, output.logit_scale, blocks=output.blocks)
 
 
-def _check_memory(setup: Setup, batch: Batch, say: Say) -> None:
+def _check_memory(setup: Setup, batch: Batch, rows: int, say: Say) -> None:
     config = setup.config.train
     teacher = setup.teacher.model if setup.teacher is not None else None
     estimate = estimate_memory(
@@ -146,16 +152,16 @@ def _check_memory(setup: Setup, batch: Batch, say: Say) -> None:
         0 if teacher is None else sum(p.numel() for p in teacher.module.parameters()),
         setup.objective,
         batch,
-        rows=-(-config.batch_size // world_size()),
+        rows=-(-rows // world_size()),
         micro_batch=config.micro_batch,
-        global_batch=config.batch_size,
+        global_batch=rows,
         precision=config.precision,
         device=setup.device,
     )
     say(estimate.sentence())
     available = free_memory(setup.device)
     if available is not None and estimate.total > available:
-        share = max(int(config.batch_size * 0.8 * available / estimate.total), 1)
+        share = max(int(rows * 0.8 * available / estimate.total), 1)
         say(
             f"warning: {available / 1e9:.2f} GB are free; train.micro_batch={share} would encode fewer pairs at a time "
             "and keep the whole batch's negatives"

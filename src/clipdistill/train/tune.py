@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clipdistill.data.pairs import one_or_several
+from clipdistill.data.sampler import pairs_a_step
 from clipdistill.runtime.distributed import gather_lists, on_main, world_size
 from clipdistill.runtime.machine import free_memory, wait_for
 from clipdistill.runtime.signals import TooLongError, time_limit
@@ -77,7 +78,7 @@ def _worth_timing(setup: Setup) -> bool:
 def _rows(setup: Setup) -> int:
     """Rows of a pass through the towers."""
     train = setup.config.train
-    share = -(-train.batch_size // world_size())
+    share = -(-pairs_a_step(setup.source, train.batch_size) // world_size())
     return min(train.micro_batch or share, share)
 
 
@@ -122,7 +123,7 @@ class _Timing:
         self.setup, self.towers = setup, towers
         train, student = setup.config.train, setup.student
         self.rows = _rows(setup)
-        self.passes = -(-train.batch_size // world_size() // self.rows)  # of a step
+        self.passes = -(-pairs_a_step(setup.source, train.batch_size) // world_size() // self.rows)  # of a step
         rows = min(self.rows, len(setup.source))
         generator = torch.Generator().manual_seed(train.seed)
         order = torch.randperm(len(setup.source), generator=generator)[:rows].tolist()
