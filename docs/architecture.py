@@ -48,7 +48,8 @@ ORDER = (
 WINGS = (
     "models.inheritance", "scenes", "demo", "bank", "vectors", "ray_engine", "bench", "ablate", "export", "regions",
     "ternary", "curation", "search", "serve", "probe", "reference", "listing", "doctor", "remote", "data.formats.hub",
-    "data.formats.labelled_libraries", "data.formats.arrays", "data.mixture", "data.benchmarks", "evaluate.matching",
+    "data.formats.labelled_libraries", "data.formats.arrays", "data.formats.parquet_footer", "data.mixture",
+    "data.benchmarks", "evaluate.matching",
     "evaluate.balanced", "objective.one_modality", "objective.logit_matching", "objective.targeted", "train.features",
     "train.trackers", "train.replay", "train.replay_command", "train.dry_run", "train.idle", "report.exports",
     "statistics.claims_command", "statistics.compare_command",

@@ -210,7 +210,7 @@ def test_labels_and_class_names(tmp_path: Path) -> None:
         open_labelled(tmp_path / "s.tar")
     (tmp_path / "classes.txt").unlink()
     (tmp_path / "classes.json").write_bytes(b'["cat", "d\xf6g"]')
-    with pytest.raises(InputError, match="holds bytes that are not UTF-8"):
+    with pytest.raises(InputError, match="holds undecodable characters"):
         open_labelled(tmp_path / "s.tar")
 
 

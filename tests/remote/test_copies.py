@@ -111,6 +111,18 @@ def test_the_least_recently_used_copies_leave_first(served, shards, tmp_path):
     assert names[1] not in kept
 
 
+@pytest.mark.parametrize(("ahead", "leaves"), [(3600, True), (5, False)])
+def test_copies_from_before_the_clock_was_set_back_make_room(ahead, leaves, served, shards, tmp_path):
+    """Their time lies in the future; they used to stay, and nothing else was copied until the clock was there again."""
+    local_cache(tmp_path / "copies", max(path.stat().st_size for path in shards.iterdir()))
+    open_pairs(f"{served.url}/00000.tar").image_bytes(0)
+    [old] = _copies(tmp_path / "copies")
+    os.utime(old, (time.time() + ahead, time.time() + ahead))
+    open_pairs(f"{served.url}/00001.tar").image_bytes(0)
+    assert old.exists() != leaves
+    assert len(_copies(tmp_path / "copies")) == 1
+
+
 def test_a_changed_object_gets_a_copy_of_its_own(served, tmp_path):
     local_cache(tmp_path / "copies")
     first = open_pairs(f"{served.url}/00000.tar").image_bytes(0)

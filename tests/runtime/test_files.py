@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,32 @@ def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path) -> None:
     assert names(tmp_path) == [".other.writing-dead", "out"]
     files.remove_leftovers(tmp_path)
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("age", "full", "goes"),
+    [
+        (7200, False, True),
+        (10, False, False),
+        (-10, False, False),  # of a machine whose clock is a little fast
+        (-7200, False, True),  # written before the clock was set back: it would stay until the clock is there again
+        (10, True, False),  # a full disk tells no time of its own: what others write there is not old for that
+        (7200, True, True),
+    ],
+)
+def test_a_clock_that_was_set_back_and_a_full_disk_make_nothing_old_or_new(
+    age: float, full: bool, goes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    left = tmp_path / ".a.json.writing-dead"
+    left.write_text("{")
+    os.utime(left, (time.time() - age, time.time() - age))
+    if full:
+        monkeypatch.setattr(files.tempfile, "TemporaryFile", no_room)
+    files.remove_leftovers(tmp_path, older_than=3600)
+    assert left.exists() != goes
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ BAD = {
     "no text": ("/embed/texts", b'{"texts": []}', 400, "no text"),
     "no picture": ("/embed/images", b'{"images": []}', 400, "no picture"),
     "blank text": ("/embed/texts", b'{"texts": ["a", " "]}', 400, "text 1 (from 0) is empty"),
-    "half a character": ("/embed/texts", b'{"texts": ["\\ud800"]}', 400, "half of a character"),
+    "half a character": ("/embed/texts", b'{"texts": ["\\ud800"]}', 400, "holds undecodable characters"),
     "long text": ("/embed/texts", json.dumps({"texts": ["a" * 5000]}).encode(), 413, "5000 characters"),
     "many texts": ("/embed/texts", json.dumps({"texts": ["a"] * 65}).encode(), 413, "65 texts, at most 64"),
     "many values": ("/embed/texts", b'{"texts": [' + b"[]," * 60_000 + b"1]}", 413, "more than 100000 values"),

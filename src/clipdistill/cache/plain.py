@@ -25,7 +25,7 @@ from torch import Tensor
 from clipdistill.cache.stored import StoredEmbeddings
 from clipdistill.config import LARGEST_SCALE
 from clipdistill.data.pairs import PairSource
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, first_line
 
 SUFFIXES = (".npz", ".parquet", ".pq")
 DEFAULT_SCALE = 100.0
@@ -45,7 +45,7 @@ class PlainEmbeddings(StoredEmbeddings):
             raise InputError(f"{path}: no such file of embeddings") from None
         except Exception as error:  # zip, numpy and Arrow fail in their own ways on a damaged file
             kind = ".npz without pickles" if read is _read_npz else "Parquet"
-            raise InputError(f"{path}: not readable as {kind} ({error})") from error
+            raise InputError(f"{path}: not readable as {kind} ({first_line(error)})") from error
         self.logit_scale = _scale(scale, path)
         self._check(counts)
         self.dims = (self.image.shape[1],)
@@ -135,6 +135,8 @@ _Table = tuple[list[str], np.ndarray, np.ndarray, np.ndarray, Any]
 def _read_npz(path: Path) -> _Table:
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
+        if len(arrays) < len(file.files):
+            raise InputError(f"{path}: an array stands in it twice: only one of the two would be read")
     _require_names(path, "array", list(arrays), ("keys", "image"), ("text", "captions", "logit_scale"))
     keys, bare = arrays["keys"], "text" not in arrays
     if keys.ndim != 1 or keys.dtype.kind not in "US":

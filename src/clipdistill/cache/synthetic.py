@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from clipdistill.data.captions import clean
+from clipdistill.data.captions import clean_all
+from clipdistill.data.problems import Problems
 from clipdistill.embed.prepare import sample_digest
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, first_line
 from clipdistill.runtime.files import once, text_lines
 
+_log = logging.getLogger("clipdistill")
 _COLUMNS = ("captions", "caption", "synthetic", "text")
 
 
@@ -25,8 +28,11 @@ def read_synthetic(path: Path) -> dict[str, tuple[str, ...]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file of captions")
     found: dict[str, list[str]] = {}
+    problems = Problems()
     for key, captions in _entries(path):
-        found.setdefault(key, []).extend(text for caption in captions if (text := clean(caption)[0]))
+        found.setdefault(key, []).extend(clean_all(captions, key, problems))
+    if problems:
+        _log.warning(problems.sentence(str(path)))
     return {key: tuple(captions) for key, captions in found.items() if captions}
 
 
@@ -87,7 +93,7 @@ def _from_parquet(path: Path) -> Iterable[tuple[str, list[str]]]:
     except InputError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
-        raise InputError(f"{path}: not readable as Parquet ({error})") from error
+        raise InputError(f"{path}: not readable as Parquet ({first_line(error)})") from error
 
 
 def matched(captions: Mapping[str, tuple[str, ...]], keys: list[str], path: Path) -> list[tuple[str, ...]]:

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterable
 
 from clipdistill.data.problems import Problems
+from clipdistill.errors import InputError
 from clipdistill.runtime.files import decoded
 
 LONGEST = 2000
@@ -57,6 +58,13 @@ def clean(text: str | bytes) -> tuple[str, tuple[str, ...]]:
         result = unicodedata.normalize("NFC", result[:LONGEST]).strip()
         notes.append(CUT)
     return result, tuple(notes)
+
+
+def require_legible(text: str, where: str) -> None:
+    """Raise InputError where something of a text that is meant as it is (a class name, a query) would have to go."""
+    if found := next((note for note in clean(text)[1] if note != CUT), None):
+        found = "nothing but invisible characters" if found == INVISIBLE else found.removesuffix(" removed")
+        raise InputError(f"{where}: {text[:60]!r} holds {found}: take them out")
 
 
 def is_missing(value: object) -> bool:

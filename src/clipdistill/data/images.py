@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from clipdistill.data.problems import BadSample
+from clipdistill.errors import first_line
 
 MAX_PIXELS = 64_000_000
 """Above Pillow's own limit (179 million) a larger `max_pixels` has no effect."""
@@ -102,10 +103,10 @@ def _damage_told() -> Iterator[None]:
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
-        raise BadSample(f"too many pixels: {_words(error)}") from error
+        raise BadSample(f"too many pixels: {first_line(error, 120)}") from error
     except Exception as error:
         truncated = "truncat" in str(error).lower() or isinstance(error, EOFError)
-        raise BadSample(f"{'truncated' if truncated else 'corrupt'} image: {_words(error)}") from error
+        raise BadSample(f"{'truncated' if truncated else 'corrupt'} image: {first_line(error, 120)}") from error
 
 
 def _oriented_box(
@@ -273,9 +274,3 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         paper = Image.new("RGBA", layer.size, (255, 255, 255, 255))
         return Image.alpha_composite(paper, layer).convert("RGB")
     return picture if mode == "RGB" else picture.convert("RGB")
-
-
-def _words(error: Exception) -> str:
-    """The error's first words on one line (they end up in a list that people read)."""
-    text = " ".join(str(error).split())[:120]
-    return text or type(error).__name__

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from clipdistill.data.captions import require_legible
 from clipdistill.data.class_names import KNOWN_SETS, Rule, deviation, is_wnids, read_labels, recognise
 from clipdistill.data.files import read_json
 from clipdistill.data.images import MAX_PIXELS
@@ -106,6 +107,7 @@ class LabelledSource(ABC):
             raise InputError(f"{name}: class {blank} has an empty name")
         seen: set[str] = set()
         for text in self.class_names:
+            require_legible(text, f"{name}, a class name")
             if text in seen:
                 self.problems.add("repeated class name", text)
             seen.add(text)
@@ -172,8 +174,7 @@ def read_class_file(path: Path, *, wnids: bool = False) -> list[str] | dict[str,
     """
     found = _read_class_file(path, wnids)
     for text in (*found, *(found.values() if isinstance(found, dict) else ())):
-        if valid_text(text) != text:
-            raise InputError(f"class names '{path}': {valid_text(text)[:60]!r} holds bytes that are not UTF-8")
+        require_legible(text, f"class names '{path}'")
     return found
 
 

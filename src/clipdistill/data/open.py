@@ -177,6 +177,8 @@ def _no_format(place: Place) -> str:
         if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
             return f"data '{name}' cannot be read: this user may not look into the folder '{folder}'"
         published = wing("clipdistill.data.benchmarks.places:published")
+        if "::" in name or any(sign in name for sign in "*?["):
+            return f"data '{name}': name a folder, or shards as in cc3m/{{00000..00331}}.tar; several sets: data.sets"
         return f"data '{name}': no such file or folder{(published and published(path)) or _near(path)}"
     if place.is_folder:
         return _no_folder(place)

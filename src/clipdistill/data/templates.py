@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterable
 from pathlib import Path
 
+from clipdistill.data.captions import require_legible
 from clipdistill.data.class_names import OWN_TEMPLATES
 from clipdistill.errors import InputError, nearest
 from clipdistill.runtime.files import text_lines
@@ -49,6 +50,7 @@ def check_templates(lines: Iterable[str], where: str) -> tuple[str, ...]:
         text = str(line).strip().replace("{c}", "{}")
         if not text or text.startswith("#"):
             continue
+        require_legible(text, f"{where}, template {number}")
         if text.count("{}") != 1 or text.replace("{}", "").count("{") or text.replace("{}", "").count("}"):
             raise InputError(f"{where}, template {number}: '{text}' must hold exactly one {{}} for the class name")
         result.append(text)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipdistill.data.captions import require_legible
 from clipdistill.data.files import data_path
 from clipdistill.errors import InputError
 from clipdistill.runtime.files import text_lines
@@ -71,4 +72,6 @@ def _read(file: str) -> tuple[str, ...]:
     found = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if not found:
         raise InputError(f"auxiliary prompts '{file}': no prompt in it; give one a line")
+    for text in found:
+        require_legible(text, f"auxiliary prompts '{file}'")
     return found

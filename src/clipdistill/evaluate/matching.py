@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clipdistill.data.captions import clean
+from clipdistill.data.captions import clean, require_legible
 from clipdistill.data.files import (
     LARGEST_FILE,
     data_path,
@@ -200,9 +200,9 @@ def _looks_like_choices(file: Path) -> bool:
 
 def _caption(entry: Any, key: str, place: str) -> str:
     text = entry.get(key) if isinstance(entry, dict) else None
-    cleaned = clean(text)[0] if isinstance(text, str) else ""
-    if not cleaned:
+    if not isinstance(text, str) or not (cleaned := clean(text)[0]):
         raise InputError(f"{place}: no text under '{key}'")
+    require_legible(text, f"{place}, '{key}'")
     return cleaned
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clipdistill.errors import InputError, nearest
+from clipdistill.errors import InputError, first_line, nearest
 from clipdistill.models.known import BLOCK_SIZES, IMAGE_PROMPTS, near, table
 from clipdistill.models.text_length import any_length
 
@@ -157,8 +157,7 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
     except InputError:
         raise
     except Exception as error:  # open_clip and timm raise whatever an impossible size leads to
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"this architecture cannot be built: {first_line}") from error
+        raise InputError(f"this architecture cannot be built: {first_line(error)}") from error
 
 
 def _channels_last(module: nn.Module) -> nn.Module:

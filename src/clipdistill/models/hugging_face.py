@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from clipdistill.errors import InputError, needing
+from clipdistill.errors import InputError, first_line, needing
 from clipdistill.models.architecture import build_module, check_architecture, image_size
 from clipdistill.models.clip_model import ClipModel
 from clipdistill.models.hub import cached, require_network
@@ -254,8 +254,7 @@ def transformers_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for files it cannot use
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{source}: the tokenizer cannot be read ({first})") from error
+        raise InputError(f"{source}: the tokenizer cannot be read ({first_line(error)})") from error
     return HuggingFaceTokenizer.from_transformers(tokenizer, context_length, clean, strip_sep_token)
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, first_line
 from clipdistill.models.save import require_equal_shapes
 from clipdistill.runtime.files import require_readable
 
@@ -91,12 +91,8 @@ def _load_pytorch(path: Path) -> Any:
             raise InputError(
                 f"{path}: refused, because it is a TorchScript archive, which holds code: save its state dictionary"
             ) from error
-        reason = _first_line(error) if zipfile.is_zipfile(path) else "no file of torch.save, or cut short"
+        reason = first_line(error) if zipfile.is_zipfile(path) else "no file of torch.save, or cut short"
         raise InputError(f"{path}: not readable as a checkpoint ({reason})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def fit(tensors: Mapping[str, torch.Tensor], module: nn.Module, where: str, what: str) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ A detector's boxes: Parquet files; `proposals.json` names the detector and the d
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -33,6 +34,7 @@ from clipdistill.runtime.files import (
     write_json,
 )
 
+_log = logging.getLogger("clipdistill")
 _PARQUET = (".parquet", ".pq")
 _LINES = (".jsonl", ".ndjson")
 PROPOSALS = "proposals.json"
@@ -207,10 +209,13 @@ def _coco_rows(content: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any
         named = isinstance(image, Mapping) and isinstance(image.get("file_name"), str)
         if not named or not isinstance(image.get("id"), int | str):
             raise InputError(f"{path}: images[{number}] has no 'id' and 'file_name'")
+        if image["id"] in rows:
+            raise InputError(f"{path}: the image id {image['id']!r:.50} comes more than once")
         size = {side: image.get(side) for side in ("width", "height")}
         rows[image["id"]] = {"key": image["file_name"], "boxes": [], "confidences": [], "labels": [], **size}
     if not rows:
         raise InputError(f"{path}: lists no images")
+    unknown = 0
     for number, annotation in enumerate(content["annotations"]):
         if not isinstance(annotation, Mapping) or "bbox" not in annotation:
             hint = " (captions: take the file instances_*.json)" if "caption" in annotation else ""
@@ -218,6 +223,7 @@ def _coco_rows(content: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any
         try:
             row = rows.get(annotation.get("image_id"))
             if row is None or annotation.get("iscrowd"):
+                unknown += row is None
                 continue
             left, top, width, height = (float(value) for value in annotation["bbox"])
             score, name = float(annotation.get("score", 1.0)), str(names.get(annotation.get("category_id"), ""))
@@ -228,6 +234,8 @@ def _coco_rows(content: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any
         row["boxes"].append([left, top, left + width, top + height])
         row["confidences"].append(score)
         row["labels"].append(name)
+    if unknown:
+        _log.warning("%s: %d boxes are of images that it does not list, and left out", path, unknown)
     yield from rows.values()
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clipdistill.errors import InputError, storage_error
-from clipdistill.runtime.files import WRITING, make_folder, new_file, remove_leftovers, sync
+from clipdistill.runtime.files import FUTURE, WRITING, make_folder, new_file, remove_leftovers, sync
 
 FOLDER, SIZE = "CLIPDISTILL_LOCAL_CACHE", "CLIPDISTILL_LOCAL_CACHE_SIZE"
 _ENDING = ".copy"
@@ -84,7 +84,7 @@ class Copies:
             except FileNotFoundError:
                 return None
             found = (descriptor, 0.0)
-        if now - found[1] > _USED:
+        if abs(now - found[1]) > _USED:
             with contextlib.suppress(OSError):
                 os.utime(self.folder / name, (now, now))
             found = (found[0], now)
@@ -151,8 +151,8 @@ class Copies:
 
     def _make_room(self, path: Path, size: int, since: float) -> bool:
         """Under the folder's lock: remove the least recently used copies until `size` bytes fit; False, and nothing
-        removed, if they cannot."""
-        used, others = 0, []
+        removed, if they cannot. A time in the future, of a clock that was set back, holds no copy."""
+        used, others, latest = 0, [], time.time() + FUTURE
         for entry in os.scandir(self.folder):
             if entry.name.endswith(_ENDING):
                 with contextlib.suppress(FileNotFoundError):
@@ -160,7 +160,8 @@ class Copies:
                         continue
                     status = entry.stat()
                     used += status.st_size
-                    if WRITING not in entry.name and status.st_mtime < since and entry.name != path.name:
+                    idle = not since <= status.st_mtime <= latest
+                    if WRITING not in entry.name and idle and entry.name != path.name:
                         others.append((status.st_mtime, status.st_size, entry.name))
         limit = self.limit
         if limit is None:

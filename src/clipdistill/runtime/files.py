@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from clipdistill.errors import InputError, storage_error, system_number
 WRITING = ".writing-"
 ABANDONED = 600.0
 """Seconds after which what somebody was writing is a killed writer's, in places where others may be writing too."""
+FUTURE = 60.0
+"""Seconds that a file may lie in the future: clocks of machines that share a disk differ a little."""
 CHECKSUM = "sha256"
 _LARGEST_JSON = 1 << 30  # bytes
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
@@ -301,7 +304,7 @@ def remove_leftovers(folder: Path | str, name: str | None = None, *, older_than:
     """Take away what a killed writer left of `name` (default: of anything) in `folder`.
 
     What a living process of this machine is writing is left alone. older_than: seconds since the last change, for
-    places where processes of other machines may be writing.
+    places where processes of other machines may be writing; a time in the future, of a clock that was set back, is old.
     """
     folder = Path(folder)
     now = disk_time(folder) if older_than else 0.0
@@ -309,7 +312,7 @@ def remove_leftovers(folder: Path | str, name: str | None = None, *, older_than:
         if name is not None and not path.name.startswith(temporary_prefix(folder / name)):
             continue
         with contextlib.suppress(OSError):
-            if older_than and now - path.lstat().st_mtime < older_than:
+            if older_than and -FUTURE <= now - path.lstat().st_mtime < older_than:
                 continue
             with contextlib.nullcontext(True) if path.is_symlink() else _held(path) as free:
                 if free and path.is_dir() and not path.is_symlink():
@@ -490,9 +493,9 @@ def _umask() -> int:
 
 
 def disk_time(folder: Path) -> float:
-    """The time by the clock of the disk that `folder` is on, which need not be this machine's."""
+    """The time by the clock of the disk that `folder` is on, which need not be this machine's (but is, where full)."""
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:  # without a name, where the disk can: a kill leaves nothing
             return os.fstat(probe.fileno()).st_mtime
     except OSError:
-        return float("inf")
+        return time.time()

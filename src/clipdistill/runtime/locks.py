@@ -18,12 +18,10 @@ from types import TracebackType
 from typing import Any
 
 from clipdistill.errors import InputError
-from clipdistill.runtime.files import disk_time
+from clipdistill.runtime.files import FUTURE, disk_time
 
 LEASE = 900.0
 """Seconds without a sign of life after which a lock of another machine is taken over."""
-_FUTURE = 60.0
-"""Seconds that a lock may lie in the future: clocks of machines that share a disk differ a little."""
 
 
 class Claims:
@@ -148,17 +146,16 @@ def _owner(path: Path) -> dict[str, Any]:
 
 def _stale(path: Path, lease: float) -> bool:
     try:
-        now = disk_time(path.parent)
-        age = (time.time() if now == float("inf") else now) - path.stat().st_mtime
+        age = disk_time(path.parent) - path.stat().st_mtime
     except FileNotFoundError:
         return True  # given back in the meantime
     owner = _owner(path)
     process = owner.get("pid")
     if not isinstance(process, int) or isinstance(process, bool) or process < 1 or "host" not in owner:
-        return not -_FUTURE <= age <= 5  # its owner died between making and writing it, or is about to write
+        return not -FUTURE <= age <= 5  # its owner died between making and writing it, or is about to write
     if owner["host"] == socket.gethostname() and owner.get("space", _space()) == _space():
         return not _alive(process) or _started(process) != owner.get("started")
-    return not -_FUTURE <= age <= lease
+    return not -FUTURE <= age <= lease
 
 
 def _alive(process: int) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clipdistill.data.captions import require_legible
 from clipdistill.data.files import read_image_file
 from clipdistill.data.images import decode
 from clipdistill.data.problems import BadSample
@@ -121,6 +122,7 @@ class Collection:
         text = " ".join(text.split())
         if not text:
             raise InputError("the query is empty")
+        require_legible(text, "the query")
         known = [side.model.knows(text) for side in self.sides]
         if not any(known):
             raise InputError("the query holds no word that the model knows, so nothing can be found: try other words")

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from clipdistill.config import Config, build
+from clipdistill.data.captions import require_legible
 from clipdistill.data.templates import check_templates
 from clipdistill.errors import InputError
 from clipdistill.runtime.files import parse_json
@@ -153,8 +154,10 @@ def check_texts(texts: list[str], what: str, most: int) -> None:
             raise RequestRefused(400, f"{what} {number} (from 0) is empty")
         if len(text) > LONGEST_TEXT:
             raise RequestRefused(413, f"{what} {number} (from 0) has {len(text)} characters, at most {LONGEST_TEXT}")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise RequestRefused(400, f"{what} {number} (from 0) holds half of a character (\\ud800 to \\udfff)")
+        try:
+            require_legible(text, f"{what} {number} (from 0)")
+        except InputError as error:
+            raise RequestRefused(400, str(error)) from error
 
 
 def check_classes(asked: ClassifyPictures, limits: ServiceLimits) -> tuple[str, ...]:

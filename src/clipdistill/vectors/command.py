@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipdistill.arguments import checked
+from clipdistill.data.captions import require_legible
 from clipdistill.data.files import data_path, is_remote
 from clipdistill.embed.names import add_engine, on_cluster
 from clipdistill.errors import InputError
@@ -135,6 +136,8 @@ def embed_to_file(
     if isinstance(model, str | Path):
         check_model_name(str(model))
     given = _lines(Path(texts)) if isinstance(texts, str | Path) else texts
+    for number, text in enumerate(given or (), 1):
+        require_legible(text, f"embed: text {number}")
     source: Any = data
     if isinstance(data, str | Path) and not is_remote(str(data)) and is_inside(data_path(str(data)), out):
         raise InputError(f"{out}: lies in the folder of the data, which it would change: choose another place")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from clipdistill.arguments import checked
-from clipdistill.errors import InputError, nearest, needing
+from clipdistill.errors import InputError, first_line, nearest, needing
 from clipdistill.runtime.files import new_file, new_folder, require_new_folder, require_place, sync
 
 SUFFIXES = (".npy", ".parquet", ".safetensors", ".lance")
@@ -169,7 +169,7 @@ def read_embeddings(path: str | Path) -> tuple[np.ndarray, list[dict[str, Any]]]
         tensors = load_file(path)
         return _checked(tensors["embedding"], _lines(tensors["keys"].tobytes()))
     except Exception as error:  # each library raises errors of its own
-        raise InputError(f"{path}: holds no embeddings of clipdistill embed ({error!s:.200})") from error
+        raise InputError(f"{path}: holds no embeddings of clipdistill embed ({first_line(error)})") from error
 
 
 def _checked(rows: np.ndarray, entries: list[Any]) -> tuple[np.ndarray, list[dict[str, Any]]]:

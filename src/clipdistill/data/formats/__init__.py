@@ -12,9 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from clipdistill.data.files import data_path, is_there, list_images, read_json, walk
+from clipdistill.data.files import data_path, is_there, is_url, list_images, read_json, walk
 from clipdistill.data.problems import Problems
 from clipdistill.errors import InputError
+
+_COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip"})
 
 
 class Place(str):
@@ -81,6 +83,16 @@ class Place(str):
         """
         for path, reason in self._listed[1]:
             problems.add(reason, path)
+
+    def count_unread(self, problems: Problems, *endings: str) -> None:
+        """Count what a folder of files with these endings holds of their kind and is not read: what is compressed, and
+        what lies in the folders below (one level)."""
+        for file in self.files:
+            if file.suffix.lower() in _COMPRESSED and file.with_suffix("").suffix.lower() in endings:
+                problems.add("compressed file beside the others", file.name)
+        for folder in [] if is_url(self.path) or not self.is_folder else sorted(self.path.iterdir()):
+            if folder.is_dir() and os.access(folder, os.R_OK | os.X_OK) and Place(str(folder)).with_ending(*endings):
+                problems.add("folder of such files beside them", folder.name)
 
     @cached_property
     def head(self) -> bytes:

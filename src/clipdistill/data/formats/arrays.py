@@ -55,7 +55,8 @@ class ArrayLabels(LabelledSource):
     def _archive(self) -> Any:
         try:
             archive = np.load(to_read(self._path), allow_pickle=False)
-            _ = archive.files  # one array alone has none
+            if len(set(archive.files)) < len(archive.files):  # one array alone has none
+                raise ValueError("an array stands in it twice")
             return archive
         except Exception as error:  # zipfile and numpy raise almost any type on damaged archives
             raise InputError(f"'{self._path}': not readable as a numpy archive ({_words(error)})") from error

@@ -84,6 +84,9 @@ def open_folders(place: Place, config: LabelledConfig) -> FolderLabels:
         else:
             kept.append(image)
             folders.append(image.rsplit("/", 1)[0] if lettered else image.split("/", 1)[0])
+    for entry in sorted(root.iterdir()):
+        if entry.name not in tops and entry.is_dir() and not entry.is_symlink() and entry.name[0] not in "._":
+            problems.add("class folder without images", entry.name)
     index, names = _match_folders(sorted(set(folders)), config.known, config.classes, root)
     return FolderLabels(root, kept, [index[folder] for folder in folders], names, problems=problems, **config.common)
 

@@ -58,14 +58,19 @@ def open_coco(place: Place, config: DataConfig, default_split: str | None) -> Pa
     if annotations and not any(isinstance(a, dict) and "caption" in a for a in annotations):
         hint = " (it holds boxes: take the file captions_*.json)" if "instances" in path.name else ""
         raise InputError(f"{path}: its annotations have no 'caption'{hint}")
-    names: dict[Any, str] = {}
+    names: dict[Any, str | None] = {}  # None: an id of several files
     entries: dict[str, list[str]] = {}
     for number, image in enumerate(content["images"]):
         name = safe_relative(image.get("file_name")) if isinstance(image, dict) else None
         identity = image.get("id") if isinstance(image, dict) else None
-        if name is None or not isinstance(identity, int | str):
+        if name is None or not isinstance(identity, int | float | str):
             problems.add("unusable image name", f"images[{number}]", dropped=True)
-        elif identity in names or name in entries:
+        elif (first := names.get(identity, name)) != name:  # whose its captions are cannot be told
+            problems.add("image id of several files", name, dropped=True)
+            if first is not None and entries.pop(first, None) is not None:
+                problems.add("image id of several files", first, dropped=True)
+            names[identity] = None
+        elif name in entries:
             problems.add("image listed again", name)
             names.setdefault(identity, name)
         else:
@@ -73,8 +78,8 @@ def open_coco(place: Place, config: DataConfig, default_split: str | None) -> Pa
             entries[name] = []
     for number, annotation in enumerate(annotations):
         identity = annotation.get("image_id") if isinstance(annotation, dict) else None
-        name = names.get(identity) if isinstance(identity, int | str) else None
-        if name is None:
+        name = names.get(identity) if isinstance(identity, int | float | str) else None
+        if name not in entries:
             problems.add("caption of an unknown image", f"annotations[{number}]")
         else:
             entries[name].extend(clean_all(_listed(annotation.get("caption")) or [None], name, problems))

@@ -17,7 +17,7 @@ def open_folder(place: Place, config: DataConfig, default_split: str | None) -> 
     folder, problems, entries = place.path, Problems(), []
     refuse_split(config.split, folder)
     place.count_passed_over(problems)
-    for table in place.with_ending(".csv", ".tsv", ".parquet", ".pq"):
+    for table in place.with_ending(".csv", ".tsv", ".parquet", ".pq", ".jsonl"):
         problems.add("table beside the images", table.name)
     stems = {name: os.path.splitext(name)[0] for name in place.images}  # noqa: PTH122
     for stem in sorted(place.texts.keys() - set(stems.values())):

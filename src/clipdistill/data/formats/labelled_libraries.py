@@ -146,7 +146,7 @@ class HubLabels(LabelledSource):
         self._column = column
 
     def _bytes(self, i: int) -> bytes:
-        value = self._rows[i][self._column]
+        value = self._rows[i][self._column] or {}
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
         if value.get("path"):
@@ -173,8 +173,15 @@ def open_hub_labelled(place: Place, config: LabelledConfig) -> HubLabels:
     names = config.classes or list(getattr(feature, "names", None) or [])
     if isinstance(names, dict):
         raise InputError(f"hf:{name}: class names are a list in label order, not a mapping of folders")
-    labels = np.asarray(rows[label][:], dtype=np.int64)
-    rows = rows.cast_column(image, datasets.Image(decode=False))
+    values = rows[label][:]
+    wrong = next((row for row, value in enumerate(values) if type(value) is not int), None)
+    if wrong is not None:
+        raise InputError(f"hf:{name}: row {wrong} of '{label}' is no class number, but {values[wrong]!r:.50}")
+    labels = np.asarray(values, dtype=np.int64)
+    try:
+        rows = rows.cast_column(image, datasets.Image(decode=False))
+    except Exception as error:  # any type of arrow's or the library's own
+        raise InputError(f"hf:{name}: the column '{image}' holds no images ({str(error)[:100]})") from error
     return HubLabels(
         *(rows, image, f"{name}/{split}", [f"{split}/{i:07d}" for i in range(len(labels))], labels, names),
         **config.common,

@@ -6,6 +6,7 @@ in random order should have small row groups (some megabytes), or be written as 
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,8 @@ from clipdistill.data.formats.forms import tables_of
 from clipdistill.data.formats.rows import WITHOUT_IMAGE, Rows, find_columns
 from clipdistill.data.pairs import DataConfig, IndexedPairs, PairSource
 from clipdistill.data.problems import BadSample
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, first_line
+from clipdistill.registry import wing
 
 _KEPT_BYTES = 256 << 20  # of row groups, per process
 _BATCH = 65536  # rows of captions converted at a time
@@ -56,10 +58,11 @@ def open_parquet(place: Place, config: DataConfig, default_split: str | None) ->
         if in_cells and config.image_root is not None:
             raise InputError(f"data.image_root={config.image_root} is not applied to '{where}', which holds its images")
         rows = Rows(where, config)
+        place.count_unread(rows.problems, ".parquet", ".pq")
         for number, (file, table, name) in enumerate(zip(files, tables, labels)):
             beside = f" of {file.name}" if len(files) > 1 else ""
             if in_cells:
-                lines = zip(_columns(table, (caption, split)), _places(table, image), strict=True)
+                lines = zip(_columns(table, (caption, split)), _places(table, file, image), strict=True)
                 for line, ((texts, label), (group, row, null)) in enumerate(lines):
                     if null:
                         rows.problems.add(WITHOUT_IMAGE, f"{name}/{line}", dropped=True)
@@ -75,7 +78,7 @@ def open_parquet(place: Place, config: DataConfig, default_split: str | None) ->
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name that is not UTF-8
-        raise InputError(f"'{where}': damaged Parquet file ({_first_line(error)})") from error
+        raise InputError(f"'{where}': damaged Parquet file ({first_line(error)})") from error
 
 
 def _open(file: Path) -> Any:
@@ -92,17 +95,14 @@ def _open(file: Path) -> Any:
         _ = table.schema_arrow  # raises for damaged ones
         return table
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"'{file}': not a readable Parquet file ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"'{file}': not a readable Parquet file ({first_line(error)})") from error
 
 
 def _is_text(kind: Any) -> bool:
     import pyarrow as pa
 
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind  # a category of pandas
+    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
 def _holds_bytes(kind: Any) -> bool:
@@ -126,35 +126,30 @@ def _to_python(column: Any) -> list[Any]:
     import pyarrow as pa
 
     if _is_text(column.type):  # lenient: a string that is no UTF-8 must not end the reading
+        if column.type not in (pa.string(), pa.large_string()):  # those are taken apart, or copied into one piece
+            column = column.cast(pa.large_string())
         raw = column.cast(pa.large_binary()).to_pylist()
         return [None if value is None else value.decode("utf-8", "surrogateescape") for value in raw]
     return column.to_pylist()
 
 
-def _places(table: Any, column: str) -> Iterator[tuple[int, int, bool]]:
+def _places(table: Any, file: Path, column: str) -> Iterator[tuple[int, int, bool]]:
     """(row group, row in it, whether the image's cell is null) of every row.
 
     The cells themselves are read only where the file's statistics do not say that none is null.
     """
-    paths = [table.schema.column(number).path for number in range(table.metadata.num_columns)]
-    wanted = [number for number, path in enumerate(paths) if path in (column, f"{column}.bytes")]
+    row_groups = wing("clipdistill.data.formats.parquet_footer:row_groups")
+    known = row_groups(file, {column, f"{column}.bytes"}) if row_groups else []
     for group in range(table.num_row_groups):
-        about = table.metadata.row_group(group)
-        counts = []
-        for number in wanted:
-            chunk = about.column(number)
-            if chunk.physical_type != table.schema.column(number).physical_type:  # its statistics end the process
-                raise ValueError(f"column {chunk.path_in_schema} of row group {group} says it is {chunk.physical_type}")
-            known = chunk.statistics
-            counts.append(known.null_count if known is not None and known.has_null_count else None)
-        if counts and not any(count is None or count for count in counts):
-            nulls = np.zeros(about.num_rows, dtype=bool)
+        rows, counts = known[group] if len(known) == table.num_row_groups else (-1, [])
+        if counts and all(count == 0 for count in counts):
+            nulls: Any = itertools.repeat(False, rows)
         else:
-            nulls = _read_cells(table, group, column).is_null().to_numpy(zero_copy_only=False)
-            if len(nulls) != about.num_rows:
-                raise ValueError(f"row group {group} holds {len(nulls)} images and says {about.num_rows}")
-        for row in range(about.num_rows):
-            yield group, row, bool(nulls[row])
+            nulls = _read_cells(table, group, column).is_null().to_pylist()
+            if rows >= 0 and len(nulls) != rows:
+                raise ValueError(f"row group {group} holds {len(nulls)} images and says {rows}")
+        for row, null in enumerate(nulls):
+            yield group, row, null
 
 
 def _read_cells(table: Any, group: int, column: str) -> Any:
@@ -231,7 +226,7 @@ class ParquetPairs(IndexedPairs):
                     self._sizes[file] = _identity(self._paths[file])
                 cells = _read_cells(self._tables[file], group, self._column)
             except (pa.ArrowException, OSError, ValueError) as error:
-                raise BadSample(f"unreadable row group: {self._paths[file].name}: {_first_line(error)}") from error
+                raise BadSample(f"unreadable row group: {self._paths[file].name}: {first_line(error)}") from error
             self._groups[file, group] = cells
             while len(self._groups) > 1 and sum(c.nbytes for c in self._groups.values()) > _KEPT_BYTES:
                 self._groups.popitem(last=False)

@@ -139,6 +139,7 @@ def open_tars(place: Place, config: DataConfig, default_split: str | None) -> Ta
     problems = Problems()
     for image in place.with_ending(*IMAGE_SUFFIXES):
         problems.add("image beside the shards", image.name)
+    place.count_unread(problems, ".tar")
     indexes = run(index_shard, shards, labels, itertools.repeat(column))
     pairs = TarPairs(name, shards, labels, indexes, problems, config.max_pixels)
     return_freed_memory()  # of the shards' own indexes
