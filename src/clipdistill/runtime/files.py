@@ -24,8 +24,7 @@ from clipdistill.errors import InputError, storage_error, system_number
 WRITING = ".writing-"
 ABANDONED = 600.0
 """Seconds after which what somebody was writing is a killed writer's, in places where others may be writing too."""
-FUTURE = 60.0
-"""Seconds that a file may lie in the future: clocks of machines that share a disk differ a little."""
+FUTURE = 60.0  # seconds that a file may lie in the future: clocks of machines that share a disk differ a little
 CHECKSUM = "sha256"
 _LARGEST_JSON = 1 << 30  # bytes
 _URL = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
