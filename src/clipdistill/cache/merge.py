@@ -43,7 +43,7 @@ def merge(out: Path, folders: Sequence[Path]) -> CacheStore:
             raise InputError(f"merge: {first.folder} and {store.folder} differ in {changed or 'synthetic captions'}")
     same = all(s.manifest.data.fingerprint == first.manifest.data.fingerprint for s in stores[1:])
     with new_folder(out, lambda _: False, "merged cache") as folder:  # a kill leaves nothing under the name
-        check_space(folder, sum(int(s.manifest.pair_bytes() * len(s)) for s in stores))
+        check_space(folder, sum(int(s.manifest.pair_bytes() * len(s)) for s in stores), out)
         (_join_shares if same else _append)(folder, stores)
     return CacheStore(out)
 

@@ -26,12 +26,16 @@ def sample_bytes(dims: Sequence[int], dtype: Dtype, views: int, captions: float)
     return sum(rows * row_bytes(dtype, dim) for dim in dims) + views * VIEW_BYTES + INDEX_BYTES
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raises StorageError when `needed` bytes (and a reserve of 2 %) do not fit on the disk of `folder`."""
+def check_space(folder: Path, needed: int, merged: Path | None = None) -> None:
+    """Raises StorageError when `needed` bytes (and a reserve of 2 %) do not fit on the disk of `folder`.
+
+    merged: the name that a merged store gets in the end.
+    """
     free = shutil.disk_usage(folder).free
     wanted = needed * 1.02 + 1_000_000
     if free < wanted:
+        less = "" if merged else ", or store less (--dtype int8 halves it; fewer --views; --captions first)"
         raise StorageError(
-            f"{folder}: the cache needs {file_size(wanted)} more, with a reserve, and {file_size(free)} are free: make "
-            "room, choose another disk, or store less (--dtype int8 halves it; fewer --views; --captions first)"
+            f"{merged or folder}: the cache needs {file_size(wanted)} more, with a reserve, and {file_size(free)} are "
+            f"free: make room, or choose another disk{less}"
         )

@@ -9,7 +9,7 @@ from clipdistill.data.open import open_labelled
 from clipdistill.embed.classes import choose_templates, class_weights
 from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
-from clipdistill.runtime.files import require_place, write_json
+from clipdistill.runtime.files import json_text, new_file, require_place, with_checksum
 from clipdistill.vectors.files import require_room, write_embeddings
 from clipdistill.vectors.job import EmbedReport
 
@@ -28,8 +28,11 @@ def classes_to_file(encoder: Encoder, classes: str, templates: str | None, out: 
     name, lines = choose_templates(labelled.templates if templates is None else templates)
     rows = class_weights(encoder, labelled.class_names, lines).numpy()
     model = encoder.model
-    write_embeddings(out, len(rows), rows.shape[1], [(rows, [{"key": label} for label in labelled.class_names])])
     identity = {"what": "classes", "model": model.fingerprint(), "templates": list(lines)}
     details = {"identity": identity, "model": model.name, "data": labelled.name, "templates": name}
-    write_json(description, {**details, "rows": len(rows), "width": rows.shape[1]}, checked=True)
+    with new_file(description) as temporary:  # on the disk before the vectors take their name
+        temporary.write_text(
+            json_text(with_checksum({**details, "rows": len(rows), "width": rows.shape[1]})), encoding="utf-8"
+        )
+        write_embeddings(out, len(rows), rows.shape[1], [(rows, [{"key": label} for label in labelled.class_names])])
     return EmbedReport(out, len(rows), rows.shape[1], seconds=time.perf_counter() - began)
