@@ -422,6 +422,8 @@ def main() -> None:
             value = "" if row["value"] is None else f"{row['value']:12,.2f} {row['unit']:10}"
             print(f"{row['what']:60} {value:24} {row['note']}", flush=True)
         keep(rows)
+    if lost := [row["what"] for row in rows if row["what"].endswith(": whole") and row["note"].startswith("FAILED")]:
+        sys.exit(f"failed: {', '.join(lost)}")
 
 
 if __name__ == "__main__":

@@ -215,6 +215,8 @@ class Scores:
         ]
         heads = ["metric", *(names.get(model, model) + suffix for suffix, _, model in groups)]
         caption = "percent, with 95 % intervals" if any("[" in cell for row in rows for cell in row) else "percent"
+        if any(metric.startswith("t2i_") for metric in shown):
+            caption += "; t2i: pictures found by texts, i2t: texts found by pictures; ranks and ties are counts"
         return TextTable(heads, rows, protocol.label(), caption)
 
     def overview(self, names: Mapping[str, str] | None = None) -> TextTable:
