@@ -144,6 +144,14 @@ def test_pictures_and_texts_are_taken_as_they_come(tmp_path):
     found, keys = cd.read_embeddings(report.path)
     assert np.abs(found - found[0]).max() < 1e-6
     assert [key["key"] for key in keys[:5]] == ["0", "1", "2", "3", str(tmp_path / "turned.png")]
+
+    class Frame:  # what pandas' has
+        iterrows = None
+
+        def to_dict(self, orient):
+            return [{"image": image, "caption": "a red square"} for image in same] if orient == "records" else None
+
+    assert len(cd.embed("scenes-teacher", Frame(), device="cpu", progress=False).image) == len(same)
     for given, sentence in (
         ({"data": same, "captions": "all"}, "a list of pictures has no captions"),
         ({"data": tmp_path / "upright.png"}, "is one picture: name the folder that holds it"),

@@ -2,8 +2,8 @@
 
 An object has a length and gives either items, (image, caption or captions) or {"image": ..., "caption" or "captions"
 or "text": ..., "key": ...}, or the methods `key(i)`, `captions(i)` and `image(i)` or `image_bytes(i)` of a PairSource.
-An image is a picture of PIL, a uint8 array (H, W), (H, W, 3) or (H, W, 4), a uint8 torch tensor (C, H, W), the bytes
-of an image file, or its path.
+A DataFrame is its rows, with such columns. An image is a picture of PIL, a uint8 array (H, W), (H, W, 3) or (H, W, 4),
+a uint8 torch tensor (C, H, W), the bytes of an image file, or its path.
 
 Captions and keys are read once, when the object is given, and make its fingerprint, which is a part of its name: a run
 that is continued with an object of other captions is refused. Images are asked for again whenever they are needed.
@@ -82,6 +82,8 @@ def as_pairs(data: Any, name: str | None = None) -> PairSource:
     name = name or _name_of(data)
     if isinstance(data, Mapping | str | bytes | type):
         raise InputError(f"data: {type(data).__name__} {str(data)[:60]!r} is no set of image-caption pairs")
+    if hasattr(data, "iterrows"):  # a DataFrame: a row an item
+        data = data.to_dict("records")
     try:
         count = len(data)
     except Exception as error:
