@@ -17,7 +17,6 @@ import pytest
 
 from clipdistill.data.formats.parquet_footer import row_groups
 from tests.conftest import REPOSITORY
-from tests.data.helpers import encoded
 
 CHILD = """
 import faulthandler, struct, sys, warnings
@@ -89,9 +88,9 @@ def written(path: Path, columns: dict[str, object], **options: object) -> Path:
 
 
 FILES = {
-    "pairs in groups": ("pairs", {"image": [{"bytes": encoded(k), "path": None} for k in range(4)],
+    "pairs in groups": ("pairs", {"image": [{"bytes": bytes([65 + k]) * 3, "path": None} for k in range(4)],
                                   "caption": [["one", "two"], ["three"], ["four"], ["five"]]}, {"row_group_size": 2}),
-    "pairs": ("pairs", {"jpg": [encoded(0), None, encoded(2)], "txt": ["a", "b", "c"]}, {"compression": "none"}),
+    "pairs": ("pairs", {"jpg": [b"one", None, b"two"], "txt": ["a", "b", "c"]}, {"compression": "none"}),
     "plain": ("plain", {"key": ["a", "b"], "image": [[1.0, 2.0], [3.0, 4.0]], "text": [[1.0, 2.0], [3.0, 4.0]]}, {}),
     "added": ("added", {"key": ["a", "b"], "captions": [["one", "two"], ["three"]]}, {}),
     "boxes": ("boxes", {"key": ["a", "b"], "boxes": [[[0.0, 0.0, 2.0, 2.0]], [[1.0, 1.0, 3.0, 3.0]]]}, {}),

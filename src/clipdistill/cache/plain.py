@@ -158,7 +158,7 @@ def _read_parquet(path: Path) -> _Table:
     _require_names(path, "column", table.column_names, ("key", "image", "text"), ())
     if table["key"].null_count:
         raise InputError(f"{path}: {table['key'].null_count} keys are missing (null)")
-    keys = [str(key) for key in table["key"].to_pylist()]
+    keys = [key.decode() if isinstance(key, bytes) else str(key) for key in table["key"].to_pylist()]
     counts = np.ones(len(keys), dtype=np.int64)
     text: Any = table["text"].combine_chunks() if table["text"].num_chunks != 1 else table["text"].chunk(0)
     if pa.types.is_nested(text.type) and pa.types.is_nested(text.type.value_type) and not text.null_count:

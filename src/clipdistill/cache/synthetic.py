@@ -87,9 +87,13 @@ def _from_parquet(path: Path) -> Iterable[tuple[str, list[str]]]:
         name = next((c for c in _COLUMNS if c in names), None)
         if name is None or "key" not in names:
             raise InputError(f"{path}: expected the columns 'key' and 'captions', found {', '.join(names)}")
+        rows = 0
         for batch in file.iter_batches(columns=["key", name]):
+            rows += batch.num_rows
             for key, captions in zip(batch["key"].to_pylist(), batch[name].to_pylist()):
                 yield _entry({"key": key, name: captions}, f"{path}, key '{key}'")
+        if rows != file.metadata.num_rows:  # a damaged footer can lose a row group
+            raise ValueError(f"it holds {rows} rows and says {file.metadata.num_rows}")
     except InputError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8

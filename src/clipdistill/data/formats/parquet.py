@@ -116,10 +116,13 @@ def _holds_bytes(kind: Any) -> bool:
 
 def _columns(table: Any, names: Sequence[str | None]) -> Iterator[tuple[Any, ...]]:
     """Rows of the named columns (None for a missing one) as tuples."""
-    wanted = [name for name in names if name is not None]
+    wanted, rows = [name for name in names if name is not None], 0
     for batch in table.iter_batches(batch_size=_BATCH, columns=wanted, use_threads=False):
         values = {name: _to_python(batch.column(wanted.index(name))) for name in wanted}
         yield from zip(*([None] * batch.num_rows if name is None else values[name] for name in names))
+        rows += batch.num_rows
+    if rows != table.metadata.num_rows:  # a damaged footer can lose a row group
+        raise ValueError(f"it holds {rows} rows and says {table.metadata.num_rows}")
 
 
 def _to_python(column: Any) -> list[Any]:
