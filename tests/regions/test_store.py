@@ -71,6 +71,9 @@ def test_stored_embeddings_are_those_of_the_crops(tmp_path: Path) -> None:
     clip = load_model("scenes-teacher", teacher=True)
     store = filled(tmp_path / "store", some_boxes(tmp_path), clip=clip)
     assert store.counts().tolist() == [2, 1, 1, 1, 1]  # whole images where there are no boxes
+    for outside in (-1, len(store)):
+        with pytest.raises(InputError, match="is not one of its"):
+            store.read([0, outside])
     found = store.read([2, 0])
     assert found.mask.tolist() == [[True, False], [True, True]]
     picture = open_pairs(SOURCE).image(0)

@@ -273,6 +273,8 @@ class RegionStore(Shown):
         """The regions of these samples, in their order."""
         found = []
         for index in indices:
+            if not 0 <= index < len(self):
+                raise InputError(f"{self.folder}: number {index} is not one of its {len(self):,} images")
             number, within = divmod(int(index), self.manifest.block)
             arrays = self._block(number)
             own = slice(*self._starts[number][within : within + 2].tolist())
