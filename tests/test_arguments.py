@@ -180,3 +180,14 @@ def test_what_the_classes_and_lists_take():
     ):
         with pytest.raises(InputError, match=sentence):
             call()
+
+
+def test_a_mapping_that_is_given_to_be_filled_is_the_callers() -> None:
+    @checked
+    def fill(found: dict[str, str]) -> dict[str, str]:
+        found["a"] = "b"
+        return found
+
+    mine: dict[str, str] = {"kept": "x"}
+    assert fill(mine) is mine
+    assert mine == {"kept": "x", "a": "b"}
