@@ -80,9 +80,8 @@ def _placed(value: Any) -> Any:
     """What names a place as a name: `~` is the home folder, what stands for a path (a Run) is it; in settings, too."""
     if type(value) is dict:
         placed = {key: str(_placed(v)) if isinstance(v, os.PathLike) else _placed(v) for key, v in value.items()}
-        return (
-            placed if any(placed[key] is not v for key, v in value.items()) else value
-        )  # it may be there to be filled
+        changed = any(placed[key] is not v for key, v in value.items())
+        return placed if changed else value  # the caller's own: it may be to be filled
     if isinstance(value, str):
         return os.path.expanduser(value) if value.startswith("~/") else value  # noqa: PTH111 - no home is no error
     return Path(os.path.expanduser(os.fsdecode(value))) if isinstance(value, os.PathLike) else value  # noqa: PTH111

@@ -85,9 +85,8 @@ class LockedFeatures:
         None where the towers have to run: the text tower trains, a picture cannot be read, the features are too many.
         """
         start, module = time.perf_counter(), student.module
-        whole, rows = (
-            (source.source, source.indices.tolist()) if isinstance(source, Subset) else (source, [*range(len(source))])
-        )
+        whole, some = _whole(source)
+        rows = [*range(len(source))] if some is None else some
         if self.text is None or _size(student, whole) > LARGEST:
             return None
         if id(whole) not in self.measured:
@@ -99,7 +98,7 @@ class LockedFeatures:
             return None
         listed = [one_or_several(whole.captions(i))[:most] for i in rows]
         places = [(row, found.first[i] + n, n) for row, i in enumerate(rows) for n in range(len(listed[row]))]
-        owner, at, place = torch.tensor(places, dtype=torch.int64).T
+        owner, at, place = torch.tensor(places, dtype=torch.int64).reshape(-1, 3).T
         with evaluation_mode(module), torch.no_grad():
             image, text = (
                 torch.cat([normalize(head(part.to(device)), dim=-1).cpu() for part in table.split(_PART * _PART)])
@@ -150,6 +149,11 @@ def can_keep(student: ClipModel, config: RunConfig, source: PairSource, teacher:
     return _size(student, source, views) <= LARGEST
 
 
+def _whole(source: PairSource) -> tuple[PairSource, list[int] | None]:
+    """The set that a subset is of, with its rows there; None for all of them."""
+    return (source.source, source.indices.tolist()) if isinstance(source, Subset) else (source, None)
+
+
 def _size(student: ClipModel, source: PairSource, views: int = 0) -> int:
     """Bytes of the features of a set."""
     module = student.module
@@ -169,7 +173,7 @@ def locked_features(
     """
     start = time.perf_counter()
     module, train, views = student.module, config.train, view_count(config, teacher) or 0
-    whole, rows = (source.source, source.indices.tolist()) if isinstance(source, Subset) else (source, None)
+    whole, rows = _whole(source)
     data = [whole.fingerprint(), whole.images_fingerprint()] if train.features_folder is not None else []
     drawn: list[object] = [views]
     if views:

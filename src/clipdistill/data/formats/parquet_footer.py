@@ -24,9 +24,8 @@ def row_groups(file: Path, columns: Collection[str]) -> list[tuple[int, list[int
         opened.seek(max(0, end - 8 - int.from_bytes(opened.read(4), "little")))
         read, found = io.BytesIO(opened.read()).read, []
     try:
-        for group in _thrift(read, 12)[
-            4
-        ]:  # the numbers of fields in FileMetaData, RowGroup, ColumnMetaData, Statistics
+        # the numbers of fields in FileMetaData, RowGroup, ColumnMetaData, Statistics
+        for group in _thrift(read, 12)[4]:
             about = [chunk[3] for chunk in group[1]]
             counts = [each.get(12, {}).get(3) for each in about if b".".join(each[3]).decode() in columns]
             found.append((int(group[3]), counts))
