@@ -46,7 +46,8 @@ ORDER = (
 """Floors from the lowest up; rooms of one floor do not know each other."""
 
 WINGS = (
-    "models.inheritance", "scenes", "demo", "bank", "vectors", "ray_engine", "bench", "ablate", "export", "regions",
+    "models.inheritance", "models.prompts", "scenes", "demo", "bank", "vectors", "ray_engine", "bench", "ablate",
+    "export", "regions",
     "ternary", "curation", "search", "serve", "probe", "reference", "listing", "doctor", "remote", "data.formats.hub",
     "data.formats.labelled_libraries", "data.formats.arrays", "data.formats.parquet_footer", "data.mixture",
     "data.benchmarks", "evaluate.matching",

@@ -14,6 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from clipdistill.runtime.machine import cpu_count
 
 EXTRAS = {
@@ -68,6 +70,10 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _requirements(package: str) -> list[str]:
+    return importlib.metadata.requires(package) or []
+
+
 def _torch() -> list[Examined]:
     torch_version, vision_version = _version("torch"), _version("torchvision")
     repair = "reinstall both together from one index:  pip install --force-reinstall torch torchvision"
@@ -75,10 +81,9 @@ def _torch() -> list[Examined]:
         missing = "torch" if torch_version is None else "torchvision"
         return [Examined("problem", f"{missing} is not installed", "pip install torch torchvision")]
     pair = f"torch {torch_version} with torchvision {vision_version}"
-    release = re.match(r"2\.(\d+)\.", torch_version)
-    expected = None if release is None else f"0.{int(release[1]) + 15}"  # 2.6 with 0.21, 2.7 with 0.22 and so on
-    if expected is not None and not vision_version.startswith(f"{expected}."):
-        return [Examined("problem", f"{pair}: this torch needs torchvision {expected}", repair)]
+    asked = next((r for r in map(Requirement, _requirements("torchvision")) if r.name == "torch"), None)
+    if asked is not None and not asked.specifier.contains(torch_version, prereleases=True):
+        return [Examined("problem", f"{pair}: this torchvision needs torch{asked.specifier}", repair)]
     builds = [version.partition("+")[2] for version in (torch_version, vision_version)]
     if all(builds) and builds[0] != builds[1]:
         return [Examined("problem", f"{pair}: built for different devices", repair)]

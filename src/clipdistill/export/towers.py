@@ -87,7 +87,7 @@ def plain_copy(module: nn.Module, *, fused_attention: bool = False) -> nn.Module
     """A copy in float32 on the CPU in evaluation mode, its attention written out."""
     plain = copy.deepcopy(module).to(device="cpu", dtype=torch.float32).eval().requires_grad_(False)
     for name, part in list(plain.named_modules()):
-        if type(part) is nn.MultiheadAttention and _replaceable(part):
+        if isinstance(part, nn.MultiheadAttention) and _replaceable(part):
             parent, _, leaf = name.rpartition(".")
             setattr(plain.get_submodule(parent), leaf, PlainAttention(part, fused_attention))
     return plain

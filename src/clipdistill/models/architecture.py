@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from clipdistill.errors import InputError, first_line, nearest
+from clipdistill.models.blocks import lean
 from clipdistill.models.known import BLOCK_SIZES, IMAGE_PROMPTS, near, table
 from clipdistill.models.text_length import any_length
+from clipdistill.registry import wing
 
 JOINED = "towers"
 """The key of an architecture that joins towers of other libraries."""
@@ -62,9 +64,7 @@ def check_architecture(values: Mapping[str, Any], where: str = "architecture") -
 
         check_block_sizes(result[BLOCK_SIZES], result["vision_cfg"], result["text_cfg"], where)
     if IMAGE_PROMPTS in result:
-        from clipdistill.models.prompts import check_prompts
-
-        check_prompts(result[IMAGE_PROMPTS], where)
+        wing("clipdistill.models.prompts:check_prompts")(result[IMAGE_PROMPTS], where)
     result["quick_gelu"] = bool(result.get("quick_gelu", False))
     return result
 
@@ -149,10 +149,9 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
                 from clipdistill.models.sized import size_blocks
 
                 size_blocks(module, block_sizes)
+            lean(module)
             if prompted is not None:
-                from clipdistill.models.prompts import put_prompts
-
-                put_prompts(module.visual, prompted)
+                wing("clipdistill.models.prompts:put_prompts")(module.visual, prompted)
             return _channels_last(module)
     except InputError:
         raise

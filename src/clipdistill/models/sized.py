@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from clipdistill.errors import InputError, nearest
+from clipdistill.models.blocks import mixed_values
 from clipdistill.models.known import BLOCK_SIZES, TOWERS
 
 _FIELDS = ("head_width", "heads", "mlp")
@@ -57,18 +58,17 @@ class SizedAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Self-attention over query (B, L, width), with the arguments that open_clip's blocks give; key and value are
-        the query. `attn_mask` (L, L) is added to the scores."""
-        batch, length, _ = query.shape
-        inner = nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias)
+        """query (B, Q, width), key and value one tensor (B, K, width), as open_clip's blocks give them; `attn_mask`
+        (Q, K) or (B x heads, Q, K) is added to the scores."""
         if self.heads == 0:
-            context = inner
+            context = nn.functional.linear(
+                query, self.in_proj_weight, self.in_proj_bias
+            )  # (B, Q, 0), a part of the graph
         else:
-            parts = inner.view(batch, length, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
-            mixed = nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=attn_mask)
+            mixed = mixed_values(query, key, self.in_proj_weight, self.in_proj_bias, self.heads, attn_mask)
             if self.head_gate is not None:
                 mixed = mixed * self.head_gate.to(mixed.dtype).view(-1, 1, 1)
-            context = mixed.transpose(1, 2).reshape(batch, length, self.heads * self.head_width)
+            context = mixed.transpose(1, 2).flatten(2)
         output = self.out_proj(context)
         return (output if self.output_gate is None else output * self.output_gate.to(output.dtype)), None
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipdistill.models.blocks import read
 from clipdistill.models.parameters import evaluation_mode
 
 STEP = 8
@@ -98,10 +99,10 @@ def reads_only_text(module: Any, tokenizer: Any) -> bool:
 def any_length(kind: Any) -> Any:
     """`kind`, an open_clip model or text tower, as a class that takes tokens (B, L) of any L up to its context.
 
-    At the whole context it computes what `kind` does, to the bit.
+    At the whole context it computes what `kind` does, up to rounding.
     """
     from open_clip import CLIP
-    from open_clip.transformer import TextTransformer, text_global_pool
+    from open_clip.transformer import TextTransformer
 
     if issubclass(kind, TextTransformer):
 
@@ -112,6 +113,12 @@ def any_length(kind: Any) -> Any:
                     mask = mask[: x.shape[1], : x.shape[1]]
                 return x, mask
 
+            def forward(self, text: Tensor) -> Any:
+                if self.output_tokens or self.cls_emb is not None:
+                    return super().forward(text)
+                x, mask = self._embeds(text)
+                return _pooled(self, x, mask, text, self.pool_type, self.eos_id)
+
         return AnyLengthText
     if not issubclass(kind, CLIP):
         return kind
@@ -121,11 +128,22 @@ def any_length(kind: Any) -> Any:
             length, number_format = text.shape[1], self.transformer.get_cast_dtype()
             x = self.token_embedding(text).to(number_format) + self.positional_embedding[:length].to(number_format)
             mask = None if self.attn_mask is None else self.attn_mask[:length, :length]
-            x = self.ln_final(self.transformer(x, attn_mask=mask))  # (B, L, width)
-            x = text_global_pool(x, text, self.text_pool_type, eos_token_id=self.text_eos_id)
-            if self.text_projection is not None:
-                linear = isinstance(self.text_projection, torch.nn.Linear)
-                x = self.text_projection(x) if linear else x @ self.text_projection
+            x = _pooled(self, x, mask, text, self.text_pool_type, self.text_eos_id)
             return torch.nn.functional.normalize(x, dim=-1) if normalize else x
 
     return AnyLengthClip
+
+
+def _pooled(tower: Any, x: Tensor, mask: Tensor | None, text: Tensor, pool_type: str, end: int | None) -> Tensor:
+    """(B, D) of token embeddings x (B, L, width), read where open_clip reads captions `text` (B, L)."""
+    from open_clip.transformer import text_global_pool
+
+    numbers = torch.arange(text.shape[1], device=text.device).expand_as(text)
+    places = text_global_pool(numbers, text, pool_type, eos_token_id=end)
+    if places.ndim == 1:
+        x = tower.ln_final(read(tower.transformer, x, mask, places)).squeeze(1)
+    else:  # all of them are wanted
+        x = tower.ln_final(tower.transformer(x, attn_mask=mask))
+    if tower.text_projection is None:
+        return x
+    return tower.text_projection(x) if isinstance(tower.text_projection, torch.nn.Linear) else x @ tower.text_projection

@@ -188,9 +188,7 @@ def _make_trainable(
         if wanted != "none":
             lock(module, tower, 0 if wanted == "all" else wanted)
     if train.image_prompts:
-        from clipdistill.models.prompts import unlock_prompts
-
-        unlock_prompts(module)
+        wing("clipdistill.models.prompts:unlock_prompts")(module)
     # a tower that no step reads stays as it is
     freeze(module, [tower for tower in MODALITIES if tower not in modalities and hasattr(module, "visual")])
     if not any(p.requires_grad for p in module.parameters()):
@@ -282,9 +280,9 @@ def _student(
             else ["a picture"],
         )
     if train.image_prompts:
-        from clipdistill.models.prompts import with_prompts
-
-        student = with_prompts(student, train.image_prompts, train.prompt_depth, seed=train.seed)
+        student = wing("clipdistill.models.prompts:with_prompts")(
+            student, train.image_prompts, train.prompt_depth, seed=train.seed
+        )
     student = _with_other_tower(student, config, source, teacher)
     with torch.no_grad():
         if train.logit_scale_init is not None:
