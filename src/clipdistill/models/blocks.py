@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,23 +54,24 @@ class LeanAttention(nn.MultiheadAttention):
 
 def lean(module: nn.Module) -> None:
     """Let the open_clip towers of `module` compute their blocks so."""
-    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+    from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 
     for part in list(module.modules()):
         attention = getattr(part, "attn", None)
         plain = type(part) is ResidualAttentionBlock and type(attention) is nn.MultiheadAttention
         if plain and attention.batch_first and attention.dropout == 0:
             attention.__class__ = LeanAttention
-        if isinstance(part, VisionTransformer):
+        if isinstance(part, VisionTransformer) or type(part) is Transformer:
             kind: Any = type(part)
-            part.__class__ = _read_at_class_token(kind)
+            part.__class__ = _read_at_class_token(kind) if isinstance(part, VisionTransformer) else _reading(kind)
 
 
 @functools.cache
 def _read_at_class_token(kind: Any) -> Any:
     class ReadAtClassToken(kind):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Any:
-            if self.output_tokens or self.attn_pool is not None or self.pool_type != "tok":
+            whole = self.output_tokens or self.attn_pool is not None or self.pool_type != "tok"
+            if whole or self.ln_post._forward_hooks:
                 return super().forward(x)
             pooled, _ = self._pool(read(self.transformer, self._embeds(x), None, None))
             return pooled if self.proj is None else pooled @ self.proj
@@ -80,32 +82,59 @@ def _read_at_class_token(kind: Any) -> Any:
 def read(transformer: Any, x: Tensor, mask: Tensor | None, places: Tensor | None) -> Tensor:
     """(B, 1, width): what an open_clip transformer makes of x (B, L, width) at `places` (B,), None for the first ones.
 
-    `mask` (L, L) is added to the scores. Blocks or transformers of another kind are computed as a whole.
+    `mask` (L, L) is added to the scores. A transformer of another kind, and one that a hook looks at, computes all.
     """
     from open_clip.transformer import ResidualAttentionBlock, Transformer
 
-    rows = torch.arange(len(x), device=x.device)
-    *blocks, last = transformer.resblocks
-    known = type(transformer) is Transformer and type(last) is ResidualAttentionBlock and transformer.batch_first
-    if not known or (mask is not None and mask.ndim != 2):
-        x = transformer(x, attn_mask=mask)
-        return x[:, :1] if places is None else x[rows, places][:, None]
+    last = transformer.resblocks[-1]
+    known = type(transformer) is _reading(Transformer) and type(last) is ResidualAttentionBlock
+    looked_at = transformer._forward_hooks or last._forward_hooks or last._forward_pre_hooks
+    if known and transformer.batch_first and not looked_at and (mask is None or mask.ndim == 2):
+        return transformer(x, attn_mask=mask, at=_At(places))  # type: ignore[no-any-return]
+    return _At(places).take(transformer(x, attn_mask=mask))
 
-    def through(block: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
-        if transformer.grad_checkpointing:
-            return checkpoint(block, *given, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(*given)
 
-    for block in blocks:
-        x = through(block, x, None, None, mask)
-    if mask is not None:
-        heads = getattr(last.attn, "num_heads", None) or last.attn.heads
-        mask = mask[:1] if places is None else mask[places][:, None].repeat_interleave(heads, 0)  # (B x heads, 1, L)
+@dataclass(frozen=True)
+class _At:
+    """One place of each row: `places` (B,), None for the first ones."""
 
-    def at_places(x: Tensor, mask: Tensor | None) -> Tensor:
-        normed = last.ln_1(x)
-        x, query = (each[:, :1] if places is None else each[rows, places][:, None] for each in (x, normed))
-        x = x + last.ls_1(last.attention(q_x=query, k_x=normed, v_x=normed, attn_mask=mask))
-        return x + last.ls_2(last.mlp(last.ln_2(x)))  # type: ignore[no-any-return]
+    places: Tensor | None
 
-    return through(at_places, x, mask)
+    def take(self, x: Tensor) -> Tensor:
+        """(B, L, width) -> (B, 1, width)."""
+        if self.places is None:
+            return x[:, :1]
+        return x[torch.arange(x.shape[0], device=x.device), self.places][:, None]
+
+    def mask_of(self, mask: Tensor, heads: int) -> Tensor:
+        """(L, L) -> (1, L), or (B x heads, 1, L)."""
+        return mask[:1] if self.places is None else mask[self.places][:, None].repeat_interleave(heads, 0)
+
+
+@functools.cache
+def _reading(kind: Any) -> Any:
+    class ReadingTransformer(kind):  # type: ignore[misc]
+        def forward(self, x: Tensor, attn_mask: Tensor | None = None, at: _At | None = None) -> Tensor:
+            """(B, L, width) -> the same, or (B, 1, width) at those places."""
+            if at is None:
+                return super().forward(x, attn_mask=attn_mask)  # type: ignore[no-any-return]
+            *blocks, last = self.resblocks
+
+            def through(block: Callable[..., Tensor], *given: Tensor | None) -> Tensor:
+                if self.grad_checkpointing:
+                    return checkpoint(block, *given, use_reentrant=False)  # type: ignore[no-any-return]
+                return block(*given)
+
+            def of_the_last(x: Tensor, mask: Tensor | None) -> Tensor:
+                normed = last.ln_1(x)
+                mixed = last.attention(q_x=at.take(normed), k_x=normed, v_x=normed, attn_mask=mask)
+                x = at.take(x) + last.ls_1(mixed)
+                return x + last.ls_2(last.mlp(last.ln_2(x)))  # type: ignore[no-any-return]
+
+            for block in blocks:
+                x = through(block, x, None, None, attn_mask)
+            if attn_mask is not None:
+                attn_mask = at.mask_of(attn_mask, getattr(last.attn, "num_heads", None) or last.attn.heads)
+            return through(of_the_last, x, attn_mask)
+
+    return ReadingTransformer
