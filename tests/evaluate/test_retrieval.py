@@ -144,6 +144,7 @@ def test_duplicated_rows_tie_wherever_they_stand() -> None:
         assert found[f"{direction}_R@1"] == pytest.approx(once[f"{direction}_R@1"] / 4)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dense", [False, True])
 def test_tile_shape_never_changes_the_result(monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
     image, text, owner = matched(70, 3, noise=4.0)

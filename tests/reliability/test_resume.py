@@ -19,6 +19,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[pytest.mark.slow] if "masked" in case else []) for case in sorted(CASES)]
 )

@@ -153,6 +153,7 @@ print(again, fill())
 """
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 @pytest.mark.parametrize("given", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}])
 def test_freed_blocks_are_kept_for_the_next_unless_the_user_says_otherwise(given):

@@ -58,6 +58,7 @@ def test_a_finished_run_is_returned_not_repeated(finished):
     assert (finished.folder / "run.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "extra",
     [

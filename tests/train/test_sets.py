@@ -53,6 +53,7 @@ def test_the_log_tells_counts_and_losses_of_each_set(sets, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["sets"] == {"pairs": 32, "photographs": 16}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("extra", [("train.log_every=4",), ("train.workers=2", "train.micro_batch=3")])
 def test_a_stopped_run_goes_on_to_the_bit(sets, tmp_path, monkeypatch, extra):
     run(tmp_path / "whole", sets, *extra)

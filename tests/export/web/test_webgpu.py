@@ -126,7 +126,7 @@ def answers(browser: Browser, model, files: list[Path]) -> None:
         assert unit(row) @ unit(model.module.encode_text(model.tokenizer([words]))[0].numpy()) > 0.999
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", LACKING)
 def test_a_browser_without_it(kind, site, tiny, browser, files, tmp_path):
     gpu, sentence = LACKING[kind]
@@ -140,7 +140,7 @@ def test_a_browser_without_it(kind, site, tiny, browser, files, tmp_path):
         assert any("ort.webgpu" in path for path in asked) == (kind == "device")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", AT_THE_START)
 def test_it_fails_at_the_start(kind, site, tiny, browser, files, tmp_path):
     fault, create, reason = AT_THE_START[kind]
@@ -154,7 +154,7 @@ def test_it_fails_at_the_start(kind, site, tiny, browser, files, tmp_path):
         answers(browser, tiny, files)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", IN_THE_MIDDLE)
 def test_it_stops_in_the_middle_of_the_work(kind, site, tiny, browser, files, tmp_path):
     fault, reason = IN_THE_MIDDLE[kind]

@@ -258,6 +258,7 @@ def test_last_groups_train_at_their_own_rate(name, tmp_path):
         build(config(name(), tmp_path / "none", lock_text=40), "cpu")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("text", ["all", "none"])
 def test_features_of_locked_towers_are_computed_once_and_change_nothing(text, name, tmp_path, monkeypatch, capsys):
     def trained(out):
@@ -303,6 +304,7 @@ def test_what_a_run_is_measured_on_goes_through_locked_towers_once(name, tmp_pat
     assert trained("each") == once
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("views", ["fixed", "stored"])
 def test_a_locked_student_of_a_cached_teacher_is_encoded_once(views, name, tmp_path, monkeypatch):
     values = {"teacher": name(), "data": {"path": "scenes:train", "size": 48}, "out": tmp_path / "cache", "views": 2}
