@@ -18,6 +18,7 @@ their least and greatest; differences are those of unit rows.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import itertools
 import json
@@ -44,6 +45,7 @@ from clipdistill.embed.encode import Encoder
 from clipdistill.embed.names import ENGINES
 from clipdistill.embed.prepare import Item, Preparation
 from clipdistill.models import ClipModel, build_student
+from clipdistill.models.blocks import as_open_clip
 from clipdistill.runtime.machine import cpu_count
 
 Way = Callable[[], Tensor]
@@ -93,6 +95,7 @@ class Ways:
         listed = [source.captions(i)[:5] for i in range(len(source))]
         self.captions = list(dict.fromkeys(itertools.chain(*listed)))
         self.pairs = listed
+        self.plain: Any = as_open_clip(copy.deepcopy(self.model.module))
         self.ready: Encoder | None = None
         self.conversion = 0.0
 
@@ -111,11 +114,11 @@ class Ways:
 
     def plain_captions(self, captions: Sequence[str] | None = None) -> Tensor:
         tokens = self.model.tokenizer(list(captions or self.captions))
-        return unit([self.model.module.encode_text(part) for part in tokens.split(self.batch)])
+        return unit([self.plain.encode_text(part) for part in tokens.split(self.batch)])
 
     def cut_captions(self) -> Tensor:
         tokens = self.model.tokenizer(self.captions).split(self.batch)
-        return unit([self.model.module.encode_text(*self.model.shorten(part)) for part in tokens])
+        return unit([self.plain.encode_text(*self.model.shorten(part)) for part in tokens])
 
     def texts(self, engine: str = "torch") -> Way:
         return lambda: self.encoder(engine).texts(self.captions)
@@ -143,9 +146,9 @@ class Ways:
         tasks = [[Item(i) for i in part.tolist()] for part in torch.arange(len(self.source)).split(self.batch)]
         images, texts = [], []
         for chunk in prepared(Preparation(self.source, [self.model.image]), tasks, workers):
-            images.append(self.model.module.encode_image(normalise(chunk.pixels[0], self.model.image)))
+            images.append(self.plain.encode_image(normalise(chunk.pixels[0], self.model.image)))
             captions = [text for item in chunk.items for text in self.pairs[item.index]]
-            texts.append(self.model.module.encode_text(self.model.tokenizer(captions)))
+            texts.append(self.plain.encode_text(self.model.tokenizer(captions)))
         return unit(images), unit(texts)
 
     def eval_ways(self) -> dict[str, Way]:

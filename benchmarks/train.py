@@ -8,8 +8,8 @@ runs: `open_clip_train.main` and `clipdistill train` as they are started by hand
 captions and threads; pairs a second after the first step, as each writes in its log; rd: CLIP-RD from a cached teacher
 against open_clip's plain contrastive run, the same way (random weights: a step takes as long); curves: losses of 200
 steps with captions cut and not cut, same seed, fp32; parts: one step each in turn (forward, contrastive loss, backward,
-AdamW) of plain torch at the full context, and of the same with captions cut and in groups, fused AdamW, math attention
-and (--compile) compiled towers added one after the other.
+AdamW) of plain torch at the full context, and of the same with captions cut and in groups, lean blocks, fused AdamW,
+math attention and (--compile) compiled towers added one after the other.
 open_clip's trainer needs  pip install 'clipdistill[benchmarks]'. Ratios are medians over rounds, with their least and
 greatest. --quick: one round of few steps; what does not fit into its 9 minutes is left out and said.
 """
@@ -37,11 +37,12 @@ from clipdistill.data.loader import PairLoader
 from clipdistill.data.open import open_pairs
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.models import build_student, save_model
+from clipdistill.models.blocks import as_open_clip
 from clipdistill.objective import Objective
 from clipdistill.runtime.machine import keep_freed_memory, return_freed_memory
 from clipdistill.train.step import Towers, forward_backward
 
-PARTS = ("plain", "captions cut", "captions in groups", "fused AdamW", "math attention", "compiled")
+PARTS = ("plain", "captions cut", "captions in groups", "lean blocks", "fused AdamW", "math attention", "compiled")
 STUDENTS = "ViT-T-16:bf16,ViT-T-16:fp32,TinyCLIP-ViT-8M-16-Text-3M:fp32"
 ONLY = "runs,rd,curves,parts"
 QUICK_SECONDS = 9 * 60.0
@@ -49,12 +50,14 @@ CURVE_STUDENT, CURVE_BATCH = "TinyCLIP-ViT-8M-16-Text-3M", 4
 
 
 def trained(
-    name: str, batch: int, cut: bool = True, groups: bool = True, fused: bool = True
+    name: str, batch: int, cut: bool = True, groups: bool = True, lean: bool = True, fused: bool = True
 ) -> tuple[Any, Towers, Objective, Any]:
     """A student with random weights and what trains it. cut: the switch, a tower that is said to read its padding."""
     student = build_student(name, seed=0)
     if not cut:
         student._only_text = False
+    if not lean:
+        as_open_clip(student.module)
     towers, objective = (
         Towers(student.module.train(), group_captions=cut and groups),
         Objective({"task": 1.0}, student.embed_dim, student.embed_dim),
@@ -65,8 +68,10 @@ def trained(
 def step_of(part: str, arguments: Any, source: PairSource, name: str, precision: str) -> Callable[[], float]:
     """A function that takes one step with all parts up to `part` and returns its seconds, waiting for data left out."""
     level = PARTS.index(part)
-    student, towers, objective, optimiser = trained(name, arguments.batch, level >= 1, level >= 2, level >= 3)
-    if level >= 5:
+    student, towers, objective, optimiser = trained(
+        name, arguments.batch, level >= 1, level >= 2, level >= 3, level >= 4
+    )
+    if level >= 6:
         towers.compile_for(arguments.batch)
     steps = arguments.steps * arguments.rounds + 2
     batches = iter(PairLoader(source, batch_size=arguments.batch, student=student, steps=steps, caption="random"))
@@ -77,7 +82,7 @@ def step_of(part: str, arguments: Any, source: PairSource, name: str, precision:
         optimiser.zero_grad(set_to_none=True)
         forward_backward(
             towers, objective, batch.student_images, batch.student_tokens, None,
-            micro_batch=None, precision=precision, seed=(0, 0, 0), attention="math" if level >= 4 else "default",
+            micro_batch=None, precision=precision, seed=(0, 0, 0), attention="math" if level >= 5 else "default",
         )  # fmt: skip
         optimiser.step()
         return time.perf_counter() - began

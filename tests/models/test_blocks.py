@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipdistill.models.architecture import build_module
-from clipdistill.models.blocks import LeanAttention
+from clipdistill.models.blocks import LeanAttention, as_open_clip
 from clipdistill.models.masking import masked_image_tokens
 from tests.models.conftest import tiny_architecture
 
@@ -135,6 +135,32 @@ def test_checkpointed_blocks_and_hidden_patches_are_the_same() -> None:
         with masked_image_tokens(module, 0.5, generator=torch.Generator().manual_seed(3)), torch.no_grad():
             rows.append(module.encode_image(inputs()[0]))
     torch.testing.assert_close(*rows, rtol=1e-10, atol=1e-10)
+
+
+def test_hooks_see_all_tokens_and_change_nothing() -> None:
+    ours, theirs = pair_of()
+    images, _ = inputs()
+    for place in ("transformer", "transformer.resblocks.2", "ln_post"):
+        seen: list[Tensor] = []
+        part = ours.visual.get_submodule(place)
+        handle = part.register_forward_hook(lambda part, given, output, seen=seen: seen.append(output))
+        torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), rtol=1e-10, atol=1e-10)
+        handle.remove()
+        assert [tuple(each.shape) for each in seen] == [(4, 17, 32)], place
+    halved = ours.visual.transformer.register_forward_pre_hook(lambda part, given: (given[0] * 0.5, *given[1:]))
+    theirs.visual.transformer.register_forward_pre_hook(lambda part, given: (given[0] * 0.5, *given[1:]))
+    torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), rtol=1e-10, atol=1e-10)
+    halved.remove()
+
+
+def test_open_clips_own_code_comes_back() -> None:
+    ours, theirs = pair_of()
+    before = embeddings_and_gradients(ours)
+    as_open_clip(ours)
+    for found, expected in zip(embeddings_and_gradients(ours), before, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert type(ours.visual) is type(theirs.visual)
+    assert type(ours.visual.transformer.resblocks[0].attn) is nn.MultiheadAttention
 
 
 def test_tokens_are_whole_where_they_are_asked_for() -> None:
