@@ -139,7 +139,7 @@ def test_checkpointed_blocks_and_hidden_patches_are_the_same() -> None:
 
 def test_hooks_see_all_tokens_and_change_nothing() -> None:
     ours, theirs = pair_of()
-    images, _ = inputs()
+    images, tokens = inputs()
     for place in ("transformer", "transformer.resblocks.2", "ln_post"):
         seen: list[Tensor] = []
         part = ours.visual.get_submodule(place)
@@ -147,6 +147,14 @@ def test_hooks_see_all_tokens_and_change_nothing() -> None:
         torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), rtol=1e-10, atol=1e-10)
         handle.remove()
         assert [tuple(each.shape) for each in seen] == [(4, 17, 32)], place
+    for place in ("transformer", "transformer.resblocks.2", "ln_final"):
+        words: list[Tensor] = []
+        handle = ours.get_submodule(place).register_forward_hook(
+            lambda part, given, output, words=words: words.append(output)
+        )
+        torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens), rtol=1e-10, atol=1e-10)
+        handle.remove()
+        assert [tuple(each.shape) for each in words] == [(4, CONTEXT, 24)], place
     halved = ours.visual.transformer.register_forward_pre_hook(lambda part, given: (given[0] * 0.5, *given[1:]))
     theirs.visual.transformer.register_forward_pre_hook(lambda part, given: (given[0] * 0.5, *given[1:]))
     torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), rtol=1e-10, atol=1e-10)

@@ -140,10 +140,10 @@ def _pooled(tower: Any, x: Tensor, mask: Tensor | None, text: Tensor, pool_type:
 
     numbers = torch.arange(text.shape[1], device=text.device).expand_as(text)
     places = text_global_pool(numbers, text, pool_type, eos_token_id=end)
-    if places.ndim == 1:
+    if places.ndim == 1 and not tower.ln_final._forward_hooks:
         x = tower.ln_final(read(tower.transformer, x, mask, places)).squeeze(1)
     else:  # all of them are wanted
-        x = tower.ln_final(tower.transformer(x, attn_mask=mask))
+        x = text_global_pool(tower.ln_final(tower.transformer(x, attn_mask=mask)), text, pool_type, eos_token_id=end)
     if tower.text_projection is None:
         return x
     return tower.text_projection(x) if isinstance(tower.text_projection, torch.nn.Linear) else x @ tower.text_projection
