@@ -32,8 +32,9 @@ def test_flops_count_attention_that_fast_paths_would_hide() -> None:
     tokens = (size // patch) ** 2 + 1
     hidden = int(width * vision.get("mlp_ratio", 4.0))
     block = tokens * (4 * width * width + 2 * width * hidden) + 2 * tokens * tokens * width
+    last = tokens * 2 * width * width + 2 * width * width + 2 * width * hidden + 2 * tokens * width  # one token is read
     stem = (tokens - 1) * 3 * patch * patch * width
-    expected = 2 * (layers * block + stem + width * model.embed_dim)
+    expected = 2 * ((layers - 1) * block + last + stem + width * model.embed_dim)
     counted = count_flops(model, "image")
     assert counted == pytest.approx(expected, rel=0.02)
     assert torch.backends.mha.get_fastpath_enabled()

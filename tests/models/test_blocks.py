@@ -99,8 +99,10 @@ def test_the_last_block_is_computed_at_one_place(name: str) -> None:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 getattr(module.train(), method)(given)
             counted.append(counter.get_total_flops())
-        # of each other place all but key and value: query, output and MLP; attention's own products are not counted
-        assert counted[1] - counted[0] == 2 * 4 * (length - 1) * 10 * width * width, method
+        # of each other place all but key and value: query, output and MLP, and attention's own two products (which
+        # the counter does not see before torch 2.15)
+        rest = 2 * 4 * (length - 1) * 10 * width * width
+        assert counted[1] - counted[0] in (rest, rest + 2 * 4 * (length - 1) * 2 * length * width), method
 
 
 def test_attention_equals_torch_however_it_is_asked() -> None:
