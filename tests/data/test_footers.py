@@ -98,7 +98,7 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("every", [97, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", FILES)
 def test_a_flipped_bit_of_a_footer_gives_the_same_rows_or_one_sentence(kind: str, every: int, tmp_path: Path) -> None:

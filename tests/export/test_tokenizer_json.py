@@ -20,6 +20,7 @@ def ids(definition, texts):
     return [e.ids for e in tokenizers.Tokenizer.from_str(json.dumps(definition)).encode_batch(list(texts))]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("clean", "length"), [("lower", 77), ("whitespace", 9), ("canonicalize", 9)])
 def test_clip_bpe(clean, length):
     tokenizer = ClipBpeTokenizer(length, clean)

@@ -69,7 +69,7 @@ def test_a_run_without_progress_ends_early(tmp_path, monkeypatch, capsys):
     }  # fmt: skip
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("stop_at", [4, pytest.param(5, marks=pytest.mark.slow), 7])
 def test_a_run_that_was_interrupted_chooses_the_same_student(tmp_path, monkeypatch, stop_at):
     values = {2: 0.3, 4: 0.5, 6: 0.2, 8: 0.1}

@@ -58,7 +58,7 @@ def trained(model, trainer, normalizer=None, pre_tokenizer=None, template=None):
 
 @pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
 @pytest.mark.parametrize("to_longest", [True, False])
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 def test_clip_bpe(node, clean, to_longest):
     texts = [*AWKWARD, *random_texts(60)]
     same(node, tokenizer_json(ClipBpeTokenizer(16 if to_longest else 77, clean), to_longest=to_longest), texts)

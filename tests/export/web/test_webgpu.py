@@ -126,7 +126,7 @@ def answers(browser: Browser, model, files: list[Path]) -> None:
         assert unit(row) @ unit(model.module.encode_text(model.tokenizer([words]))[0].numpy()) > 0.999
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("kind", LACKING)
 def test_a_browser_without_it(kind, site, tiny, browser, files, tmp_path):
     gpu, sentence = LACKING[kind]
