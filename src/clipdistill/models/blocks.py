@@ -57,7 +57,7 @@ def lean(module: nn.Module) -> None:
     from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 
     for part in list(module.modules()):
-        attention = getattr(part, "attn", None)
+        attention: Any = getattr(part, "attn", None)
         plain = type(part) is ResidualAttentionBlock and type(attention) is nn.MultiheadAttention
         if plain and attention.batch_first and attention.dropout == 0:
             attention.__class__ = LeanAttention
