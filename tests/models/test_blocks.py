@@ -163,6 +163,13 @@ def test_hooks_see_all_tokens_and_change_nothing() -> None:
     halved.remove()
 
 
+def test_towers_are_one_graph() -> None:
+    ours, _ = pair_of()
+    for method, given in zip((ours.encode_image, ours.encode_text), inputs(), strict=True):
+        whole = torch.compile(method, backend="eager", fullgraph=True)
+        torch.testing.assert_close(whole(given), method(given), rtol=1e-10, atol=1e-10)
+
+
 def test_open_clips_own_code_comes_back() -> None:
     ours, theirs = pair_of()
     before = embeddings_and_gradients(ours)

@@ -84,10 +84,10 @@ def read(transformer: Any, x: Tensor, mask: Tensor | None, places: Tensor | None
 
     `mask` (L, L) is added to the scores. A transformer of another kind, and one that a hook looks at, computes all.
     """
-    from open_clip.transformer import ResidualAttentionBlock, Transformer
+    from open_clip.transformer import ResidualAttentionBlock
 
     last = transformer.resblocks[-1]
-    known = type(transformer) is _reading(Transformer) and type(last) is ResidualAttentionBlock
+    known = getattr(transformer, "reads_places", False) and type(last) is ResidualAttentionBlock
     looked_at = transformer._forward_hooks or last._forward_hooks or last._forward_pre_hooks
     if known and transformer.batch_first and not looked_at and (mask is None or mask.ndim == 2):
         return transformer(x, attn_mask=mask, at=_At(places))  # type: ignore[no-any-return]
@@ -114,6 +114,8 @@ class _At:
 @functools.cache
 def _reading(kind: Any) -> Any:
     class ReadingTransformer(kind):  # type: ignore[misc]
+        reads_places = True
+
         def forward(self, x: Tensor, attn_mask: Tensor | None = None, at: _At | None = None) -> Tensor:
             """(B, L, width) -> the same, or (B, 1, width) at those places."""
             if at is None:

@@ -53,6 +53,8 @@ def _prompted(kind: Any) -> Any:
     class Prompted(kind):  # type: ignore[misc]
         """The transformer with prompts."""
 
+        reads_places = False  # models/blocks.py
+
         def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
             """(B, L, width) -> (B, L, width)."""
             length, tokens = x.shape[1], self.prompt_tokens.to(x.dtype)
