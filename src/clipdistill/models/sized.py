@@ -61,9 +61,8 @@ class SizedAttention(nn.Module):
         """query (B, Q, width), key and value one tensor (B, K, width), as open_clip's blocks give them; `attn_mask`
         (Q, K) or (B x heads, Q, K) is added to the scores."""
         if self.heads == 0:
-            context = nn.functional.linear(
-                query, self.in_proj_weight, self.in_proj_bias
-            )  # (B, Q, 0), a part of the graph
+            # (B, Q, 0), computed all the same: its parameters stay a part of the graph
+            context = nn.functional.linear(query, self.in_proj_weight, self.in_proj_bias)
         else:
             mixed = mixed_values(query, key, self.in_proj_weight, self.in_proj_bias, self.heads, attn_mask)
             if self.head_gate is not None:
