@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import socket
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -28,6 +29,19 @@ def shared_folder(name: str = "") -> Path:
     if not path.exists():
         pytest.skip(f"needs the shared development folder {name!r}, which is not on this machine")
     return path
+
+
+def refuse_connections(monkeypatch: pytest.MonkeyPatch, *hosts: str) -> None:
+    """Let any attempt to connect fail the test, but for `hosts` and for UNIX sockets, by which workers hand over
+    their tensors."""
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and str(address[0]) not in hosts:
+            raise AssertionError(f"a test tried to connect to {address}")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture(scope="session")

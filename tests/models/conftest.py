@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from clipdistill.models import ClipModel, build_student, build_words_tokenizer
+from tests.conftest import refuse_connections
 
 CAPTIONS = ["A red dog runs.", "Two cats; one's asleep!", "the dog and the cat", "a red car"]
 
@@ -38,12 +38,4 @@ def make_tiny() -> Callable[..., ClipModel]:
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to connect fails the test, whatever the environment allows."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    connect = socket.socket.connect
-
-    def refuse(self: socket.socket, address: Any) -> None:
-        if self.family != socket.AF_UNIX:  # by which worker processes hand over their tensors
-            raise AssertionError("a test tried to use the network")
-        connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    refuse_connections(monkeypatch)

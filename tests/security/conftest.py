@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.conftest import refuse_connections
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,6 @@ def fence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fence]:
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any connection to another machine fails the test."""
-    connect = socket.socket.connect
-
-    def refuse(self: socket.socket, address: Any) -> None:
-        if self.family == socket.AF_UNIX or str(address[0]) in ("127.0.0.1", "::1", "localhost"):
-            return connect(self, address)
-        raise AssertionError(f"a test tried to connect to {address}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    refuse_connections(monkeypatch, "127.0.0.1", "::1", "localhost")
