@@ -50,3 +50,16 @@ def test_the_first_run_foretells_from_its_own_share(monkeypatch: pytest.MonkeyPa
     now[0] = 10.0
     assert display.left_in_words(0.01) == ""
     assert "3 min 10 s" in display.left_in_words(0.5)
+
+
+def test_of_a_run_that_goes_on_only_the_rest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [run_of(name, steps=100, epochs=None, batch_size=8) for name in ("stopped", "whole")]
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    display = GridDisplay(runs, done=0, enabled=False)
+    display.begin(runs[0])
+    display.line("stopped", total=100, start=80, enabled=False)
+    now[0] = 10.0
+    assert "1 min 50 s" in display.left_in_words(0.9)  # a second a step: 10 of this run, 100 of the other
+    display.end(runs[0], RESULT, seconds=20.0)
+    assert "1 min 40 s" in display.left_in_words()

@@ -19,23 +19,23 @@ _PLAIN_EVERY = 30.0
 
 class GridDisplay(Meter):
     """Two bars on a terminal, plain lines elsewhere. Time left is reckoned from the runs done in this call, each by its
-    length: a run of 1,000 steps takes ten times as long as one of 100."""
+    length: a run of 1,000 steps takes ten times as long as one of 100, and of one that goes on only the rest counts."""
 
     def __init__(self, runs: Sequence[GridRun], done: int, enabled: bool = True) -> None:
         super().__init__("grid", len(runs) + done, done, enabled=enabled, clock=False, transient=False)
         self._left = _lengths(runs)
         self._done_length, self._seconds = 0.0, 0.0
-        self._run, self._run_began = "", time.monotonic()
+        self._run, self._run_began, self._went_on_at = "", time.monotonic(), 0.0
 
     def begin(self, run: GridRun) -> None:
         """A run starts."""
-        self._run, self._run_began = run.name, time.monotonic()
+        self._run, self._run_began, self._went_on_at = run.name, time.monotonic(), 0.0
         self.say(f"[{self.done + 1}/{self.total}] {run.name}{self.left_in_words()}")
 
     def end(self, run: GridRun, result: Run, seconds: float) -> None:
         """It finished after `seconds`."""
         self._seconds += seconds
-        self._done_length += self._left.get(run.name, 0.0)
+        self._done_length += self._left.get(run.name, 0.0) * (1 - self._went_on_at)
         scores = {} if result.scores is None else {s.metric: s.value for s in result.scores if s.model == "student"}
         shown = ", ".join(f"{metric} {scores[metric]:.1%}" for metric in _SHOWN if metric in scores)
         self._step(f"[{self.done + 1}/{self.total}] {run.name}: {shown or 'finished'}  ({seconds:.0f} s)", run)
@@ -50,18 +50,20 @@ class GridDisplay(Meter):
 
     def left_in_words(self, share: float = 0.0) -> str:
         """', about 12 min left', once a run has shown how long one takes; `share` of this one is done."""
-        begun = share * self._left.get(self._run, 0.0)
+        length = self._left.get(self._run, 0.0)
+        here = share - self._went_on_at
         if self._done_length:
             pace = self._seconds / self._done_length
-        elif share > 0.05 and begun:
-            pace = (time.monotonic() - self._run_began) / begun
+        elif here > 0.05 and length:
+            pace = (time.monotonic() - self._run_began) / (here * length)
         else:
             return ""
-        left = pace * (sum(self._left.values()) - begun)
+        left = pace * (sum(self._left.values()) - share * length)
         return f", about {duration(max(left, 1))} left for the grid"
 
     def line(self, title: str, total: int, start: int, enabled: bool) -> Display:
         """The display of one run, for `distill`."""
+        self._went_on_at = start / max(total, 1)
         return _RunLine(self, title, total, start, enabled)
 
     def _step(self, text: str, run: GridRun) -> None:
