@@ -46,12 +46,12 @@ ORDER = (
 """Floors from the lowest up; rooms of one floor do not know each other."""
 
 WINGS = (
-    "models.inheritance", "models.prompts", "models.resolution", "scenes", "demo", "bank", "vectors", "ray_engine",
-    "bench", "ablate", "export", "regions", "ternary", "curation", "search", "serve", "probe", "reference", "listing",
-    "doctor", "remote", "data.formats.hub", "data.formats.labelled_libraries", "data.formats.arrays",
-    "data.formats.parquet_footer", "data.mixture", "data.benchmarks", "evaluate.matching", "evaluate.balanced",
-    "objective.one_modality", "objective.logit_matching", "objective.targeted", "train.features", "train.trackers",
-    "train.replay", "train.replay_command", "train.dry_run", "train.idle", "report.exports",
+    "models.inheritance", "models.prompts", "models.resolution", "models.sized", "scenes", "demo", "bank", "vectors",
+    "ray_engine", "bench", "ablate", "export", "regions", "ternary", "curation", "search", "serve", "probe",
+    "reference", "listing", "doctor", "remote", "data.formats.hub", "data.formats.labelled_libraries",
+    "data.formats.arrays", "data.formats.parquet_footer", "data.mixture", "data.benchmarks", "evaluate.matching",
+    "evaluate.balanced", "objective.one_modality", "objective.logit_matching", "objective.targeted", "train.features",
+    "train.trackers", "train.replay", "train.replay_command", "train.dry_run", "train.idle", "report.exports",
     "statistics.claims_command", "statistics.compare_command",
 )  # fmt: skip
 """Rooms, and parts of rooms, that a run can do without. The core finds them by name and never imports them."""

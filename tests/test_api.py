@@ -357,3 +357,16 @@ def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     exec(compile(code, "python.md", "exec"), names)
     assert "[" in repr(names["run"])
     assert len(names["embeddings"].image) == 16
+
+
+@pytest.mark.parametrize("package", ["clipdistill", "clipdistill.models", "clipdistill.objective"])
+def test_names_are_completed_before_they_are_imported(package: str) -> None:
+    asked = f"import {package} as p, sys; print(set(dir(p)) == set(p.__all__), 'torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == ["True", "False"]
+
+
+def test_every_name_of_a_package_is_completed() -> None:
+    import clipdistill.remote
+
+    assert {"RemotePath", "RemoteError", "remote_path"} <= set(dir(clipdistill.remote))

@@ -95,6 +95,12 @@ def test_the_core_trains_evaluates_and_reports_without_the_wings(house, tmp_path
     assert "absent" not in done.stderr
     # what every run loads; a set or a teacher of a wing adds its own
     assert int(re.findall("^FILES ([0-9]+)$", done.stdout, re.MULTILINE)[0]) <= 115
+    at = train.index("--data")
+    asked = [*train[:at], *train[at + 2 :], f"data.sets=[{{name: a, path: {tmp_path}/data}}]"]
+    code = WITHOUT_WINGS.format(wings=("clipdistill.data.mixture",), commands=[asked])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "data.sets is part of clipdistill.data.mixture.opening, which is not installed" in done.stderr
     assert (tmp_path / "report.html").stat().st_size > 10_000
     assert json.loads((tmp_path / "scores.json").read_text())["scores"]
 

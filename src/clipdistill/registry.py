@@ -63,11 +63,7 @@ class Registry(Generic[T]):
     def get(self, name: str) -> T:
         """The entry called `name`. Raises InputError, with the nearest name, for an unknown one."""
         if name not in self._values and name in self._builtin:
-            found = wing(self._builtin[name])
-            if found is None:
-                module = self._builtin[name].partition(":")[0]
-                raise InputError(f"the {self.kind} '{name}' is part of {module}, which is not installed")
-            self._values[name] = found
+            self._values[name] = needed_wing(self._builtin[name], f"the {self.kind} '{name}' is")
         if name not in self:
             raise InputError(f"unknown {self.kind} '{name}'{nearest(name, self.names())}")
         return self._values[name]
@@ -104,6 +100,14 @@ def wing(place: str) -> Any:
     return getattr(importlib.import_module(module), attribute) if _is_here(module) else None
 
 
+def needed_wing(place: str, what: str) -> Any:
+    """The same where nothing goes without it. Raises InputError: "`what` part of a module that is not installed"."""
+    found = wing(place)
+    if found is None:
+        raise InputError(f"{what} part of {place.partition(':')[0]}, which is not installed")
+    return found
+
+
 def describe(error: BaseException) -> str:
     """'KeyError: 'x' (my_terms.py, line 12)': the error of somebody else's code in a few words."""
     trace, place = error.__traceback__, ""
@@ -119,9 +123,11 @@ def describe(error: BaseException) -> str:
 def lazy_package(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
     """`__getattr__` of a package whose names are imported when one is first asked for: naming it loads no torch.
 
-    where: module -> the names it gives, separated by blanks.
+    where: module -> the names it gives, separated by blanks. `dir` of the package, which completes names in a notebook,
+    gives `__all__`, or these names.
     """
     homes = {name: module for module, names in where.items() for name in names.split()}
+    vars(sys.modules[package])["__dir__"] = lambda: sorted(vars(sys.modules[package]).get("__all__", homes))
 
     def find(name: str) -> Any:
         if name not in homes:

@@ -142,14 +142,15 @@ def test_checkpointed_blocks_and_hidden_patches_are_the_same() -> None:
 def test_hooks_see_all_tokens_and_change_nothing() -> None:
     ours, theirs = pair_of()
     images, tokens = inputs()
-    for place in ("transformer", "transformer.resblocks.2", "ln_post"):
+    last = "transformer.resblocks.2"
+    for place in ("transformer", last, f"{last}.ln_1", f"{last}.ln_2", f"{last}.mlp", "ln_post"):
         seen: list[Tensor] = []
         part = ours.visual.get_submodule(place)
         handle = part.register_forward_hook(lambda part, given, output, seen=seen: seen.append(output))
         torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), rtol=1e-10, atol=1e-10)
         handle.remove()
         assert [tuple(each.shape) for each in seen] == [(4, 17, 32)], place
-    for place in ("transformer", "transformer.resblocks.2", "ln_final"):
+    for place in ("transformer", last, f"{last}.ln_2", f"{last}.mlp", "ln_final"):
         words: list[Tensor] = []
         handle = ours.get_submodule(place).register_forward_hook(
             lambda part, given, output, words=words: words.append(output)
@@ -157,6 +158,13 @@ def test_hooks_see_all_tokens_and_change_nothing() -> None:
         torch.testing.assert_close(ours.encode_text(tokens), theirs.encode_text(tokens), rtol=1e-10, atol=1e-10)
         handle.remove()
         assert [tuple(each.shape) for each in words] == [(4, CONTEXT, 24)], place
+    gradients: list[Tensor] = []
+    handle = ours.visual.get_submodule(f"{last}.mlp").register_full_backward_hook(
+        lambda part, into, out: gradients.append(out[0])
+    )
+    ours.encode_image(images).sum().backward()
+    handle.remove()
+    assert [tuple(each.shape) for each in gradients] == [(4, 17, 32)]
     halved = ours.visual.transformer.register_forward_pre_hook(lambda part, given: (given[0] * 0.5, *given[1:]))
     theirs.visual.transformer.register_forward_pre_hook(lambda part, given: (given[0] * 0.5, *given[1:]))
     torch.testing.assert_close(ours.encode_image(images), theirs.encode_image(images), rtol=1e-10, atol=1e-10)

@@ -21,7 +21,7 @@ from clipdistill.data.images import MAX_PIXELS
 from clipdistill.data.labelled import LabelledConfig, LabelledSource, Naming, read_class_file
 from clipdistill.data.pairs import DataConfig, PairSource
 from clipdistill.errors import InputError, nearest
-from clipdistill.registry import FORMATS, LABELLED_FORMATS, Registry, wing
+from clipdistill.registry import FORMATS, LABELLED_FORMATS, Registry, needed_wing, wing
 
 _WITH_SPLIT = re.compile(r"(?P<path>.+):(?P<split>\w[\w+]*)$")
 _OF_SOME = ("image_root", "image_column", "caption_column", "separator", "size", "seed")
@@ -90,8 +90,8 @@ def parts_of(name: str, split: str | None) -> list[tuple[str, str | None]]:
 
 def open_training(config: DataConfig) -> PairSource:
     """What a training or a cache takes: pairs, and (data/mixture) pictures alone, texts alone, several sets."""
-    if config.sets and (open_sets := wing("clipdistill.data.mixture.opening:open_sets")) is not None:
-        return open_sets(config)
+    if config.sets:
+        return needed_wing("clipdistill.data.mixture.opening:open_sets", "data.sets is")(config)  # type: ignore[no-any-return]
     try:
         return open_pairs(config, default_split="train")
     except InputError as error:
@@ -109,8 +109,8 @@ def check_data_name(name: str) -> None:
 
 def check_training(config: DataConfig) -> None:
     """Raise InputError for what `open_training` would find nothing by the name of; only what must be is opened."""
-    if config.sets and (check_sets := wing("clipdistill.data.mixture.opening:check_sets")) is not None:
-        check_sets(config)
+    if config.sets:
+        needed_wing("clipdistill.data.mixture.opening:check_sets", "data.sets is")(config)
         return
     if not config.path.strip():
         raise InputError("data: neither a path nor sets are named")

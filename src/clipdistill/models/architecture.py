@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +20,10 @@ from torch import nn
 
 from clipdistill.errors import InputError, first_line, nearest
 from clipdistill.models.blocks import lean
+from clipdistill.models.derived import Derived, derives
 from clipdistill.models.known import BLOCK_SIZES, IMAGE_PROMPTS, near, table
 from clipdistill.models.text_length import any_length
-from clipdistill.registry import wing
+from clipdistill.registry import needed_wing
 
 JOINED = "towers"
 """The key of an architecture that joins towers of other libraries."""
@@ -60,11 +60,10 @@ def check_architecture(values: Mapping[str, Any], where: str = "architecture") -
     _check_sizes(result, where)
     _check_tower_names(result, where)
     if BLOCK_SIZES in result:
-        from clipdistill.models.sized import check_block_sizes
-
+        check_block_sizes = _wing_of(BLOCK_SIZES, "sized:check_block_sizes")
         check_block_sizes(result[BLOCK_SIZES], result["vision_cfg"], result["text_cfg"], where)
     if IMAGE_PROMPTS in result:
-        wing("clipdistill.models.prompts:check_prompts")(result[IMAGE_PROMPTS], where)
+        _wing_of(IMAGE_PROMPTS, "prompts:check_prompts")(result[IMAGE_PROMPTS], where)
     result["quick_gelu"] = bool(result.get("quick_gelu", False))
     return result
 
@@ -124,9 +123,7 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
     arguments: dict[str, Any] = copy.deepcopy(dict(architecture))
     block_sizes: dict[str, Any] = {}
     if BLOCK_SIZES in architecture:
-        from clipdistill.models.sized import split_block_sizes
-
-        arguments, block_sizes = split_block_sizes(architecture)
+        arguments, block_sizes = _wing_of(BLOCK_SIZES, "sized:split_block_sizes")(architecture)
     prompted = arguments.pop(IMAGE_PROMPTS, None)
     custom_text = arguments.pop("custom_text", False) or arguments["text_cfg"].get("hf_model_name") is not None
     text_model = arguments["text_cfg"].get("hf_model_name")
@@ -146,17 +143,19 @@ def build_module(architecture: Mapping[str, Any], *, seed: int | None = None, de
                 kind: Any = type(text)
                 text.__class__ = any_length(kind)
             if block_sizes:
-                from clipdistill.models.sized import size_blocks
-
-                size_blocks(module, block_sizes)
+                _wing_of(BLOCK_SIZES, "sized:size_blocks")(module, block_sizes)
             lean(module)
             if prompted is not None:
-                wing("clipdistill.models.prompts:put_prompts")(module.visual, prompted)
+                _wing_of(IMAGE_PROMPTS, "prompts:put_prompts")(module.visual, prompted)
             return _channels_last(module)
     except InputError:
         raise
     except Exception as error:  # open_clip and timm raise whatever an impossible size leads to
         raise InputError(f"this architecture cannot be built: {first_line(error)}") from error
+
+
+def _wing_of(key: str, place: str) -> Any:
+    return needed_wing(f"clipdistill.models.{place}", f"an architecture with '{key}' is")
 
 
 def _channels_last(module: nn.Module) -> nn.Module:
@@ -180,14 +179,14 @@ def _match_trunk_size(module: nn.Module) -> None:
         set_input_size(image_size(module))
 
 
-@functools.cache
+@derives
 def _module_class(custom_text: bool, multimodal: bool) -> Any:
     from open_clip import CLIP, CoCa, CustomTextCLIP
 
     if not multimodal:
         return CustomTextCLIP if custom_text else any_length(CLIP)
 
-    class RawCoCa(CoCa):
+    class RawCoCa(CoCa, metaclass=Derived):
         """CoCa whose encoders give raw embeddings unless asked otherwise, like those of the other classes."""
 
         def encode_image(self, images: torch.Tensor, normalize: bool = False) -> torch.Tensor:

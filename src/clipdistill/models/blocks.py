@@ -8,7 +8,6 @@ Both are left out here; values are the same up to rounding, parameters and their
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
+
+from clipdistill.models.derived import Derived, derives
 
 
 def mixed_values(
@@ -66,12 +67,12 @@ def lean(module: nn.Module) -> None:
             part.__class__ = _read_at_class_token(kind) if isinstance(part, VisionTransformer) else _reading(kind)
 
 
-@functools.cache
+@derives
 def _read_at_class_token(kind: Any) -> Any:
-    class ReadAtClassToken(kind):  # type: ignore[misc]
+    class ReadAtClassToken(kind, metaclass=Derived):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Any:
             whole = self.output_tokens or self.attn_pool is not None or self.pool_type != "tok"
-            if whole or self.ln_post._forward_hooks:
+            if whole or looked_at(self.ln_post):
                 return super().forward(x)
             pooled, _ = self._pool(read(self.transformer, self._embeds(x), None, None))
             return pooled if self.proj is None else pooled @ self.proj
@@ -88,10 +89,16 @@ def read(transformer: Any, x: Tensor, mask: Tensor | None, places: Tensor | None
 
     last = transformer.resblocks[-1]
     known = getattr(transformer, "reads_places", False) and type(last) is ResidualAttentionBlock
-    looked_at = transformer._forward_hooks or last._forward_hooks or last._forward_pre_hooks
-    if known and transformer.batch_first and not looked_at and (mask is None or mask.ndim == 2):
+    seen = looked_at(transformer, *last.modules())
+    if known and transformer.batch_first and not seen and (mask is None or mask.ndim == 2):
         return transformer(x, attn_mask=mask, at=_At(places))  # type: ignore[no-any-return]
     return _At(places).take(transformer(x, attn_mask=mask))
+
+
+def looked_at(*modules: nn.Module) -> bool:
+    """Whether one of `modules` has a hook, which must find all tokens."""
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(module, kind) for module in modules for kind in hooks)
 
 
 @dataclass(frozen=True)
@@ -111,9 +118,9 @@ class _At:
         return mask[:1] if self.places is None else mask[self.places][:, None].repeat_interleave(heads, 0)
 
 
-@functools.cache
+@derives
 def _reading(kind: Any) -> Any:
-    class ReadingTransformer(kind):  # type: ignore[misc]
+    class ReadingTransformer(kind, metaclass=Derived):  # type: ignore[misc]
         reads_places = True
 
         def forward(self, x: Tensor, attn_mask: Tensor | None = None, at: _At | None = None) -> Tensor:

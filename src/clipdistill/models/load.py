@@ -50,7 +50,7 @@ from clipdistill.models.own import clip_model_of, held_model, teacher_of_kind
 from clipdistill.models.save import DESCRIPTION, read_model
 from clipdistill.models.students import build_student, timm_student
 from clipdistill.models.tokenizers import Tokenizer
-from clipdistill.registry import INHERITANCE, TEACHERS, wing
+from clipdistill.registry import INHERITANCE, TEACHERS, needed_wing
 from clipdistill.runtime.machine import pick_device
 
 logger = logging.getLogger("clipdistill")
@@ -80,7 +80,9 @@ def load_model(
     else:
         model = clip_model_of(name) if isinstance(name, nn.Module) else _read(str(name), tokenizer, seed)
     if image_size is not None:
-        model = wing("clipdistill.models.resolution:with_image_size")(model, image_size)
+        model = needed_wing("clipdistill.models.resolution:with_image_size", "another picture size is")(
+            model, image_size
+        )
     model.module.to(pick_device(device))
     if teacher:
         model.module.eval().requires_grad_(False)

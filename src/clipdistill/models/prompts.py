@@ -10,7 +10,6 @@ are gone: pooling never sees them (VPT-deep, arXiv 2203.12119; PromptKD, arXiv 2
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipdistill.errors import InputError
+from clipdistill.models.derived import Derived, derives
 from clipdistill.models.known import IMAGE_PROMPTS
 
 TOKENS = "prompt_tokens"
@@ -48,9 +48,9 @@ def put_prompts(visual: Any, values: Mapping[str, int]) -> None:
     transformer.register_parameter(TOKENS, nn.Parameter(nn.init.normal_(tokens, std=0.02)))
 
 
-@functools.cache
+@derives
 def _prompted(kind: Any) -> Any:
-    class Prompted(kind):  # type: ignore[misc]
+    class Prompted(kind, metaclass=Derived):  # type: ignore[misc]
         """The transformer with prompts."""
 
         reads_places = False  # models/blocks.py

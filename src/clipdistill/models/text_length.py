@@ -8,14 +8,14 @@ must get all of it. Which kind a tower is, is asked of the tower itself: does it
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipdistill.models.blocks import read
+from clipdistill.models.blocks import looked_at, read
+from clipdistill.models.derived import Derived, derives
 from clipdistill.models.parameters import evaluation_mode
 
 STEP = 8
@@ -95,7 +95,7 @@ def reads_only_text(module: Any, tokenizer: Any) -> bool:
     return same and bool((whole[0] - whole[-1]).norm() > 100 * _TOLERANCE * scale[0])
 
 
-@functools.cache
+@derives
 def any_length(kind: Any) -> Any:
     """`kind`, an open_clip model or text tower, as a class that takes tokens (B, L) of any L up to its context.
 
@@ -106,7 +106,7 @@ def any_length(kind: Any) -> Any:
 
     if issubclass(kind, TextTransformer):
 
-        class AnyLengthText(kind):  # type: ignore[misc]
+        class AnyLengthText(kind, metaclass=Derived):  # type: ignore[misc]
             def _embeds(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
                 x, mask = super()._embeds(text)
                 if mask is not None and mask.ndim == 2:
@@ -123,7 +123,7 @@ def any_length(kind: Any) -> Any:
     if not issubclass(kind, CLIP):
         return kind
 
-    class AnyLengthClip(kind):  # type: ignore[misc]
+    class AnyLengthClip(kind, metaclass=Derived):  # type: ignore[misc]
         def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
             length, number_format = text.shape[1], self.transformer.get_cast_dtype()
             x = self.token_embedding(text).to(number_format) + self.positional_embedding[:length].to(number_format)
@@ -140,7 +140,7 @@ def _pooled(tower: Any, x: Tensor, mask: Tensor | None, text: Tensor, pool_type:
 
     numbers = torch.arange(text.shape[1], device=text.device).expand_as(text)
     places = text_global_pool(numbers, text, pool_type, eos_token_id=end)
-    if places.ndim == 1 and not tower.ln_final._forward_hooks:
+    if places.ndim == 1 and not looked_at(tower.ln_final):
         x = tower.ln_final(read(tower.transformer, x, mask, places)).squeeze(1)
     else:  # all of them are wanted
         x = text_global_pool(tower.ln_final(tower.transformer(x, attn_mask=mask)), text, pool_type, eos_token_id=end)

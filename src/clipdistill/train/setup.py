@@ -30,7 +30,7 @@ from clipdistill.models.parameters import (
 )
 from clipdistill.objective import Objective
 from clipdistill.objective.term import MODALITIES
-from clipdistill.registry import INHERITANCE, wing
+from clipdistill.registry import INHERITANCE, needed_wing, wing
 from clipdistill.runtime.distributed import broadcast_module, rank, world_size
 from clipdistill.train.config import RunConfig, TrainConfig, read_modalities
 from clipdistill.train.sources import Sources
@@ -280,7 +280,7 @@ def _student(
             else ["a picture"],
         )
     if train.image_prompts:
-        student = wing("clipdistill.models.prompts:with_prompts")(
+        student = needed_wing("clipdistill.models.prompts:with_prompts", "train.image_prompts is")(
             student, train.image_prompts, train.prompt_depth, seed=train.seed
         )
     student = _with_other_tower(student, config, source, teacher)

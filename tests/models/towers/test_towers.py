@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -417,3 +418,12 @@ def test_real_towers_know_the_world():
     close, far = torch.nn.functional.cosine_similarity(text[:1], text[1:]).tolist()
     assert close > 0.5 > 0.3 > far
     assert model.image.mean == (0.5, 0.5, 0.5)
+
+
+def test_joined_towers_reach_another_process(name):
+    model = load_model(name())
+    back = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        for method, given in (("encode_image", images()), ("encode_text", model.tokenizer(CAPTIONS))):
+            same = getattr(back.module.eval(), method)(given), getattr(model.module.eval(), method)(given)
+            torch.testing.assert_close(*same, rtol=0, atol=0)
