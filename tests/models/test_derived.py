@@ -46,6 +46,16 @@ def test_modules_come_back_as_themselves(name: str) -> None:
         torch.testing.assert_close(back.encode_text(tokens), module.encode_text(tokens), rtol=0, atol=0)
 
 
+class OfSomebody(type(build_module(architecture_of(), seed=0))):  # type: ignore[misc]
+    """A class that a program derives from a model's."""
+
+
+def test_classes_derived_from_ours_stay_themselves() -> None:
+    module = build_module(architecture_of(), seed=0)
+    module.__class__ = OfSomebody
+    assert type(pickle.loads(pickle.dumps(module))) is OfSomebody
+
+
 @pytest.mark.parametrize("prompts", [0, 2])
 def test_a_whole_model_in_a_process_of_its_own(prompts: int, tmp_path: Path) -> None:
     model = build_student("scenes-student", seed=0, captions=CAPTIONS)

@@ -17,7 +17,8 @@ class Derived(type):
     made: tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-copyreg.pickle(Derived, lambda kind: kind.made)  # type: ignore[arg-type, return-value]
+# one that somebody derived from it goes by its own name, as every class does
+copyreg.pickle(Derived, lambda kind: vars(kind).get("made") or kind.__qualname__)
 
 
 def derives(make: Callable[..., Any]) -> Callable[..., Any]:
