@@ -2,8 +2,8 @@
 
     python benchmarks/when_to_distil.py runs/ablation-curves --out docs/images/when-to-distil.svg
 
-From the claims `gain-NxS` (N training pictures, S steps) of benchmarks/ablation_pretrained_curves.yaml; points are
-hollow where the interval holds zero.
+From the claims `gain-NxS` (N training pictures, S steps) of benchmarks/ablation_pretrained_curves.yaml or
+ablation_scratch.yaml; points are hollow where the interval holds zero.
 """
 
 from __future__ import annotations
@@ -25,15 +25,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     gains: dict[int, list[tuple[int, float, float, float]]] = {}
-    for claim in read_json(given.ablation / "ablation.json")["claims"]:
+    ablation, metric = read_json(given.ablation / "ablation.json"), ""
+    for claim in ablation["claims"]:
         found = re.fullmatch(r"gain-(\d+)x(\d+)", claim["id"])
         if found and claim["effect"] is not None:
             pictures, steps = map(int, found.groups())
+            metric = claim["claim"].split("t2i_")[1]
             low, high = (claim[end] if claim[end] is not None else claim["effect"] for end in ("low", "high"))
             gains.setdefault(pictures, []).append((steps, *(100 * v for v in (claim["effect"], low, high))))
     values = [v for points in gains.values() for _, *numbers in points for v in numbers]
-    y = Axis(min(0.0, *values), max(values), "gain in text-to-image R@1, points", show=lambda v: f"{v:g}")
-    chart = Chart(Axis(90, 1800, "steps of 512 pairs", log=True), y, "gain of distillation", width=720, height=360)
+    y = Axis(min(0.0, *values), max(values), f"gain in text-to-image {metric}, points", show=lambda v: f"{v:g}")
+    chart = Chart(
+        Axis(90, 1800, f"steps of {ablation['setting']['batch_size']} pairs", log=True),
+        y,
+        "gain of distillation",
+        width=720,
+        height=360,
+    )
     chart.path([80, 1900], [0, 0], "zero")
     for place, (pictures, points) in enumerate(sorted(gains.items())):
         points.sort()
