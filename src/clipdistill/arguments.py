@@ -1,6 +1,6 @@
-"""Arguments of public functions, held against their annotations: one of another kind ends in a sentence at once.
+"""Public functions: arguments held against their annotations, and the program they run in left as it was found.
 
-Held against are the kinds that everybody can give wrongly: text, paths, numbers, flags, lists, mappings and functions.
+An argument of another kind ends in a sentence at once. Held against are the kinds that everybody can give wrongly: text, paths, numbers, flags, lists, mappings and functions.
 What values they may have is for the function to say, and so is what an annotation means that names a class.
 """
 
@@ -11,7 +11,11 @@ import functools
 import inspect
 import numbers
 import os
-from collections.abc import Callable, Iterable, Mapping
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +53,7 @@ _SILENT = ("Any", "Literal")
 
 
 def checked(function: Function) -> Function:
-    """`function`, which first raises InputError for an argument of no kind that its annotation names."""
+    """`function` as a guest, which first raises InputError for an argument of no kind that its annotation names."""
     signature = inspect.signature(function)
 
     @functools.cache
@@ -71,9 +75,70 @@ def checked(function: Function) -> Function:
                 raise InputError(f"{what}; write [{value!r}]" if in_list else what)
             places = type(value) in (list, tuple) and any(("Path", ()) in items for _, items in kinds)
             bound.arguments[name] = [_placed(item) for item in value] if places else _placed(value)
-        return function(*bound.args, **bound.kwargs)
+        with as_guest():
+            return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]
+
+
+_guests: list[Callable[[], None]] = []
+"""One for each call that runs, in any thread: what puts back the state that the first of them found."""
+_lock = threading.RLock()
+
+
+@contextmanager
+def as_guest() -> Iterator[None]:
+    """Within, torch has its own defaults, whatever the program set; afterwards all is as the program had it.
+
+    Within: float32 on the CPU, with gradients, without inference mode and autocast. Afterwards: also the random numbers
+    of Python, numpy and torch, and torch's choice of deterministic algorithms. Of calls at once in several threads the
+    last one to return puts back what the first one found.
+    """
+    torch = sys.modules.get("torch")
+    with ExitStack() as held:
+        if torch is not None:
+            if torch.is_inference_mode_enabled():
+                held.enter_context(torch.inference_mode(False))
+            if not torch.is_grad_enabled():
+                held.enter_context(torch.enable_grad())
+            for kind in ("cpu", "cuda", "mps"):
+                if torch.is_autocast_enabled(kind):
+                    held.enter_context(torch.autocast(kind, enabled=False))
+            if torch.get_default_device() != torch.device("cpu"):
+                held.enter_context(torch.device("cpu"))
+        with _lock:
+            _guests.append(_guests[0] if _guests else _found())
+            if torch is not None:
+                torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            with _lock:
+                put_back = _guests.pop()
+                if not _guests:
+                    put_back()
+
+
+def _found() -> Callable[[], None]:
+    """What puts back the state that is found now, of the libraries that the program has loaded."""
+    held: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(random.setstate, (random.getstate(),))]
+    numpy, torch = (sys.modules.get(name) for name in ("numpy", "torch"))
+    if numpy is not None:
+        held.append((numpy.random.set_state, (numpy.random.get_state(),)))
+    if torch is not None:
+        held += [
+            (torch.set_default_dtype, (torch.get_default_dtype(),)),
+            (torch.set_rng_state, (torch.get_rng_state(),)),
+            (torch.set_deterministic_debug_mode, (torch.get_deterministic_debug_mode(),)),
+        ]
+        if torch.cuda.is_initialized():
+            held.append((torch.cuda.set_rng_state_all, (torch.cuda.get_rng_state_all(),)))
+
+    def put_back() -> None:
+        for function, values in held:
+            function(*values)
+
+    return put_back
 
 
 def _placed(value: Any) -> Any:

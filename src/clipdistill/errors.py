@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import difflib
 import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 _USER = re.compile(r"(\b[a-zA-Z][\w+.-]+:)(?://[^\s/?#'\"]*@|/[^\s/?#'\":]*:[^\s/?#'\"]*@)")
 """User and password before the machine's name, as typed or as a path has them (with one slash)."""
@@ -33,6 +35,10 @@ class ClipdistillError(Exception):
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*(without_secrets(each) if isinstance(each, str) else each for each in arguments))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it reaches another process: an error whose constructor makes the sentence would be made with it again."""
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
     def _render_traceback_(self) -> list[str]:
         """What notebooks show (IPython asks for it): the sentence, as on the command line."""

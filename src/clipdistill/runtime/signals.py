@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ class StopSignal(AbstractContextManager["StopSignal"]):
     """While open, SIGTERM, SIGINT, SIGUSR1 and SIGHUP (but for one that nohup ignores) set `received`, not ending it.
 
     The loop looks at it once a step; work that may be dropped at any point runs within `at_once`. A second signal ends
-    the process with 128 + its number, as a shell would report.
+    the process with 128 + its number, as a shell would report; at a prompt or in a notebook it is a KeyboardInterrupt.
     Only the main thread can install handlers; elsewhere (a notebook's worker thread) nothing is installed.
     """
 
@@ -36,6 +37,8 @@ class StopSignal(AbstractContextManager["StopSignal"]):
     def __enter__(self) -> StopSignal:
         for number in _SIGNALS:
             if number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN:
+                continue
+            if signal.getsignal(number) is None:  # of the program that embeds Python, and could not be put back
                 continue
             try:
                 self._previous[number] = signal.signal(number, self._handle)
@@ -76,6 +79,8 @@ class StopSignal(AbstractContextManager["StopSignal"]):
         if os.getpid() != self._owner:
             return  # a forked helper: its parent decides
         if self.received is not None:
+            if hasattr(sys, "ps1"):  # a notebook or a prompt: its other work is not to be lost
+                raise KeyboardInterrupt
             os._exit(128 + number)
         self.received = signal.Signals(number).name
         if self.received == "SIGHUP":  # the terminal has gone: writing to it would fail before all is saved
