@@ -1,7 +1,8 @@
 """Public functions: arguments held against their annotations, and the program they run in left as it was found.
 
-An argument of another kind ends in a sentence at once. Held against are the kinds that everybody can give wrongly: text, paths, numbers, flags, lists, mappings and functions.
-What values they may have is for the function to say, and so is what an annotation means that names a class.
+An argument of another kind ends in a sentence at once. Held against are the kinds that
+everybody can give wrongly: text, paths, numbers, flags, lists, mappings and functions. What values they may have is for
+the function to say, and so is what an annotation means that names a class.
 """
 
 from __future__ import annotations
