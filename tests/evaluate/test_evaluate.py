@@ -123,6 +123,9 @@ def test_the_rule_for_captions_can_be_widened_and_narrowed() -> None:
     usual = cd.evaluate(colour_model(), source, progress=False, intervals=False).protocols()[0]
     whole = cd.evaluate(colour_model(), source, captions="all", progress=False, intervals=False).protocols()[0]
     assert (usual.captions_per_image, whole.captions_per_image) == ("first 5", "all")
+    options = {"protocol": "first-caption", "progress": False, "intervals": False}
+    one, other = (cd.evaluate(colour_model(), source, captions=rule, **options) for rule in ("first", "first 1"))
+    assert one.protocols() == other.protocols()
 
 
 def test_strict_counts_hold_for_labelled_sets(monkeypatch: pytest.MonkeyPatch) -> None:

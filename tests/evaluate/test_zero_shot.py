@@ -11,8 +11,16 @@ import torch
 from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
 from clipdistill.evaluate.evaluate import evaluate
-from clipdistill.evaluate.zero_shot import choose_templates, class_weights, classify, mean_average_precision, zero_shot
+from clipdistill.evaluate.zero_shot import (
+    ZeroShotResult,
+    choose_templates,
+    class_weights,
+    classify,
+    mean_average_precision,
+    zero_shot,
+)
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.statistics.bootstrap import bootstrap
 from tests.evaluate.conftest import COLOURS, ColourClasses, ColourPairs, colour_model
 
 
@@ -190,3 +198,53 @@ def test_a_set_with_several_classes_a_picture_is_measured_by_map(model: ClipMode
     assert queries.values["mAP"].mean() == pytest.approx(score.value)
     found = zero_shot(model, data, classes=["red", "green"], progress=False)
     assert found.labels.shape == (20, 2)
+
+
+def result_of(top1: np.ndarray, labels: np.ndarray) -> ZeroShotResult:
+    names = tuple(map(str, range(labels.max() + 1)))
+    return ZeroShotResult(top1, top1, labels, labels, list(map(str, labels)), names, "t", ("{}",), 0, [], [])
+
+
+@pytest.mark.parametrize("sizes", [(90, 10), (5, 200, 40), (30, 30)])
+def test_the_interval_of_the_mean_per_class_is_that_of_resampled_samples(sizes: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    top1 = (rng.random(len(labels)) < 0.9 - 0.2 * labels).astype(float)
+    found = result_of(top1, labels)
+    values = found.queries()["mean_per_class"]
+    assert values.mean() == pytest.approx(found.mean_per_class())
+    draws = []
+    for _ in range(2000):
+        chosen = rng.integers(0, len(labels), len(labels))
+        draws.append(result_of(top1[chosen], labels[chosen]).mean_per_class())
+    assert bootstrap(values).high - bootstrap(values).low == pytest.approx(
+        np.subtract(*np.quantile(draws, [0.975, 0.025])), rel=0.15
+    )
+
+
+def test_the_mean_per_class_of_a_perfect_model_is_as_sure_as_its_top1() -> None:
+    labels = np.repeat([0, 1], [90, 10])
+    queries = result_of(np.ones(100), labels).queries()
+    assert bootstrap(queries["mean_per_class"]) == bootstrap(queries["top1"])
+
+
+def test_intervals_of_shares_stay_within_the_possible(model: ClipModel) -> None:
+    data = ColourClasses(counts=(40, 2, 2, 2, 2), wrong=range(1))
+    for score in evaluate(model, data, progress=False):
+        assert score.low is not None
+        assert score.high is not None
+        assert 0 <= score.low <= score.value <= score.high <= 1
+
+
+def test_a_restriction_by_a_name_that_two_classes_have_is_refused(model: ClipModel) -> None:
+    data = ColourClasses(counts=(3, 2, 1, 1, 1))
+    data.class_names = ("crane", "crane", *data.class_names[2:])
+    with pytest.raises(InputError, match="2 classes 'crane': choose by number"):
+        zero_shot(model, data, classes=["crane", 2], progress=False)
+
+
+def test_a_file_of_templates_is_read_each_time(tmp_path) -> None:
+    file = tmp_path / "mine.txt"
+    for line in ("a {}", "the {}"):
+        file.write_text(line)
+        assert choose_templates(str(file))[1] == (line,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,3 +192,24 @@ def test_two_teachers_are_kept_apart(tmp_path: Path) -> None:
     assert [e.label for e in table.teachers] == ["teacher small", "teacher large"]
     kept = [table.retention(student, table.lead[0]) for student in table.students]
     assert [k.value for k in kept if k] == pytest.approx([0.431 / 0.522, 0.5])
+
+
+def test_what_seeds_keep_has_students_interval(tmp_path: Path) -> None:
+    """With two seeds a normal interval would be a sixth as wide."""
+    shifts = (0.0, 0.02)
+    table = table_of(*(write_run(tmp_path / f"s{i}", "clip-rd", seed=i, shift=v) for i, v in enumerate(shifts)))
+    kept = table.retention(table.students[0], table.lead[0])
+    assert kept is not None
+    own = stats.t.ppf(0.975, 1) * stats.sem([0.437, 0.457]) / 0.447
+    teacher = 1.96 * math.sqrt(0.522 * 0.478 / 4000) / 0.522
+    assert (kept.high - kept.value) / kept.value == pytest.approx(math.hypot(own, teacher), rel=1e-3)
+    assert kept.value - kept.low == pytest.approx(kept.high - kept.value)
+
+
+def test_ranks_in_a_notice_are_ranks(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"s{i}", "clip-rd", seed=i) for i in range(2)]
+    for folder, rank in zip(folders, (3.0, 4.0), strict=True):
+        row = score("t2i_median_rank", 0.5, 4000, PROTOCOL, "teacher", "teacher-weights")
+        own = [*scores_of("student", (0.4,) * 3, folder.name), *scores_of("teacher", (0.5,) * 3, "teacher-weights")]
+        write_scores(folder / "scores.json", [*own, replace(row, value=rank)])
+    assert any("different results (3.00, 4.00) in Text→image median rank" in n for n in table_of(*folders).notices)

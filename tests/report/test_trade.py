@@ -11,7 +11,7 @@ from clipdistill.models.known import architecture_fingerprint
 from clipdistill.report.data import read_runs
 from clipdistill.report.tables import build_table
 from clipdistill.report.trade import Trade, read_trade
-from tests.report.synthetic import write_bench, write_run
+from tests.report.synthetic import scores_of, write_bench, write_run, write_scores
 
 
 def trade_of(*folders: Path) -> Trade:
@@ -123,3 +123,17 @@ def test_sizes_that_are_none_are_left_out(tmp_path: Path, value: object) -> None
     (folder / "run.json").write_text(json.dumps(facts))
     size = trade_of(folder).sizes["CLIP-RD"]
     assert (size.parameters, size.image_parameters) == (None, 5)
+
+
+def test_a_teacher_that_was_not_measured_is_not_another_runs(tmp_path: Path) -> None:
+    """One run's teacher has scores; the other's has only a speed, of other weights."""
+    first, second = write_run(tmp_path / "kd", "clip-kd", teacher="small"), write_run(tmp_path / "rd", teacher="large")
+    write_scores(second / "scores.json", scores_of("student", (0.4,) * 3, "rd"))
+    for folder, weights, speed in ((first, "teacher-weights", 100.0), (second, "other", 7.0)):
+        path = write_bench(folder / "bench.json", {"teacher": (speed, speed)})
+        bench = json.loads(path.read_text())
+        bench["models"]["teacher"]["fingerprint"] = weights
+        path.write_text(json.dumps(bench))
+    [device] = trade_of(first, second).devices
+    found = {(s.name, s.entry is None): s.rates["image"].value for s in device.speeds if s.batch == 32}
+    assert found == {("teacher", False): 100.0, ("teacher of rd", True): 7.0}

@@ -120,3 +120,17 @@ def test_a_student_without_a_teacher_keeps_nothing_of_one(tmp_path: Path) -> Non
     report = collect(folders)
     cells = {e.label: score_cell(e, report.table.lead[0], report.table).kept for e in report.table.students}
     assert cells == {"contrastive only": "117 % of teacher", "CLIP-KD": "83 %"}
+
+
+def test_a_measure_that_one_side_lacks_is_not_won(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / m, m) for m in ("contrastive", "clip-kd")]
+    rows = [row for row in scores_of("student", (0.312, 0.351, 0.402), "plain") if row.metric not in ("top1", "top5")]
+    write_scores(folders[0] / "scores.json", rows)
+    won = dict(headline(*folders))["win"]
+    assert won.startswith("CLIP-KD beats contrastive only: text→image R@1")
+
+
+def test_a_student_that_is_much_slower_is_not_zero_times_as_fast(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "rd")
+    write_bench(folder / "bench.json", {"teacher": (800.0, 3200.0), "rd": (32.0, 128.0)})
+    assert "encodes 0.04 times as many" in dict(headline(folder))["cost"]

@@ -12,7 +12,7 @@ from scipy import stats
 
 from clipdistill.errors import InputError
 from clipdistill.statistics.claims import Claim, Statement, judge, read_claims
-from clipdistill.statistics.records import SPEED, Record, read_records
+from clipdistill.statistics.records import SPEED, Record, read_records, records_of
 from clipdistill.statistics.scores import Queries, Score, Scores
 from clipdistill.statistics.verdicts import QUERIES_ALONE, evidence
 from tests.statistics.test_scores import protocol
@@ -298,3 +298,92 @@ def test_claim_files_are_checked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_claims(tmp_path / "none.yaml")
     assert judge([Claim(id="x", claim="a > b on d m", source="s")], [])[0].source == "s"
+
+
+def test_statements_on_two_named_sets_are_one_claim() -> None:
+    records = [
+        one | {"dataset": dataset}
+        for dataset in ("f", "g")
+        for one in (*results("a", 0.6), *results("b", 0.3), *results("c", 0.7 if dataset == "f" else 0.2))
+    ]
+    found = judge(["a > b on f t2i_R@1 and a > b on g t2i_R@1", "c > a on f t2i_R@1 and c > a on g t2i_R@1"], records)
+    assert [(v.outcome, v.dataset, len(v.parts)) for v in found] == [("supported", None, 2), ("contradicted", None, 2)]
+    everywhere, *others = judge(["a > b on * t2i_R@1 and a > c on g t2i_R@1"], records)
+    assert [(v.outcome, v.dataset) for v in (everywhere, *others)] == [("supported", "f"), ("supported", "g")]
+    assert [v.dataset for v in judge(["a > b on f t2i_R@1 and a >= 0.5 on f t2i_R@1"], records)] == ["f"]
+
+
+def test_every_part_of_a_claim_has_its_own_unit() -> None:
+    records = [*results("a", 0.6, range(1)), *results("b", 0.3, range(1))]
+    records += [{"method": m, "metric": SPEED, "value": v, "low": v, "high": v} for m, v in (("a", 30.0), ("b", 10.0))]
+    [found] = judge(["a keeps >= 90 % of b on flickr8k t2i_R@1 and a >= 2 x b on * pairs_per_second"], records)
+    kept, speed = found.parts
+    assert evidence(speed).startswith("3 times")
+    assert " %" in evidence(kept)
+    assert " times" not in evidence(kept)
+
+
+def test_stored_intervals_are_taken_to_the_level_that_is_asked_for() -> None:
+    half = stats.norm.ppf(0.975)
+    records = [{"method": "a", "metric": SPEED, "value": 10.0, "low": 10 - half, "high": 10 + half}]
+    for level in (0.5, 0.95, 0.999):
+        [found] = judge(["a >= 5 pairs_per_second"], records, level=level)
+        assert (found.low, found.high) == pytest.approx(stats.norm.interval(level, loc=10))
+        assert found.p == pytest.approx(2 * stats.norm.sf(5))
+
+
+def test_two_teachers_are_not_one() -> None:
+    own = [
+        Record.of(one | {"method": "teacher", "measured": protocol(model_fingerprint=name)})
+        for name, rate in (("small", 0.3), ("large", 0.7))
+        for one in results("teacher", rate, None)
+    ]
+    [found] = judge(["a keeps >= 90 % of teacher on flickr8k t2i_R@1"], [*results("a", 0.5), *own])
+    assert (found.outcome, found.effect) == ("undecided", None)
+    assert "of 2 teachers" in found.reason
+
+
+def test_what_is_kept_of_a_rank_is_no_claim() -> None:
+    with pytest.raises(InputError, match="the lower is better"):
+        Statement.parse("a keeps >= 90 % of b on d t2i_median_rank")
+
+
+def test_a_median_that_is_the_mean_is_a_median_still() -> None:
+    scores, own = Scores(), protocol()
+    scores.scores.append(Score("t2i_median_rank", 2.0, 3, own, 1.0, 3.0))
+    scores.queries["student", own.question()] = Queries({"t2i_median_rank": np.array([1.0, 2.0, 3.0])})
+    assert [record.per_query for record in records_of(scores, "a", 0)] == [None]
+
+
+def bench_of(device: str, rows: list[tuple[str, str, int, float]]) -> dict:
+    return {
+        "device": {"label": device, "fingerprint": device},
+        "measurements": [
+            {"tower": "pair", "backend": backend, "dtype": "float32", "model": model, "batch": batch, "value": value,
+             "low": value, "high": value}
+            for model, backend, batch, value in rows
+        ],
+    }  # fmt: skip
+
+
+def test_speeds_of_two_machines_are_not_compared(tmp_path: Path) -> None:
+    slow = bench_of("laptop", [("a", "eager", 1, 10.0), ("teacher", "eager", 1, 5.0)])
+    fast = bench_of("server", [("b", "eager", 1, 1000.0), ("teacher", "eager", 1, 500.0)])
+    for method, bench in (("a", slow), ("b", fast)):
+        write_run(tmp_path / method, method, 0, 0.4, bench)
+    records = read_records([tmp_path / "a", tmp_path / "b"])
+    [found] = judge(["b >= 2 x a pairs_per_second"], records)
+    assert (found.outcome, found.effect) == ("undecided", None)
+    assert "laptop" in found.reason
+    assert "server" in found.reason
+    # each against the teacher on the machine that both were measured on, whichever comes first
+    for order in ("ab", "ba"):
+        records = read_records([tmp_path / name for name in order])
+        found = judge(["a >= 2 x teacher pairs_per_second", "b >= 2 x teacher pairs_per_second"], records)
+        assert [v.effect for v in found] == [2, 2]
+
+
+def test_the_batch_is_one_that_all_models_were_measured_in(tmp_path: Path) -> None:
+    rows = [("a", "eager", 1, 10.0), ("a", "eager", 8, 40.0), ("teacher", "eager", 1, 5.0), ("a", "onnx", 64, 90.0)]
+    write_run(tmp_path / "a", "a", 0, 0.4, bench_of("laptop", rows))
+    assert {r.method: r.value for r in read_records([tmp_path / "a"]) if r.metric == SPEED} == {"a": 10, "teacher": 5}

@@ -136,3 +136,17 @@ def test_the_command_prints_and_writes(tmp_path, capsys):
     assert stored["differences"][0]["outcome"] == "a"
     assert cli.main(["compare", str(a)]) == 2
     assert "name two runs" in capsys.readouterr().err
+
+
+def test_classifiers_with_ties_are_compared_without_mcnemar(tmp_path):
+    """Two classes of one name share their pictures' hits half and half."""
+    own = protocol(name="zero-shot", task="zero-shot", captions=None)
+    files = []
+    for name, hit in (("a", [1.0, 0.5, 1.0, 0.5]), ("b", [0.0, 0.5, 1.0, 0.0])):
+        scores = Scores([Score("top1", float(np.mean(hit)), 4, own.model_copy(update={"model_fingerprint": name}))])
+        scores.queries["student", scores.scores[0].protocol.question()] = Queries({"top1": np.array(hit)})
+        scores.save(tmp_path / f"{name}.json")
+        files.append(tmp_path / f"{name}.json")
+    [found] = compare(*files).differences
+    assert found.mcnemar is None
+    assert found.value == pytest.approx(0.375)

@@ -200,3 +200,25 @@ def test_protocols_are_strict_and_digests_tell_parts_apart() -> None:
         build(Protocol, {**protocol().model_dump(), "tie": "x"}, "here")
     assert digest(["ab", "c"]) != digest(["a", "bc"])
     assert digest(["ab", 1]) == digest(["ab", 1])
+
+
+def test_the_mean_over_sets_is_of_the_same_sets() -> None:
+    def scores(*sets: str) -> list[Score]:
+        made = [protocol(name="zero-shot", task="zero-shot", dataset=name, captions=None) for name in sets]
+        return [Score("top1", 0.5, 10, one, model=sets[-1]) for one in made]
+
+    assert "mean of 2" in shown_overview(Scores(scores("x", "y")))
+    assert "mean of" not in shown_overview(Scores([*scores("x", "y"), *scores("x", "z")]))
+
+
+def shown_overview(scores: Scores) -> str:
+    return scores.overview().markdown()
+
+
+def test_results_query_by_query_are_kept_of_two_names_of_the_same_weights(tmp_path: Path) -> None:
+    own, scores = protocol(), Scores()
+    for model in ("student", "teacher"):
+        scores.scores.append(Score("t2i_R@1", 0.5, 2, own, model=model))
+        scores.queries[model, own.question()] = Queries({"t2i_R@1": np.array([1.0, 0.0])})
+    scores.save(tmp_path / "scores.json")
+    assert set(Scores.load(tmp_path / "scores.json").queries) == set(scores.queries)

@@ -52,6 +52,17 @@ def test_the_student_is_that_of_the_best_point_and_the_last_is_kept(tmp_path, mo
     assert not (run.folder / "best").exists()
 
 
+def test_the_best_of_averaged_weights_is_what_was_measured(tmp_path, monkeypatch):
+    """The average of step 1 was measured: neither its live weights nor the last average is the student."""
+    curve_of(monkeypatch, [0.4, 0.3])
+    ends = ("train.steps=2", "train.evaluate_every=1", "train.checkpoint_every=1", "train.keep_best=t2i_R@10")
+    run = distill(settings(tmp_path / "run", *ends, "train.ema_decay=0.9"), quiet=True)
+    for step, folder in ((1, run.student), (2, run.folder / "last")):
+        average = load_file(run.folder / "checkpoints" / f"step-{step:08d}" / "average.safetensors")
+        saved = weights(folder)
+        assert all(saved[name.replace("/", ".")].equal(v) for name, v in average.items() if name != "updates"), step
+
+
 def test_when_the_last_is_the_best_there_is_one_student(tmp_path, monkeypatch):
     curve_of(monkeypatch, [0.1, 0.2, 0.3, 0.4])
     run = distill(settings(tmp_path / "run", *BEST), quiet=True)

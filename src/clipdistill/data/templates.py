@@ -8,7 +8,6 @@ a file: one template a line, or JSON as CLIP_benchmark keeps it, {"cifar10": ["a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from clipdistill.runtime.files import text_lines
 TEMPLATE_SETS = ("imagenet", "simple", *OWN_TEMPLATES)
 
 
-@functools.cache
 def templates(name: str) -> tuple[str, ...]:
     """The templates of a named set or file, each with one '{}'.
 

@@ -102,6 +102,7 @@ def evaluate(
     scoring = None if score is None else retrieval_scoring(score)
     if captions is not None and (captions in ("first", "first 1")) != (protocol == "first-caption"):
         raise InputError(f"captions='{captions}' contradicts the protocol '{protocol}': one caption is 'first-caption'")
+    captions = "first" if captions == "first 1" else captions
     sources = [source for item in _listed(data) for source in opened_all(item, split, classes)]
     if strict_counts and not any(_has_known_counts(source) for source in sources):
         named = ", ".join(source.name for source in sources)
@@ -313,6 +314,8 @@ def with_intervals(
                 replicates=REPLICATES,
             )
             low, high = interval.low, interval.high
+            if not metric.endswith("median_rank"):  # a share, whose gains may add up to more than there is
+                low, high = max(low, 0.0), min(high, 1.0)
         scores.append(Score(metric, float(value), n, protocol, low, high, model))
     return scores
 

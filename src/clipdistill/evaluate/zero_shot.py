@@ -80,10 +80,10 @@ class ZeroShotResult:
         """Name of a score -> (n,) results of the samples, whose mean is the score."""
         if self.precision is not None:
             return {"mAP": self.precision}
-        # mean per class as a mean over samples: each counts 1 / (samples of its class), scaled to average 1
+        # the mean per class, plus n times what it gains where the sample weighs more (as in mean_average_precision)
         share = np.bincount(self.labels, minlength=len(self.class_names))[self.labels].astype(np.float64)
-        per_class = self.top1 * len(self.labels) / (share * len(np.unique(self.labels)))
-        found = {"top1": self.top1, "top5": self.top5, "mean_per_class": per_class}
+        gain = (self.top1 - self.per_class()[self.labels]) * len(self.labels) / (share * len(np.unique(self.labels)))
+        found = {"top1": self.top1, "top5": self.top5, "mean_per_class": self.mean_per_class() + gain}
         return {name: found[name] for name in self.scores()}
 
 
@@ -229,6 +229,8 @@ def _chosen_classes(labelled: LabelledSource, classes: Sequence[int | str] | Non
     for entry in classes:
         if isinstance(entry, str) and entry not in index:
             raise InputError(f"{labelled.name} has no class '{entry}'{nearest(entry, names)}")
+        if isinstance(entry, str) and names.count(entry) > 1:
+            raise InputError(f"{labelled.name} has {names.count(entry)} classes '{entry}': choose by number")
         i = index[entry] if isinstance(entry, str) else int(entry)
         if not 0 <= i < len(names):
             raise InputError(f"{labelled.name} has no class {i}: its classes are numbered 0 to {len(names) - 1}")

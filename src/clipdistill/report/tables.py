@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from statistics import NormalDist
 from typing import Any
 
 from clipdistill.report.data import Question, ReportedRun
@@ -33,17 +32,16 @@ PLAIN_METHODS = ("contrastive", "clip")
 _METRIC_ORDER = [f"{d}_{m}" for m in ("R@1", "R@5", "R@10", "mAP@10", "MRR", "median_rank") for d in ("i2t", "t2i")]
 _METRIC_ORDER += ["top1", "top5", "mean_per_class", *BENCHMARKS]
 _PLAIN_METRICS = ("ties", "median_rank", "gap", "loss")  # not shares of one, so not shown in per cent
-_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with a 95 % interval; `standard_error` is None when nothing is known about its uncertainty."""
+    """A value with a 95 % interval; half: its half-width, not cut at 0 or 1, None where it is not known."""
 
     value: float
     low: float | None = None
     high: float | None = None
-    standard_error: float | None = None
+    half: float | None = None
     n: int = 0
     seeds: int = 1
     per_seed: tuple[float, ...] = ()
@@ -188,10 +186,10 @@ class ScoreTable:
         stored = entry.first.retention.get((column.metric, column.protocol)) if mine.seeds == 1 else None
         if stored is not None and stored[1] is not None and abs(stored[0] - ratio) < 1e-9:
             return Estimate(*stored)
-        if mine.standard_error is None or reference.standard_error is None:
+        if mine.half is None or reference.half is None:
             return Estimate(ratio)
-        error = math.hypot(mine.standard_error / reference.value, ratio * reference.standard_error / reference.value)
-        return Estimate(ratio, max(0.0, ratio - _Z * error), ratio + _Z * error, error)
+        half = math.hypot(mine.half / reference.value, ratio * reference.half / reference.value)
+        return Estimate(ratio, max(0.0, ratio - half), ratio + half)
 
 
 def metric_name(metric: str) -> str:
@@ -234,7 +232,8 @@ def build_table(runs: Sequence[ReportedRun]) -> ScoreTable:
             if entry.role == "teacher":
                 column.cells[entry.label] = _single(found[0])
                 if len({round(row.value, 6) for row in found}) > 1:
-                    values = ", ".join(f"{100 * row.value:.2f}" for row in found)
+                    scale = 100 if column.is_share else 1
+                    values = ", ".join(f"{scale * row.value:.2f}" for row in found)
                     notices.append(
                         f"{entry.label} was measured with different results ({values}) in {column.title} "
                         f"under the same protocol; the first is shown."
@@ -346,13 +345,11 @@ def _plain_value(row: Record) -> str:
 
 
 def _single(row: Record) -> Estimate:
-    """One run's score; the standard error is read off its interval, or is the binomial one when there is none."""
-    error: float | None = None
+    """One run's score; the interval of a share of hits that came without is the binomial one."""
     low, high = row.low, row.high
-    if low is not None and high is not None:
-        error = (high - low) / (2 * _Z)
-    elif (
-        row.n > 0
+    if (
+        (low is None or high is None)
+        and row.n > 0
         and is_share(row.metric)
         and 0 <= row.value <= 1
         and row.metric.endswith(("R@1", "R@5", "R@10", "top1", "top5"))
@@ -361,19 +358,16 @@ def _single(row: Record) -> Estimate:
 
         low, high = stats.binomtest(round(row.value * row.n), row.n).proportion_ci(method="wilson")
         low, high = float(low), float(high)
-        error = (high - low) / (2 * _Z)
-    return Estimate(row.value, low, high, error, row.n)
+    half = None if low is None or high is None else (high - low) / 2
+    return Estimate(row.value, low, high, half, row.n)
 
 
 def _over_seeds(rows: Sequence[Record]) -> Estimate:
     """Mean over seeds with Student's interval; of a share no further than 0 to 100 %."""
-    from scipy import stats
-
     values = [row.value for row in rows]
-    interval = seed_interval(values)
-    error = (interval.high - interval.low) / (2 * float(stats.t.ppf(0.975, len(values) - 1)))
+    half = seed_interval(values).high - seed_interval(values).value
     kept = seed_interval(values, share=is_share(rows[0].metric))
-    return Estimate(kept.value, kept.low, kept.high, error, rows[0].n, len(values), tuple(values))
+    return Estimate(kept.value, kept.low, kept.high, half, rows[0].n, len(values), tuple(values))
 
 
 def _unequal(a: Entry, b: Entry) -> list[str]:

@@ -180,7 +180,8 @@ def _read_bench(
     speeds = {(s.name, *s.setting): s for s in device.speeds}
     for name, tower, setting, rate, (latency, peak) in measured:
         entry = matched.get(name)
-        shown = entry.label if entry is not None else name
+        unmeasured = f" of {owner.name}" if owner is not None and name == "teacher" else ""
+        shown = entry.label if entry is not None else name + unmeasured
         speed = speeds.get((shown, *setting))
         if speed is None:
             speed = speeds[(shown, *setting)] = Speed(shown, entry, *setting)
@@ -230,7 +231,7 @@ def match_entry(name: str, facts: dict[str, Any], owner: ReportedRun | None, tab
     for entry in table.entries:
         for run in entry.runs:
             if entry.role == "teacher":
-                if path in {run.teacher, "teacher"}:
+                if path == run.teacher or (path == "teacher" and owner in (None, run)):
                     return entry
             else:
                 known = {entry.label, run.name, str(run.folder), run.folder.name, str(run.folder.resolve())}

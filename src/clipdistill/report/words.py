@@ -111,7 +111,7 @@ def _pair(found: Sequence[PairComparison], table: ScoreTable) -> Sentence:
         return _and([f"{metric_text(c.column, table)} {points_text(c)}" for c in comparisons])
 
     if wins and not losses:
-        scope = "in every headline measure" if len(found) > 1 and not undecided else ""
+        scope = "in every headline measure" if len(found) == len(table.lead) > 1 and not undecided else ""
         text = f"{_capital(a)} beats {b} {scope}".rstrip() + f": {listed(wins)}."
         if undecided:
             text += f" Not decided: {listed(undecided)}."
@@ -159,7 +159,7 @@ def _price(table: ScoreTable, trade: Trade) -> list[Sentence]:
         start = f"{size}, and encodes" if size else f"{_capital(best.label)} encodes"
         size = ""
         similar = 0.95 < ratio.value < 1.05
-        compared = "about as many" if similar else f"{ratio.value:.1f} times as many"
+        compared = "about as many" if similar else f"{ratio.value:.{1 + (ratio.value < 1)}f} times as many"
         reach = interval_text(Estimate(ratio.value, ratio.low, ratio.high), False)
         sentences.append(
             Sentence(

@@ -73,11 +73,13 @@ def bootstrap(
 def bootstrap_difference(
     a: Any, b: Any, clusters: Any = None, *, level: float = 0.95, replicates: int = REPLICATES, seed: int = 0
 ) -> Interval:
-    """Interval of the mean difference a - b on the same queries."""
+    """Interval of the mean difference a - b on the same queries; where hits never differ or always do: `_unseen`."""
     a, b = _pair(a, b)
     values, sums, counts, _ = _by_cluster(a - b, clusters)
     draws = _mean_draws(sums[:, None], counts, replicates, seed)[:, 0]
     low, high = _percentiles(draws, len(counts), level)
+    if len(counts) > 1 and (unseen := _unseen(a, b, len(counts), level)):
+        low, high = (float(side * unseen + values[0] * (1 - unseen)) for side in (-1, 1))
     return Interval(float(values.mean()), low, high, len(values), len(counts), level)
 
 
@@ -94,6 +96,9 @@ def bootstrap_ratio(
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = draws[:, 0] / draws[:, 1]
     low, high = _percentiles(ratios[np.isfinite(ratios)], len(counts), level)
+    if len(counts) > 1 and (unseen := _unseen(a, b, len(counts), level)):
+        left, right = (float(side.mean()) * (1 - unseen) for side in (a, b))
+        low, high = left / (right + unseen), (left + unseen) / right
     return Interval(float(a.mean() / b.mean()), low, high, len(a), len(counts), level)
 
 
@@ -181,6 +186,12 @@ def _pair(a: Any, b: Any) -> tuple[np.ndarray, np.ndarray]:
     if a.shape != b.shape:
         raise InputError(f"a paired comparison needs the same queries on both sides, got {len(a)} and {len(b)}")
     return a, b
+
+
+def _unseen(a: np.ndarray, b: np.ndarray, n: int, level: float) -> float:
+    """The largest share of other clusters of which n may hold none, where hits a, b differ alike in all; else 0."""
+    alike = np.isin([a, b], (0, 1)).all() and np.ptp(a - b) == 0
+    return 1 - float(((1 - level) / 2) ** (1 / n)) if alike else 0.0
 
 
 def _draws(n: int, replicates: int, seed: int) -> Any:

@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 from clipdistill.config import Config, build, read_yaml
 from clipdistill.errors import InputError
 from clipdistill.statistics.judge import Measure, Outcome, Verdict, adjust, decide
-from clipdistill.statistics.records import Record
+from clipdistill.statistics.records import SPEED, Record
 
 PUBLISHED = "published"
 _NUMBER = r"(?P<number>-?\d+(?:\.\d+)?)"
@@ -59,6 +59,8 @@ class Statement:
                 continue
             found = match.groupdict()
             number = float(found["number"]) if found.get("number") else 0.0
+            if kind == "share" and found["metric"].endswith("median_rank"):
+                raise InputError(f"the claim '{text}': of a rank the lower is better, so none is kept: write 'a > b'")
             measure: Measure = "ratio" if kind == "share" else kind
             dataset = None if found["dataset"] in (None, "*") else found["dataset"]
             threshold = number / 100 if kind == "share" else number
@@ -147,15 +149,20 @@ def judge(
 def _judge_claim(claim: Claim, records: Sequence[Record], level: float) -> list[Verdict]:
     statements = claim.statements()
     found: dict[str | None, list[Verdict]] = {}
-    for statement in statements:
+    for text, statement in zip(claim.claim.split(" and "), statements, strict=True):
         for dataset in _datasets(statement, records):
-            found.setdefault(dataset, []).append(_judge_statement(claim, statement, dataset, records, level))
+            verdict = _judge_statement(claim.id, text, statement, dataset, records, level)
+            # of several statements, what names its data set must hold beside each data set of the others
+            group = None if len(statements) > 1 and statement.dataset else dataset
+            found.setdefault(group, []).append(verdict)
     if len(statements) == 1:
         verdicts = [verdict for group in found.values() for verdict in group]
     else:
         # parts that hold everywhere (a speed has no data set) belong to every data set
-        everywhere = found.pop(None, []) if len(found) > 1 else []
-        verdicts = [_joint(claim, dataset, everywhere + parts, len(statements)) for dataset, parts in found.items()]
+        everywhere = found.pop(None, [])
+        named = {part.dataset for part in everywhere} - {None}
+        groups = found or {named.pop() if len(named) == 1 else None: []}
+        verdicts = [_joint(claim, dataset, everywhere + parts, len(statements)) for dataset, parts in groups.items()]
     return [replace(v, source=claim.source, published=claim.published, note=claim.note) for v in verdicts]
 
 
@@ -180,10 +187,10 @@ def _datasets(statement: Statement, records: Sequence[Record]) -> list[str | Non
 
 
 def _judge_statement(
-    claim: Claim, statement: Statement, dataset: str | None, records: Sequence[Record], level: float
+    name: str, text: str, statement: Statement, dataset: str | None, records: Sequence[Record], level: float
 ) -> Verdict:
-    text = claim.claim if dataset is None or statement.dataset else f"{claim.claim} [{dataset}]"
-    base = Verdict(claim.id, text, dataset=dataset, threshold=statement.threshold)
+    text = text if dataset is None or statement.dataset else f"{text} [{dataset}]"
+    base = Verdict(name, text, dataset=dataset, threshold=statement.threshold)
     sides: list[list[Record]] = []
     for method in (statement.left, statement.right):
         if method is None:
@@ -193,5 +200,8 @@ def _judge_statement(
             where = f" on {dataset}" if dataset else ""
             return replace(base, reason=f"no result of {method} in {statement.metric}{where}")
         sides.append(own)
+    if statement.metric == SPEED and len(sides) == 2:  # of several devices one that both were measured on
+        shared = next((r.protocol for r in sides[0] if r.protocol in {r.protocol for r in sides[1]}), None)
+        sides = [[r for r in side if shared in (None, r.protocol)] for side in sides]
     measure, threshold = statement.measure, statement.threshold
     return decide(*sides, measure=measure, threshold=threshold, level=level, about=base)

@@ -233,7 +233,7 @@ def _compared(metric: str, protocol: Protocol, a: ComparedSide, b: ComparedSide)
     exact = None
     if metric == "top1" and len(ours) == len(theirs) == 1:
         pair = ours[0].per_query, theirs[0].per_query
-        if ours[0].clusters is None and pair[0] is not None and pair[1] is not None:
+        if ours[0].clusters is None and all(p is not None and np.isin(p, (0, 1)).all() for p in pair):  # no ties
             exact = mcnemar(*pair)
     if verdict.basis == "paired seeds and queries":  # the figures are those of the seeds that were compared
         shared = {record.seed for record in ours} & {record.seed for record in theirs}

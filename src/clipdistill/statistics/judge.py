@@ -188,6 +188,9 @@ def _check(sides: Sequence[Sequence[Record]], given: Sequence[Sequence[Record]])
             "the results are of other pictures under the same names and captions: measure all of them on the same ones"
         )
     for side in sides:
+        weights = {record.fingerprint or i for i, record in enumerate(side) if record.seed is None}
+        if side[0].role == "teacher" and len(weights) > 1:
+            raise InputError(f"the results are of {len(weights)} teachers: judge the runs of each by themselves")
         seeds = [record.seed for record in side if record.seed is not None]
         twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
         if twice is not None:
@@ -272,7 +275,9 @@ def _over_queries(
     if any(record.per_query is None for record in records):
         if any(record.low is None or record.high is None for record in records):
             return None, None, None
-        return _widest(measure, seeds), None, None
+        widened = _NORMAL.inv_cdf((1 + level) / 2) / _NORMAL.inv_cdf(0.975)  # stored intervals are of 95 %
+        below, above = (widened * half for half in _widest(measure, seeds))
+        return (below, above), None, None
     if len({len(np.asarray(record.per_query)) for record in records}) > 1:
         raise InputError("the results are of different numbers of queries")
     # all seeds were tested on the same queries, so their results are averaged first

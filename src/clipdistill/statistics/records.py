@@ -29,8 +29,8 @@ class Record:
     """One result.
 
     method: what was trained ("clip-rd"), or "teacher"; seed: of the training run, None for what was not trained here
-    (a teacher, a speed). dataset, protocol: where known; records compare only within the same. low, high: interval of
-    the value alone, over `n` queries. per_query, clusters: (Q,) results whose mean is the value, and the image of each
+    (a teacher, a speed). dataset, protocol: where known; records compare only within the same. low, high: its own 95 %
+    interval, over `n` queries. per_query, clusters: (Q,) results whose mean is the value, and the image of each
     query. measured: the whole protocol. unusable: why nothing may be judged by it ("its scores are stale"), or ''.
     """
 
@@ -128,8 +128,9 @@ def records_of(scores: Scores, method: str, seed: int | None, facts: Mapping[str
     for score in scores:
         queries = scores.queries.get((score.model, score.protocol.question()))
         per_query = queries.values.get(score.metric) if queries else None
-        if per_query is not None and abs(float(per_query.mean()) - score.value) > 1e-6:
-            per_query = None  # ranks, whose score is the median, and accuracies by class
+        ranked = score.metric.endswith("median_rank")  # no mean, even where that is the same number
+        if per_query is not None and (ranked or abs(float(per_query.mean()) - score.value) > 1e-6):
+            per_query = None
         teacher = score.model == "teacher"
         found.append(
             Record(
@@ -168,7 +169,7 @@ def is_noisy(bench: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
 
 
 def _speeds(path: Path, methods: Mapping[Any, str]) -> list[Record]:
-    """Pairs per second at the largest batch of the first back end and number format; one value for each method.
+    """Pairs per second in the first back end and number format, at the largest batch of all its models.
 
     Batch sizes measured on a busy machine only where there is no other.
     """
@@ -178,11 +179,15 @@ def _speeds(path: Path, methods: Mapping[Any, str]) -> list[Record]:
     try:
         rows = [row for row in rows or [] if row.get("tower") == "pair"]
         rows = [row for row in rows if not is_noisy(bench, row)] or rows
-        setting = (rows[0]["backend"], rows[0]["dtype"], max(row["batch"] for row in rows)) if rows else ()
+        rows = [row for row in rows if (row["backend"], row["dtype"]) == (rows[0]["backend"], rows[0]["dtype"])]
+        batches = [{row["batch"] for row in rows if row["model"] == name} for name in {row["model"] for row in rows}]
+        batch = max(set.intersection(*batches) or set.union(*batches)) if rows else None
+        device = bench.get("device") or {}
         for row in rows:
             name = "teacher" if row["model"] == "teacher" else methods.get(row["model"])
-            if name is not None and (row["backend"], row["dtype"], row["batch"]) == setting:
-                where = f"{setting[0]}, {setting[1]}, batch {setting[2]}"
+            if name is not None and row["batch"] == batch:
+                where = f"{row['backend']}, {row['dtype']}, batch {batch}"
+                where += f", {device['label']} #{device.get('fingerprint', '')}" if "label" in device else ""
                 unusable = f"its speed was {NOISY}" if is_noisy(bench, row) else ""
                 given = {"method": name, "metric": SPEED, "protocol": where, "unusable": unusable}
                 found.append(Record.of(given | {key: row.get(key) for key in ("value", "low", "high")}))
@@ -194,7 +199,7 @@ def _speeds(path: Path, methods: Mapping[Any, str]) -> list[Record]:
 def _once(records: Sequence[Record]) -> list[Record]:
     """Without repeated speeds: several seeds of a method, and every run's bench.json, measure the same architecture."""
     kept: dict[Any, Record] = {}
-    for i, record in enumerate(records):
+    for i, record in enumerate(sorted(records, key=lambda one: bool(one.unusable))):
         key = (record.method, record.protocol) if record.metric == SPEED else i
         kept.setdefault(key, record)
     return list(kept.values())

@@ -230,9 +230,10 @@ class Scores:
                 cells = {s.model: s.text() for s in own if s.metric == metric}
                 where = protocol.dataset + (f"/{protocol.split}" if protocol.split else "")
                 table.rows.append([where, metric, *(cells.get(model, "") for model in self.models())])
-        top = {m: [s.value for s in self.scores if s.model == m and s.metric == "top1"] for m in self.models()}
-        if len(counts := {len(values) for values in top.values()}) == 1 and (count := counts.pop()) > 1:
-            means = (f"{100 * sum(values) / count:.1f}" for values in top.values())
+        top = {m: {s.protocol.question(): s.value for s in self.scores if (s.model, s.metric) == (m, "top1")}
+               for m in self.models()}  # fmt: skip
+        if len(asked := {frozenset(values) for values in top.values()}) == 1 and (count := len(asked.pop())) > 1:
+            means = (f"{100 * sum(values.values()) / count:.1f}" for values in top.values())
             table.rows.append([f"mean of {count} classification sets", "top1", *means])
         return table
 
@@ -306,8 +307,8 @@ class Scores:
         else:
             require_scores_place(path)
         arrays: dict[str, np.ndarray] = {}
-        for i, protocol in enumerate(self._listed()):
-            model = next(s.model for s in self.scores if s.protocol == protocol)
+        places = {protocol: i for i, protocol in enumerate(self._listed())}
+        for (model, protocol), i in {(s.model, s.protocol): places[s.protocol] for s in self.scores}.items():
             queries = self.queries.get((model, protocol.question()))
             for metric, values in (queries.values if queries else {}).items():
                 arrays[f"{i}/{model}/{metric}"] = values

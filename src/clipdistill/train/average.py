@@ -35,6 +35,11 @@ class WeightAverage(nn.Module):
         step = int(self.updates)
         torch._foreach_lerp_(self._average, self._live, 1 - min(self.decay, (1 + step) / (10 + step)))
 
+    @torch.no_grad()
+    def become(self) -> None:
+        """Forget the average for the weights as they are now."""
+        torch._foreach_copy_(self._average, self._live)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within, the module has the averaged weights; afterwards its own again, to the bit."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ def judge(best: Mapping[str, Any], scores: Mapping[str, float], metric: str, ste
     return {**best, "since": best["since"] + 1}
 
 
-def keep(student: ClipModel, out: Path, step: int) -> None:
-    """Write the student of `step`. Earlier ones stay until a checkpoint that knows the better one is written."""
-    save_model(student, out / BEST / f"{step:08d}")
+def keep(student: ClipModel, out: Path, step: int, average: Any = None) -> None:
+    """Write the student of `step`, or its `average`. Earlier ones stay until a checkpoint knows the better one."""
+    with nullcontext() if average is None else average.applied():
+        save_model(student, out / BEST / f"{step:08d}")
 
 
 def forget_before(out: Path, best: Mapping[str, Any]) -> None:
@@ -36,7 +38,7 @@ def forget_before(out: Path, best: Mapping[str, Any]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def take(student: ClipModel, out: Path, best: Mapping[str, Any], step: int) -> str:
+def take(student: ClipModel, out: Path, best: Mapping[str, Any], step: int, average: Any = None) -> str:
     """Turn `student`, that of the last `step`, into the best; the last is written as OUT/last.
 
     Returns a sentence that says which it is. Raises InputError when the best one is damaged or gone.
@@ -45,6 +47,9 @@ def take(student: ClipModel, out: Path, best: Mapping[str, Any], step: int) -> s
     if best["step"] == step:
         return f"the student of the last step is the best: {shown}"
     found = read_model(out / BEST / f"{best['step']:08d}")
-    save_model(student, out / LAST)
+    with nullcontext() if average is None else average.applied():
+        save_model(student, out / LAST)
     student.module.load_state_dict(found.module.state_dict())
+    if average is not None:
+        average.become()
     return f"the student is that of step {best['step']}, the best: {shown}; that of step {step} is {out / LAST}"

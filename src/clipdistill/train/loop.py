@@ -302,9 +302,9 @@ def _evaluate(loop: Loop) -> None:
         from clipdistill.train.best import judge, keep
 
         loop.progress.best = judge(loop.progress.best, scores, metric, loop.progress.step)
-        student, _ = loop.task.checkpoint()
+        student, modules = loop.task.checkpoint()
         if loop.progress.best["since"] == 0 and student is not None:
-            keep(student, loop.config.out, loop.progress.step)
+            keep(student, loop.config.out, loop.progress.step, modules.get("average"))
     loop.tell("on_evaluation", scores=scores, images=point.images, top_share=point.top_share)
 
 

@@ -237,11 +237,11 @@ def _train_and_finish(loop: Loop) -> Run:
 def _finish(loop: Loop) -> Outcome:
     """The student's folder and the final scores. Nothing is lost when a signal ends this: resuming does it again."""
     with loop.stop.at_once():
-        out, progress, (student, _) = loop.config.out, loop.progress, loop.task.checkpoint()
+        out, progress, (student, modules) = loop.config.out, loop.progress, loop.task.checkpoint()
         if progress.best and student is not None:
             from clipdistill.train.best import take
 
-            loop.say(take(student, out, progress.best, progress.step))
+            loop.say(take(student, out, progress.best, progress.step, modules.get("average")))
         outcome = loop.task.finish(out, loop.say)
         if outcome.scores is not None:
             outcome.scores.save(loop.config.out / SCORES)  # per-query results beside it: paired tests need them
