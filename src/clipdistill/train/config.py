@@ -56,7 +56,7 @@ class TrainConfig(Config):
     learning_rate: Rate = 1e-3
     """Highest rate of the optimiser, reached after the warm-up."""
     final_learning_rate: float = pydantic.Field(default=0.0, ge=0, le=1000)
-    """Rate at the last step of the schedules that fall."""
+    """Rate that the schedules that fall go down to: one step after the last they would be there."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """How the rate goes after the warm-up: down a cosine to `final_learning_rate`; constant; or constant and then, over
     the last `decay_share` of the steps, down a line to `final_learning_rate` (WSD, arXiv 2404.06395)."""
