@@ -22,11 +22,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import clipdistill
 import clipdistill as cd
 from clipdistill.arguments import as_guest
 from clipdistill.errors import ClipdistillError, InputError, MissingExtraError
+from clipdistill.objective.term import Term
+from clipdistill.registry import TERMS
 from clipdistill.runtime.signals import StopSignal
 
 PAIRS, CLASSES = "scenes:val?size=4", "scenes:zeroshot/shapes?size=16"
@@ -52,7 +56,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "fetch": lambda run, out: cd.fetch("absent"),
     "load_model": lambda run, out: cd.load_model("scenes-student", seed=3),
     "load_student": lambda run, out: cd.load_student(run),
-    "probe": lambda run, out: cd.probe(run, CLASSES, CLASSES, shots=[1], seeds=2, **QUIET),
+    "probe": lambda run, out: cd.probe(run, CLASSES, f"{CLASSES}&seed=1", shots=[1], seeds=2, **QUIET),
     "read_embeddings": lambda run, out: cd.read_embeddings(out / "absent.npy"),
     "region_boxes": lambda run, out: cd.region_boxes("grid:2", PAIRS, out / "boxes", device="cpu", quiet=True),
     "region_embeddings": lambda run, out: cd.region_embeddings(run, PAIRS, "grid:2", device="cpu", quiet=True),
@@ -170,6 +174,93 @@ def test_of_calls_at_once_the_last_puts_back_what_the_first_found() -> None:
     leave.set()
     thread.join()
     assert {what for what, value in state().items() if value != before[what]} == set()
+
+
+class Clip(nn.Module):
+    """A module of a program, part of it frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image_size, self.embed_dim = 32, 16
+        self.logit_scale = nn.Parameter(torch.tensor(2.6))
+        self.pictures, self.norm, self.words = nn.Linear(3 * 32 * 32, 16), nn.BatchNorm1d(16), nn.Embedding(49408, 16)
+        self.pictures.weight.requires_grad_(False)
+        self.norm.eval()
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.pictures(images.flatten(1)))
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.words(tokens).mean(1)
+
+    def state(self, weights: bool = True) -> Any:
+        given = [(p.requires_grad, p.grad is None) for p in self.parameters()]
+        return [part.training for part in self.modules()], given, weights and pickle.dumps(self.state_dict())
+
+
+LENT: dict[str, Callable[[Clip, Path], Any]] = {
+    "ablate": lambda clip, out: cd.ablate(
+        ["clip"], out / "grid", size="debug", seeds=2, quiet=True,
+        settings={k: SETTINGS[k] for k in ("device", "data", "train")} | {"student": clip},
+    ),
+    "distill": lambda clip, out: cd.distill({**SETTINGS, "teacher": clip, "out": out / "run"}, quiet=True),
+    "dry_run": lambda clip, out: cd.dry_run({**SETTINGS, "student": clip}, quiet=True),
+    "embed": lambda clip, out: cd.embed(clip, PAIRS, **QUIET),
+    "evaluate": lambda clip, out: cd.evaluate(cd.load_model(clip), PAIRS, teacher=clip, **QUIET),
+    "probe": lambda clip, out: cd.probe(clip, CLASSES, f"{CLASSES}&seed=1", shots=[1], seeds=2, **QUIET),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LENT)
+def test_a_module_that_is_lent_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
+    clip = Clip()
+    before = clip.state()
+    LENT[name](clip, tmp_path)
+    assert clip.state() == before
+
+
+def test_a_student_that_is_trained_keeps_its_mode_and_what_is_frozen(tmp_path: Path) -> None:
+    clip = Clip()
+    before, weights = clip.state(weights=False), clip.state()
+    cd.distill({**SETTINGS, "student": clip, "out": tmp_path / "run"}, quiet=True)
+    assert clip.state(weights=False) == before
+    assert clip.state() != weights
+
+
+def results(run: Any, out: Path) -> Iterator[tuple[str, Any]]:
+    for name, call in CALLS.items():
+        if name not in ("ablate", "distill", "dry_run", "export", "report"):
+            with suppress(InputError):
+                yield name, call(run, out)
+    yield "run", run
+    for name, term in ((name, TERMS.get(name)) for name in TERMS.names()):
+        yield f"term {name}", term
+        if name != "task":
+            yield f"objective {name}", cd.Objective({"task": 1, name: 1}, 4, 4, schedules={"task": [[0, 1], [1, 0]]})
+
+
+def test_results_reach_another_process_and_can_be_copied(run: Any, tmp_path: Path) -> None:
+    seen = 0
+    for name, result in results(run, tmp_path):
+        for back in (pickle.loads(pickle.dumps(result)), copy.copy(result), copy.deepcopy(result)):
+            assert type(back) is type(result), name
+            assert " at 0x" in repr(result) or repr(back) == repr(result), name
+        seen += 1
+    assert seen > 50
+
+
+def test_an_objective_with_a_program_s_own_term_is_the_same_in_another_process() -> None:
+    TERMS._values["guest"] = Term(
+        "guest", row_loss=lambda batch: batch["student_image"][:, 0], reads=("student_image",)
+    )
+    try:
+        objective = cd.Objective({"task": 1, "guest": 2}, 4, 4)
+        rows = cd.Embeddings(torch.rand(3, 4), torch.rand(3, 4), 10.0)
+        expected = objective(rows).total
+        for back in (pickle.loads(pickle.dumps(objective)), copy.deepcopy(objective), AveragedModel(objective)):
+            assert back(rows).total.equal(expected)
+    finally:
+        del TERMS._values["guest"]
 
 
 def errors() -> Iterator[type[BaseException]]:

@@ -53,8 +53,11 @@ _PLAIN = ("builtins", "pathlib")
 _SILENT = ("Any", "Literal")
 
 
-def checked(function: Function) -> Function:
-    """`function` as a guest, which first raises InputError for an argument of no kind that its annotation names."""
+def checked(function: Function, *, lent: bool = True) -> Function:
+    """`function` as a guest, which first raises InputError for an argument of no kind that its annotation names.
+
+    lent: modules in its arguments are given back as they came.
+    """
     signature = inspect.signature(function)
 
     @functools.cache
@@ -76,70 +79,76 @@ def checked(function: Function) -> Function:
                 raise InputError(f"{what}; write [{value!r}]" if in_list else what)
             places = type(value) in (list, tuple) and any(("Path", ()) in items for _, items in kinds)
             bound.arguments[name] = [_placed(item) for item in value] if places else _placed(value)
-        with as_guest():
+        with as_guest(bound.arguments.values() if lent else ()):
             return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]
 
 
-_guests: list[Callable[[], None]] = []
-"""One for each call that runs, in any thread: what puts back the state that the first of them found."""
+_guests: list[list[tuple[Callable[[Any], Any], Any]]] = []
+"""For each call that runs, in any thread: the state that the first of them found, behind what puts it back."""
 _lock = threading.RLock()
 
 
 @contextmanager
-def as_guest() -> Iterator[None]:
+def as_guest(lent: Iterable[Any] = ()) -> Iterator[None]:
     """Within, torch has its own defaults, whatever the program set; afterwards all is as the program had it.
 
     Within: float32 on the CPU, with gradients, without inference mode and autocast. Afterwards: also the random numbers
-    of Python, numpy and torch, and torch's choice of deterministic algorithms. Of calls at once in several threads the
-    last one to return puts back what the first one found.
+    of Python, numpy and torch, torch's choice of deterministic algorithms, and mode, freezing and absent gradients of
+    the modules in `lent`. Of calls at once in several threads the last to return puts back what the first one found.
     """
-    torch = sys.modules.get("torch")
+    numpy, torch = (sys.modules.get(name) for name in ("numpy", "torch"))
+    found: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
+    if numpy is not None:
+        found.append((numpy.random.set_state, numpy.random.get_state()))
     with ExitStack() as held:
         if torch is not None:
-            if torch.is_inference_mode_enabled():
-                held.enter_context(torch.inference_mode(False))
-            if not torch.is_grad_enabled():
-                held.enter_context(torch.enable_grad())
-            for kind in ("cpu", "cuda", "mps"):
-                if torch.is_autocast_enabled(kind):
-                    held.enter_context(torch.autocast(kind, enabled=False))
+            found += [
+                (torch.set_default_dtype, torch.get_default_dtype()),
+                (torch.set_rng_state, torch.get_rng_state()),
+            ]
+            found.append((torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode()))
+            if torch.cuda.is_initialized():
+                found.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+            for module in _modules(torch.nn.Module, lent):
+                parts = [(part, part.training) for part in module.modules()]
+                held.callback(_give_back, parts, [(p, p.requires_grad, p.grad is None) for p in module.parameters()])
+            held.enter_context(torch.inference_mode(False))
+            held.enter_context(torch.enable_grad())
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
+                held.enter_context(torch.autocast(kind, enabled=False))
             if torch.get_default_device() != torch.device("cpu"):
                 held.enter_context(torch.device("cpu"))
         with _lock:
-            _guests.append(_guests[0] if _guests else _found())
+            _guests.append(_guests[0] if _guests else found)
             if torch is not None:
                 torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
             with _lock:
-                put_back = _guests.pop()
-                if not _guests:
-                    put_back()
+                first = _guests.pop()
+                for put_back, value in () if _guests else first:
+                    put_back(value)
 
 
-def _found() -> Callable[[], None]:
-    """What puts back the state that is found now, of the libraries that the program has loaded."""
-    held: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [(random.setstate, (random.getstate(),))]
-    numpy, torch = (sys.modules.get(name) for name in ("numpy", "torch"))
-    if numpy is not None:
-        held.append((numpy.random.set_state, (numpy.random.get_state(),)))
-    if torch is not None:
-        held += [
-            (torch.set_default_dtype, (torch.get_default_dtype(),)),
-            (torch.set_rng_state, (torch.get_rng_state(),)),
-            (torch.set_deterministic_debug_mode, (torch.get_deterministic_debug_mode(),)),
-        ]
-        if torch.cuda.is_initialized():
-            held.append((torch.cuda.set_rng_state_all, (torch.cuda.get_rng_state_all(),)))
+def _modules(kind: type, values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        module = value if isinstance(value, kind) else getattr(value, "module", None)  # of a ClipModel
+        if isinstance(module, kind):
+            yield module
+        elif isinstance(value, Mapping):
+            yield from _modules(kind, value.values())
 
-    def put_back() -> None:
-        for function, values in held:
-            function(*values)
 
-    return put_back
+def _give_back(parts: list[tuple[Any, bool]], parameters: list[tuple[Any, bool, bool]]) -> None:
+    for part, training in parts:
+        part.training = training
+    for parameter, trained, bare in parameters:
+        parameter.requires_grad_(trained)
+        if bare:
+            parameter.grad = None
 
 
 def _placed(value: Any) -> Any:

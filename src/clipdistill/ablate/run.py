@@ -16,6 +16,7 @@ from typing import Any
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.progress import GridDisplay
 from clipdistill.errors import ClipdistillError, InputError, Preempted, StorageError
+from clipdistill.models.known import copies_trained
 from clipdistill.runs.folder import CHECKPOINTS, LOCK
 from clipdistill.runtime.distributed import ProcessGroup, gather_lists, is_main, world_size
 from clipdistill.runtime.files import make_folder, read_json, write_json
@@ -93,7 +94,8 @@ def _one(
     display.begin(run)
     began = time.monotonic()
     try:
-        result = distill(run.config, quiet=quiet, sources=sources, show=display.line)
+        with copies_trained():  # every run begins with the weights that the program gave
+            result = distill(run.config, quiet=quiet, sources=sources, show=display.line)
         if is_main():
             if not keep_checkpoints:  # a finished run is not resumed; its student is beside them
                 shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)

@@ -57,12 +57,19 @@ class ExportedTowers(nn.Module):
         super().__init__()
         self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=False)
         self.logit_bias = None
+        self.origin: tuple[Path, str, str, str] | None = None
         self.runners = dict(runners)
         self.flops = dict(flops)
         self.reads_only_text = reads_only_text
         self.size_bytes = sum(path.stat().st_size for path in files)
         self.digests = {part_name(path): sha256(path) for path in files}
         self.weights_sha256 = hashlib.sha256(bytes.fromhex("".join(self.digests.values()))).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of another process, or a copy: read from its folder again, since a running graph is of one process."""
+        if self.origin is None:
+            raise InputError("this exported model was not read from a folder, so no other process can have it")
+        return _read_again, (self.weights_sha256, *self.origin)
 
     def encode_image(self, images: Tensor) -> Tensor:
         """float32 (B, 3, H, W) -> (B, D), as the graph gives them."""
@@ -86,11 +93,19 @@ def read_exported(folder: Path, name: str, runtime: str, precision: str = "float
     cut = takes_any_length(runners["text"])
     known = cut if not cut or "tolerance" in values else None
     module = ExportedTowers(runners, files, logit_scale, dict(values.get("flops", {})), known)
+    module.origin = folder.absolute(), name, runtime, precision
     _compare_digests(folder, values, {**module.digests, **_digest_of_tokenizer(folder)})
     width = module.encode_text(tokenizer(["a photo"])).shape[1]
     architecture = {"exported": runtime, "precision": precision, "weights_sha256": module.weights_sha256}
     counts = dict(values.get("parameters", {}))
     return ClipModel(name, module, spec, tokenizer, width, tokenizer.context_length, architecture, counts)
+
+
+def _read_again(digest: str, folder: Path, *given: str) -> ExportedTowers:
+    module: ExportedTowers = read_exported(folder, *given).module
+    if module.weights_sha256 != digest:
+        raise InputError(f"{folder}: its graphs are no longer those that were handed over: load the model again")
+    return module
 
 
 def read_manifest(folder: Path, name: str) -> tuple[dict[str, Any], ImageSpec, Tokenizer, float]:

@@ -253,6 +253,17 @@ def held(name: str) -> Any:
 
 
 @contextlib.contextmanager
+def copies_trained() -> Iterator[None]:
+    """Within, copies of the students that the program holds are trained, and they stay as they were."""
+    kept = dict(_held)
+    try:
+        _held.update({name: copy.deepcopy(module) for name, module in kept.items() if "." not in name})
+        yield
+    finally:
+        _held.update(kept)
+
+
+@contextlib.contextmanager
 def offering(module: Any) -> Iterator[None]:
     """Within, a folder whose model is a module from outside is read into `module`; None changes nothing."""
     _offered.append(module)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ from clipdistill.runtime.machine import pick_device
 logger = logging.getLogger("clipdistill")
 
 
-@checked
+@partial(checked, lent=False)
 def load_model(
     name: str | Path | nn.Module | ClipModel,
     *,
@@ -247,7 +248,7 @@ class Preprocess:
             raise InputError(f"preprocess: {error.reason}") from error
 
 
-@checked
+@partial(checked, lent=False)
 def load_student(
     path: str | Path | nn.Module, *, device: str | torch.device = "cpu", module: nn.Module | None = None
 ) -> tuple[nn.Module, Preprocess, Tokenizer]:

@@ -159,6 +159,10 @@ class Objective(nn.Module):
         config = build(ObjectiveConfig, values, f"recipe {name}: objective")
         return cls.from_config(config, student_dim, teacher_dim)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: what can be worked out again stays here, also the functions of a program's terms."""
+        return {**self.__dict__, "_mixes": {}, "_choices": {}}
+
     def mix(self, setting: Setting) -> Mix:
         """The terms of this objective worked out for one kind of step."""
         if setting not in self._mixes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from clipdistill.objective.plan import Divergence, Pairing
@@ -13,18 +14,18 @@ if TYPE_CHECKING:
 _TEMPERATURE = 0.1
 
 
-def _cosine(modality: str, own: str, rows: str, source: str) -> Term:
-    def row_loss(batch: LocalBatch) -> Tensor:
-        """Each row's distance."""
-        return 1 - (batch[f"projected_{modality}"] * batch[f"teacher_{modality}"]).sum(1)
+def _distances(modality: str, batch: LocalBatch) -> Tensor:
+    return 1 - (batch[f"projected_{modality}"] * batch[f"teacher_{modality}"]).sum(1)
 
+
+def _cosine(modality: str, own: str, rows: str, source: str) -> Term:
     return Term(
         name=f"cosine_{modality}",
         title=f"cosine distance to the teacher's {rows}, which needs nothing else",
         formula=f"1 - mean_N {own}  (half the squared distance of rows of length 1)",
         gradient=f"student {modality} (through the projection)",
         source=source,
-        row_loss=row_loss,
+        row_loss=partial(_distances, modality),
         reads=(f"projected_{modality}", f"teacher_{modality}"),
     )
 

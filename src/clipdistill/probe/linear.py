@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from clipdistill.arguments import checked
 from clipdistill.data.labelled import LabelledSource
@@ -24,6 +25,7 @@ from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
 from clipdistill.models import load_model
 from clipdistill.models.clip_model import ClipModel
+from clipdistill.models.own import clip_model_of
 from clipdistill.runtime.console import Shown, TextTable
 from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.bootstrap import Interval, bootstrap, seed_interval
@@ -147,7 +149,7 @@ def _alike(a: LabelledSource, b: LabelledSource, count: int = 8) -> bool:
 
 @checked
 def probe(
-    model: str | Path | ClipModel | Encoder,
+    model: str | Path | nn.Module | ClipModel | Encoder,
     train: str | Path | LabelledSource,
     test: str | Path | LabelledSource,
     *,
@@ -181,6 +183,8 @@ def probe(
     )
     if isinstance(model, str | Path):
         model = load_model(model, device=pick_device(device), teacher=True)
+    elif isinstance(model, nn.Module):
+        model = clip_model_of(model)
     settings: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
     encoder = model if isinstance(model, Encoder) else Encoder(model, device=device, **settings)
     names = list(train.class_labels)

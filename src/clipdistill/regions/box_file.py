@@ -58,12 +58,13 @@ class BoxFile(Shown):
         self.name = str(path)
         self._rows: dict[str, Boxes] = {}  # of the size that was drawn on, 0 where the row does not say
         self._by_file: dict[str, str | None] = {}
-        self._digest = hashlib.sha256(b"clipdistill boxes 1")
+        digest = hashlib.sha256(b"clipdistill boxes 1")
         for file in _files(path):
             content = _read(file)
-            self._digest.update(hashlib.sha256(content).digest())
+            digest.update(hashlib.sha256(content).digest())
             for number, row in enumerate(_rows(file, content)):
                 self._add(row, f"{file}: row {number}")
+        self._fingerprint = digest.hexdigest()
         if not self._rows:
             raise InputError(f"{path}: holds no boxes for any image")
         for key in self._rows:
@@ -140,7 +141,7 @@ class BoxFile(Shown):
         return missing
 
     def fingerprint(self) -> str:
-        return self._digest.hexdigest()
+        return self._fingerprint
 
 
 def _files(path: Path) -> list[Path]:

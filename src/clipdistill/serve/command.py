@@ -196,7 +196,11 @@ def in_thread(
 ) -> Iterator[tuple[Service, str, int]]:
     """A service while the block runs, on a free port of this machine: (service, host, port)."""
     require_packages()
-    with listening(host, port) as place:
+    import torch
+
+    before = torch.get_num_threads()
+    with listening(host, port) as place, contextlib.ExitStack() as held:
+        held.callback(lambda: None if threads is None else torch.set_num_threads(before))
         service, server = make_service(
             name, limits or ServiceLimits(), place, names=names, threads=threads, device=device
         )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from clipdistill.arguments import checked
+from clipdistill.models.known import copies_trained
 from clipdistill.runs.folder import LOG, read_rows
 from clipdistill.runtime.console import Shown, duration
 from clipdistill.runtime.machine import pick_device
@@ -70,7 +71,7 @@ def dry_run(config: RunConfig | Mapping[str, Any], *, quiet: bool = False) -> Dr
         | dict.fromkeys(("evaluate_every", "checkpoint_every"))
     )
     evaluation = config.evaluation.model_copy(update={"zero_shot": ()})
-    with tempfile.TemporaryDirectory(prefix="clipdistill-dry-run-") as folder:
+    with tempfile.TemporaryDirectory(prefix="clipdistill-dry-run-") as folder, copies_trained():
         out = Path(folder, "run")
         changes = {"train": train, "evaluation": evaluation, "validation": None, "out": out}
         distill(config.model_copy(update=changes), quiet=quiet)
