@@ -57,7 +57,7 @@ class ExportedTowers(nn.Module):
         super().__init__()
         self.logit_scale = nn.Parameter(torch.tensor(math.log(logit_scale)), requires_grad=False)
         self.logit_bias = None
-        self.origin: tuple[Path, str, str, str] | None = None
+        self.origin: tuple[Path, str, str, str]
         self.runners = dict(runners)
         self.flops = dict(flops)
         self.reads_only_text = reads_only_text
@@ -67,8 +67,6 @@ class ExportedTowers(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Of another process, or a copy: read from its folder again, since a running graph is of one process."""
-        if self.origin is None:
-            raise InputError("this exported model was not read from a folder, so no other process can have it")
         return _read_again, (self.weights_sha256, *self.origin)
 
     def encode_image(self, images: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite", "executorch"
 """Runtime of an export -> how the names of its graphs end."""
 OWN_EMBEDDINGS = "teacher_embeddings"
 """The method of a teacher that makes its embeddings of a batch itself."""
-_held: dict[str, Any] = {}
+HELD_MODULES: dict[str, Any] = {}
 _offered: list[Any] = []
 
 
@@ -238,29 +238,18 @@ def hold(value: Any, role: str) -> Any:
     if isinstance(value, type) or not any(hasattr(value, mark) for mark in marks):
         return value
     name = f"{HELD}{type(value).__name__}" + ("" if role == "student" else f".{role}")
-    _held[name] = value
+    HELD_MODULES[name] = value
     return name
 
 
 def held(name: str) -> Any:
     """The module behind a name of `hold`. Raises InputError where this program holds none."""
-    if name not in _held:
+    if name not in HELD_MODULES:
         raise InputError(
             f"'{name}' is a module that the program which began this work made itself: run that program again, or "
             "register what builds it (clipdistill.register_student) and name that"
         )
-    return _held[name]
-
-
-@contextlib.contextmanager
-def copies_trained() -> Iterator[None]:
-    """Within, copies of the students that the program holds are trained, and they stay as they were."""
-    kept = dict(_held)
-    try:
-        _held.update({name: copy.deepcopy(module) for name, module in kept.items() if "." not in name})
-        yield
-    finally:
-        _held.update(kept)
+    return HELD_MODULES[name]
 
 
 @contextlib.contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import resource
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 
 from clipdistill.arguments import checked
-from clipdistill.models.known import copies_trained
+from clipdistill.models.known import HELD_MODULES
 from clipdistill.runs.folder import LOG, read_rows
 from clipdistill.runtime.console import Shown, duration
 from clipdistill.runtime.machine import pick_device
@@ -52,6 +54,17 @@ class DryRun(Shown):
             f"{self.peak_bytes / 2**30:.2f} GiB{' of the GPU' if self.on_gpu else ''} at the peak\n"
             f"all {self.total_steps:,} steps: about {duration(self.total_seconds)}, evaluation not counted"
         )
+
+
+@contextlib.contextmanager
+def copies_trained() -> Iterator[None]:
+    """Within, copies of the students that the program holds are trained, and they stay as they were."""
+    kept = dict(HELD_MODULES)
+    try:
+        HELD_MODULES.update({name: copy.deepcopy(module) for name, module in kept.items() if "." not in name})
+        yield
+    finally:
+        HELD_MODULES.update(kept)
 
 
 @checked
