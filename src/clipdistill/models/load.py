@@ -252,7 +252,7 @@ class Preprocess:
 def load_student(
     path: str | Path | nn.Module, *, device: str | torch.device = "cpu", module: nn.Module | None = None
 ) -> tuple[nn.Module, Preprocess, Tokenizer]:
-    """A trained model ready for use: (module in evaluation mode, preprocess, tokenizer). `path` may be any model name.
+    """A model ready for use: (module, frozen and in evaluation mode; preprocess; tokenizer). `path`: any model name.
 
     device: where its weights go.
     module: filled with the weights of a folder whose model is a module of your own that no registered name builds.
