@@ -35,6 +35,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_modules_come_back_as_themselves(name: str) -> None:
     module: Any = build_module(ARCHITECTURES[name], seed=1).eval()
@@ -56,6 +57,7 @@ def test_classes_derived_from_ours_stay_themselves() -> None:
     assert type(pickle.loads(pickle.dumps(module))) is OfSomebody
 
 
+@pytest.mark.slow
 def test_a_whole_model_in_a_process_of_its_own(tmp_path: Path) -> None:
     model = with_prompts(build_student("scenes-student", seed=0, captions=CAPTIONS), 2, 1, seed=0)
     with torch.no_grad():
