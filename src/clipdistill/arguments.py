@@ -1,8 +1,8 @@
 """Public functions: arguments held against their annotations, and the program they run in left as it was found.
 
-An argument of another kind ends in a sentence at once. Held against are the kinds that
-everybody can give wrongly: text, paths, numbers, flags, lists, mappings and functions. What values they may have is for
-the function to say, and so is what an annotation means that names a class.
+An argument of another kind ends in a sentence at once. Held against are the kinds that everybody can give wrongly:
+text, paths, numbers, flags, lists, mappings and functions. What values they may have is for the function to say, and so
+is what an annotation means that names a class.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def checked(function: Function, *, lent: bool = True) -> Function:
 
 
 _guests: list[list[tuple[Callable[[Any], Any], Any]]] = []
-"""For each call that runs, in any thread: the state that the first of them found, behind what puts it back."""
+"""For each call that runs, in any thread, what it found, behind what puts it back; the first call's counts."""
 _lock = threading.RLock()
 
 
@@ -104,16 +104,18 @@ def as_guest(lent: Iterable[Any] = ()) -> Iterator[None]:
         found.append((numpy.random.set_state, numpy.random.get_state()))
     with ExitStack() as held:
         if torch is not None:
-            found += [
-                (torch.set_default_dtype, torch.get_default_dtype()),
-                (torch.set_rng_state, torch.get_rng_state()),
-            ]
+            found.append((torch.set_default_dtype, torch.get_default_dtype()))
+            found.append((torch.set_rng_state, torch.get_rng_state()))
             found.append((torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode()))
             if torch.cuda.is_initialized():
                 found.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
             for module in _modules(torch.nn.Module, lent):
-                parts = [(part, part.training) for part in module.modules()]
-                held.callback(_give_back, parts, [(p, p.requires_grad, p.grad is None) for p in module.parameters()])
+                for part in module.modules():
+                    held.callback(setattr, part, "training", part.training)
+                for parameter in module.parameters():
+                    held.callback(parameter.requires_grad_, parameter.requires_grad)
+                    if parameter.grad is None:
+                        held.callback(setattr, parameter, "grad", None)
             held.enter_context(torch.inference_mode(False))
             held.enter_context(torch.enable_grad())
             for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
@@ -121,7 +123,7 @@ def as_guest(lent: Iterable[Any] = ()) -> Iterator[None]:
             if torch.get_default_device() != torch.device("cpu"):
                 held.enter_context(torch.device("cpu"))
         with _lock:
-            _guests.append(_guests[0] if _guests else found)
+            _guests.append(found)
             if torch is not None:
                 torch.set_default_dtype(torch.float32)
         try:
@@ -140,15 +142,6 @@ def _modules(kind: type, values: Iterable[Any]) -> Iterator[Any]:
             yield module
         elif isinstance(value, Mapping):
             yield from _modules(kind, value.values())
-
-
-def _give_back(parts: list[tuple[Any, bool]], parameters: list[tuple[Any, bool, bool]]) -> None:
-    for part, training in parts:
-        part.training = training
-    for parameter, trained, bare in parameters:
-        parameter.requires_grad_(trained)
-        if bare:
-            parameter.grad = None
 
 
 def _placed(value: Any) -> Any:

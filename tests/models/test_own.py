@@ -140,7 +140,7 @@ def test_a_module_without_a_name_is_asked_for(tmp_path: Path) -> None:
     try:  # within the program that made it
         assert load_model(tmp_path / "model").module is not module
     finally:
-        known.HELD_MODULES.clear()
+        known._held.clear()
 
 
 def test_names_that_are_taken_or_impossible(name: str) -> None:
@@ -204,7 +204,7 @@ def test_modules_in_a_configuration_have_stable_names() -> None:
     assert hold(student, "student") == "module:Plain"
     assert hold([teacher, "x", student], "teacher") == ("module:Plain.teacher", "x", "module:Plain.teacher3")
     assert load_model("module:Plain").module is student
-    known.HELD_MODULES.clear()
+    known._held.clear()
     with pytest.raises(InputError, match="run that program again"):
         load_model("module:Plain")
 
@@ -253,7 +253,7 @@ def test_modules_teach_and_learn(teacher: nn.Module, tmp_path: Path) -> None:
     assert run.scores is not None
     assert "student" in {score.model for score in run.scores}
     assert all(p.requires_grad for p in student.parameters())
-    known.HELD_MODULES.clear()
+    known._held.clear()
     module, _, _ = load_student(run.student, module=Telling())
     assert torch.equal(module.image.weight, student.image.weight)
 
@@ -278,7 +278,7 @@ def test_a_run_with_a_module_is_resumed_by_the_same_program(tmp_path: Path) -> N
     settings = {**SETTINGS, "teacher": Pictures(), "out": tmp_path / "run"}
     first = Strict()
     cd.distill({**settings, "student": first}, quiet=True)
-    known.HELD_MODULES.clear()
+    known._held.clear()
     again = Strict()
     train = {**SETTINGS["train"], "steps": 3}
     run = cd.distill({**settings, "student": again, "train": train}, quiet=True, allow_changes=True)

@@ -16,12 +16,12 @@ from typing import Any
 from clipdistill.ablate.grid import GridRun
 from clipdistill.ablate.progress import GridDisplay
 from clipdistill.errors import ClipdistillError, InputError, Preempted, StorageError
+from clipdistill.models.known import copies_held
 from clipdistill.runs.folder import CHECKPOINTS, LOCK
 from clipdistill.runtime.distributed import ProcessGroup, gather_lists, is_main, world_size
 from clipdistill.runtime.files import make_folder, read_json, write_json
 from clipdistill.runtime.locks import LEASE, Claims, FolderLock
 from clipdistill.runtime.machine import pick_device, return_freed_memory
-from clipdistill.train.dry_run import copies_trained
 from clipdistill.train.run import distill
 from clipdistill.train.sources import SharedSources
 
@@ -94,7 +94,7 @@ def _one(
     display.begin(run)
     began = time.monotonic()
     try:
-        with copies_trained():  # every run begins with the weights that the program gave
+        with copies_held():  # every run begins with the weights that the program gave
             result = distill(run.config, quiet=quiet, sources=sources, show=display.line)
         if is_main():
             if not keep_checkpoints:  # a finished run is not resumed; its student is beside them

@@ -23,11 +23,9 @@ from clipdistill.embed.encode import EncodedPairs, Encoder, open_encoder
 from clipdistill.errors import InputError
 from clipdistill.evaluate.retrieval import retrieval
 from clipdistill.models.clip_model import ClipModel, require_usable
-from clipdistill.models.load import load_model
-from clipdistill.models.own import clip_model_of
+from clipdistill.models.load import as_model
 from clipdistill.models.tokenizers import unknown_texts
 from clipdistill.registry import OTHER_SETS
-from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.bootstrap import bootstrap
 from clipdistill.statistics.protocol import (
     KNOWN_PAIRS,
@@ -360,8 +358,7 @@ def opened_data(item: Any, split: str | None, classes: str | Path | None) -> Any
 
 def loaded_model(model: str | Path | nn.Module | ClipModel, device: str | torch.device | None) -> ClipModel:
     """What `evaluate` takes as a model, loaded, ready to embed."""
-    if isinstance(model, str | Path):
-        return load_model(model, device=pick_device(device), teacher=True)
-    loaded = model if isinstance(model, ClipModel) else clip_model_of(model)
-    require_usable(loaded)
+    loaded = as_model(model, device)
+    if not isinstance(model, str | Path):
+        require_usable(loaded)
     return loaded

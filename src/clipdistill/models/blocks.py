@@ -89,8 +89,8 @@ def read(transformer: Any, x: Tensor, mask: Tensor | None, places: Tensor | None
 
     last = transformer.resblocks[-1]
     known = getattr(transformer, "reads_places", False) and type(last) is ResidualAttentionBlock
-    seen = looked_at(transformer, *last.modules())
-    if known and transformer.batch_first and not seen and (mask is None or mask.ndim == 2):
+    known = known and transformer.batch_first and (mask is None or mask.ndim == 2)
+    if known and not looked_at(transformer, *last.modules()):
         return transformer(x, attn_mask=mask, at=_At(places))  # type: ignore[no-any-return]
     return _At(places).take(transformer(x, attn_mask=mask))
 

@@ -12,9 +12,8 @@ from typing import Any
 
 
 class Derived(type):
-    """The class of such classes."""
-
     made: tuple[Callable[..., Any], tuple[Any, ...]]
+    """The function that made such a class, and what it was given."""
 
 
 # one that somebody derived from it goes by its own name, as every class does

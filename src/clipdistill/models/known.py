@@ -41,7 +41,7 @@ SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite", "executorch"
 """Runtime of an export -> how the names of its graphs end."""
 OWN_EMBEDDINGS = "teacher_embeddings"
 """The method of a teacher that makes its embeddings of a batch itself."""
-HELD_MODULES: dict[str, Any] = {}
+_held: dict[str, Any] = {}
 _offered: list[Any] = []
 
 
@@ -238,18 +238,29 @@ def hold(value: Any, role: str) -> Any:
     if isinstance(value, type) or not any(hasattr(value, mark) for mark in marks):
         return value
     name = f"{HELD}{type(value).__name__}" + ("" if role == "student" else f".{role}")
-    HELD_MODULES[name] = value
+    _held[name] = value
     return name
 
 
 def held(name: str) -> Any:
     """The module behind a name of `hold`. Raises InputError where this program holds none."""
-    if name not in HELD_MODULES:
+    if name not in _held:
         raise InputError(
             f"'{name}' is a module that the program which began this work made itself: run that program again, or "
             "register what builds it (clipdistill.register_student) and name that"
         )
-    return HELD_MODULES[name]
+    return _held[name]
+
+
+@contextlib.contextmanager
+def copies_held() -> Iterator[None]:
+    """Within, what is held as a student is a copy, which may be trained; what the program gave stays as it was."""
+    kept = dict(_held)
+    try:
+        _held.update({name: copy.deepcopy(module) for name, module in kept.items() if "." not in name})
+        yield
+    finally:
+        _held.update(kept)
 
 
 @contextlib.contextmanager

@@ -81,9 +81,8 @@ def load_model(
     else:
         model = clip_model_of(name) if isinstance(name, nn.Module) else _read(str(name), tokenizer, seed)
     if image_size is not None:
-        model = needed_wing("clipdistill.models.resolution:with_image_size", "another picture size is")(
-            model, image_size
-        )
+        with_image_size = needed_wing("clipdistill.models.resolution:with_image_size", "another picture size is")
+        model = with_image_size(model, image_size)
     model.module.to(pick_device(device))
     if teacher:
         model.module.eval().requires_grad_(False)
@@ -246,6 +245,13 @@ class Preprocess:
             return render(as_picture(picture), EVALUATION_VIEW, self.image)
         except BadSample as error:
             raise InputError(f"preprocess: {error.reason}") from error
+
+
+def as_model(model: str | Path | nn.Module | ClipModel, device: str | torch.device | None) -> ClipModel:
+    """`model` as a ClipModel, where it is; one that is named is loaded onto `device`, frozen."""
+    if isinstance(model, str | Path):
+        return load_model(model, device=pick_device(device), teacher=True)
+    return model if isinstance(model, ClipModel) else clip_model_of(model)
 
 
 @partial(checked, lent=False)

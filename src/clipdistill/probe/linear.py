@@ -23,11 +23,9 @@ from clipdistill.data.open import open_labelled
 from clipdistill.data.problems import BadSample
 from clipdistill.embed.encode import Encoder
 from clipdistill.errors import InputError
-from clipdistill.models import load_model
 from clipdistill.models.clip_model import ClipModel
-from clipdistill.models.own import clip_model_of
+from clipdistill.models.load import as_model
 from clipdistill.runtime.console import Shown, TextTable
-from clipdistill.runtime.machine import pick_device
 from clipdistill.statistics.bootstrap import Interval, bootstrap, seed_interval
 
 if TYPE_CHECKING:
@@ -181,12 +179,8 @@ def probe(
         open_labelled(part, classes=classes, split=split) if isinstance(part, str | Path) else part
         for part, split in ((train, train_split), (test, test_split))
     )
-    if isinstance(model, str | Path):
-        model = load_model(model, device=pick_device(device), teacher=True)
-    elif isinstance(model, nn.Module):
-        model = clip_model_of(model)
     settings: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "progress": progress}
-    encoder = model if isinstance(model, Encoder) else Encoder(model, device=device, **settings)
+    encoder = model if isinstance(model, Encoder) else Encoder(as_model(model, device), device=device, **settings)
     names = list(train.class_labels)
     place = {name: number for number, name in enumerate(names)}
     for one in (train, test):

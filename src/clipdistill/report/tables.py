@@ -365,9 +365,9 @@ def _single(row: Record) -> Estimate:
 def _over_seeds(rows: Sequence[Record]) -> Estimate:
     """Mean over seeds with Student's interval; of a share no further than 0 to 100 %."""
     values = [row.value for row in rows]
-    half = seed_interval(values).high - seed_interval(values).value
+    whole = seed_interval(values)
     kept = seed_interval(values, share=is_share(rows[0].metric))
-    return Estimate(kept.value, kept.low, kept.high, half, rows[0].n, len(values), tuple(values))
+    return Estimate(kept.value, kept.low, kept.high, whole.high - whole.value, rows[0].n, len(values), tuple(values))
 
 
 def _unequal(a: Entry, b: Entry) -> list[str]:

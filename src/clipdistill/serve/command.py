@@ -198,9 +198,9 @@ def in_thread(
     require_packages()
     import torch
 
-    before = torch.get_num_threads()
     with listening(host, port) as place, contextlib.ExitStack() as held:
-        held.callback(lambda: None if threads is None else torch.set_num_threads(before))
+        if threads is not None:
+            held.callback(torch.set_num_threads, torch.get_num_threads())
         service, server = make_service(
             name, limits or ServiceLimits(), place, names=names, threads=threads, device=device
         )

@@ -29,6 +29,7 @@ from clipdistill.statistics.judge import Measure, Outcome, Verdict, adjust, deci
 from clipdistill.statistics.records import SPEED, Record
 
 PUBLISHED = "published"
+_AND = " and "
 _NUMBER = r"(?P<number>-?\d+(?:\.\d+)?)"
 _WHERE = r"(?: on (?P<dataset>\S+))? (?P<metric>\S+)"
 _FORMS: tuple[tuple[re.Pattern[str], Literal["difference", "ratio", "value", "share"]], ...] = (
@@ -88,13 +89,13 @@ class Claim(Config):
     @field_validator("claim")
     @classmethod
     def _readable(cls, text: str) -> str:
-        for part in text.split(" and "):
+        for part in text.split(_AND):
             Statement.parse(part)
         return text
 
     def statements(self) -> list[Statement]:
         """The comparisons that must all hold."""
-        return [Statement.parse(part) for part in self.claim.split(" and ")]
+        return [Statement.parse(part) for part in self.claim.split(_AND)]
 
 
 class _ClaimFile(Config):
@@ -149,7 +150,7 @@ def judge(
 def _judge_claim(claim: Claim, records: Sequence[Record], level: float) -> list[Verdict]:
     statements = claim.statements()
     found: dict[str | None, list[Verdict]] = {}
-    for text, statement in zip(claim.claim.split(" and "), statements, strict=True):
+    for text, statement in zip(claim.claim.split(_AND), statements, strict=True):
         for dataset in _datasets(statement, records):
             verdict = _judge_statement(claim.id, text, statement, dataset, records, level)
             # of several statements, what names its data set must hold beside each data set of the others

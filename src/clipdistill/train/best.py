@@ -27,8 +27,7 @@ def judge(best: Mapping[str, Any], scores: Mapping[str, float], metric: str, ste
 
 def keep(student: ClipModel, out: Path, step: int, average: Any = None) -> None:
     """Write the student of `step`, or its `average`. Earlier ones stay until a checkpoint knows the better one."""
-    with nullcontext() if average is None else average.applied():
-        save_model(student, out / BEST / f"{step:08d}")
+    _save(student, out / BEST / f"{step:08d}", average)
 
 
 def forget_before(out: Path, best: Mapping[str, Any]) -> None:
@@ -47,9 +46,13 @@ def take(student: ClipModel, out: Path, best: Mapping[str, Any], step: int, aver
     if best["step"] == step:
         return f"the student of the last step is the best: {shown}"
     found = read_model(out / BEST / f"{best['step']:08d}")
-    with nullcontext() if average is None else average.applied():
-        save_model(student, out / LAST)
+    _save(student, out / LAST, average)
     student.module.load_state_dict(found.module.state_dict())
     if average is not None:
         average.become()
     return f"the student is that of step {best['step']}, the best: {shown}; that of step {step} is {out / LAST}"
+
+
+def _save(student: ClipModel, folder: Path, average: Any) -> None:
+    with nullcontext() if average is None else average.applied():
+        save_model(student, folder)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import itertools
 import resource
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 
 from clipdistill.arguments import checked
-from clipdistill.models.known import HELD_MODULES
+from clipdistill.models.known import copies_held
 from clipdistill.runs.folder import LOG, read_rows
 from clipdistill.runtime.console import Shown, duration
 from clipdistill.runtime.machine import pick_device
@@ -56,17 +54,6 @@ class DryRun(Shown):
         )
 
 
-@contextlib.contextmanager
-def copies_trained() -> Iterator[None]:
-    """Within, copies of the students that the program holds are trained, and they stay as they were."""
-    kept = dict(HELD_MODULES)
-    try:
-        HELD_MODULES.update({name: copy.deepcopy(module) for name, module in kept.items() if "." not in name})
-        yield
-    finally:
-        HELD_MODULES.update(kept)
-
-
 @checked
 def dry_run(config: RunConfig | Mapping[str, Any], *, quiet: bool = False) -> DryRun:
     """Train ten steps as `config` says, without validation, and tell what the run would take. Nothing stays on disk.
@@ -84,7 +71,7 @@ def dry_run(config: RunConfig | Mapping[str, Any], *, quiet: bool = False) -> Dr
         | dict.fromkeys(("evaluate_every", "checkpoint_every"))
     )
     evaluation = config.evaluation.model_copy(update={"zero_shot": ()})
-    with tempfile.TemporaryDirectory(prefix="clipdistill-dry-run-") as folder, copies_trained():
+    with tempfile.TemporaryDirectory(prefix="clipdistill-dry-run-") as folder, copies_held():
         out = Path(folder, "run")
         changes = {"train": train, "evaluation": evaluation, "validation": None, "out": out}
         distill(config.model_copy(update=changes), quiet=quiet)

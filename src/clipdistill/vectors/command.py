@@ -147,9 +147,7 @@ def embed_to_file(
         source = open_pictures(str(data), split=split, default_split="train")
     from clipdistill.data.objects import as_pairs, no_image
     from clipdistill.data.pairs import PairSource
-    from clipdistill.models import ClipModel, load_model
-    from clipdistill.models.own import clip_model_of
-    from clipdistill.runtime.machine import pick_device
+    from clipdistill.models.load import as_model
     from clipdistill.vectors import job
 
     found = ""
@@ -168,10 +166,7 @@ def embed_to_file(
             if not source.captioned:
                 raise InputError(f"{source.name}: has no captions to embed")
             source = job.CaptionList(source, 1 if captions == "first" else None)
-    if isinstance(model, str | Path):
-        loaded = load_model(model, device=pick_device(device), teacher=True)
-    else:
-        loaded = model if isinstance(model, ClipModel) else clip_model_of(model)
+    loaded = as_model(model, device)
     if classes is not None:
         from clipdistill.embed.encode import open_encoder
         from clipdistill.vectors.classes import classes_to_file
